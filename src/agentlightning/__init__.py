@@ -1,0 +1,205 @@
+"""Agent Lightning: train agents that run anywhere.
+
+``import agentlightning as agl`` and use the names from here. Importing is quick because nothing is
+loaded until it is used (PEP 562): the first use of a name loads the module that defines it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentlightning.errors import (
+        AgentLightningError as AgentLightningError,
+        Conflict as Conflict,
+        CorruptStore as CorruptStore,
+        DiskFull as DiskFull,
+        ForeignFile as ForeignFile,
+        IdReused as IdReused,
+        IllegalMove as IllegalMove,
+        InvalidId as InvalidId,
+        InvalidValue as InvalidValue,
+        MissingExtra as MissingExtra,
+        NewerSchema as NewerSchema,
+        NotFound as NotFound,
+        NotJson as NotJson,
+        StaleAttempt as StaleAttempt,
+        StoreClosed as StoreClosed,
+        StoreForked as StoreForked,
+        StoreOwned as StoreOwned,
+        StoreStopped as StoreStopped,
+        StoreUnavailable as StoreUnavailable,
+        TooLarge as TooLarge,
+    )
+    from agentlightning.store.base import (
+        LightningStore as LightningStore,
+        LightningStoreCapabilities as LightningStoreCapabilities,
+        LightningStoreStatistics as LightningStoreStatistics,
+        is_finished as is_finished,
+        is_queuing as is_queuing,
+        is_running as is_running,
+    )
+    from agentlightning.store.sqlite.store import (
+        InMemoryLightningStore as InMemoryLightningStore,
+        SqliteLightningStore as SqliteLightningStore,
+    )
+    from agentlightning.types import (
+        LLM as LLM,
+        UNSET as UNSET,
+        Attempt as Attempt,
+        AttemptedRollout as AttemptedRollout,
+        AttemptStatus as AttemptStatus,
+        Attributes as Attributes,
+        AttributeValue as AttributeValue,
+        Dataset as Dataset,
+        EnqueueRolloutRequest as EnqueueRolloutRequest,
+        Event as Event,
+        FilterField as FilterField,
+        FilterOptions as FilterOptions,
+        GenericResponse as GenericResponse,
+        Link as Link,
+        NamedResources as NamedResources,
+        OtelResource as OtelResource,
+        PaginatedResult as PaginatedResult,
+        PromptTemplate as PromptTemplate,
+        ProxyLLM as ProxyLLM,
+        Resource as Resource,
+        ResourcesUpdate as ResourcesUpdate,
+        ResourceUnion as ResourceUnion,
+        Rollout as Rollout,
+        RolloutConfig as RolloutConfig,
+        RolloutLegacy as RolloutLegacy,
+        RolloutMode as RolloutMode,
+        RolloutRawResult as RolloutRawResult,
+        RolloutRawResultLegacy as RolloutRawResultLegacy,
+        RolloutStatus as RolloutStatus,
+        SortOptions as SortOptions,
+        Span as Span,
+        SpanAttributeNames as SpanAttributeNames,
+        SpanContext as SpanContext,
+        SpanCoreFields as SpanCoreFields,
+        SpanLike as SpanLike,
+        SpanNames as SpanNames,
+        SpanRecordingContext as SpanRecordingContext,
+        StatusCode as StatusCode,
+        Task as Task,
+        TaskIfAny as TaskIfAny,
+        TaskInput as TaskInput,
+        TraceState as TraceState,
+        TraceStatus as TraceStatus,
+        Triplet as Triplet,
+        Unset as Unset,
+        VerificationReport as VerificationReport,
+        Violation as Violation,
+        Worker as Worker,
+        WorkerStatus as WorkerStatus,
+        convert_timestamp as convert_timestamp,
+        extract_extra_fields as extract_extra_fields,
+    )
+
+    __version__: str
+    """The installed version of the package."""
+
+_MODULE_NAMES = {
+    "AgentLightningError": "agentlightning.errors",
+    "Conflict": "agentlightning.errors",
+    "CorruptStore": "agentlightning.errors",
+    "DiskFull": "agentlightning.errors",
+    "ForeignFile": "agentlightning.errors",
+    "IdReused": "agentlightning.errors",
+    "IllegalMove": "agentlightning.errors",
+    "InvalidId": "agentlightning.errors",
+    "InvalidValue": "agentlightning.errors",
+    "MissingExtra": "agentlightning.errors",
+    "NewerSchema": "agentlightning.errors",
+    "NotFound": "agentlightning.errors",
+    "NotJson": "agentlightning.errors",
+    "StaleAttempt": "agentlightning.errors",
+    "StoreClosed": "agentlightning.errors",
+    "StoreForked": "agentlightning.errors",
+    "StoreOwned": "agentlightning.errors",
+    "StoreStopped": "agentlightning.errors",
+    "StoreUnavailable": "agentlightning.errors",
+    "TooLarge": "agentlightning.errors",
+    "LightningStore": "agentlightning.store.base",
+    "LightningStoreCapabilities": "agentlightning.store.base",
+    "LightningStoreStatistics": "agentlightning.store.base",
+    "is_finished": "agentlightning.store.base",
+    "is_queuing": "agentlightning.store.base",
+    "is_running": "agentlightning.store.base",
+    "InMemoryLightningStore": "agentlightning.store.sqlite.store",
+    "SqliteLightningStore": "agentlightning.store.sqlite.store",
+    "LLM": "agentlightning.types",
+    "UNSET": "agentlightning.types",
+    "Attempt": "agentlightning.types",
+    "AttemptStatus": "agentlightning.types",
+    "AttemptedRollout": "agentlightning.types",
+    "AttributeValue": "agentlightning.types",
+    "Attributes": "agentlightning.types",
+    "Dataset": "agentlightning.types",
+    "EnqueueRolloutRequest": "agentlightning.types",
+    "Event": "agentlightning.types",
+    "FilterField": "agentlightning.types",
+    "FilterOptions": "agentlightning.types",
+    "GenericResponse": "agentlightning.types",
+    "Link": "agentlightning.types",
+    "NamedResources": "agentlightning.types",
+    "OtelResource": "agentlightning.types",
+    "PaginatedResult": "agentlightning.types",
+    "PromptTemplate": "agentlightning.types",
+    "ProxyLLM": "agentlightning.types",
+    "Resource": "agentlightning.types",
+    "ResourceUnion": "agentlightning.types",
+    "ResourcesUpdate": "agentlightning.types",
+    "Rollout": "agentlightning.types",
+    "RolloutConfig": "agentlightning.types",
+    "RolloutLegacy": "agentlightning.types",
+    "RolloutMode": "agentlightning.types",
+    "RolloutRawResult": "agentlightning.types",
+    "RolloutRawResultLegacy": "agentlightning.types",
+    "RolloutStatus": "agentlightning.types",
+    "SortOptions": "agentlightning.types",
+    "Span": "agentlightning.types",
+    "SpanAttributeNames": "agentlightning.types",
+    "SpanContext": "agentlightning.types",
+    "SpanCoreFields": "agentlightning.types",
+    "SpanLike": "agentlightning.types",
+    "SpanNames": "agentlightning.types",
+    "SpanRecordingContext": "agentlightning.types",
+    "StatusCode": "agentlightning.types",
+    "Task": "agentlightning.types",
+    "TaskIfAny": "agentlightning.types",
+    "TaskInput": "agentlightning.types",
+    "TraceState": "agentlightning.types",
+    "TraceStatus": "agentlightning.types",
+    "Triplet": "agentlightning.types",
+    "Unset": "agentlightning.types",
+    "VerificationReport": "agentlightning.types",
+    "Violation": "agentlightning.types",
+    "Worker": "agentlightning.types",
+    "WorkerStatus": "agentlightning.types",
+    "convert_timestamp": "agentlightning.types",
+    "extract_extra_fields": "agentlightning.types",
+}
+"""Every exported name, and the module that defines it."""
+
+if not TYPE_CHECKING:  # a type checker knows the names from the imports above, and takes no list that is computed
+    __all__ = list(_MODULE_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("agentlightning")
+    elif name in _MODULE_NAMES:
+        value = getattr(import_module(_MODULE_NAMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next use does not come by here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_NAMES, "__version__"})

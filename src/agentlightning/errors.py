@@ -1,0 +1,181 @@
+"""Every error Agent Lightning raises on purpose, as one tree.
+
+There is one class for each decision a caller can take: mend the value, look elsewhere,
+accept that somebody else was first, wait, or call the operator. Each class has a stable
+``code`` and the HTTP ``status`` it crosses the network with, so that the same exception
+is raised on both sides. Each message says what was wrong, with what value, and what to do.
+
+Errors for unknown ids and for invalid values are ``ValueError`` too, because callers of
+agentlightning 0.3 catch that.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "AgentLightningError",
+    "Conflict",
+    "CorruptStore",
+    "DiskFull",
+    "ForeignFile",
+    "IdReused",
+    "IllegalMove",
+    "InvalidId",
+    "InvalidValue",
+    "MissingExtra",
+    "NewerSchema",
+    "NotFound",
+    "NotJson",
+    "StaleAttempt",
+    "StoreClosed",
+    "StoreForked",
+    "StoreOwned",
+    "StoreStopped",
+    "StoreUnavailable",
+    "TooLarge",
+    "error_classes",
+]
+
+
+class AgentLightningError(Exception):
+    """Root of the tree. Raised as itself only for a bug of ours."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidValue(AgentLightningError, ValueError):
+    """An argument has a value that no store would take. Mend the value; a repeat fails again."""
+
+    code = "invalid_value"
+    status = 422
+
+
+class InvalidId(InvalidValue):
+    """An id is empty, too long, reserved, or has characters that do not fit into a URL."""
+
+    code = "invalid_id"
+
+
+class NotJson(InvalidValue):
+    """A value is not strict JSON: another type, NaN or an infinity, NUL, or a lone surrogate."""
+
+    code = "not_json"
+
+
+class TooLarge(InvalidValue):
+    """A value is larger, or nested deeper, than the store takes."""
+
+    code = "too_large"
+    status = 413
+
+
+class NotFound(AgentLightningError, ValueError):
+    """An id is unknown to this store."""
+
+    code = "not_found"
+    status = 404
+
+
+class Conflict(AgentLightningError):
+    """The record is not in a state that allows this. Read it again before trying anything else."""
+
+    code = "conflict"
+    status = 409
+
+
+class IllegalMove(Conflict):
+    """The state machine has no such move from the present state."""
+
+    code = "illegal_move"
+
+
+class StaleAttempt(Conflict):
+    """The attempt has lost its rollout: it expired, was replaced, or its rollout ended. Stop working on it."""
+
+    code = "stale_attempt"
+
+
+class IdReused(Conflict):
+    """The id was used before, with other content. A repeat must carry the same content."""
+
+    code = "id_reused"
+
+
+class StoreUnavailable(AgentLightningError):
+    """The store cannot do this now, whatever the request says."""
+
+    code = "store_unavailable"
+    status = 503
+
+
+class StoreClosed(StoreUnavailable):
+    """The store was closed. Open a new one."""
+
+    code = "store_closed"
+
+
+class StoreForked(StoreUnavailable):
+    """The store was opened in another process and inherited by fork. Open one here, or use a client."""
+
+    code = "store_forked"
+
+
+class StoreOwned(StoreUnavailable):
+    """Another process, or another store object, owns the database file."""
+
+    code = "store_owned"
+
+
+class StoreStopped(StoreUnavailable):
+    """A write to the disk failed, so the store acknowledges nothing any more. Reads go on."""
+
+    code = "store_stopped"
+
+
+class DiskFull(StoreStopped):
+    """The disk is full. Free space, then open the store again."""
+
+    code = "disk_full"
+    status = 507
+
+
+class CorruptStore(StoreStopped):
+    """The database file is damaged. Restore a backup."""
+
+    code = "corrupt_store"
+    status = 500
+
+
+class ForeignFile(StoreUnavailable):
+    """The file is not an Agent Lightning database. Give another path."""
+
+    code = "foreign_file"
+
+
+class NewerSchema(StoreUnavailable):
+    """The database was written by a newer Agent Lightning. Upgrade; there is no way down."""
+
+    code = "newer_schema"
+
+
+class MissingExtra(AgentLightningError, ImportError):
+    """An optional dependency is not installed. The message names the extra that brings it."""
+
+    code = "missing_extra"
+
+
+def error_classes() -> dict[str, type[AgentLightningError]]:
+    """All classes of the tree by ``code``, for turning an error that crossed a wire into itself."""
+    found: dict[str, type[AgentLightningError]] = {}
+    pending: list[type[AgentLightningError]] = [AgentLightningError]
+    while pending:
+        cls = pending.pop()
+        found[cls.code] = cls
+        pending.extend(cls.__subclasses__())
+    return found

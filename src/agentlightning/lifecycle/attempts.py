@@ -1,0 +1,269 @@
+"""What happens to an attempt and, through it, to its rollout.
+
+Every function takes the records as they are and returns them as they shall be. A record
+that need not be written comes back as the very same object.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+from msgspec.structs import replace
+
+from agentlightning.errors import StaleAttempt
+from agentlightning.lifecycle import reasons
+from agentlightning.lifecycle.deadlines import attempt_deadline, attempt_due
+from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
+from agentlightning.lifecycle.states import (
+    ENDED,
+    AttemptEnd,
+    check_attempt_move,
+    check_rollout_move,
+)
+from agentlightning.types import AttemptStatus, RolloutStatus
+
+__all__ = [
+    "MAX_REDELIVERIES",
+    "Started",
+    "beat",
+    "close",
+    "end",
+    "ended",
+    "expire",
+    "lose",
+    "report",
+    "run",
+    "stale",
+    "standing",
+    "start",
+    "steady",
+    "touch",
+]
+
+MAX_REDELIVERIES = 3
+"""How often a rollout whose claim was never confirmed is handed out again before it counts as poison."""
+
+
+class Started(NamedTuple):
+    """What starting an attempt writes."""
+
+    rollout: RolloutRow
+    attempt: AttemptRow
+    replaced: AttemptRow | None
+    """The live attempt that had to make way, as it ended."""
+
+
+def start(rollout: RolloutRow, holder: AttemptRow | None, claim: Claim, now: Moment) -> Started:
+    """Make the next attempt of a rollout; a live ``holder`` (its latest attempt) is superseded.
+
+    Raises:
+        IllegalMove: the rollout has ended.
+    """
+    check_rollout_move(rollout.rollout_id, rollout.status, "preparing")
+    replaced = None
+    if holder is not None and holder.live:
+        message = f"replaced by attempt {claim.attempt_id!r}, which was started explicitly"
+        replaced = ended(holder, "failed", Reason(reasons.SUPERSEDED, message), now)
+    attempt = AttemptRow(
+        seq=0,
+        version=1,
+        rollout_id=rollout.rollout_id,
+        attempt_id=claim.attempt_id,
+        sequence_id=rollout.attempts + 1,
+        status="preparing",
+        start_time=now.wall,
+        end_time=None,
+        worker_id=claim.worker_id,
+        last_heartbeat_time=None,
+        metadata=None,
+        reason_code=None,
+        reason_message=None,
+        request_id=claim.request_id,
+        confirm_seconds=claim.confirm_seconds,
+        started_lease=now.lease,
+        beaten_lease=now.lease,
+        deadline=None,
+        span_sequence=0,
+    )
+    deadline = attempt_deadline(rollout.policy, attempt)
+    if deadline is not None:
+        attempt = replace(attempt, deadline=deadline)
+    taken = replace(rollout, status="preparing", attempts=attempt.sequence_id, latest_attempt_id=attempt.attempt_id)
+    return Started(taken, attempt, replaced)
+
+
+def standing(pair: Pair) -> Literal["live", "revivable", "stale"]:
+    """Whether an attempt holds its rollout, may take it up again, or has lost it for good.
+
+    An attempt that fell silent is revivable only while its rollout waits in the queue and
+    no newer attempt was made. One that ran out of time is not: it would expire again at once.
+    """
+    rollout, attempt = pair
+    if attempt.live:
+        return "live"
+    waiting = rollout.status == "requeuing" and rollout.latest_attempt_id == attempt.attempt_id
+    return "revivable" if waiting and attempt.status == "unresponsive" else "stale"
+
+
+def stale(pair: Pair) -> StaleAttempt:
+    """The error for an attempt that has lost its rollout; says how it was lost."""
+    rollout, attempt = pair
+    why = f" ({attempt.reason_code}: {attempt.reason_message})" if attempt.reason_code else ""
+    newer = rollout.latest_attempt_id
+    successor = f"; attempt {newer!r} took over" if newer != attempt.attempt_id else ""
+    return StaleAttempt(
+        f"attempt {attempt.attempt_id!r} of rollout {rollout.rollout_id!r} is {attempt.status}{why}{successor}, "
+        f"and its rollout is {rollout.status}; stop working on it"
+    )
+
+
+def steady(attempt: AttemptRow) -> bool:
+    """Whether a sign of life changes nothing but the clock: no need to look at the rollout."""
+    return attempt.status == "running" and attempt.confirm_seconds is None
+
+
+def touch(attempt: AttemptRow, now: Moment) -> AttemptRow:
+    """A sign of life of an attempt that is ``steady``."""
+    return replace(attempt, last_heartbeat_time=now.wall, beaten_lease=now.lease)
+
+
+def beat(pair: Pair, now: Moment) -> Pair:
+    """A sign of life: renews the lease, confirms the claim, revives. A stale attempt stays as it is."""
+    match standing(pair):
+        case "live":
+            return _confirmed(pair, touch(pair.attempt, now))
+        case "revivable":
+            return _revived(pair, now)
+        case "stale":
+            return pair
+
+
+def run(pair: Pair, now: Moment) -> Pair:
+    """A sign that the work has begun (a span): a beat, and ``preparing`` becomes ``running``."""
+    rollout, attempt = beat(pair, now)
+    if attempt.status != "preparing":
+        return Pair(rollout, attempt)
+    check_rollout_move(rollout.rollout_id, rollout.status, "running")
+    return Pair(replace(rollout, status="running"), replace(attempt, status="running"))
+
+
+def report(pair: Pair, status: AttemptStatus, reason: Reason | None, now: Moment) -> Pair:
+    """A worker says where its attempt stands.
+
+    A repeat of the status that an ended attempt already has changes nothing.
+
+    Raises:
+        StaleAttempt: the attempt has lost its rollout.
+        IllegalMove: a running attempt cannot be ``preparing`` again.
+    """
+    if not pair.attempt.live and pair.attempt.status == status:
+        return pair
+    if standing(pair) == "stale":
+        raise stale(pair)
+    if status == "running":
+        return run(pair, now)
+    pair = beat(pair, now)
+    if status in ENDED:
+        return end(pair, cast(AttemptEnd, status), reason or _reported(status), now)
+    if pair.attempt.status != status:
+        check_attempt_move(pair.attempt.attempt_id, pair.attempt.status, status)
+    return pair
+
+
+def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment) -> Pair:
+    """End a live attempt; its rollout succeeds, goes back to the queue if its policy says so, or fails."""
+    rollout = pair.rollout
+    attempt = ended(pair.attempt, status, reason, now)
+    policy = rollout.policy
+    if status == "succeeded":
+        return Pair(close(rollout, "succeeded", reason, now), attempt)
+    counted = rollout.attempts - rollout.redeliveries
+    if status in policy.retry_condition and counted < policy.max_attempts:
+        return Pair(_requeued(rollout), attempt)
+    last = f"attempt {counted} of {policy.max_attempts} ended {status}: {reason.message}"
+    return Pair(close(rollout, "failed", Reason(reason.code, last), now), attempt)
+
+
+def lose(pair: Pair, reason: Reason, now: Moment) -> Pair:
+    """End a live attempt whose worker is gone. One that was never confirmed is handed out again."""
+    if pair.attempt.confirm_seconds is not None:
+        return _redelivered(pair, now)
+    return end(pair, "unresponsive", reason, now)
+
+
+def expire(pair: Pair, now: Moment) -> Pair:
+    """Look at a live attempt whose ``deadline`` has passed: end it, or set the true deadline."""
+    rollout, attempt = pair
+    due = attempt_due(rollout.policy, attempt)
+    if due is None or due.at > now.lease:
+        return Pair(rollout, replace(attempt, deadline=None if due is None else due.at))
+    match due.cause:
+        case "unconfirmed":
+            return _redelivered(pair, now)
+        case "unresponsive":
+            message = f"no sign of life for {rollout.policy.unresponsive_seconds:g} s"
+            return end(pair, "unresponsive", Reason(reasons.UNRESPONSIVE, message), now)
+        case "timeout":
+            message = f"not finished within {rollout.policy.timeout_seconds:g} s"
+            return end(pair, "timeout", Reason(reasons.TIMEOUT, message), now)
+
+
+def close(rollout: RolloutRow, status: RolloutStatus, reason: Reason, now: Moment) -> RolloutRow:
+    """Bring a rollout to a terminal state.
+
+    Raises:
+        IllegalMove: it has reached one already.
+    """
+    check_rollout_move(rollout.rollout_id, rollout.status, status)
+    return replace(rollout, status=status, end_time=now.wall, reason_code=reason.code, reason_message=reason.message)
+
+
+def _reported(status: AttemptStatus) -> Reason:
+    if status == "succeeded":
+        return Reason(reasons.COMPLETED, "reported as succeeded")
+    return Reason(reasons.REPORTED, f"reported as {status}, without a reason")
+
+
+def ended(attempt: AttemptRow, status: AttemptEnd, reason: Reason, now: Moment) -> AttemptRow:
+    check_attempt_move(attempt.attempt_id, attempt.status, status)
+    return replace(
+        attempt,
+        status=status,
+        end_time=now.wall,
+        reason_code=reason.code,
+        reason_message=reason.message,
+        confirm_seconds=None,
+        deadline=None,
+    )
+
+
+def _requeued(rollout: RolloutRow, redeliveries: int = 0) -> RolloutRow:
+    check_rollout_move(rollout.rollout_id, rollout.status, "requeuing")
+    return replace(rollout, status="requeuing", redeliveries=rollout.redeliveries + redeliveries)
+
+
+def _redelivered(pair: Pair, now: Moment) -> Pair:
+    rollout, attempt = pair
+    message = "its worker never confirmed that it had received it"
+    attempt = ended(attempt, "unresponsive", Reason(reasons.UNCONFIRMED, message), now)
+    if rollout.redeliveries < MAX_REDELIVERIES:
+        return Pair(_requeued(rollout, redeliveries=1), attempt)
+    message = f"handed out {rollout.redeliveries + 1} times without being confirmed once"
+    return Pair(close(rollout, "failed", Reason(reasons.POISON, message), now), attempt)
+
+
+def _confirmed(pair: Pair, attempt: AttemptRow) -> Pair:
+    if attempt.confirm_seconds is None:
+        return Pair(pair.rollout, attempt)
+    attempt = replace(attempt, confirm_seconds=None)
+    return Pair(pair.rollout, replace(attempt, deadline=attempt_deadline(pair.rollout.policy, attempt)))
+
+
+def _revived(pair: Pair, now: Moment) -> Pair:
+    rollout, attempt = pair
+    check_attempt_move(attempt.attempt_id, attempt.status, "running")
+    check_rollout_move(rollout.rollout_id, rollout.status, "running")
+    redeliveries = rollout.redeliveries - (attempt.reason_code == reasons.UNCONFIRMED)
+    attempt = replace(touch(attempt, now), status="running", end_time=None, reason_code=None, reason_message=None)
+    attempt = replace(attempt, deadline=attempt_deadline(rollout.policy, attempt))
+    return Pair(replace(rollout, status="running", redeliveries=redeliveries), attempt)

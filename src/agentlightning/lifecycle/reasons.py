@@ -1,0 +1,39 @@
+"""The reason codes that the store itself gives. A worker may report its own codes beside them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "CANCELLED",
+    "COMPLETED",
+    "POISON",
+    "REPORTED",
+    "REQUEUED",
+    "SUPERSEDED",
+    "TIMEOUT",
+    "UNCONFIRMED",
+    "UNRESPONSIVE",
+    "WORKER_LOST",
+]
+
+COMPLETED: Final = "completed"
+"""Reported as succeeded."""
+REPORTED: Final = "reported"
+"""Reported as ended otherwise, without a code of the reporter's own."""
+TIMEOUT: Final = "timeout"
+"""Ran longer than ``timeout_seconds``."""
+UNRESPONSIVE: Final = "unresponsive"
+"""Silent for longer than ``unresponsive_seconds``."""
+UNCONFIRMED: Final = "unconfirmed"
+"""Claimed, but its worker never gave a sign of life."""
+WORKER_LOST: Final = "worker_lost"
+"""Its worker died, or its worker's lease ran out."""
+SUPERSEDED: Final = "superseded"
+"""Replaced by a newer attempt that was asked for explicitly."""
+REQUEUED: Final = "requeued"
+"""Its rollout was put back into the queue on request."""
+CANCELLED: Final = "cancelled"
+"""Its rollout was cancelled."""
+POISON: Final = "poison"
+"""The rollout was handed out too often without ever being confirmed."""

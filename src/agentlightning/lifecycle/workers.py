@@ -1,0 +1,76 @@
+"""What the store knows about a worker, and how that changes."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from agentlightning.lifecycle.deadlines import worker_due
+from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
+from agentlightning.types import AttemptStatus
+
+__all__ = ["beat", "came_empty", "expire", "holds", "lose", "released", "took"]
+
+
+def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
+    """It got this attempt from the queue."""
+    return replace(holds(worker, attempt, now), last_dequeue_time=now.wall)
+
+
+def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
+    """It works on this attempt."""
+    return replace(
+        worker,
+        status="busy",
+        last_busy_time=now.wall,
+        current_rollout_id=attempt.rollout_id,
+        current_attempt_id=attempt.attempt_id,
+    )
+
+
+def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
+    """It asked for work and there was none. One that still holds an attempt stays busy."""
+    worker = replace(worker, last_dequeue_time=now.wall)
+    return worker if worker.current_attempt_id is not None else _idle(worker, now)
+
+
+def released(worker: WorkerRow, ended: AttemptStatus, other: AttemptRow | None, now: Moment) -> WorkerRow:
+    """One of its attempts ended as ``ended``; ``other`` is an attempt that it still holds, if any."""
+    if other is not None:
+        return replace(worker, status="busy", current_rollout_id=other.rollout_id, current_attempt_id=other.attempt_id)
+    worker = replace(worker, current_rollout_id=None, current_attempt_id=None)
+    if ended in ("timeout", "unresponsive"):
+        return replace(worker, status="unknown")
+    return _idle(worker, now)
+
+
+def beat(worker: WorkerRow, lease_seconds: float | None, stats: bytes | None, now: Moment) -> WorkerRow:
+    """It says that it lives, and for how long it may be silent from now on (None: as before)."""
+    worker = replace(
+        worker,
+        last_heartbeat_time=now.wall,
+        beaten_lease=now.lease,
+        lease_seconds=worker.lease_seconds if lease_seconds is None else lease_seconds,
+        heartbeat_stats=worker.heartbeat_stats if stats is None else stats,
+    )
+    if worker.deadline is None or lease_seconds is not None:
+        worker = replace(worker, deadline=worker_due(worker))
+    if worker.status != "unknown":
+        return worker
+    return _idle(worker, now) if worker.current_attempt_id is None else replace(worker, status="busy")
+
+
+def expire(worker: WorkerRow, now: Moment) -> tuple[WorkerRow, bool]:
+    """Look at a worker whose ``deadline`` has passed: (the worker, whether it is lost)."""
+    due = worker_due(worker)
+    if due is None or due > now.lease:
+        return replace(worker, deadline=due), False
+    return lose(worker), True
+
+
+def lose(worker: WorkerRow) -> WorkerRow:
+    """It is gone, until it beats again."""
+    return replace(worker, status="unknown", current_rollout_id=None, current_attempt_id=None, deadline=None)
+
+
+def _idle(worker: WorkerRow, now: Moment) -> WorkerRow:
+    return replace(worker, status="idle", last_idle_time=now.wall)

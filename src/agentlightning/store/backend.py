@@ -1,0 +1,249 @@
+"""What a backend offers: transactions over rows, and nothing that decides.
+
+The engine hands a backend operations, ``async def op(tx)``; the backend runs each in a
+transaction of its own (SQLite: many under one commit) and returns its result once the
+effects are durable. An operation touches the outside world only through its ``tx``, so a
+backend may run it again from the start after a conflict, and may step it to completion
+without an event loop: no operation awaits anything but its ``tx``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Moment,
+    ResourcesRow,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
+
+__all__ = [
+    "AttemptsBy",
+    "Backend",
+    "Deadline",
+    "Event",
+    "Filter",
+    "Finished",
+    "Page",
+    "PageQuery",
+    "ReadTransaction",
+    "ResourcesBy",
+    "Row",
+    "Swept",
+    "Table",
+    "Transaction",
+    "Unreadable",
+    "Waiting",
+]
+
+T = TypeVar("T")
+R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
+
+Row = RolloutRow | AttemptRow | WorkerRow | ResourcesRow
+Table = Literal["rollouts", "attempts", "spans", "resources", "workers"]
+
+
+class Filter(NamedTuple):
+    """One condition on one field of the public record."""
+
+    field: str
+    test: Literal["equals", "within", "contains", "below"]
+    value: Any
+
+
+class PageQuery(NamedTuple):
+    """Which rows, in which order, and which part of them."""
+
+    table: Table
+    scope: tuple[Filter, ...] = ()
+    """Conditions that always apply."""
+    filters: tuple[Filter, ...] = ()
+    """Conditions joined by ``logic``."""
+    logic: Literal["and", "or"] = "and"
+    sort_by: str | None = None
+    """A field of the public record; None: the order of insertion."""
+    descending: bool = False
+    limit: int = -1
+    offset: int = 0
+    newest_only: bool = False
+    """Of resources: only the newest version of each id."""
+
+
+class Page(NamedTuple):
+    """Rows of one page (rollouts as (rollout, latest attempt or None)) and how many there are in all."""
+
+    rows: list[Any]
+    total: int
+
+
+class AttemptsBy(NamedTuple):
+    """Selects attempts by who asked for them, in order of insertion."""
+
+    key: Literal["worker_id", "request_id"]
+    value: str
+    live_only: bool
+
+
+class ResourcesBy(NamedTuple):
+    """Selects one version: by request if given; else without an id the newest of all, without a version the
+    newest of the id."""
+
+    resources_id: str | None = None
+    version: int | None = None
+    request_id: str | None = None
+
+
+class Finished(NamedTuple):
+    """A rollout has reached its terminal state; with its latest attempt, if it had one."""
+
+    rollout: RolloutRow
+    attempt: AttemptRow | None
+
+
+class Waiting(NamedTuple):
+    """This many rollouts have become claimable."""
+
+    count: int
+
+
+class Deadline(NamedTuple):
+    """A row that expires was written: look again at this moment of the lease clock, at the latest."""
+
+    at: float
+
+
+class Swept(NamedTuple):
+    """What was due has been looked at; the next deadline of all rows."""
+
+    next_deadline: float | None
+
+
+Event = Finished | Waiting | Deadline | Swept
+
+
+class Unreadable(NamedTuple):
+    """A stored row that is not what its table should hold."""
+
+    seq: int
+    detail: str
+
+
+class ReadTransaction(Protocol):
+    """Rows as they stand at one moment."""
+
+    def now(self) -> Moment:
+        """The backend's clocks, read once per transaction."""
+        ...
+
+    async def get(self, kind: type[R], key: str) -> R | None:
+        """The rollout, attempt or worker with this id."""
+        ...
+
+    async def get_resources(self, selection: ResourcesBy) -> ResourcesRow | None: ...
+
+    async def page(self, query: PageQuery) -> Page: ...
+
+    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]: ...
+
+    async def counters(self) -> dict[str, int]:
+        """Everything that ``Transaction.count`` ever added up, by name."""
+        ...
+
+    async def scan(self, table: Table, after: int, limit: int) -> list[Any]:
+        """Up to ``limit`` rows with a ``seq`` above ``after``, in that order; ``Unreadable`` for damaged ones.
+
+        Spans come without bodies, as (seq, attempt_seq, sequence_id, issued, body bytes).
+        """
+        ...
+
+    async def integrity(self) -> list[str]:
+        """What the database itself finds damaged; empty if nothing."""
+        ...
+
+
+class Transaction(ReadTransaction, Protocol):
+    """Rows, and changes to them that become durable together or not at all."""
+
+    async def insert(self, row: Row) -> int:
+        """Store a new row; returns the ``seq`` that the backend issued for it."""
+        ...
+
+    async def put(self, old: R, new: R) -> R:
+        """Replace ``old``, provided that it is still stored as it was read; returns ``new`` with its version."""
+        ...
+
+    async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
+        """Store spans; for each whether it was new. Known is (attempt, ``span_id``)."""
+        ...
+
+    async def next_claimable(self, limit: int) -> list[RolloutRow]:
+        """Rollouts that wait, higher priority first, then by ``seq``."""
+        ...
+
+    async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
+        """Rows whose ``deadline`` is not after ``lease``, the earliest first."""
+        ...
+
+    async def next_deadline(self) -> float | None:
+        """The earliest ``deadline`` of all rows."""
+        ...
+
+    async def delete_spans(self, attempt: AttemptRow, limit: int) -> tuple[int, int]:
+        """Delete up to ``limit`` spans of an attempt; returns how many, and their bytes."""
+        ...
+
+    async def delete_rollout(self, rollout: RolloutRow) -> int:
+        """Delete a rollout and its attempts, whose spans are gone already; returns the number of attempts."""
+        ...
+
+    def count(self, changes: Mapping[str, int]) -> None:
+        """Add to counters, together with the other effects of this transaction."""
+        ...
+
+    def publish(self, event: Event) -> None:
+        """Tell the engine, once the transaction is durable."""
+        ...
+
+
+class Backend(Protocol):
+    """Runs operations in transactions."""
+
+    name: str
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault has ended all writing; reads may go on."""
+        ...
+
+    def open(self, publish: Callable[[list[Event]], None]) -> None:
+        """Take possession of the data; idempotent. Events of committed transactions go to ``publish``."""
+        ...
+
+    def lease_now(self) -> float:
+        """The lease clock of ``now``, outside a transaction."""
+        ...
+
+    async def write(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run ``op`` in a transaction; return its result when it is durable."""
+        ...
+
+    def write_blocking(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
+        """``write`` for a thread without an event loop."""
+        ...
+
+    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+        """Run ``op`` on a snapshot. ``rows``: about how many it will read, to choose where it runs."""
+        ...
+
+    async def backup(self, target: Path) -> None:
+        """Copy the data as they stand into a new file, while writes go on."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was accepted, then let go of the data; idempotent."""
+        ...

@@ -1,0 +1,564 @@
+"""``LightningStore``: the contract of every store, local or remote.
+
+What holds for all methods:
+
+- Ids are 1 to 128 characters of ``A-Z a-z 0-9 . _ ~ : @ -``, never ``latest``, ``search`` or ``bulk``;
+  others raise ``InvalidId``.
+- Inputs, metadata and heartbeat statistics are strict JSON values (``NotJson``, ``TooLarge``).
+- A write that returned is durable as the store promises; one that raised changed nothing, except
+  ``StoreStopped`` and its subclasses, after which the outcome of that write is unknown.
+- A write repeated with the same ids has the effect of one and returns the record as it is now;
+  the same id with other content raises ``IdReused``. Without caller-minted ids a repeat is a new call.
+- Reads of unknown ids return ``None`` or an empty page; writes to unknown ids raise ``NotFound``.
+- No read shows an attempt as running whose deadline has passed.
+- Returned records are copies: changing them changes nothing in the store.
+- Any thread and any event loop may call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from pydantic import ValidationError
+
+from agentlightning.errors import InvalidValue
+from agentlightning.types import (
+    UNSET,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    EnqueueRolloutRequest,
+    NamedResources,
+    PaginatedResult,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    Span,
+    TaskInput,
+    Unset,
+    VerificationReport,
+    Worker,
+    WorkerStatus,
+)
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+__all__ = [
+    "LightningStore",
+    "LightningStoreCapabilities",
+    "LightningStoreStatistics",
+    "enqueue_request",
+    "is_finished",
+    "is_queuing",
+    "is_running",
+]
+
+JsonObject = Mapping[str, Any]
+"""A JSON object, as callers give it."""
+
+
+class LightningStoreCapabilities(TypedDict, total=False):
+    """What callers may rely on; an absent key means no."""
+
+    thread_safe: bool
+    async_safe: bool
+    zero_copy: bool
+    otlp_traces: bool
+
+
+class LightningStoreStatistics(TypedDict, total=False):
+    """Counts of everything stored; none of them costs a scan."""
+
+    name: str
+    total_rollouts: int
+    total_attempts: int
+    total_spans: int
+    total_resources: int
+    total_workers: int
+    uptime: float
+    """Seconds since the store was opened."""
+    rollouts_by_status: dict[str, int]
+    total_span_bytes: int
+
+
+def is_queuing(rollout: Rollout) -> bool:
+    """Whether the rollout waits in the queue, for the first time or to be retried."""
+    return rollout.status in ("queuing", "requeuing")
+
+
+def is_running(rollout: Rollout) -> bool:
+    """Whether an attempt holds the rollout."""
+    return rollout.status in ("preparing", "running")
+
+
+def is_finished(rollout: Rollout) -> bool:
+    """Whether the rollout has reached its terminal state."""
+    return rollout.status in ("succeeded", "failed", "cancelled")
+
+
+class LightningStore(ABC):
+    """Queue of rollouts, record of attempts, log of spans, versions of resources."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> LightningStoreCapabilities:
+        """What callers may rely on."""
+
+    @abstractmethod
+    async def statistics(self) -> LightningStoreStatistics:
+        """Counts of everything stored."""
+
+    def otlp_traces_endpoint(self) -> str:
+        """URL that takes spans by OTLP/HTTP.
+
+        Raises:
+            NotImplementedError: this store has none (``capabilities['otlp_traces']`` says so).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no OTLP endpoint; serve it with LightningStoreServer")
+
+    # --- Rollouts and attempts -------------------------------------------------------------------
+
+    async def enqueue_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: JsonObject | None = None,
+        *,
+        priority: int = 0,
+        rollout_id: str | None = None,
+    ) -> Rollout:
+        """Put one rollout into the queue. See ``enqueue_many_rollouts``."""
+        request = enqueue_request(input, mode, resources_id, config, metadata, priority, rollout_id)
+        return (await self.enqueue_many_rollouts([request]))[0]
+
+    @abstractmethod
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        """Put rollouts into the queue, all or none.
+
+        They are ``queuing`` after, and are claimed higher ``priority`` first, then in the order in
+        which they were enqueued. Each keeps the newest version of ``resources_id`` (or the latest
+        resources, when none is named) as it stood at this moment.
+
+        Args:
+            rollouts: what to run; a ``rollout_id`` given makes the call repeatable.
+
+        Raises:
+            NotFound: a ``resources_id`` is unknown.
+            IdReused: a ``rollout_id`` exists with other content.
+        """
+
+    @abstractmethod
+    async def start_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: JsonObject | None = None,
+        worker_id: str | None = None,
+        *,
+        priority: int = 0,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+    ) -> AttemptedRollout:
+        """Make a rollout together with its first attempt, past the queue. It is ``preparing`` after.
+
+        Raises:
+            NotFound: ``resources_id`` is unknown.
+            IdReused: ``rollout_id`` or ``attempt_id`` exists with other content.
+        """
+
+    async def dequeue_rollout(
+        self, worker_id: str | None = None, *, request_id: str | None = None, wait_seconds: float = 0.0
+    ) -> AttemptedRollout | None:
+        """Claim one rollout; None if there is none. See ``dequeue_many_rollouts``."""
+        claimed = await self.dequeue_many_rollouts(
+            limit=1, worker_id=worker_id, request_id=request_id, wait_seconds=wait_seconds
+        )
+        return claimed[0] if claimed else None
+
+    @abstractmethod
+    async def dequeue_many_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+        wait_seconds: float = 0.0,
+    ) -> Sequence[AttemptedRollout]:
+        """Claim up to ``limit`` rollouts; each is ``preparing`` after, with a new attempt.
+
+        Args:
+            limit: 1 to 1000.
+            worker_id: who claims; its worker record becomes ``busy``, or ``idle`` if there was nothing.
+            request_id: makes the claim repeatable. The same id gets the same attempts again while they
+                live. Such a claim must be confirmed by a sign of life (a span, ``update_attempt``, or a
+                heartbeat that lists the attempt) within a short lease; otherwise the rollout is handed out
+                again, as a new attempt, without using up ``max_attempts``. Without a ``request_id`` a
+                claim follows the rollout's ``RolloutConfig`` alone.
+            wait_seconds: how long to wait for the first rollout when the queue is empty. A second
+                waiting claim with the same ``request_id`` replaces the first, which gets nothing.
+        """
+
+    @abstractmethod
+    async def start_attempt(
+        self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
+    ) -> AttemptedRollout:
+        """Make a new attempt of a rollout, whatever ``max_attempts`` says; a live one is superseded.
+
+        Raises:
+            NotFound: the rollout is unknown.
+            IllegalMove: the rollout has ended.
+            IdReused: ``attempt_id`` exists for another rollout or worker.
+        """
+
+    @abstractmethod
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: TaskInput | Unset = UNSET,
+        mode: RolloutMode | None | Unset = UNSET,
+        resources_id: str | None | Unset = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: JsonObject | None | Unset = UNSET,
+        *,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+    ) -> Rollout:
+        """Change what is given; ``UNSET`` leaves a field as it is.
+
+        A terminal ``status`` ends a live attempt with the rollout; ``requeuing`` ends it and puts the
+        rollout back into the queue; ``running`` starts a ``preparing`` attempt. The status that the
+        rollout already has is a repeat. After the end only ``metadata`` may change.
+
+        Raises:
+            NotFound: the rollout, or the ``resources_id``, is unknown.
+            IllegalMove: there is no such move, or the rollout has ended.
+        """
+
+    @abstractmethod
+    async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
+        """End a rollout that nobody wants any more; its live attempt fails with reason ``cancelled``.
+
+        Raises:
+            NotFound: the rollout is unknown.
+            IllegalMove: it ended otherwise before.
+        """
+
+    @abstractmethod
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"],
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset = UNSET,
+        last_heartbeat_time: float | Unset = UNSET,
+        metadata: JsonObject | None | Unset = UNSET,
+        *,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+    ) -> Attempt:
+        """Report where an attempt stands. The call itself is a sign of life.
+
+        When the attempt ends, its rollout succeeds, goes back to the queue if ``retry_condition`` and
+        ``max_attempts`` say so, or fails. An ``unresponsive`` attempt that reports again is revived
+        while its rollout still waits to be retried. ``last_heartbeat_time`` is data and moves no lease.
+        After the end only ``metadata`` may change, and a repeat of the final status is accepted.
+
+        Raises:
+            NotFound: the rollout or the attempt is unknown.
+            StaleAttempt: the attempt has lost its rollout; stop working on it.
+            IllegalMove: a running attempt cannot become ``preparing``.
+        """
+
+    @abstractmethod
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        """One rollout, with its latest attempt (then it is an ``AttemptedRollout``) if it has any."""
+
+    @abstractmethod
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        """The newest attempt of a rollout; None if the rollout is unknown or has none."""
+
+    @abstractmethod
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        sort_by: str | None = None,
+        sort_order: Literal["asc", "desc"] = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+    ) -> PaginatedResult[Rollout]:
+        """One page of rollouts, each with its latest attempt if it has any.
+
+        Args:
+            status_in, rollout_id_in, rollout_id_contains: filters, joined by ``filter_logic``.
+            sort_by: a field of ``Rollout`` with plain values; default: the order of insertion. A missing
+                time sorts as later than all, any other missing value as less than all.
+            limit: at least 1, or -1 for all.
+            offset: rows to pass over.
+            status, rollout_ids: old names of ``status_in`` and ``rollout_id_in``.
+
+        Raises:
+            InvalidValue: a bad limit, offset, sort field, or both an old and a new name.
+        """
+
+    @abstractmethod
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: Literal["asc", "desc"] = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        """One page of the attempts of a rollout."""
+
+    @abstractmethod
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        """Wait until all of these rollouts have ended, or ``timeout`` seconds have passed.
+
+        Returns those that have ended, in the order of ``rollout_ids``. Unknown ids are passed over.
+        ``timeout=None`` waits as long as it takes; 0 looks once.
+        """
+
+    @abstractmethod
+    async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
+        """Delete rollouts that ended longer ago, with their attempts and spans; returns how many.
+
+        Works in slices, so other writes go on meanwhile; an interrupted call is finished by the next.
+        """
+
+    # --- Spans -----------------------------------------------------------------------------------
+
+    async def add_span(self, span: Span) -> Span | None:
+        """Store one span; None if it was stored before. See ``add_many_spans``."""
+        stored = await self.add_many_spans([span])
+        return stored[0] if stored else None
+
+    @abstractmethod
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Store spans, all or none; each is a sign of life of its attempt, which starts ``running``.
+
+        A span is known by (rollout, attempt, ``span_id``); one that was stored before is passed over.
+        One without a ``sequence_id`` (0) gets the next of its attempt. Spans of an attempt that has
+        ended are kept under it and change nothing else.
+
+        Returns:
+            The spans that are new, with their sequence ids.
+
+        Raises:
+            NotFound: a rollout or attempt is unknown.
+            NotJson, TooLarge, InvalidValue: a span that no store would take, named by its ``span_id``.
+        """
+
+    async def add_otel_span(
+        self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None
+    ) -> Span | None:
+        """Convert an OpenTelemetry span and store it. See ``add_many_spans``."""
+        return await self.add_span(Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0))
+
+    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        """Issue the next span sequence id of an attempt, from 1. See ``get_many_span_sequence_ids``."""
+        return (await self.get_many_span_sequence_ids([(rollout_id, attempt_id)]))[0]
+
+    @abstractmethod
+    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
+        """Issue one span sequence id for each (rollout_id, attempt_id), strictly increasing per attempt.
+
+        Raises:
+            NotFound: a rollout or attempt is unknown.
+        """
+
+    @abstractmethod
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"] | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: Literal["asc", "desc"] = "asc",
+    ) -> PaginatedResult[Span]:
+        """One page of the spans of a rollout, or of one of its attempts (``latest``: the newest attempt).
+
+        Rollout and attempt always apply; the other filters are joined by ``filter_logic``. By
+        ``sequence_id``, spans are sorted by attempt first, and by insertion where ids are equal.
+        """
+
+    # --- Resources -------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
+        """Store new resources as version 1 of a new id; they are the latest after.
+
+        Raises:
+            IdReused: ``resources_id`` exists with other content in version 1.
+        """
+
+    @abstractmethod
+    async def update_resources(
+        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
+    ) -> ResourcesUpdate:
+        """Store the next version of an id (version 1 if it is new); it is the latest after.
+
+        Args:
+            request_id: makes the call repeatable: a repeat returns the version that the first one made.
+
+        Raises:
+            IdReused: ``request_id`` was used for another content or id.
+        """
+
+    @abstractmethod
+    async def rollback_resources(
+        self, resources_id: str, version: int, *, request_id: str | None = None
+    ) -> ResourcesUpdate:
+        """Store the content of an old version as a new one; it is the latest after.
+
+        Raises:
+            NotFound: there is no such version.
+        """
+
+    @abstractmethod
+    async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
+        """The newest version of an id, or the one named."""
+
+    @abstractmethod
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        """The version that was stored last, of any id; None if there is none yet."""
+
+    @abstractmethod
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: Literal["asc", "desc"] = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        """One page of resources: the newest version of each id."""
+
+    @abstractmethod
+    async def query_resource_versions(
+        self,
+        resources_id: str,
+        *,
+        sort_order: Literal["asc", "desc"] = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        """One page of all versions of an id, by version."""
+
+    # --- Workers ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def update_worker(
+        self,
+        worker_id: str,
+        heartbeat_stats: JsonObject | Unset = UNSET,
+        *,
+        attempt_ids: Sequence[str] | Unset = UNSET,
+        lease_seconds: float | Unset = UNSET,
+    ) -> Worker:
+        """A worker's heartbeat; an unknown worker is registered.
+
+        Args:
+            heartbeat_stats: replaces the statistics kept, when given.
+            attempt_ids: the attempts it works on; the call is a sign of life of each of them. Those it
+                has lost are named in ``stale_attempt_ids`` of the reply.
+            lease_seconds: how long the worker may be silent from now on before it counts as lost and
+                its attempts become ``unresponsive`` with reason ``worker_lost``. Never given: for ever.
+        """
+
+    @abstractmethod
+    async def report_worker_lost(self, worker_id: str, *, message: str) -> Sequence[Attempt]:
+        """End the live attempts of a worker that is known to be dead, without waiting for its lease.
+
+        Returns the attempts that were ended (``unresponsive``, reason ``worker_lost``).
+
+        Raises:
+            NotFound: the worker is unknown.
+        """
+
+    @abstractmethod
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        """One worker."""
+
+    @abstractmethod
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        sort_by: str | None = None,
+        sort_order: Literal["asc", "desc"] = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        """One page of workers."""
+
+    # --- Upkeep ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def verify(self) -> VerificationReport:
+        """Check that everything stored obeys the rules; names every record that breaks one.
+
+        Rules: attempts are numbered 1..n; at most one is live; terminal records are final and say why;
+        span sequence ids that the store issued are unique and increasing per attempt; versions are
+        dense; counters are true; the queue and the deadlines match the states.
+        """
+
+
+def enqueue_request(
+    input: TaskInput,
+    mode: RolloutMode | None,
+    resources_id: str | None,
+    config: RolloutConfig | None,
+    metadata: JsonObject | None,
+    priority: int,
+    rollout_id: str | None,
+) -> EnqueueRolloutRequest:
+    """What a caller gives for one rollout, as a request.
+
+    Raises:
+        InvalidValue: a field has a wrong type or value; the message names it.
+    """
+    try:
+        return EnqueueRolloutRequest(
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            metadata=None if metadata is None else dict(metadata),
+            priority=priority,
+            rollout_id=rollout_id,
+        )
+    except (ValidationError, TypeError, ValueError) as error:
+        raise InvalidValue(f"this rollout is not valid: {error}") from error

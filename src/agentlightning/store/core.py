@@ -1,0 +1,163 @@
+"""Running operations: opening and closing, sweeping first, telling those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from agentlightning.errors import StoreClosed, StoreUnavailable
+from agentlightning.store.backend import (
+    Backend,
+    Deadline,
+    Event,
+    Finished,
+    ReadTransaction,
+    Swept,
+    Transaction,
+    Waiting,
+)
+from agentlightning.store.sweep import Alarm, Deadlines, sweep
+from agentlightning.store.waits import ClaimTicket, ClaimWaiters, FinishWaiters, FinishWatch
+
+__all__ = ["Core"]
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_RETRY_SWEEP_SECONDS = 1.0
+
+
+class Core:
+    """Puts a backend, the deadlines and the waiting callers together.
+
+    Args:
+        backend: where rows live. It is opened by the first operation.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._alarm = Alarm(backend.lease_now, self._ring)
+        self._deadlines = Deadlines(backend.lease_now, self._alarm.set)
+        self._finishes = FinishWaiters()
+        self._claims = ClaimWaiters()
+        self._open = False
+        self._closed = False
+
+    def open(self) -> None:
+        """Take possession of the data; idempotent. Raises as ``Backend.open``."""
+        if not self._open:
+            self.backend.open(self._take_in)
+            self._open = True
+
+    async def close(self) -> None:
+        """Finish what was accepted; whoever still waits gets ``StoreClosed``. Idempotent."""
+        self._closed = True
+        error = StoreClosed("the store was closed while this call waited")
+        self._finishes.close(error)
+        self._claims.close(error)
+        await asyncio.to_thread(self._alarm.close)
+        await self.backend.close()
+
+    async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run an operation that writes, after a sweep if one is due."""
+        self.open()
+        deadlines = self._deadlines
+
+        async def swept_first(tx: Transaction) -> T:
+            if tx.now().lease >= deadlines.next:
+                await sweep(tx)
+            return await operation(tx)
+
+        return await self.backend.write(swept_first)
+
+    async def read(self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+        """Run an operation that only reads, after a sweep if one is due.
+
+        A store that cannot write is read all the same; what has expired there is computed on the way out.
+        """
+        self.open()
+        while self._deadlines.passed() and not self.backend.stopped:
+            try:
+                await self.backend.write(sweep)
+            except StoreClosed:
+                raise
+            except StoreUnavailable:
+                break
+        return await self.backend.read(operation, rows=rows)
+
+    # --- Waiting ---------------------------------------------------------------------------------
+
+    async def claim_or_wait(
+        self, claim: Callable[[], Awaitable[Sequence[T]]], request_id: str | None, wait_seconds: float
+    ) -> Sequence[T]:
+        """Claim; while there is nothing, wait for the queue to fill and claim again, until the time is up."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + wait_seconds
+        while True:
+            if until - clock() <= 0:
+                return await claim()
+            ticket = self._claims.join(request_id)
+            will_look = False
+            try:
+                claimed = await claim()
+                if claimed or ticket.replaced:
+                    return claimed
+                await self._wait_turn(ticket, until - clock())
+                if ticket.replaced:
+                    return []
+                will_look = True
+            finally:
+                self._claims.leave(ticket, will_look=will_look)
+
+    async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> None:
+        if self._closed:
+            raise StoreClosed("the store was closed while this call waited")
+        await ticket.signal.wait(seconds)
+
+    def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
+        """Begin to collect the ends of rollouts. Give it back with ``unwatch``."""
+        return self._finishes.watch(rollout_ids)
+
+    def unwatch(self, watch: FinishWatch) -> None:
+        """Stop collecting."""
+        self._finishes.unwatch(watch)
+
+    async def wait_for_all(
+        self, watch: FinishWatch, found: Sequence[Finished], unknown: Sequence[str], seconds: float | None
+    ) -> None:
+        """Wait until every watched rollout has ended, counting those found ended, or the time is up."""
+        if not self._finishes.settle(watch, found, unknown) and seconds != 0:
+            if self._closed:
+                raise StoreClosed("the store was closed while this call waited")
+            await watch.signal.wait(seconds)
+
+    # --- Events ----------------------------------------------------------------------------------
+
+    def _take_in(self, events: list[Event]) -> None:
+        """What committed transactions say. Called in the order of the commits, from any thread."""
+        waiting = 0
+        for event in events:
+            match event:
+                case Finished():
+                    self._finishes.finished(event)
+                case Waiting(count):
+                    waiting += count
+                case Deadline() | Swept():
+                    self._deadlines.note(event)
+        if waiting:
+            self._claims.wake(waiting)
+
+    def _ring(self) -> None:
+        """A deadline has passed and nobody asked: sweep, so that those who wait learn of it."""
+        try:
+            self.backend.write_blocking(sweep)
+        except StoreUnavailable as error:
+            _log.warning("expired attempts are not swept: %s", error)
+        except Exception:
+            _log.exception("a sweep failed; it is tried again in %g s", _RETRY_SWEEP_SECONDS)
+            self._alarm.set(self.backend.lease_now() + _RETRY_SWEEP_SECONDS)
+        else:
+            if self._deadlines.passed() and self._deadlines.next < math.inf:
+                self._alarm.set(self._deadlines.next)

@@ -1,0 +1,273 @@
+"""The one implementation of the store: check what comes in, run the operation, show what came out.
+
+What an operation does is in ``store.operations``; what may happen to a record is decided by
+``lifecycle``; where rows live is the backend's business. Questions are answered by ``reading``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from agentlightning.errors import InvalidValue
+from agentlightning.lifecycle.records import Claim
+from agentlightning.store import views
+from agentlightning.store.backend import Backend
+from agentlightning.store.base import JsonObject, enqueue_request
+from agentlightning.store.core import Core
+from agentlightning.store.door import check_finite, check_id, check_text, check_version, encode_object, encode_resources
+from agentlightning.store.ids import IdSource
+from agentlightning.store.operations import (
+    attempts as attempt_ops,
+    resources as resources_ops,
+    rollouts as rollout_ops,
+    spans as span_ops,
+    workers as worker_ops,
+)
+from agentlightning.store.reading import ReadingStore
+from agentlightning.store.requests import check_batch, digest_of, draft_of, edit_of, report_of, span_drafts
+from agentlightning.types import (
+    UNSET,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    EnqueueRolloutRequest,
+    NamedResources,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    Span,
+    TaskInput,
+    Unset,
+    Worker,
+)
+
+__all__ = ["EngineStore"]
+
+_CLAIM_LIMIT = 1_000
+_CONFIRM_SECONDS = 10.0
+
+
+class EngineStore(ReadingStore):
+    """A ``LightningStore`` on a backend.
+
+    Args:
+        backend: where rows live; opened by the first call, or by ``async with``.
+        ids: makes the ids that callers do not give.
+        confirm_seconds: how long a claim with a ``request_id`` may stay unconfirmed.
+    """
+
+    def __init__(self, backend: Backend, ids: IdSource, *, confirm_seconds: float = _CONFIRM_SECONDS) -> None:
+        super().__init__(Core(backend))
+        self._ids = ids
+        self._confirm_seconds = confirm_seconds
+
+    async def __aenter__(self) -> Self:
+        self._core.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Finish what was accepted and let go of the data; idempotent."""
+        await self._core.close()
+
+    # --- Rollouts and attempts -------------------------------------------------------------------
+
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        check_batch(rollouts, "rollouts")
+        drafts = [draft_of(request, self._ids) for request in rollouts]
+        done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
+        return [views.rollout_view(*each) for each in done]
+
+    async def start_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: JsonObject | None = None,
+        worker_id: str | None = None,
+        *,
+        priority: int = 0,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+    ) -> AttemptedRollout:
+        request = enqueue_request(input, mode, resources_id, config, metadata, priority, rollout_id)
+        draft = draft_of(request, self._ids, started=True)
+        claim = self._claim(worker_id, attempt_id)
+        return views.attempted_view(*await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim)))
+
+    async def dequeue_many_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+        wait_seconds: float = 0.0,
+    ) -> Sequence[AttemptedRollout]:
+        if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
+            raise InvalidValue(f"limit {limit!r} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
+        for what, value in (("worker_id", worker_id), ("request_id", request_id)):
+            if value is not None:
+                check_id(value, what)
+        wait_seconds = check_finite(wait_seconds, "wait_seconds")
+
+        async def claim() -> Sequence[AttemptedRollout]:
+            claimed = await self._core.write(
+                lambda tx: attempt_ops.claim(
+                    tx, limit, worker_id, request_id, self._confirm_seconds, lambda: self._ids.mint("at-")
+                )
+            )
+            return [views.attempted_view(*pair) for pair in claimed]
+
+        return await self._core.claim_or_wait(claim, request_id, wait_seconds)
+
+    async def start_attempt(
+        self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
+    ) -> AttemptedRollout:
+        check_id(rollout_id, "rollout_id")
+        claim = self._claim(worker_id, attempt_id)
+        repeatable = attempt_id is not None
+        return views.attempted_view(
+            *await self._core.write(lambda tx: attempt_ops.start_attempt(tx, rollout_id, claim, repeatable=repeatable))
+        )
+
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: TaskInput | Unset = UNSET,
+        mode: RolloutMode | None | Unset = UNSET,
+        resources_id: str | None | Unset = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: JsonObject | None | Unset = UNSET,
+        *,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+    ) -> Rollout:
+        check_id(rollout_id, "rollout_id")
+        fields = {
+            "input": input,
+            "mode": mode,
+            "resources_id": resources_id,
+            "config": config,
+            "metadata": metadata,
+        }
+        edit = edit_of(fields, status, reason_code, reason_message)
+        return views.rollout_view(*await self._core.write(lambda tx: rollout_ops.edit(tx, rollout_id, edit)))
+
+    async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
+        check_id(rollout_id, "rollout_id")
+        why = "cancelled by a caller" if message is None else message
+        return views.rollout_view(*await self._core.write(lambda tx: rollout_ops.cancel(tx, rollout_id, why)))
+
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"],
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset = UNSET,
+        last_heartbeat_time: float | Unset = UNSET,
+        metadata: JsonObject | None | Unset = UNSET,
+        *,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+    ) -> Attempt:
+        check_id(rollout_id, "rollout_id")
+        if attempt_id != "latest":
+            check_id(attempt_id, "attempt_id")
+        said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
+        return views.attempt_view(
+            await self._core.write(lambda tx: attempt_ops.report(tx, rollout_id, attempt_id, said))
+        )
+
+    async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
+        age = check_finite(older_than_seconds, "older_than_seconds")
+        deleted = 0
+        while True:
+            number, more = await self._core.write(lambda tx: rollout_ops.delete_slice(tx, tx.now().wall - age))
+            deleted += number
+            if not more:
+                return deleted
+
+    # --- Spans -----------------------------------------------------------------------------------
+
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        drafts = span_drafts(spans)
+        issued = await self._core.write(lambda tx: span_ops.add_spans(tx, drafts)) if drafts else ()
+        return [views.stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
+
+    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
+        check_batch(rollout_attempt_ids, "ids")
+        wanted = [
+            (check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
+            for rollout_id, attempt_id in rollout_attempt_ids
+        ]
+        return await self._core.write(lambda tx: span_ops.issue_sequence_ids(tx, wanted))
+
+    # --- Resources -------------------------------------------------------------------------------
+
+    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
+        new_id = self._ids.mint("rs-") if resources_id is None else check_id(resources_id, "resources_id")
+        content = encode_resources(resources)
+        return views.resources_view(
+            await self._core.write(lambda tx: resources_ops.add(tx, new_id, content, digest_of(content)))
+        )
+
+    async def update_resources(
+        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
+    ) -> ResourcesUpdate:
+        check_id(resources_id, "resources_id")
+        request = None if request_id is None else check_id(request_id, "request_id")
+        content = encode_resources(resources)
+        return views.resources_view(
+            await self._core.write(
+                lambda tx: resources_ops.update(tx, resources_id, content, digest_of(content), request)
+            )
+        )
+
+    async def rollback_resources(
+        self, resources_id: str, version: int, *, request_id: str | None = None
+    ) -> ResourcesUpdate:
+        check_id(resources_id, "resources_id")
+        check_version(version)
+        request = None if request_id is None else check_id(request_id, "request_id")
+        return views.resources_view(
+            await self._core.write(lambda tx: resources_ops.roll_back(tx, resources_id, version, request))
+        )
+
+    # --- Workers ---------------------------------------------------------------------------------
+
+    async def update_worker(
+        self,
+        worker_id: str,
+        heartbeat_stats: JsonObject | Unset = UNSET,
+        *,
+        attempt_ids: Sequence[str] | Unset = UNSET,
+        lease_seconds: float | Unset = UNSET,
+    ) -> Worker:
+        check_id(worker_id, "worker_id")
+        if heartbeat_stats is None:
+            raise InvalidValue("heartbeat_stats cannot be None; give a dict, or leave it out")
+        stats = None if heartbeat_stats is UNSET else encode_object(heartbeat_stats, "heartbeat_stats")
+        listed = [] if attempt_ids is UNSET else [check_id(each, "attempt_id") for each in attempt_ids]
+        check_batch(listed, "attempt_ids")
+        lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)
+        row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, stats, listed, lease))
+        return views.worker_view(row, None if attempt_ids is UNSET else stale)
+
+    async def report_worker_lost(self, worker_id: str, *, message: str) -> Sequence[Attempt]:
+        check_id(worker_id, "worker_id")
+        check_text(message, "message")
+        lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, message))
+        return [views.attempt_view(each) for each in lost]
+
+    def _claim(self, worker_id: str | None, attempt_id: str | None) -> Claim:
+        if worker_id is not None:
+            check_id(worker_id, "worker_id")
+        new_id = self._ids.mint("at-") if attempt_id is None else check_id(attempt_id, "attempt_id")
+        return Claim(new_id, worker_id)

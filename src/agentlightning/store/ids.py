@@ -1,0 +1,45 @@
+"""Ids that sort by time, so that indexes grow at their end instead of everywhere.
+
+The body is a UUID version 7 (RFC 9562, section 5.7) as 32 hexadecimal digits: 48 bits of Unix
+milliseconds, then random bits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["IdSource", "TimeOrderedIds"]
+
+_VERSION_7 = 0x7 << 76
+_VARIANT = 0b10 << 62
+_RANDOM_BITS = (1 << 12) - 1 << 64 | (1 << 62) - 1
+
+
+class IdSource(Protocol):
+    """Makes ids that never repeat."""
+
+    def mint(self, prefix: str) -> str:
+        """A new id that begins with ``prefix``, such as ``ro-``."""
+        ...
+
+
+class TimeOrderedIds:
+    """UUIDv7 bodies behind a prefix.
+
+    Args:
+        wall: Unix seconds.
+        entropy: n random bytes.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        self._wall = wall
+        self._entropy = entropy
+
+    def mint(self, prefix: str) -> str:
+        """A new id that begins with ``prefix``."""
+        milliseconds = int(self._wall() * 1000) & 0xFFFF_FFFF_FFFF
+        noise = int.from_bytes(self._entropy(10), "big") & _RANDOM_BITS
+        return f"{prefix}{milliseconds << 80 | _VERSION_7 | noise | _VARIANT:032x}"

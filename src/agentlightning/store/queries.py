@@ -1,0 +1,130 @@
+"""What callers ask for, as page queries; and pages as what callers get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+from agentlightning.errors import InvalidValue
+from agentlightning.lifecycle import attempts
+from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutRow
+from agentlightning.store.backend import Filter, PageQuery, Table
+from agentlightning.store.door import MAX_BATCH, check_one_of, check_paging
+from agentlightning.types import Attempt, AttemptedRollout, ResourcesUpdate, Span, Worker
+
+__all__ = ["Paging", "as_of", "contains", "either", "equals", "paged", "within"]
+
+T = TypeVar("T")
+
+SORTABLE: dict[Table, tuple[str, ...]] = {
+    "rollouts": tuple(
+        name for name in AttemptedRollout.model_fields if name not in ("input", "config", "metadata", "attempt")
+    ),
+    "attempts": tuple(name for name in Attempt.model_fields if name != "metadata"),
+    "spans": tuple(
+        name
+        for name in Span.model_fields
+        if name not in ("status", "attributes", "events", "links", "context", "parent", "resource")
+    ),
+    "resources": tuple(name for name in ResourcesUpdate.model_fields if name != "resources"),
+    "workers": tuple(name for name in Worker.model_fields if name not in ("heartbeat_stats", "stale_attempt_ids")),
+}
+"""Fields that a page may be sorted by: those with plain values."""
+
+
+class Paging(NamedTuple):
+    """How a caller wants a page."""
+
+    sort_by: str | None
+    sort_order: Literal["asc", "desc"]
+    limit: int
+    offset: int
+
+
+def paged(
+    table: Table,
+    paging: Paging,
+    *,
+    scope: Sequence[Filter] = (),
+    filters: Sequence[Filter | None] = (),
+    logic: Literal["and", "or"] = "and",
+    newest_only: bool = False,
+) -> PageQuery:
+    """The query for a page; a filter that is None was not given.
+
+    Raises:
+        InvalidValue: limit, offset, sort field, order or logic are not valid.
+    """
+    check_paging(paging.limit, paging.offset, paging.sort_by, SORTABLE[table])
+    check_one_of(paging.sort_order, ("asc", "desc"), "sort_order")
+    check_one_of(logic, ("and", "or"), "filter_logic")
+    return PageQuery(
+        table,
+        scope=tuple(scope),
+        filters=tuple(each for each in filters if each is not None),
+        logic=logic,
+        sort_by=paging.sort_by,
+        descending=paging.sort_order == "desc",
+        limit=paging.limit,
+        offset=paging.offset,
+        newest_only=newest_only,
+    )
+
+
+def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Sequence[T] | None) -> Sequence[T] | None:
+    """An argument that has an old name, too.
+
+    Raises:
+        InvalidValue: both names were used.
+    """
+    if value is not None and old_value is not None:
+        raise InvalidValue(f"{name} and {old_name} are the same filter; give only {name}")
+    return old_value if value is None else value
+
+
+def equals(field: str, value: str | None) -> Filter | None:
+    """The field is this."""
+    return None if value is None else Filter(field, "equals", _text(field, value))
+
+
+def contains(field: str, value: str | None) -> Filter | None:
+    """The field has this in it; upper and lower case differ."""
+    return None if value is None else Filter(field, "contains", _text(f"{field}_contains", value))
+
+
+def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | None = None) -> Filter | None:
+    """The field is one of these."""
+    if values is None:
+        return None
+    if isinstance(values, str) or len(values) > MAX_BATCH:
+        raise InvalidValue(f"{field}_in {str(values)[:100]!r} is not valid; give a list of up to {MAX_BATCH} strings")
+    for value in values:
+        if allowed is not None:
+            check_one_of(value, allowed, field)
+        _text(f"{field}_in", value)
+    return Filter(field, "within", tuple(values))
+
+
+@overload
+def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> tuple[RolloutRow, AttemptRow]: ...
+@overload
+def as_of(rollout: RolloutRow, attempt: None, now: Moment) -> tuple[RolloutRow, None]: ...
+def as_of(rollout: RolloutRow, attempt: AttemptRow | None, now: Moment) -> tuple[RolloutRow, AttemptRow | None]:
+    """The two as they stand at this moment, even where nobody could write that the attempt has expired."""
+    if attempt is None or attempt.deadline is None or attempt.deadline > now.lease:
+        return rollout, attempt
+    return attempts.expire(Pair(rollout, attempt), now)
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value or not _encodable(value):
+        raise InvalidValue(f"{what} {value!r} is not valid; give a string without NUL or lone surrogates")
+    return value
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

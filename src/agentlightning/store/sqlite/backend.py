@@ -1,0 +1,297 @@
+"""``store.backend.Backend`` on SQLite: in a file, or in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from agentlightning.errors import CorruptStore, StoreClosed, StoreForked
+from agentlightning.lifecycle.records import Moment
+from agentlightning.store.backend import Event, ReadTransaction, Transaction
+from agentlightning.store.clock import Clock
+from agentlightning.store.sqlite.backup import copy_database
+from agentlightning.store.sqlite.committer import CommitThread, commit_here
+from agentlightning.store.sqlite.connections import Durability, open_reader, open_writer
+from agentlightning.store.sqlite.faults import translate
+from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
+from agentlightning.store.sqlite.owner import OwnerLock
+from agentlightning.store.sqlite.readers import ReaderPool
+from agentlightning.store.sqlite.transaction import SqliteReads
+
+__all__ = ["FileBackend", "MemoryBackend", "SqliteBackend"]
+
+T = TypeVar("T")
+
+_CHECKPOINT_PAGES = 4000
+"""32 MB of log, after which it is copied into the database."""
+_LONG_READ_ROWS = 256
+"""A read of more rows runs in a thread of its own; a shorter one takes less time than changing threads."""
+
+
+class SqliteBackend(ABC):
+    """What both kinds share: opening, closing, the clocks, and who may use it.
+
+    Args:
+        path: the name of the database in errors.
+        clock: where time comes from.
+    """
+
+    name: str
+
+    def __init__(self, path: str, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._opening = threading.Lock()
+        self._pid: int | None = None
+        self._closed = False
+        self._lease_anchor = 0.0
+        self._writer: GroupCommit | None = None
+
+    def open(self, publish: Callable[[list[Event]], None]) -> None:
+        """Take possession of the data; idempotent.
+
+        Raises:
+            StoreOwned, ForeignFile, NewerSchema, CorruptStore, StoreUnavailable: it cannot be had.
+        """
+        self._check_process()
+        with self._opening:
+            if self._closed:
+                raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
+            if self._writer is None:
+                self._lease_anchor = self._clock.wall() - self._clock.monotonic()
+                try:
+                    self._writer = self._open_writer(publish)
+                except apsw.Error as error:
+                    raise translate(error, self._path) from error
+                self._pid = os.getpid()
+                _call_in_children(self._leak_in_child)
+
+    def lease_now(self) -> float:
+        """The lease clock: wall time when the store was opened, and real time since."""
+        return self._lease_anchor + self._clock.monotonic()
+
+    def moment(self) -> Moment:
+        """Both clocks."""
+        return Moment(self._clock.wall(), self.lease_now())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault has ended all writing."""
+        return self._writer is not None and self._writer.stopped
+
+    async def write(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run ``op`` in a transaction; return its result when it is durable."""
+        return await self._use().run(op)
+
+    def write_blocking(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
+        """``write`` for a thread without an event loop."""
+        return self._use().run_blocking(op)
+
+    @abstractmethod
+    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+        """Run ``op`` on a snapshot."""
+
+    @abstractmethod
+    async def backup(self, target: Path) -> None:
+        """Copy the data as they stand into a new file, while writes go on."""
+
+    async def close(self) -> None:
+        """Finish what was accepted, then let go of the data; idempotent. In a forked child: does nothing."""
+        if self._pid is None or self._pid == os.getpid():
+            await asyncio.to_thread(self.close_blocking)
+
+    def close_blocking(self) -> None:
+        """``close`` for a thread without an event loop."""
+        with self._opening:
+            already, self._closed = self._closed, True
+            if not already and self._writer is not None:
+                self._writer.close()
+                self._let_go()
+
+    @abstractmethod
+    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit: ...
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Free what the kind holds besides the writer, which is closed already."""
+
+    def _inherited(self) -> list[Any]:
+        return [self._writer]
+
+    def _check_process(self) -> None:
+        if self._pid is not None and self._pid != os.getpid():
+            raise StoreForked(
+                f"the store on {self._path!r} was opened by process {self._pid} and inherited by fork; "
+                f"in process {os.getpid()} use a LightningStoreClient, or open the store after the fork"
+            )
+
+    def _use(self) -> GroupCommit:
+        self._check_process()
+        if self._writer is None:
+            raise StoreClosed(f"the store on {self._path!r} is not open")
+        return self._writer
+
+    def _leak_in_child(self) -> None:
+        """Keep inherited handles for ever: closing one in a child would harm the parent's locks."""
+        _leaked.extend(self._inherited())
+
+
+_leaked: list[Any] = []
+"""Handles of the parent, in a forked child. Empty in every other process."""
+
+
+def _call_in_children(method: Callable[[], None]) -> None:
+    """Call a bound method in every process forked from this one, as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    os.register_at_fork(after_in_child=call)
+
+
+class MemoryBackend(SqliteBackend):
+    """A database in memory: one connection, which is also read through."""
+
+    name = "memory"
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(":memory:", clock)
+
+    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+        """Run ``op`` between two writes."""
+        return await self._use().run(op)
+
+    async def backup(self, target: Path) -> None:
+        """Copy the data into a new file; writes wait meanwhile."""
+        writer = self._use()
+        await asyncio.to_thread(writer.exclusively, lambda connection: copy_database(connection, target))
+
+    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit:
+        return GroupCommit(
+            open_writer(":memory:", "none", vfs=None),
+            path=self._path,
+            moment=self.moment,
+            publish=publish,
+            hand_over=commit_here,
+            checkpoint_pages=_CHECKPOINT_PAGES,
+        )
+
+    def _let_go(self) -> None:
+        pass
+
+
+class FileBackend(SqliteBackend):
+    """A database in a file that this process owns.
+
+    Args:
+        path: the file; made if it does not exist, in a folder that does.
+        durability: what an acknowledged write survives: ``full`` power loss, ``process`` the death
+            of the process, ``none`` the death of the process too, but a power loss may damage the file.
+        clock: where time comes from.
+        vfs: the name of the apsw VFS to use; None for the default.
+    """
+
+    name = "sqlite"
+
+    def __init__(self, path: Path, durability: Durability, clock: Clock, vfs: str | None = None) -> None:
+        super().__init__(str(path), clock)
+        self._file = path
+        self._durability: Durability = durability
+        self._vfs = vfs
+        self._owner = OwnerLock(path)
+        self._commit_thread = CommitThread()
+        self._readers = ReaderPool(lambda: open_reader(self._path, vfs=vfs))
+        self._long_reads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="agl-read")
+
+    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+        """Run ``op`` on a snapshot: short ones at once, long ones in a thread."""
+        self._use()
+        if self._closed:
+            raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
+        if rows <= _LONG_READ_ROWS:
+            return self._read(op)
+        return await asyncio.get_running_loop().run_in_executor(self._long_reads, self._read, op)
+
+    async def backup(self, target: Path) -> None:
+        """Copy the data as they stand into a new file; writes go on meanwhile."""
+        self._use()
+        await asyncio.to_thread(self._backup, target)
+
+    def _backup(self, target: Path) -> None:
+        with self._readers.snapshot() as connection:
+            copy_database(connection, target)
+
+    def _read(self, op: Callable[[ReadTransaction], Awaitable[T]]) -> T:
+        try:
+            with self._readers.snapshot() as connection:
+                return run_to_end(op(SqliteReads(connection, self.moment())))
+        except apsw.Error as error:
+            known = translate(error, self._path)
+            if isinstance(known, CorruptStore):
+                self._use().stop(known)
+            raise known from error
+
+    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit:
+        self._owner.acquire()
+        try:
+            connection = open_writer(self._path, self._durability, vfs=self._vfs)
+            try:
+                _rebase_leases(connection, self.lease_now())
+            except BaseException:
+                connection.close()
+                raise
+        except BaseException:
+            self._owner.release()
+            raise
+        return GroupCommit(
+            connection,
+            path=self._path,
+            moment=self.moment,
+            publish=publish,
+            hand_over=self._commit_thread,
+            checkpoint_pages=_CHECKPOINT_PAGES,
+        )
+
+    def _let_go(self) -> None:
+        self._commit_thread.close()
+        self._long_reads.shutdown()
+        self._readers.close()
+        self._owner.release()
+
+    def _inherited(self) -> list[Any]:
+        self._owner.release()
+        return [self._writer, self._readers, self._commit_thread]
+
+
+def _rebase_leases(connection: apsw.Connection, now: float) -> None:
+    """Give every lease a full fresh term, so that the time the store was closed expires none.
+
+    Time-outs go on from where they stood. Deadlines are lower bounds: set to now, the first
+    sweep computes the true ones.
+    """
+    with connection:
+        connection.execute(
+            """UPDATE attempts SET
+                version = version + 1,
+                started_lease = started_lease + :now - (SELECT max(beaten_lease) FROM attempts WHERE live),
+                beaten_lease = :now,
+                deadline = iif(deadline IS NULL, NULL, :now)
+            WHERE live""",
+            {"now": now},
+        )
+        connection.execute(
+            "UPDATE workers SET version = version + 1, beaten_lease = :now, deadline = :now WHERE deadline IS NOT NULL",
+            {"now": now},
+        )

@@ -1,0 +1,75 @@
+"""Opening connections, with the settings that durability rests on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import apsw
+
+from agentlightning.errors import StoreUnavailable
+from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity, migrate
+
+__all__ = ["DURABILITIES", "Durability", "open_reader", "open_writer"]
+
+Durability = Literal["full", "process", "none"]
+
+DURABILITIES: tuple[Durability, ...] = get_args(Durability)
+_SYNCHRONOUS: dict[Durability, str] = {"full": "FULL", "process": "NORMAL", "none": "OFF"}
+_BUSY_MILLISECONDS = 5000
+_STATEMENTS = 256
+
+
+def open_writer(
+    path: str, durability: Durability, *, vfs: str | None, migrations: Sequence[str] = MIGRATIONS
+) -> apsw.Connection:
+    """The one connection that writes, on a database of the newest schema.
+
+    The write-ahead log is copied into the database by hand (``group_commit``), never inside a commit.
+
+    Raises:
+        ForeignFile, NewerSchema: the file is not one that this version can use.
+        apsw.Error: the database cannot be opened.
+    """
+    if path != ":memory:":
+        _create_private(path)
+    connection = apsw.Connection(path, vfs=vfs, statementcachesize=_STATEMENTS)
+    try:
+        connection.set_busy_timeout(_BUSY_MILLISECONDS)
+        connection.pragma("page_size", 8192)
+        connection.pragma("mmap_size", 0)
+        connection.pragma("cache_size", -64_000)
+        connection.pragma("temp_store", "memory")
+        check_identity(connection, len(migrations))
+        connection.pragma("journal_mode", "WAL")
+        connection.wal_autocheckpoint(0)
+        connection.pragma("synchronous", _SYNCHRONOUS[durability])
+        migrate(connection, migrations)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_reader(path: str, *, vfs: str | None) -> apsw.Connection:
+    """A connection that cannot write."""
+    connection = apsw.Connection(path, vfs=vfs, statementcachesize=_STATEMENTS)
+    connection.set_busy_timeout(_BUSY_MILLISECONDS)
+    connection.pragma("query_only", 1)
+    connection.pragma("mmap_size", 0)
+    connection.pragma("cache_size", -8_000)
+    connection.pragma("temp_store", "memory")
+    connection.wal_autocheckpoint(0)
+    return connection
+
+
+def _create_private(path: str) -> None:
+    """Make the file, if it is not there, so that only its owner can read it (SQLite gives its
+    companions the same mode)."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StoreUnavailable(
+            f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is writable"
+        ) from error

@@ -1,0 +1,373 @@
+"""Many operations, one transaction, one fsync.
+
+Callers queue their operations. Whoever gets the *turn* (a lock) takes all that wait, steps
+each to its end on the one writing connection, and hands the COMMIT over; when it is durable,
+all callers get their results at once, and what was queued meanwhile makes the next batch. So
+the batch grows by itself with the load, and an fsync is shared by all who wait for it.
+
+The statements run in the thread of the event loop that queued the operation: a SQLite
+driver releases the GIL around every statement, and a separate writer thread would have to
+win it back from a busy loop each time. Only the COMMIT, which is one call and mostly waits
+for the disk, runs in a thread of its own. A loop that is blocked holds up nobody: any other
+loop with an operation in the queue takes the turn, and runs all that wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar, cast
+
+import apsw
+
+from agentlightning.errors import AgentLightningError, StoreClosed, StoreStopped, StoreUnavailable
+from agentlightning.lifecycle.records import Moment
+from agentlightning.store.backend import Event, Transaction
+from agentlightning.store.sqlite.faults import stops_store, translate
+from agentlightning.store.sqlite.transaction import SqliteTransaction
+
+__all__ = ["GroupCommit", "run_to_end"]
+
+T = TypeVar("T")
+Operation = Callable[[Transaction], Awaitable[T]]
+
+_BATCH_LIMIT = 512
+"""The most operations under one commit, so that none waits long for the statements of others."""
+
+
+def run_to_end(operation: Awaitable[T]) -> T:
+    """Step an operation that never suspends to its end, without an event loop."""
+    coroutine = cast(Coroutine[Any, Any, T], operation)
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    coroutine.close()
+    raise RuntimeError("a store operation awaited something other than its transaction")
+
+
+class _Job(Generic[T]):
+    """An operation that waits for its turn, and then for its commit."""
+
+    __slots__ = ("error", "future", "loop", "operation", "value")
+
+    def __init__(
+        self,
+        operation: Operation[T],
+        loop: asyncio.AbstractEventLoop | None,
+        future: asyncio.Future[T] | concurrent.futures.Future[T],
+    ) -> None:
+        self.operation = operation
+        self.loop = loop
+        self.future = future
+        self.value: T | None = None
+        self.error: Exception | None = None
+
+    def settle(self) -> None:
+        """Give the caller its result; one who left meanwhile gets none. Runs in the caller's loop."""
+        if self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(cast(T, self.value))
+        else:
+            self.future.set_exception(self.error)
+
+
+class _Batch:
+    """The jobs of one transaction."""
+
+    def __init__(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
+        self.jobs = jobs
+        self.transaction = transaction
+
+    def fail(self, error: Exception) -> None:
+        """None of the jobs succeeded. Each caller gets an error object of its own."""
+        for job in self.jobs:
+            job.error = type(error)(*error.args)
+            job.error.__cause__ = error
+        self.transaction.events.clear()
+
+
+class GroupCommit:
+    """Runs operations on the one writing connection.
+
+    Args:
+        connection: used by one thread at a time, never by anybody else.
+        path: the name of the database in errors.
+        moment: reads the clocks.
+        publish: gets the events of each committed batch, in the thread that committed.
+        hand_over: runs a function, which commits; elsewhere if waiting for the disk is to block nobody.
+        checkpoint_pages: how long the write-ahead log may grow before it is copied into the database.
+    """
+
+    def __init__(
+        self,
+        connection: apsw.Connection,
+        *,
+        path: str,
+        moment: Callable[[], Moment],
+        publish: Callable[[list[Event]], None],
+        hand_over: Callable[[Callable[[], None]], None],
+        checkpoint_pages: int,
+    ) -> None:
+        self._connection = connection
+        self._path = path
+        self._moment = moment
+        self._publish = publish
+        self._hand_over = hand_over
+        self._checkpoint_pages = checkpoint_pages
+        self._log_pages = 0
+        self._lock = threading.Lock()
+        self._jobs: deque[_Job[Any]] = deque()
+        self._woken: set[asyncio.AbstractEventLoop] = set()
+        self._turn = threading.Lock()
+        self._fault: AgentLightningError | None = None
+        self._closed = False
+        connection.set_wal_hook(self._note_log_pages)
+
+    async def run(self, operation: Operation[T]) -> T:
+        """Run an operation and return its result when it is durable."""
+        loop = asyncio.get_running_loop()
+        job = _Job(operation, loop, loop.create_future())
+        self._accept(job)
+        return await cast("asyncio.Future[T]", job.future)
+
+    def run_blocking(self, operation: Operation[T]) -> T:
+        """``run`` for a thread without an event loop."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._accept(_Job(operation, None, future))
+        while not future.done():
+            with self._turn:
+                if not future.done():
+                    self._run_batch(self._commit)
+        self._wake_waiting()
+        return future.result()
+
+    def stop(self, error: AgentLightningError) -> None:
+        """Accept nothing any more, because of ``error``."""
+        if self._fault is None:
+            self._fault = error
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault has stopped it."""
+        return self._fault is not None
+
+    def exclusively(self, function: Callable[[apsw.Connection], T]) -> T:
+        """Call ``function`` with the connection while no batch runs. Blocks."""
+        with self._turn:
+            self._check_open()
+            result = function(self._connection)
+        self._wake_waiting()
+        return result
+
+    def close(self) -> None:
+        """Finish what was accepted, then close the connection; idempotent. Blocks."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._turn.acquire()
+        while self._jobs:
+            self._run_batch(self._commit)
+        self._connection.close()
+
+    # --- Queue -----------------------------------------------------------------------------------
+
+    def _accept(self, job: _Job[Any]) -> None:
+        with self._lock:
+            self._check_open()
+            self._jobs.append(job)
+            loop = job.loop
+            if loop is None or loop in self._woken:
+                return
+            self._woken.add(loop)
+        loop.call_soon(self._wake_in, loop)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
+        if self._fault is not None:
+            raise type(self._fault)(self._fault.message) from self._fault
+
+    def _wake_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            self._woken.discard(loop)
+        self._work()
+
+    def _work(self) -> None:
+        """Take the turn if it is free and there is something to do.
+
+        Whoever gives the turn back looks at the queue again after, so a job that was queued
+        while somebody else had it is never forgotten.
+        """
+        while self._jobs and self._turn.acquire(blocking=False):
+            batch = self._execute_batch()
+            if batch is None:
+                self._turn.release()
+            elif batch.transaction.wrote:
+                self._hand_over(lambda: self._conclude(batch))
+                return
+            else:
+                self._conclude(batch)
+
+    def _wake_waiting(self, delivered: Iterable[_Job[Any]] = ()) -> None:
+        """Deliver results, one wake-up for each loop, and wake every loop that has jobs in the queue."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Job[Any]]] = {}
+        for job in delivered:
+            if job.loop is None:
+                job.settle()
+            else:
+                by_loop.setdefault(job.loop, []).append(job)
+        with self._lock:
+            for job in self._jobs:
+                if job.loop is not None:
+                    by_loop.setdefault(job.loop, [])
+        here = _running_loop()
+        for loop, jobs in by_loop.items():
+            if loop is here and jobs:
+                _settle_all(jobs)
+                continue
+            try:
+                loop.call_soon_threadsafe(self._deliver, jobs)
+            except RuntimeError:  # the loop was closed: nobody waits there any more
+                continue
+
+    def _deliver(self, jobs: list[_Job[Any]]) -> None:
+        _settle_all(jobs)
+        self._work()
+
+    # --- Batches (only with the turn) ------------------------------------------------------------
+
+    def _run_batch(self, conclude: Callable[[_Batch], None]) -> None:
+        """Execute and commit a batch here, and deliver its results; the turn is kept."""
+        batch = self._execute_batch()
+        if batch is not None:
+            conclude(batch)
+            self._wake_waiting(batch.jobs)
+
+    def _conclude(self, batch: _Batch) -> None:
+        """Commit, give the turn back, deliver. Where the log is copied, callers do not wait for that."""
+        self._commit(batch)
+        if self._log_pages >= self._checkpoint_pages:
+            self._wake_waiting(batch.jobs)
+            self._checkpoint()
+            self._turn.release()
+            self._wake_waiting()
+        else:
+            self._turn.release()
+            self._wake_waiting(batch.jobs)
+        if _running_loop() is None:
+            self._work_for_closed_loops()
+
+    def _work_for_closed_loops(self) -> None:
+        """Run jobs whose loops were closed: accepted operations are carried out all the same."""
+        with self._lock:
+            orphans = bool(self._jobs) and all(job.loop is not None and job.loop.is_closed() for job in self._jobs)
+        if orphans:
+            self._work()
+
+    def _execute_batch(self) -> _Batch | None:
+        """Run the statements of all jobs that wait, in one open transaction."""
+        with self._lock:
+            jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), _BATCH_LIMIT))]
+        if not jobs:
+            return None
+        batch = _Batch(jobs, SqliteTransaction(self._connection))
+        try:
+            if self._fault is not None:
+                raise self._fault
+            self._connection.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                self._step(batch.transaction, job)
+            batch.transaction.flush_counters()
+        except Exception as error:
+            self._abandon(batch, error)
+        except BaseException:
+            self._abandon(batch, StoreUnavailable("interrupted before the commit; nothing was written"))
+            self._turn.release()
+            self._wake_waiting(jobs)
+            raise
+        return batch
+
+    def _step(self, transaction: SqliteTransaction, job: _Job[Any]) -> None:
+        transaction.begin(self._moment())
+        try:
+            job.value = run_to_end(job.operation(transaction))
+            transaction.keep()
+        except Exception as error:
+            job.error = translate(error, self._path) if isinstance(error, apsw.Error) else error
+            if isinstance(error, apsw.Error):
+                job.error.__cause__ = error
+            fatal = isinstance(job.error, AgentLightningError) and stops_store(job.error)
+            if fatal or not self._connection.in_transaction:
+                raise job.error from error
+            transaction.undo()
+
+    def _abandon(self, batch: _Batch, error: Exception) -> None:
+        """Undo a whole batch, because its transaction is lost or must not be committed."""
+        known = translate(error, self._path) if isinstance(error, apsw.Error) else error
+        if known is not error:
+            known.__cause__ = error
+        if isinstance(known, AgentLightningError) and stops_store(known):
+            self.stop(known)
+        batch.fail(known)
+        batch.transaction.wrote = False
+        self._roll_back()
+
+    def _commit(self, batch: _Batch) -> None:
+        """COMMIT. If that fails the outcome is unknown, and nothing can be acknowledged any more."""
+        if not self._connection.in_transaction:  # the batch was abandoned
+            return
+        try:
+            self._connection.execute("COMMIT")
+        except apsw.Error as error:
+            known = translate(error, self._path)
+            if not stops_store(known):
+                known = StoreStopped(f"a commit to {self._path!r} failed ({error}); its outcome is unknown")
+            known.__cause__ = error
+            self.stop(known)
+            batch.fail(known)
+            self._roll_back()
+        if batch.transaction.events:
+            self._publish(batch.transaction.events)
+
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            try:
+                self._connection.execute("ROLLBACK")
+            except apsw.Error as error:
+                self.stop(StoreStopped(f"a rollback on {self._path!r} failed ({error}); open the store again"))
+
+    def _note_log_pages(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
+        self._log_pages = pages
+        return apsw.SQLITE_OK
+
+    def _checkpoint(self) -> None:
+        """Copy the log into the database. Readers may keep part of it back; when it has grown
+        far beyond its measure, wait for them."""
+        mode = apsw.SQLITE_CHECKPOINT_PASSIVE
+        if self._log_pages >= 4 * self._checkpoint_pages:
+            mode = apsw.SQLITE_CHECKPOINT_RESTART
+        try:
+            self._connection.wal_checkpoint(mode=mode)
+            self._log_pages = 0
+        except apsw.BusyError:
+            return
+        except apsw.Error as error:
+            self.stop(translate(error, self._path))
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _settle_all(jobs: list[_Job[Any]]) -> None:
+    for job in jobs:
+        job.settle()

@@ -1,0 +1,249 @@
+"""The row primitives of ``store.backend`` on one SQLite connection.
+
+No method ever suspends: an operation made of these can be stepped to its end without an
+event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import apsw
+from msgspec.structs import replace
+
+from agentlightning.errors import Conflict
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Moment,
+    ResourcesRow,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
+from agentlightning.store.backend import AttemptsBy, Event, Page, PageQuery, ResourcesBy, Row, Table, Unreadable
+from agentlightning.store.sqlite.codec import ATTEMPTS, RESOURCES, ROLLOUTS, WORKERS, Codec, codec_of
+from agentlightning.store.sqlite.paging import Statement, counted_by, page_statement, total_statement
+
+__all__ = ["SqliteReads", "SqliteTransaction"]
+
+R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
+
+_INSERT_SPAN = (
+    "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT (attempt_seq, span_id) DO NOTHING"
+)
+_SCAN_SPANS = "SELECT seq, attempt_seq, sequence_id, issued, length(body) FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
+_GETS: dict[type[Any], tuple[Codec[Any], str]] = {
+    RolloutRow: (ROLLOUTS, f"{ROLLOUTS.select} WHERE rollout_id = ?"),
+    AttemptRow: (ATTEMPTS, f"{ATTEMPTS.select} WHERE attempt_id = ?"),
+    WorkerRow: (WORKERS, f"{WORKERS.select} WHERE worker_id = ?"),
+}
+_TABLES: dict[Table, Codec[Any]] = {each.table: each for each in (ROLLOUTS, ATTEMPTS, RESOURCES, WORKERS)}
+_ROLLOUT_WIDTH = len(ROLLOUTS.fields)
+
+
+class SqliteReads:
+    """``ReadTransaction`` on a connection that is inside a transaction."""
+
+    def __init__(self, connection: apsw.Connection, now: Moment) -> None:
+        self._connection = connection
+        self._execute = connection.cursor().execute
+        self._now = now
+
+    def now(self) -> Moment:
+        return self._now
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        return self._execute(sql, values).fetchall()
+
+    async def get(self, kind: type[R], key: str) -> R | None:
+        codec, sql = _GETS[kind]
+        rows = self._rows(sql, (key,))
+        return codec.decode(rows[0]) if rows else None
+
+    async def get_resources(self, selection: ResourcesBy) -> ResourcesRow | None:
+        match selection:
+            case ResourcesBy(request_id=str(request_id)):
+                where, values = "WHERE request_id = ?", (request_id,)
+            case ResourcesBy(resources_id=None):
+                where, values = "ORDER BY seq DESC LIMIT 1", ()
+            case ResourcesBy(resources_id, None):
+                where, values = "WHERE resources_id = ? ORDER BY version DESC LIMIT 1", (resources_id,)
+            case ResourcesBy(resources_id, version):
+                where, values = "WHERE resources_id = ? AND version = ?", (resources_id, version)
+        rows = self._rows(f"{RESOURCES.select} {where}", values)
+        return RESOURCES.decode(rows[0]) if rows else None
+
+    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
+        live = " AND live" if selection.live_only else ""
+        rows = self._rows(f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq", (selection.value,))
+        return [ATTEMPTS.decode(row) for row in rows]
+
+    async def page(self, query: PageQuery) -> Page:
+        raw = self._rows(*page_statement(query))
+        rows = [_DECODE[query.table](row) for row in raw]
+        whole = query.limit == -1 or len(rows) < query.limit
+        if whole and (rows or query.offset == 0):
+            return Page(rows, query.offset + len(rows))
+        return Page(rows, await self._total(query))
+
+    async def _total(self, query: PageQuery) -> int:
+        names = counted_by(query)
+        if names is None:
+            statement: Statement = total_statement(query)
+            return self._rows(*statement)[0][0]
+        if names == ["rollouts.*"]:
+            return self._rows("SELECT coalesce(sum(value), 0) FROM counters WHERE name GLOB 'rollouts.*'")[0][0]
+        counters = await self.counters()
+        return sum(counters.get(name, 0) for name in names)
+
+    async def counters(self) -> dict[str, int]:
+        return dict(self._rows("SELECT name, value FROM counters"))
+
+    async def scan(self, table: Table, after: int, limit: int) -> list[Any]:
+        if table == "spans":
+            return self._rows(_SCAN_SPANS, (after, limit))
+        codec = _TABLES[table]
+        rows = self._rows(f"{codec.select} WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+        return [_decode_or_tell(codec, row) for row in rows]
+
+    async def integrity(self) -> list[str]:
+        return [row[0] for row in self._rows("PRAGMA integrity_check(100)") if row[0] != "ok"]
+
+
+class SqliteTransaction(SqliteReads):
+    """``Transaction``: many operations, one after another, in one SQLite transaction.
+
+    Each operation that writes has a savepoint of its own, opened at its first write, so that
+    it can fail without hurting the others.
+    """
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        super().__init__(connection, Moment(0.0, 0.0))
+        self.events: list[Event] = []
+        """What the operations that succeeded have published."""
+        self.wrote = False
+        """Whether any operation that succeeded has written."""
+        self._counts: dict[str, int] = {}
+        self._writing = False
+        self._own_events: list[Event] = []
+        self._own_counts: dict[str, int] = {}
+
+    def begin(self, now: Moment) -> None:
+        """The next operation begins."""
+        self._now = now
+        self._writing = False
+        self._own_events = []
+        self._own_counts = {}
+
+    def keep(self) -> None:
+        """The operation succeeded: its effects stay."""
+        if self._writing:
+            self._execute("RELEASE operation")
+            self.wrote = True
+        self.events += self._own_events
+        for name, change in self._own_counts.items():
+            self._counts[name] = self._counts.get(name, 0) + change
+
+    def undo(self) -> None:
+        """The operation failed: as if it had never been."""
+        if self._writing:
+            self._execute("ROLLBACK TO operation; RELEASE operation")
+
+    def flush_counters(self) -> None:
+        """Write what the operations counted. Call once, after the last one."""
+        for name, change in self._counts.items():
+            if change:
+                self._execute(
+                    "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                    (name, change),
+                )
+
+    def _write(self) -> None:
+        if not self._writing:
+            self._execute("SAVEPOINT operation")
+            self._writing = True
+
+    async def insert(self, row: Row) -> int:
+        self._write()
+        codec = codec_of(row)
+        self._execute(codec.insert, codec.encode(row)[1:])
+        return self._connection.last_insert_rowid()
+
+    async def put(self, old: R, new: R) -> R:
+        self._write()
+        self._execute(*codec_of(new).update(old, new))
+        if self._connection.changes() != 1:
+            raise Conflict(f"{type(old).__name__} {old.seq} has changed since it was read; read it again")
+        return replace(new, version=old.version + 1)
+
+    async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
+        self._write()
+        execute, changes = self._execute, self._connection.total_changes
+        fresh: list[bool] = []
+        before = changes()
+        for row in rows:
+            execute(_INSERT_SPAN, (row.attempt_seq, row.sequence_id, int(row.issued), row.span_id, row.body))
+            after = changes()
+            fresh.append(after != before)
+            before = after
+        return fresh
+
+    async def next_claimable(self, limit: int) -> list[RolloutRow]:
+        rows = self._rows(f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?", (limit,))
+        return [ROLLOUTS.decode(row) for row in rows]
+
+    async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
+        attempts = self._rows(f"{ATTEMPTS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
+        workers = self._rows(f"{WORKERS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
+        return [*map(ATTEMPTS.decode, attempts), *map(WORKERS.decode, workers)]
+
+    async def next_deadline(self) -> float | None:
+        sql = (
+            "SELECT min(at) FROM (SELECT min(deadline) AS at FROM attempts WHERE deadline IS NOT NULL "
+            "UNION ALL SELECT min(deadline) FROM workers WHERE deadline IS NOT NULL)"
+        )
+        return self._rows(sql)[0][0]
+
+    async def delete_spans(self, attempt: AttemptRow, limit: int) -> tuple[int, int]:
+        self._write()
+        doomed = self._rows("SELECT seq, length(body) FROM spans WHERE attempt_seq = ? LIMIT ?", (attempt.seq, limit))
+        for seq, _ in doomed:
+            self._execute("DELETE FROM spans WHERE seq = ?", (seq,))
+        return len(doomed), sum(size for _, size in doomed)
+
+    async def delete_rollout(self, rollout: RolloutRow) -> int:
+        self._write()
+        self._execute("DELETE FROM attempts WHERE rollout_id = ?", (rollout.rollout_id,))
+        attempts = self._connection.changes()
+        self._execute("DELETE FROM rollouts WHERE seq = ?", (rollout.seq,))
+        return attempts
+
+    def count(self, changes: Mapping[str, int]) -> None:
+        for name, change in changes.items():
+            self._own_counts[name] = self._own_counts.get(name, 0) + change
+
+    def publish(self, event: Event) -> None:
+        self._own_events.append(event)
+
+
+def _decode_or_tell(codec: Codec[Any], row: tuple[Any, ...]) -> Any:
+    try:
+        return codec.decode(row)
+    except (TypeError, ValueError) as error:
+        return Unreadable(row[0], str(error))
+
+
+def _with_latest(row: tuple[Any, ...]) -> tuple[RolloutRow, AttemptRow | None]:
+    latest = None if row[_ROLLOUT_WIDTH] is None else ATTEMPTS.decode(row[_ROLLOUT_WIDTH:])
+    return ROLLOUTS.decode(row[:_ROLLOUT_WIDTH]), latest
+
+
+_DECODE: dict[Table, Callable[[tuple[Any, ...]], Any]] = {
+    "rollouts": _with_latest,
+    "attempts": ATTEMPTS.decode,
+    "spans": SpanRow._make,
+    "resources": RESOURCES.decode,
+    "workers": WORKERS.decode,
+}

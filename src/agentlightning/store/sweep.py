@@ -1,0 +1,145 @@
+"""Deadlines: what happens when nobody does anything.
+
+A store sweeps before it answers, whenever a deadline has passed, so no caller sees an expired
+attempt as running. The alarm sweeps when nobody asks, so that those who wait learn of it too.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from agentlightning.lifecycle import attempts, workers
+from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutRow, WorkerRow
+from agentlightning.lifecycle.rollouts import Change
+from agentlightning.store.backend import Deadline, Swept, Transaction
+from agentlightning.store.operations.attempts import lose_attempts
+from agentlightning.store.operations.saving import save, save_worker
+
+__all__ = ["Alarm", "Deadlines", "sweep"]
+
+_SLICE = 200
+"""Rows looked at in one transaction, so that a sweep never holds up other writes for long."""
+
+
+async def sweep(tx: Transaction) -> None:
+    """Look at rows whose deadline has passed, and end what has expired. Leaves the rest of many for next time."""
+    now = tx.now()
+    due = await tx.due(now.lease, _SLICE)
+    for row in due:
+        if isinstance(row, AttemptRow):
+            rollout = await tx.get(RolloutRow, row.rollout_id)
+            if rollout is None:  # a damaged store; `verify` names the row, and the sweep must not stand still at it
+                await tx.put(row, replace(row, deadline=None))
+                continue
+            before = Pair(rollout, row)
+            await save(tx, Change(*before), Change(*attempts.expire(before, now)))
+    for row in due:
+        if isinstance(row, WorkerRow):
+            await _look_at_worker(tx, row.worker_id)
+    tx.publish(Swept(await tx.next_deadline()))
+
+
+async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
+    worker = await tx.get(WorkerRow, worker_id)
+    if worker is None:
+        return
+    after, lost = workers.expire(worker, tx.now())
+    if lost:
+        await lose_attempts(tx, worker_id, f"worker {worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s")
+        worker = await tx.get(WorkerRow, worker_id) or worker
+        after, _ = workers.expire(worker, tx.now())
+    await save_worker(tx, worker, after)
+
+
+class Deadlines:
+    """The next moment, on the lease clock, at which something may expire; never later than the truth.
+
+    Args:
+        lease_now: reads the lease clock, in seconds.
+        alarm: told whenever the moment moves.
+    """
+
+    def __init__(self, lease_now: Callable[[], float], alarm: Callable[[float], None]) -> None:
+        self._lease_now = lease_now
+        self._alarm = alarm
+        self.next = -math.inf
+
+    def passed(self) -> bool:
+        """Whether there may be something to sweep."""
+        return self._lease_now() >= self.next
+
+    def note(self, event: Deadline | Swept) -> None:
+        """Take in what a committed transaction says. Events come in the order of the commits."""
+        match event:
+            case Deadline(at):
+                following = min(self.next, at)
+            case Swept(at):
+                following = math.inf if at is None else at
+        if following != self.next:
+            self.next = following
+            self._alarm(following)
+
+
+class Alarm:
+    """A thread that calls back when a deadline has passed. It starts with the first deadline.
+
+    Args:
+        lease_now: reads the lease clock, in seconds.
+        ring: called after a deadline has passed; it should sweep, which sets the next one.
+    """
+
+    def __init__(self, lease_now: Callable[[], float], ring: Callable[[], None]) -> None:
+        self._state = _AlarmState(lease_now, weakref.WeakMethod(ring))
+        self._thread: threading.Thread | None = None
+
+    def set(self, deadline: float) -> None:
+        """Ring at this moment of the lease clock, and no longer at the one set before."""
+        with self._state.condition:
+            self._state.deadline = deadline
+            if self._thread is None and deadline < math.inf and not self._state.closed:
+                self._thread = threading.Thread(target=_watch, args=(self._state,), name="agl-sweep", daemon=True)
+                self._thread.start()
+                weakref.finalize(self, self._state.close)
+            else:
+                self._state.condition.notify()
+
+    def close(self) -> None:
+        """Never ring again; idempotent."""
+        self._state.close()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+class _AlarmState:
+    def __init__(self, lease_now: Callable[[], float], ring: weakref.WeakMethod[Callable[[], None]]) -> None:
+        self.lease_now = lease_now
+        self.ring = ring
+        self.condition = threading.Condition()
+        self.deadline = math.inf
+        self.closed = False
+
+    def close(self) -> None:
+        with self.condition:
+            self.closed = True
+            self.condition.notify()
+
+
+def _watch(state: _AlarmState) -> None:
+    while True:
+        with state.condition:
+            while not state.closed and (left := state.deadline - state.lease_now()) > 0:
+                state.condition.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
+            if state.closed:
+                return
+            state.deadline = math.inf
+        ring = state.ring()
+        if ring is None:
+            return
+        ring()
+        del ring

@@ -1,0 +1,147 @@
+"""Rows as the public records that callers see.
+
+Rows were checked when they were written, so records are built without validating them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from pydantic import TypeAdapter
+
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Policy,
+    ResourcesRow,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
+from agentlightning.types import (
+    Attempt,
+    AttemptedRollout,
+    NamedResources,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    Span,
+    Worker,
+)
+
+__all__ = [
+    "attempt_view",
+    "attempted_view",
+    "resources_view",
+    "rollout_view",
+    "span_json",
+    "span_view",
+    "stored_span",
+    "worker_view",
+]
+
+_decode = msgspec.json.Decoder().decode
+_resources = TypeAdapter[NamedResources](NamedResources)
+
+
+def rollout_view(rollout: RolloutRow, attempt: AttemptRow | None) -> Rollout:
+    """A rollout; with its latest attempt, if there is one, it is an ``AttemptedRollout``."""
+    return Rollout.model_construct(**_rollout_fields(rollout)) if attempt is None else attempted_view(rollout, attempt)
+
+
+def attempted_view(rollout: RolloutRow, attempt: AttemptRow) -> AttemptedRollout:
+    """A rollout with one attempt."""
+    return AttemptedRollout.model_construct(**_rollout_fields(rollout), attempt=attempt_view(attempt))
+
+
+def attempt_view(row: AttemptRow) -> Attempt:
+    """An attempt."""
+    return Attempt.model_construct(
+        rollout_id=row.rollout_id,
+        attempt_id=row.attempt_id,
+        sequence_id=row.sequence_id,
+        start_time=row.start_time,
+        end_time=row.end_time,
+        status=row.status,
+        worker_id=row.worker_id,
+        last_heartbeat_time=row.last_heartbeat_time,
+        metadata=_optional(row.metadata),
+        reason_code=row.reason_code,
+        reason_message=row.reason_message,
+    )
+
+
+def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Worker:
+    """A worker; ``stale_attempt_ids`` only in the reply to its heartbeat."""
+    return Worker.model_construct(
+        worker_id=row.worker_id,
+        status=row.status,
+        heartbeat_stats=_optional(row.heartbeat_stats),
+        last_heartbeat_time=row.last_heartbeat_time,
+        last_dequeue_time=row.last_dequeue_time,
+        last_busy_time=row.last_busy_time,
+        last_idle_time=row.last_idle_time,
+        current_rollout_id=row.current_rollout_id,
+        current_attempt_id=row.current_attempt_id,
+        lease_seconds=row.lease_seconds,
+        stale_attempt_ids=None if stale_attempt_ids is None else list(stale_attempt_ids),
+    )
+
+
+def resources_view(row: ResourcesRow) -> ResourcesUpdate:
+    """One version of resources."""
+    return ResourcesUpdate.model_construct(
+        resources_id=row.resources_id,
+        create_time=row.create_time,
+        update_time=row.update_time,
+        version=row.version,
+        resources=_resources.validate_json(row.resources),
+    )
+
+
+def span_json(rollout_id: str, attempt_id: str, sequence_id: int, body: bytes) -> bytes:
+    """A whole span as JSON, from its columns and its body."""
+    head = f'{{"rollout_id":"{rollout_id}","attempt_id":"{attempt_id}","sequence_id":{sequence_id},'
+    return head.encode() + body[1:]
+
+
+def span_view(row: SpanRow) -> Span:
+    """A span."""
+    return Span.model_validate_json(span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body))
+
+
+def stored_span(span: Span, sequence_id: int) -> Span:
+    """The span that a caller gave, as it was stored."""
+    return span if span.sequence_id == sequence_id else span.model_copy(update={"sequence_id": sequence_id})
+
+
+def _rollout_fields(row: RolloutRow) -> dict[str, Any]:
+    return {
+        "rollout_id": row.rollout_id,
+        "input": _decode(row.input),
+        "start_time": row.start_time,
+        "end_time": row.end_time,
+        "mode": row.mode,
+        "resources_id": row.resources_id,
+        "resources_version": row.resources_version,
+        "status": row.status,
+        "priority": row.priority,
+        "config": _config(row.policy),
+        "metadata": _optional(row.metadata),
+        "reason_code": row.reason_code,
+        "reason_message": row.reason_message,
+    }
+
+
+def _config(policy: Policy) -> RolloutConfig:
+    return RolloutConfig.model_construct(
+        timeout_seconds=policy.timeout_seconds,
+        unresponsive_seconds=policy.unresponsive_seconds,
+        max_attempts=policy.max_attempts,
+        retry_condition=list(policy.retry_condition),
+    )
+
+
+def _optional(encoded: bytes | None) -> Any:
+    return None if encoded is None else _decode(encoded)

@@ -1,0 +1,166 @@
+"""Callers that wait for something to happen in the store: told by events, never polling."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from agentlightning.errors import AgentLightningError
+from agentlightning.store.backend import Finished
+
+__all__ = ["ClaimTicket", "ClaimWaiters", "FinishWaiters", "FinishWatch"]
+
+
+class _Signal:
+    """A one-shot flag that any thread may raise and one loop waits for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+
+    def raise_flag(self, error: AgentLightningError | None = None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._settle, error)
+        except RuntimeError:  # the loop was closed: nobody waits there any more
+            return
+
+    async def wait(self, timeout: float | None) -> None:
+        """Return when the flag is raised or the time is up."""
+        await asyncio.wait([self._future], timeout=timeout)
+        if self._future.done():
+            self._future.result()
+
+    def _settle(self, error: AgentLightningError | None) -> None:
+        if self._future.done():
+            return
+        if error is None:
+            self._future.set_result(None)
+        else:
+            self._future.set_exception(error)
+
+
+class FinishWatch:
+    """One caller that waits for rollouts to end."""
+
+    def __init__(self, rollout_ids: Iterable[str]) -> None:
+        self.pending = set(rollout_ids)
+        self.finished: dict[str, Finished] = {}
+        self.signal = _Signal()
+
+
+class FinishWaiters:
+    """Who waits for which rollouts to end. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: dict[str, list[FinishWatch]] = {}
+
+    def watch(self, rollout_ids: Iterable[str]) -> FinishWatch:
+        """Begin to collect what ends from now on. Look at the store after this, then ``settle`` what has ended."""
+        watch = FinishWatch(rollout_ids)
+        with self._lock:
+            for rollout_id in watch.pending:
+                self._watches.setdefault(rollout_id, []).append(watch)
+        return watch
+
+    def settle(self, watch: FinishWatch, found: Iterable[Finished], unknown: Iterable[str]) -> bool:
+        """Note what had ended before the watch began, and ids that need no wait; whether nothing is left."""
+        with self._lock:
+            for event in found:
+                watch.finished.setdefault(event.rollout.rollout_id, event)
+                watch.pending.discard(event.rollout.rollout_id)
+            watch.pending.difference_update(unknown)
+            return not watch.pending
+
+    def finished(self, event: Finished) -> None:
+        """A rollout has ended: wake whoever waited only for it."""
+        rollout_id = event.rollout.rollout_id
+        with self._lock:
+            for watch in self._watches.pop(rollout_id, ()):
+                watch.finished[rollout_id] = event
+                watch.pending.discard(rollout_id)
+                if not watch.pending:
+                    watch.signal.raise_flag()
+
+    def unwatch(self, watch: FinishWatch) -> None:
+        """Stop collecting for a caller."""
+        with self._lock:
+            for rollout_id in watch.pending:
+                others = [each for each in self._watches.get(rollout_id, ()) if each is not watch]
+                if others:
+                    self._watches[rollout_id] = others
+                else:
+                    self._watches.pop(rollout_id, None)
+
+    def close(self, error: AgentLightningError) -> None:
+        """Nothing will happen any more: every waiter gets ``error``."""
+        with self._lock:
+            for watches in self._watches.values():
+                for watch in watches:
+                    watch.signal.raise_flag(error)
+            self._watches.clear()
+
+
+class ClaimTicket:
+    """One caller that waits for the queue to fill."""
+
+    def __init__(self) -> None:
+        self.signal = _Signal()
+        self.woken = False
+        self.replaced = False
+
+
+class ClaimWaiters:
+    """Who waits for work, first come, first woken. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tickets: OrderedDict[ClaimTicket, str | None] = OrderedDict()
+        self._by_request: dict[str, ClaimTicket] = {}
+
+    def join(self, request_id: str | None) -> ClaimTicket:
+        """Stand in line. Look at the queue after this. An older ticket with the same request is replaced."""
+        ticket = ClaimTicket()
+        with self._lock:
+            if request_id is not None:
+                older = self._by_request.get(request_id)
+                if older is not None:
+                    older.replaced = True
+                    self._forget(older)
+                    older.signal.raise_flag()
+                self._by_request[request_id] = ticket
+            self._tickets[ticket] = request_id
+        return ticket
+
+    def leave(self, ticket: ClaimTicket, *, will_look: bool) -> None:
+        """Leave the line. One who was woken and will not look at the queue passes the call on."""
+        with self._lock:
+            self._forget(ticket)
+            if ticket.woken and not will_look:
+                self._wake(1)
+
+    def wake(self, count: int) -> None:
+        """There are ``count`` more rollouts in the queue."""
+        with self._lock:
+            self._wake(count)
+
+    def close(self, error: AgentLightningError) -> None:
+        """Nothing will happen any more: every waiter gets ``error``."""
+        with self._lock:
+            for ticket in self._tickets:
+                ticket.signal.raise_flag(error)
+            self._tickets.clear()
+            self._by_request.clear()
+
+    def _wake(self, count: int) -> None:
+        for ticket in list(self._tickets)[:count]:
+            self._forget(ticket)
+            ticket.woken = True
+            ticket.signal.raise_flag()
+
+    def _forget(self, ticket: ClaimTicket) -> None:
+        request_id = self._tickets.pop(ticket, None)
+        if request_id is not None and self._by_request.get(request_id) is ticket:
+            del self._by_request[request_id]

@@ -1,0 +1,184 @@
+"""Rollouts and their attempts, as the store keeps them and users see them.
+
+All times are seconds since the Unix epoch, as floats. Which state may follow which is
+not said here but in `agentlightning.lifecycle`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import BaseModel, Field, model_validator
+
+from agentlightning.errors import InvalidValue
+
+__all__ = [
+    "Attempt",
+    "AttemptStatus",
+    "AttemptedRollout",
+    "EnqueueRolloutRequest",
+    "Rollout",
+    "RolloutConfig",
+    "RolloutMode",
+    "RolloutStatus",
+    "TaskInput",
+]
+
+TaskInput: TypeAlias = Any
+"""What the agent is to work on. Any JSON value; its meaning is known to the agent and the algorithm only."""
+
+RolloutStatus: TypeAlias = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
+"""Where a rollout stands. `failed`, `succeeded` and `cancelled` are final."""
+
+AttemptStatus: TypeAlias = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
+"""Where an attempt stands. `unresponsive`: nothing was heard of its worker for too long; `timeout`: it ran too long."""
+
+RolloutMode: TypeAlias = Literal["train", "val", "test"]
+"""What the rollout is for. The runner picks the agent's training or validation method by it."""
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _without_nulls(body: Any, names: tuple[str, ...]) -> Any:
+    """Leave out the named keys of a body that are null: on creation a null means the default."""
+    if isinstance(body, dict):
+        fields = cast("dict[str, Any]", body)
+        if any(name in fields and fields[name] is None for name in names):
+            return {name: value for name, value in fields.items() if value is not None or name not in names}
+    return cast("Any", body)
+
+
+class RolloutConfig(BaseModel):
+    """How long an attempt may take, and what is tried again.
+
+    A null for `max_attempts` or `retry_condition` means the default.
+    """
+
+    timeout_seconds: _Seconds | None = None
+    """An attempt that runs longer becomes `timeout`. `None`: no limit."""
+
+    unresponsive_seconds: _Seconds | None = None
+    """An attempt that is silent for longer becomes `unresponsive`. `None`: it may be silent for ever."""
+
+    max_attempts: int = Field(default=1, ge=1, le=1000)
+    """How many attempts there may be in all, the first one included."""
+
+    retry_condition: list[AttemptStatus] = Field(default_factory=list[AttemptStatus])
+    """Attempts that end in one of these are followed by another, up to `max_attempts`.
+
+    Only `failed`, `timeout` and `unresponsive` have an effect; the others are taken and ignored.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_mean_defaults(cls, body: Any) -> Any:
+        return _without_nulls(body, ("max_attempts", "retry_condition"))
+
+
+class Attempt(BaseModel):
+    """One execution of a rollout. A retry is a new attempt."""
+
+    rollout_id: str
+    attempt_id: str
+
+    sequence_id: int
+    """1 for the first attempt of the rollout, then 2, 3 and so on. An attempt with a lower one is stale."""
+
+    start_time: float
+    end_time: float | None = None
+    status: AttemptStatus = "preparing"
+    worker_id: str | None = None
+
+    last_heartbeat_time: float | None = None
+    """When the attempt was last heard of: by a span, or by an update. `None`: not yet."""
+
+    metadata: dict[str, Any] | None = None
+
+    reason_code: str | None = None
+    """Why the attempt ended as it did, for programs: `worker_lost`, `unconfirmed`, `cancelled` and so on."""
+
+    reason_message: str | None = None
+    """The same for people."""
+
+
+class Rollout(BaseModel):
+    """One unit of work: an agent's run on one input."""
+
+    rollout_id: str
+    input: TaskInput
+
+    start_time: float
+    """When it was enqueued, or started if it never was in the queue."""
+
+    end_time: float | None = None
+    """When it reached its final status. `None` until then."""
+
+    mode: RolloutMode | None = None
+
+    resources_id: str | None = None
+    """The resources the agent is to use. `None`: there were none when the rollout was created."""
+
+    resources_version: int | None = None
+    """The version of `resources_id` that was current at creation. The rollout keeps it for life."""
+
+    priority: int = 0
+    """Higher ones are claimed first; among equals, those enqueued first."""
+
+    status: RolloutStatus = "queuing"
+    config: RolloutConfig = Field(default_factory=RolloutConfig)
+    metadata: dict[str, Any] | None = None
+
+    reason_code: str | None = None
+    """Why the rollout ended as it did, for programs: `poison`, `cancelled` and so on."""
+
+    reason_message: str | None = None
+    """The same for people."""
+
+
+class AttemptedRollout(Rollout):
+    """A rollout together with one of its attempts, as a claim hands it out."""
+
+    attempt: Attempt
+
+    @model_validator(mode="after")
+    def check_consistency(self) -> AttemptedRollout:
+        """Return self if the attempt belongs to this rollout.
+
+        Raises:
+            InvalidValue: It belongs to another. Construction wraps it into pydantic's `ValidationError`.
+        """
+        if self.attempt.rollout_id != self.rollout_id:
+            raise InvalidValue(
+                f"attempt {self.attempt.attempt_id!r} belongs to rollout {self.attempt.rollout_id!r}, "
+                f"not to {self.rollout_id!r}; pass an attempt of the same rollout"
+            )
+        return self
+
+
+class EnqueueRolloutRequest(BaseModel):
+    """What a caller says of a rollout that is to be created.
+
+    A null means the default, for every field but `input`.
+    """
+
+    input: TaskInput
+    mode: RolloutMode | None = None
+
+    resources_id: str | None = None
+    """`None`: the latest resources at the time of the call."""
+
+    config: RolloutConfig | None = None
+    """`None`: a `RolloutConfig()`."""
+
+    metadata: dict[str, Any] | None = None
+
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    """Higher ones are claimed first. A signed 32-bit number."""
+
+    rollout_id: str | None = None
+    """The id the rollout shall have, which makes the call repeatable. `None`: the store issues one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_mean_defaults(cls, body: Any) -> Any:
+        return _without_nulls(body, ("priority",))

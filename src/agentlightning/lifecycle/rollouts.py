@@ -75,7 +75,8 @@ def check_editable(rollout: RolloutRow, what: Literal["input", "mode", "resource
     """Raise ``IllegalMove`` if the rollout has ended: then only its metadata may still change."""
     if rollout.final:
         raise IllegalMove(
-            f"rollout {rollout.rollout_id!r} is {rollout.status}; its {what} is what it ran with and cannot change any more"
+            f"rollout {rollout.rollout_id!r} is {rollout.status}; its {what} is what it ran with "
+            "and cannot change any more"
         )
 
 

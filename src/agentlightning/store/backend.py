@@ -108,7 +108,7 @@ class Finished(NamedTuple):
 class Waiting(NamedTuple):
     """This many rollouts have become claimable."""
 
-    count: int
+    rollouts: int
 
 
 class Deadline(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from agentlightning.errors import StoreClosed, StoreUnavailable
@@ -125,7 +125,7 @@ class Core:
         self._finishes.unwatch(watch)
 
     async def wait_for_all(
-        self, watch: FinishWatch, found: Sequence[Finished], unknown: Sequence[str], seconds: float | None
+        self, watch: FinishWatch, found: Sequence[Finished], unknown: Iterable[str], seconds: float | None
     ) -> None:
         """Wait until every watched rollout has ended, counting those found ended, or the time is up."""
         if not self._finishes.settle(watch, found, unknown) and seconds != 0:
@@ -142,8 +142,8 @@ class Core:
             match event:
                 case Finished():
                     self._finishes.finished(event)
-                case Waiting(count):
-                    waiting += count
+                case Waiting(rollouts):
+                    waiting += rollouts
                 case Deadline() | Swept():
                     self._deadlines.note(event)
         if waiting:
@@ -155,7 +155,7 @@ class Core:
             self.backend.write_blocking(sweep)
         except StoreUnavailable as error:
             _log.warning("expired attempts are not swept: %s", error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the boundary of the alarm's thread
             _log.exception("a sweep failed; it is tried again in %g s", _RETRY_SWEEP_SECONDS)
             self._alarm.set(self.backend.lease_now() + _RETRY_SWEEP_SECONDS)
         else:

@@ -26,6 +26,7 @@ __all__ = [
     "encode_json",
     "encode_object",
     "encode_policy",
+    "encode_required",
     "encode_resources",
     "encode_span",
     "reason_of",
@@ -133,6 +134,14 @@ def encode_object(value: Mapping[str, Any] | None, what: str) -> bytes | None:
     if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise NotJson(f"{what} is a {type(value).__name__}; give a dict with string keys")
     return encode_json(dict(value), what)
+
+
+def encode_required(value: Mapping[str, Any], what: str) -> bytes:
+    """A JSON object that must be there. Raises as ``encode_json``."""
+    encoded = encode_object(value, what)
+    if encoded is None:
+        raise InvalidValue(f"{what} cannot be None; give a dict, or leave it out")
+    return encoded
 
 
 def encode_policy(config: RolloutConfig | None) -> Policy:

@@ -15,7 +15,14 @@ from agentlightning.store import views
 from agentlightning.store.backend import Backend
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
-from agentlightning.store.door import check_finite, check_id, check_text, check_version, encode_object, encode_resources
+from agentlightning.store.door import (
+    check_finite,
+    check_id,
+    check_text,
+    check_version,
+    encode_required,
+    encode_resources,
+)
 from agentlightning.store.ids import IdSource
 from agentlightning.store.operations import (
     attempts as attempt_ops,
@@ -251,9 +258,7 @@ class EngineStore(ReadingStore):
         lease_seconds: float | Unset = UNSET,
     ) -> Worker:
         check_id(worker_id, "worker_id")
-        if heartbeat_stats is None:
-            raise InvalidValue("heartbeat_stats cannot be None; give a dict, or leave it out")
-        stats = None if heartbeat_stats is UNSET else encode_object(heartbeat_stats, "heartbeat_stats")
+        stats = None if heartbeat_stats is UNSET else encode_required(heartbeat_stats, "heartbeat_stats")
         listed = [] if attempt_ids is UNSET else [check_id(each, "attempt_id") for each in attempt_ids]
         check_batch(listed, "attempt_ids")
         lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)

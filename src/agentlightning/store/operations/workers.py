@@ -20,10 +20,7 @@ async def beat(
     tx: Transaction, worker_id: str, stats: bytes | None, attempt_ids: Sequence[str], lease_seconds: float | None
 ) -> tuple[WorkerRow, list[str]]:
     """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost)."""
-    stale: list[str] = []
-    for attempt_id in attempt_ids:
-        if not await _beat_attempt(tx, worker_id, attempt_id):
-            stale.append(attempt_id)
+    stale = [each for each in attempt_ids if not await _beat_attempt(tx, worker_id, each)]
     worker = await worker_of(tx, worker_id)
     return await save_worker(tx, worker, workers.beat(worker, lease_seconds, stats, tx.now())), stale
 

@@ -19,6 +19,7 @@ import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import apsw
@@ -209,7 +210,7 @@ class GroupCommit:
             if batch is None:
                 self._turn.release()
             elif batch.transaction.wrote:
-                self._hand_over(lambda: self._conclude(batch))
+                self._hand_over(partial(self._conclude, batch))
                 return
             else:
                 self._conclude(batch)
@@ -284,7 +285,7 @@ class GroupCommit:
             for job in jobs:
                 self._step(batch.transaction, job)
             batch.transaction.flush_counters()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the boundary of a batch: every caller gets the error
             self._abandon(batch, error)
         except BaseException:
             self._abandon(batch, StoreUnavailable("interrupted before the commit; nothing was written"))

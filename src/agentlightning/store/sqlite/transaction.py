@@ -156,7 +156,8 @@ class SqliteTransaction(SqliteReads):
         for name, change in self._counts.items():
             if change:
                 self._execute(
-                    "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                    "INSERT INTO counters VALUES (?, ?) "
+                    "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
                     (name, change),
                 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, get_args
 
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
@@ -70,7 +70,7 @@ class ReadingStore(LightningStore):
         }
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
-        found = await self._page(PageQuery("rollouts", (_is("rollout_id", rollout_id),)), rows=1)
+        found: PaginatedResult[Rollout] = await self._page(PageQuery("rollouts", (_is("rollout_id", rollout_id),)))
         return found.items[0] if found.items else None
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
@@ -227,7 +227,7 @@ class ReadingStore(LightningStore):
     async def _page(self, query: PageQuery, *, latest_only: bool = False) -> PaginatedResult[Any]:
         """One page as public records; a long one is read and converted away from the caller's thread."""
 
-        def answer(asked: PageQuery) -> Any:
+        def answer(asked: PageQuery) -> Callable[[ReadTransaction], Awaitable[Page]]:
             return lambda tx: _answer(tx, asked, latest_only)
 
         short = query if 0 < query.limit <= _SHORT_PAGE else query._replace(limit=_SHORT_PAGE + 1)
@@ -251,7 +251,7 @@ async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> P
     page = await tx.page(query)
     match query.table:
         case "rollouts":
-            records = [views.rollout_view(*as_of(*row, tx.now())) for row in page.rows]
+            records = [views.rollout_view(*as_of(rollout, latest, tx.now())) for rollout, latest in page.rows]
         case "attempts":
             records = [views.attempt_view(await _attempt_now(tx, row)) for row in page.rows]
         case "spans":

@@ -85,7 +85,9 @@ def _encode_rollout(row: RolloutRow) -> Values:
 
 
 def _decode_rollout(values: Values) -> RolloutRow:
-    return RolloutRow(*values[:_POLICY], _decode_policy(values[_POLICY]), *values[_POLICY + 1 :])
+    fields = list(values)
+    fields[_POLICY] = _decode_policy(fields[_POLICY])
+    return RolloutRow(*fields)
 
 
 ROLLOUTS: Codec[RolloutRow] = Codec("rollouts", RolloutRow, _encode_rollout, _decode_rollout, ("claimable",))

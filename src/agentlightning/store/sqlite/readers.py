@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import apsw
@@ -26,7 +26,7 @@ class ReaderPool:
         self._closed = False
 
     @contextmanager
-    def snapshot(self) -> Iterator[apsw.Connection]:
+    def snapshot(self) -> Generator[apsw.Connection]:
         """A connection inside a read transaction: everything read through it stands at one moment."""
         try:
             connection = self._idle.pop()

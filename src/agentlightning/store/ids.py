@@ -7,7 +7,9 @@ milliseconds, then random bits.
 from __future__ import annotations
 
 import os
+import random
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -29,17 +31,26 @@ class IdSource(Protocol):
 class TimeOrderedIds:
     """UUIDv7 bodies behind a prefix.
 
+    The random bits come from a generator of its own, seeded by the system, and again in every
+    forked child; ids are unique, not secret.
+
     Args:
         wall: Unix seconds.
-        entropy: n random bytes.
     """
 
-    def __init__(self, wall: Callable[[], float] = time.time, entropy: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        self._entropy = entropy
+        self._random = random.Random()  # noqa: S311 - nothing here is secret
+        generator = weakref.ref(self._random)
+        os.register_at_fork(after_in_child=lambda: _seed(generator()))
 
     def mint(self, prefix: str) -> str:
         """A new id that begins with ``prefix``."""
         milliseconds = int(self._wall() * 1000) & 0xFFFF_FFFF_FFFF
-        noise = int.from_bytes(self._entropy(10), "big") & _RANDOM_BITS
+        noise = self._random.getrandbits(80) & _RANDOM_BITS
         return f"{prefix}{milliseconds << 80 | _VERSION_7 | noise | _VARIANT:032x}"
+
+
+def _seed(generator: random.Random | None) -> None:
+    if generator is not None:
+        generator.seed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import attempts
@@ -105,15 +105,10 @@ def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | No
     return Filter(field, "within", tuple(values))
 
 
-@overload
-def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> tuple[RolloutRow, AttemptRow]: ...
-@overload
-def as_of(rollout: RolloutRow, attempt: None, now: Moment) -> tuple[RolloutRow, None]: ...
-def as_of(rollout: RolloutRow, attempt: AttemptRow | None, now: Moment) -> tuple[RolloutRow, AttemptRow | None]:
+def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
     """The two as they stand at this moment, even where nobody could write that the attempt has expired."""
-    if attempt is None or attempt.deadline is None or attempt.deadline > now.lease:
-        return rollout, attempt
-    return attempts.expire(Pair(rollout, attempt), now)
+    pair = Pair(rollout, attempt)
+    return pair if attempt.deadline is None or attempt.deadline > now.lease else attempts.expire(pair, now)
 
 
 def _text(what: str, value: Any) -> str:

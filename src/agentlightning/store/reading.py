@@ -251,7 +251,7 @@ async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> P
     page = await tx.page(query)
     match query.table:
         case "rollouts":
-            records = [views.rollout_view(*as_of(rollout, latest, tx.now())) for rollout, latest in page.rows]
+            records = [_rollout_now(tx, *row) for row in page.rows]
         case "attempts":
             records = [views.attempt_view(await _attempt_now(tx, row)) for row in page.rows]
         case "spans":
@@ -263,11 +263,17 @@ async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> P
     return Page(records, page.total)
 
 
+def _rollout_now(tx: ReadTransaction, rollout: RolloutRow, latest: AttemptRow | None) -> Rollout:
+    if latest is None:
+        return views.rollout_view(rollout, None)
+    return views.attempted_view(*as_of(rollout, latest, tx.now()))
+
+
 async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:
     if attempt.deadline is None or attempt.deadline > tx.now().lease:
         return attempt
     rollout = await tx.get(RolloutRow, attempt.rollout_id)
-    return attempt if rollout is None else as_of(rollout, attempt, tx.now())[1]
+    return attempt if rollout is None else as_of(rollout, attempt, tx.now()).attempt
 
 
 def _is(field: str, value: str) -> Filter:

@@ -51,7 +51,7 @@ class SqliteBackend(ABC):
         self._path = path
         self._clock = clock
         self._opening = threading.Lock()
-        self._pid: int | None = None
+        self._forked = False
         self._closed = False
         self._lease_anchor = 0.0
         self._writer: GroupCommit | None = None
@@ -72,7 +72,6 @@ class SqliteBackend(ABC):
                     self._writer = self._open_writer(publish)
                 except apsw.Error as error:
                     raise translate(error, self._path) from error
-                self._pid = os.getpid()
                 _call_in_children(self._leak_in_child)
 
     def lease_now(self) -> float:
@@ -106,7 +105,7 @@ class SqliteBackend(ABC):
 
     async def close(self) -> None:
         """Finish what was accepted, then let go of the data; idempotent. In a forked child: does nothing."""
-        if self._pid is None or self._pid == os.getpid():
+        if not self._forked:
             await asyncio.to_thread(self.close_blocking)
 
     def close_blocking(self) -> None:
@@ -128,10 +127,10 @@ class SqliteBackend(ABC):
         return [self._writer]
 
     def _check_process(self) -> None:
-        if self._pid is not None and self._pid != os.getpid():
+        if self._forked:
             raise StoreForked(
-                f"the store on {self._path!r} was opened by process {self._pid} and inherited by fork; "
-                f"in process {os.getpid()} use a LightningStoreClient, or open the store after the fork"
+                f"the store on {self._path!r} was opened by the parent of process {os.getpid()} and inherited by "
+                "fork; use a LightningStoreClient here, or open the store after the fork"
             )
 
     def _use(self) -> GroupCommit:
@@ -142,6 +141,7 @@ class SqliteBackend(ABC):
 
     def _leak_in_child(self) -> None:
         """Keep inherited handles for ever: closing one in a child would harm the parent's locks."""
+        self._forked = True
         _leaked.extend(self._inherited())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import eq
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -57,13 +58,13 @@ class Codec(Generic[R]):
         row is found by ``seq``, on condition that its ``version`` is the one that was read.
         """
         before, after = self.encode(old), self.encode(new)
-        changed = tuple(i for i in range(2, len(before)) if before[i] != after[i])
+        changed = tuple([i for i, same in enumerate(map(eq, before, after)) if not same])
         statement = self._updates.get(changed)
         if statement is None:
             assignments = "".join(f", {self.columns[i]} = ?" for i in changed)
             statement = f"UPDATE {self.table} SET version = version + 1{assignments} WHERE seq = ? AND version = ?"
             self._updates[changed] = statement
-        return statement, [*(after[i] for i in changed), before[0], before[1]]
+        return statement, [*[after[i] for i in changed], before[0], before[1]]
 
 
 _POLICY = RolloutRow.__struct_fields__.index("policy")

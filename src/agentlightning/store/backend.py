@@ -82,11 +82,12 @@ class Page(NamedTuple):
 
 
 class AttemptsBy(NamedTuple):
-    """Selects attempts by who asked for them, in order of insertion."""
+    """Selects attempts by who asked for them, the newest first."""
 
     key: Literal["worker_id", "request_id"]
     value: str
     live_only: bool
+    limit: int = -1
 
 
 class ResourcesBy(NamedTuple):

@@ -8,17 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from pydantic_core import PydanticSerializationError
-
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
 from agentlightning.lifecycle.records import Policy, Reason
-from agentlightning.types import NamedResources, Resource, RolloutConfig, Span
+from agentlightning.types import NamedResources, Resource, RolloutConfig
 
 __all__ = [
+    "INT64",
     "MAX_BATCH",
     "MAX_JSON_BYTES",
     "check_finite",
     "check_id",
+    "check_json_size",
+    "check_json_value",
     "check_one_of",
     "check_paging",
     "check_text",
@@ -28,7 +29,6 @@ __all__ = [
     "encode_policy",
     "encode_required",
     "encode_resources",
-    "encode_span",
     "reason_of",
 ]
 
@@ -38,17 +38,13 @@ MAX_DEPTH = 64
 """The deepest nesting of arrays and objects."""
 MAX_BATCH = 10_000
 """The most rollouts, spans or ids in one call."""
-MAX_SEQUENCE_ID = 2**53 - 1
-"""The largest span sequence id, so that every JSON reader keeps it exact."""
-
 _ID = re.compile(r"[A-Za-z0-9._~:@\-]{1,128}")
 _RESERVED_IDS = frozenset({"latest", "search", "bulk", ".", ".."})
 _REASON_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_SPAN_COLUMNS = {"rollout_id", "attempt_id", "sequence_id"}
-_INT64 = range(-(2**63), 2**63)
+INT64 = range(-(2**63), 2**63)
+"""The integers that every database and most JSON readers keep exact."""
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_span_serializer = Span.__pydantic_serializer__
 
 
 def check_id(value: object, what: str) -> str:
@@ -82,7 +78,7 @@ def check_text(value: object, what: str) -> str:
 
 def check_version(value: object) -> int:
     """``value``, if it can be the version of resources."""
-    if type(value) is not int or not 1 <= value < _INT64.stop:
+    if type(value) is not int or not 1 <= value < INT64.stop:
         raise InvalidValue(f"version {value!r} is not valid; versions are 1, 2, 3 …")
     return value
 
@@ -102,9 +98,9 @@ def check_paging(limit: object, offset: object, sort_by: str | None, sortable: S
     Raises:
         InvalidValue: ``limit`` is neither -1 nor at least 1, ``offset`` is negative, or ``sort_by`` unknown.
     """
-    if type(limit) is not int or (limit < 1 and limit != -1) or limit not in _INT64:
+    if type(limit) is not int or (limit < 1 and limit != -1) or limit not in INT64:
         raise InvalidValue(f"limit {limit!r} is not valid; give at least 1, or -1 for all")
-    if type(offset) is not int or offset < 0 or offset not in _INT64:
+    if type(offset) is not int or offset < 0 or offset not in INT64:
         raise InvalidValue(f"offset {offset!r} is not valid; give 0 or more")
     if sort_by is not None and sort_by not in sortable:
         raise InvalidValue(f"cannot sort by {sort_by!r}; allowed are {', '.join(sortable)}")
@@ -117,12 +113,12 @@ def encode_json(value: object, what: str) -> bytes:
         NotJson: it holds anything that strict JSON does not (tuples count as arrays).
         TooLarge: it is larger than ``MAX_JSON_BYTES`` or deeper than ``MAX_DEPTH``.
     """
-    _check_value(value, what, 0)
+    check_json_value(value, what)
     try:
         encoded = _encode(value).encode()
     except UnicodeEncodeError as error:
         raise NotJson(f"{what} holds a lone surrogate, which UTF-8 cannot carry: {error}") from error
-    _check_size(encoded, what)
+    check_json_size(encoded, what)
     return encoded
 
 
@@ -168,31 +164,6 @@ def encode_resources(resources: NamedResources) -> bytes:
     return encode_json({name: each.model_dump(mode="json") for name, each in resources.items()}, "resources")
 
 
-def encode_span(span: Span) -> bytes:
-    """A span as a JSON object without its ids and sequence id.
-
-    Non-finite attributes become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
-
-    Raises:
-        InvalidValue: a reward or a time is not finite, or the sequence id is out of range.
-        NotJson, TooLarge: no JSON can carry it.
-    """
-    check_id(span.span_id, "span_id")
-    if type(span.sequence_id) is not int or not 0 <= span.sequence_id <= MAX_SEQUENCE_ID:
-        raise InvalidValue(
-            f"sequence_id {span.sequence_id!r} of span {span.span_id!r} is not valid; "
-            "give 0 to have it issued, or 1 to 2^53-1"
-        )
-    try:
-        body = _span_serializer.to_json(span, exclude=_SPAN_COLUMNS, warnings="error")
-    except (PydanticSerializationError, UnicodeEncodeError, ValueError) as error:
-        raise NotJson(f"span {span.span_id!r} cannot be stored: {error}") from error
-    _check_size(body, f"span {span.span_id!r}")
-    if b'"NaN"' in body or b'Infinity"' in body:
-        _check_span_numbers(span)
-    return body
-
-
 def reason_of(code: str | None, message: str | None, default_code: str) -> Reason | None:
     """A reason that a caller gives; None if it gives none.
 
@@ -209,17 +180,29 @@ def reason_of(code: str | None, message: str | None, default_code: str) -> Reaso
     return Reason(code, message)
 
 
-def _check_size(encoded: bytes, what: str) -> None:
+def check_json_size(encoded: bytes, what: str, name: str = "") -> None:
+    """Raise if encoded JSON is too large, or holds a NUL; ``what`` and ``name`` say what it is.
+
+    Raises:
+        TooLarge: it has more than ``MAX_JSON_BYTES``.
+        NotJson: there is a NUL in one of its strings.
+    """
     if len(encoded) > MAX_JSON_BYTES:
         raise TooLarge(
-            f"{what} has {len(encoded):,} bytes as JSON; the store takes {MAX_JSON_BYTES:,}. "
+            f"{what} {name} has {len(encoded):,} bytes as JSON; the store takes {MAX_JSON_BYTES:,}. "
             "Store large data elsewhere and put a reference here"
         )
     if b"\\u0000" in encoded and _NUL.search(encoded):
-        raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
+        raise NotJson(f"{what} {name} holds a NUL character, which not every database can store; remove it")
 
 
-def _check_value(value: object, what: str, depth: int) -> None:
+def check_json_value(value: object, what: str, depth: int = 0) -> None:
+    """Raise unless ``value`` is made of what strict JSON has; ``what`` names it.
+
+    Raises:
+        NotJson: it holds something else.
+        TooLarge: it is nested deeper than ``MAX_DEPTH``, or contains itself.
+    """
     kind = type(value)
     if kind is str or value is None or kind is bool:
         return
@@ -229,12 +212,12 @@ def _check_value(value: object, what: str, depth: int) -> None:
         for key, item in cast(dict[object, object], value).items():
             if not isinstance(key, str):
                 raise NotJson(f"{what} has the key {key!r}, a {type(key).__name__}; JSON keys are strings")
-            _check_value(item, what, depth + 1)
+            check_json_value(item, what, depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in cast(Sequence[object], value):
-            _check_value(item, what, depth + 1)
+            check_json_value(item, what, depth + 1)
     elif isinstance(value, int):
-        if value not in _INT64:
+        if value not in INT64:
             raise NotJson(f"{what} holds an integer outside ±2^63; send it as a string")
     elif isinstance(value, float):
         if not math.isfinite(value):
@@ -244,19 +227,3 @@ def _check_value(value: object, what: str, depth: int) -> None:
             f"{what} holds a {kind.__module__}.{kind.__qualname__}, which is not JSON; "
             "convert it to dicts, lists, strings and numbers first (pydantic: model_dump(mode='json'))"
         )
-
-
-def _check_span_numbers(span: Span) -> None:
-    for field in ("start_time", "end_time"):
-        value = cast(float | None, getattr(span, field))
-        if value is not None and not math.isfinite(value):
-            raise InvalidValue(f"{field} of span {span.span_id!r} is {value!r}; a time must be finite")
-    for name, value in span.attributes.items():
-        if (
-            name.startswith(("agentlightning.reward", "reward"))
-            and isinstance(value, float)
-            and not math.isfinite(value)
-        ):
-            raise InvalidValue(
-                f"{name} of span {span.span_id!r} is {value!r}; a reward must be finite (no reward is None, not NaN)"
-            )

@@ -40,7 +40,7 @@ class TimeOrderedIds:
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        self._random = random.Random()  # noqa: S311 - nothing here is secret
+        self._random = random.Random()
         generator = weakref.ref(self._random)
         os.register_at_fork(after_in_child=lambda: _seed(generator()))
 

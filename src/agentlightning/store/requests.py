@@ -17,13 +17,13 @@ from agentlightning.store.door import (
     encode_json,
     encode_object,
     encode_policy,
-    encode_span,
     reason_of,
 )
 from agentlightning.store.ids import IdSource
 from agentlightning.store.operations.attempts import Report
 from agentlightning.store.operations.rollouts import Draft, Edit
 from agentlightning.store.operations.spans import SpanDraft
+from agentlightning.store.span_json import encode_span
 from agentlightning.types import (
     UNSET,
     AttemptStatus,

@@ -126,7 +126,7 @@ async def report(tx: Transaction, rollout_id: str, attempt_id: str, said: Report
 async def lose_attempts(tx: Transaction, worker_id: str, message: str) -> list[AttemptRow]:
     """End all live attempts of a worker that is gone."""
     lost: list[AttemptRow] = []
-    for attempt in await tx.attempts_by(AttemptsBy("worker_id", worker_id, live_only=True)):
+    for attempt in reversed(await tx.attempts_by(AttemptsBy("worker_id", worker_id, live_only=True))):
         rollout = await tx.get(RolloutRow, attempt.rollout_id)
         if rollout is not None:
             before = Pair(rollout, attempt)
@@ -137,7 +137,7 @@ async def lose_attempts(tx: Transaction, worker_id: str, message: str) -> list[A
 
 async def _held_by_request(tx: Transaction, request_id: str) -> list[Pair]:
     held: list[Pair] = []
-    for attempt in await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False)):
+    for attempt in reversed(await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False))):
         rollout = await tx.get(RolloutRow, attempt.rollout_id)
         if rollout is None:
             continue

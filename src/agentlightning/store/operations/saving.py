@@ -72,8 +72,8 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
     """Note that a worker does not work on an attempt any more."""
     worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
     if worker is not None:
-        held = await tx.attempts_by(AttemptsBy("worker_id", worker.worker_id, live_only=True))
-        other = held[-1] if held else None
+        held = await tx.attempts_by(AttemptsBy("worker_id", worker.worker_id, live_only=True, limit=1))
+        other = held[0] if held else None
         await save_worker(tx, worker, workers.released(worker, attempt.status, other, tx.now()))
 
 

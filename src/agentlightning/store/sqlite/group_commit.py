@@ -28,6 +28,7 @@ from agentlightning.errors import AgentLightningError, StoreClosed, StoreStopped
 from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Transaction
 from agentlightning.store.sqlite.faults import stops_store, translate
+from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.transaction import SqliteTransaction
 
 __all__ = ["GroupCommit", "run_to_end"]
@@ -121,6 +122,7 @@ class GroupCommit:
         self._hand_over = hand_over
         self._checkpoint_pages = checkpoint_pages
         self._log_pages = 0
+        self._cache = RowCache()
         self._lock = threading.Lock()
         self._jobs: deque[_Job[Any]] = deque()
         self._woken: set[asyncio.AbstractEventLoop] = set()
@@ -277,7 +279,7 @@ class GroupCommit:
             jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), _BATCH_LIMIT))]
         if not jobs:
             return None
-        batch = _Batch(jobs, SqliteTransaction(self._connection))
+        batch = _Batch(jobs, SqliteTransaction(self._connection, self._cache))
         try:
             if self._fault is not None:
                 raise self._fault
@@ -317,6 +319,7 @@ class GroupCommit:
             self.stop(known)
         batch.fail(known)
         batch.transaction.wrote = False
+        self._cache.clear()
         self._roll_back()
 
     def _commit(self, batch: _Batch) -> None:
@@ -332,6 +335,7 @@ class GroupCommit:
             known.__cause__ = error
             self.stop(known)
             batch.fail(known)
+            self._cache.clear()
             self._roll_back()
         if batch.transaction.events:
             self._publish(batch.transaction.events)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import apsw
+import msgspec
 from msgspec.structs import replace
 
 from agentlightning.errors import Conflict
@@ -24,6 +25,7 @@ from agentlightning.lifecycle.records import (
 from agentlightning.store.backend import AttemptsBy, Event, Page, PageQuery, ResourcesBy, Row, Table, Unreadable
 from agentlightning.store.sqlite.codec import ATTEMPTS, RESOURCES, ROLLOUTS, WORKERS, Codec, codec_of
 from agentlightning.store.sqlite.paging import Statement, counted_by, page_statement, total_statement
+from agentlightning.store.sqlite.row_cache import RowCache
 
 __all__ = ["SqliteReads", "SqliteTransaction"]
 
@@ -77,7 +79,10 @@ class SqliteReads:
 
     async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
         live = " AND live" if selection.live_only else ""
-        rows = self._rows(f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq", (selection.value,))
+        rows = self._rows(
+            f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq DESC LIMIT ?",
+            (selection.value, selection.limit),
+        )
         return [ATTEMPTS.decode(row) for row in rows]
 
     async def page(self, query: PageQuery) -> Page:
@@ -119,8 +124,10 @@ class SqliteTransaction(SqliteReads):
     it can fail without hurting the others.
     """
 
-    def __init__(self, connection: apsw.Connection) -> None:
+    def __init__(self, connection: apsw.Connection, cache: RowCache) -> None:
         super().__init__(connection, Moment(0.0, 0.0))
+        self._cache = cache
+        self._own_rows: list[Row] = []
         self.events: list[Event] = []
         """What the operations that succeeded have published."""
         self.wrote = False
@@ -136,6 +143,7 @@ class SqliteTransaction(SqliteReads):
         self._writing = False
         self._own_events = []
         self._own_counts = {}
+        self._own_rows = []
 
     def keep(self) -> None:
         """The operation succeeded: its effects stay."""
@@ -150,6 +158,16 @@ class SqliteTransaction(SqliteReads):
         """The operation failed: as if it had never been."""
         if self._writing:
             self._execute("ROLLBACK TO operation; RELEASE operation")
+            for row in self._own_rows:
+                self._cache.forget(row)
+
+    async def get(self, kind: type[R], key: str) -> R | None:
+        row = self._cache.get(kind, key)
+        if row is None:
+            row = await super().get(kind, key)
+            if row is not None:
+                self._cache.keep(row)
+        return row
 
     def flush_counters(self) -> None:
         """Write what the operations counted. Call once, after the last one."""
@@ -166,18 +184,26 @@ class SqliteTransaction(SqliteReads):
             self._execute("SAVEPOINT operation")
             self._writing = True
 
+    def _remember(self, row: Row) -> None:
+        self._cache.keep(row)
+        self._own_rows.append(row)
+
     async def insert(self, row: Row) -> int:
         self._write()
         codec = codec_of(row)
         self._execute(codec.insert, codec.encode(row)[1:])
-        return self._connection.last_insert_rowid()
+        seq = self._connection.last_insert_rowid()
+        self._remember(replace(row, seq=seq))
+        return seq
 
     async def put(self, old: R, new: R) -> R:
         self._write()
         self._execute(*codec_of(new).update(old, new))
         if self._connection.changes() != 1:
             raise Conflict(f"{type(old).__name__} {old.seq} has changed since it was read; read it again")
-        return replace(new, version=old.version + 1)
+        written = replace(new, version=old.version + 1)
+        self._remember(written)
+        return written
 
     async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
         self._write()
@@ -219,6 +245,8 @@ class SqliteTransaction(SqliteReads):
         self._execute("DELETE FROM attempts WHERE rollout_id = ?", (rollout.rollout_id,))
         attempts = self._connection.changes()
         self._execute("DELETE FROM rollouts WHERE seq = ?", (rollout.seq,))
+        self._cache.forget(rollout)
+        self._cache.forget_attempts_of(rollout.rollout_id)
         return attempts
 
     def count(self, changes: Mapping[str, int]) -> None:
@@ -232,7 +260,7 @@ class SqliteTransaction(SqliteReads):
 def _decode_or_tell(codec: Codec[Any], row: tuple[Any, ...]) -> Any:
     try:
         return codec.decode(row)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
         return Unreadable(row[0], str(error))
 
 

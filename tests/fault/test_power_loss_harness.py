@@ -254,7 +254,8 @@ def test_connections_in_several_threads_share_the_wal(folder: Path) -> None:
     failures: list[BaseException] = []
 
     def checkpoint(connection: apsw.Connection) -> None:
-        # A passive checkpoint never waits: it is refused if it meets the writer just as that updates the WAL's index.
+        # A passive checkpoint never waits, whatever the busy timeout: with a reader about it is refused now and then,
+        # through SQLite's own VFS as well.
         with suppress(apsw.BusyError):
             connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 

@@ -201,15 +201,25 @@ class FileBackend(SqliteBackend):
             of the process, ``none`` the death of the process too, but a power loss may damage the file.
         clock: where time comes from.
         vfs: the name of the apsw VFS to use; None for the default.
+        checkpoint_pages: how many pages of 8 KB the write-ahead log may grow to before it is copied
+            into the database.
     """
 
     name = "sqlite"
 
-    def __init__(self, path: Path, durability: Durability, clock: Clock, vfs: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        durability: Durability,
+        clock: Clock,
+        vfs: str | None = None,
+        checkpoint_pages: int = _CHECKPOINT_PAGES,
+    ) -> None:
         super().__init__(str(path), clock)
         self._file = path
         self._durability: Durability = durability
         self._vfs = vfs
+        self._checkpoint_pages = checkpoint_pages
         self._owner = OwnerLock(path)
         self._commit_thread = CommitThread()
         self._readers = ReaderPool(lambda: open_reader(self._path, vfs=vfs))
@@ -261,7 +271,7 @@ class FileBackend(SqliteBackend):
             moment=self.moment,
             publish=publish,
             hand_over=self._commit_thread,
-            checkpoint_pages=_CHECKPOINT_PAGES,
+            checkpoint_pages=self._checkpoint_pages,
         )
 
     def _let_go(self) -> None:

@@ -45,8 +45,9 @@ def open_writer(
         check_identity(connection, len(migrations))
         connection.pragma("journal_mode", "WAL")
         connection.wal_autocheckpoint(0)
-        connection.pragma("synchronous", _SYNCHRONOUS[durability])
+        connection.pragma("synchronous", "FULL")  # the schema is durable before anything else is
         migrate(connection, migrations)
+        connection.pragma("synchronous", _SYNCHRONOUS[durability])
     except BaseException:
         connection.close()
         raise

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from agentlightning.store.sqlite.store import (
         InMemoryLightningStore as InMemoryLightningStore,
+        LightningStoreThreaded as LightningStoreThreaded,
         SqliteLightningStore as SqliteLightningStore,
     )
     from agentlightning.types import (
@@ -129,6 +130,7 @@ _MODULE_NAMES = {
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
+    "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "SqliteLightningStore": "agentlightning.store.sqlite.store",
     "LLM": "agentlightning.types",
     "UNSET": "agentlightning.types",

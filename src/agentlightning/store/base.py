@@ -52,7 +52,6 @@ __all__ = [
     "LightningStore",
     "LightningStoreCapabilities",
     "LightningStoreStatistics",
-    "enqueue_request",
     "is_finished",
     "is_queuing",
     "is_running",

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import apsw
 
-from agentlightning.errors import CorruptStore, StoreClosed, StoreForked
+from agentlightning.errors import StoreClosed, StoreForked
 from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, ReadTransaction, Transaction
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.committer import CommitThread, commit_here
 from agentlightning.store.sqlite.connections import Durability, open_reader, open_writer
-from agentlightning.store.sqlite.faults import translate
+from agentlightning.store.sqlite.faults import stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
 from agentlightning.store.sqlite.owner import OwnerLock
 from agentlightning.store.sqlite.readers import ReaderPool
@@ -135,8 +135,8 @@ class SqliteBackend(ABC):
 
     def _use(self) -> GroupCommit:
         self._check_process()
-        if self._writer is None:
-            raise StoreClosed(f"the store on {self._path!r} is not open")
+        if self._writer is None or self._closed:
+            raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
         return self._writer
 
     def _leak_in_child(self) -> None:
@@ -215,8 +215,8 @@ class FileBackend(SqliteBackend):
         vfs: str | None = None,
         checkpoint_pages: int = _CHECKPOINT_PAGES,
     ) -> None:
+        path = Path(os.path.realpath(path))  # one file, one owner: by whatever links, and wherever the process goes
         super().__init__(str(path), clock)
-        self._file = path
         self._durability: Durability = durability
         self._vfs = vfs
         self._checkpoint_pages = checkpoint_pages
@@ -228,8 +228,6 @@ class FileBackend(SqliteBackend):
     async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
         """Run ``op`` on a snapshot: short ones at once, long ones in a thread."""
         self._use()
-        if self._closed:
-            raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
         if rows <= _LONG_READ_ROWS:
             return self._read(op)
         return await asyncio.get_running_loop().run_in_executor(self._long_reads, self._read, op)
@@ -249,8 +247,8 @@ class FileBackend(SqliteBackend):
                 return run_to_end(op(SqliteReads(connection, self.moment())))
         except apsw.Error as error:
             known = translate(error, self._path)
-            if isinstance(known, CorruptStore):
-                self._use().stop(known)
+            if stops_store(known) and self._writer is not None:
+                self._writer.stop(known)
             raise known from error
 
     def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit:

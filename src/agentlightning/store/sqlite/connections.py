@@ -55,8 +55,8 @@ def open_writer(
 
 
 def open_reader(path: str, *, vfs: str | None) -> apsw.Connection:
-    """A connection that cannot write."""
-    connection = apsw.Connection(path, vfs=vfs, statementcachesize=_STATEMENTS)
+    """A connection that cannot write, on a database that is there."""
+    connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs=vfs, statementcachesize=_STATEMENTS)
     connection.set_busy_timeout(_BUSY_MILLISECONDS)
     connection.pragma("query_only", 1)
     connection.pragma("mmap_size", 0)

@@ -161,6 +161,11 @@ def resident_megabytes() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
+def size_megabytes(path: Path) -> float:
+    """Size of a file."""
+    return path.stat().st_size / 2**20
+
+
 async def million(path: Path, total: int) -> dict[str, float]:
     """Store ``total`` spans; then the growth of memory, and how long reading the 20 of one rollout takes."""
     size = 20
@@ -195,7 +200,7 @@ async def million(path: Path, total: int) -> dict[str, float]:
         "store_seconds": seconds,
         "memory_growth_mb": after - before,
         "memory_peak_growth_mb": peak - before,
-        "database_mb": os.path.getsize(path) / 2**20,
+        "database_mb": size_megabytes(path),
         "read_20_spans_ms": statistics.median(reads),
         "read_20_spans_p99_ms": statistics.quantiles(reads, n=100)[98] if len(reads) > 1 else reads[0],
     }
@@ -278,7 +283,8 @@ def main() -> None:
     try:
         size = len(make_span("ro-" + "0" * 32, "at-" + "0" * 32, 1).model_dump_json())
         print(
-            f"python {platform.python_version()}, sqlite {apsw.sqlite_lib_version()}, {os.cpu_count()} cores, span {size} bytes"
+            f"python {platform.python_version()}, sqlite {apsw.sqlite_lib_version()}, {os.cpu_count()} cores, "
+            f"span {size} bytes"
         )
         results = asyncio.run(measure(folder, arguments))
     finally:

@@ -31,6 +31,7 @@ __all__ = [
     "ended",
     "expire",
     "lose",
+    "reclaim",
     "report",
     "run",
     "stale",
@@ -136,6 +137,13 @@ def beat(pair: Pair, now: Moment) -> Pair:
             return _revived(pair, now)
         case "stale":
             return pair
+
+
+def reclaim(pair: Pair, confirm_seconds: float, now: Moment) -> Pair:
+    """Give a revivable attempt to the repeat of its claim. That reply may be lost, too, so it must be confirmed."""
+    rollout, attempt = _revived(pair, now)
+    attempt = replace(attempt, confirm_seconds=confirm_seconds)
+    return Pair(rollout, replace(attempt, deadline=attempt_deadline(rollout.policy, attempt)))
 
 
 def run(pair: Pair, now: Moment) -> Pair:

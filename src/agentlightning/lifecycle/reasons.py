@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 __all__ = [
+    "BY_STATUS",
     "CANCELLED",
     "COMPLETED",
     "POISON",
@@ -37,3 +39,6 @@ CANCELLED: Final = "cancelled"
 """Its rollout was cancelled."""
 POISON: Final = "poison"
 """The rollout was handed out too often without ever being confirmed."""
+
+BY_STATUS: Final[Mapping[str, str]] = {"succeeded": COMPLETED, "cancelled": CANCELLED, "requeuing": REQUEUED}
+"""The code for a status that a caller sets without a code of its own; ``REPORTED`` for all others."""

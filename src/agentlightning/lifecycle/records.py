@@ -44,7 +44,7 @@ class Reason(NamedTuple):
     message: str
 
 
-class Policy(msgspec.Struct, frozen=True):
+class Policy(msgspec.Struct, frozen=True, gc=False):
     """How a rollout is retried and when its attempts expire: ``RolloutConfig`` as an immutable value."""
 
     timeout_seconds: float | None = None
@@ -64,7 +64,7 @@ class Claim(NamedTuple):
     """How long the attempt may stay without a sign of life before it is handed out again; None: for ever."""
 
 
-class RolloutRow(msgspec.Struct, frozen=True):
+class RolloutRow(msgspec.Struct, frozen=True, gc=False):
     """One rollout: a unit of work and where it stands."""
 
     seq: int
@@ -103,7 +103,7 @@ class RolloutRow(msgspec.Struct, frozen=True):
         return self.status in FINAL
 
 
-class AttemptRow(msgspec.Struct, frozen=True):
+class AttemptRow(msgspec.Struct, frozen=True, gc=False):
     """One execution of a rollout."""
 
     seq: int
@@ -150,7 +150,7 @@ class Pair(NamedTuple):
     attempt: AttemptRow
 
 
-class WorkerRow(msgspec.Struct, frozen=True):
+class WorkerRow(msgspec.Struct, frozen=True, gc=False):
     """One runner process as the store sees it."""
 
     seq: int
@@ -171,7 +171,7 @@ class WorkerRow(msgspec.Struct, frozen=True):
     """As in ``AttemptRow``: a lower bound of the moment at which it counts as lost."""
 
 
-class ResourcesRow(msgspec.Struct, frozen=True):
+class ResourcesRow(msgspec.Struct, frozen=True, gc=False):
     """One immutable version of named resources."""
 
     seq: int

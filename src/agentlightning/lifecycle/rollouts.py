@@ -44,9 +44,7 @@ def set_status(before: Change, to: RolloutStatus, reason: Reason | None, now: Mo
     if to == "running":
         return Change(*attempts.run(_held(rollout, attempt), now))
     if to in FINAL:
-        given = reason or Reason(
-            reasons.COMPLETED if to == "succeeded" else reasons.REPORTED, f"set to {to} by a caller"
-        )
+        given = reason or Reason(reasons.BY_STATUS.get(to, reasons.REPORTED), f"set to {to} by a caller")
         ended_as = "succeeded" if to == "succeeded" else "failed"
         return Change(attempts.close(rollout, to, given, now), _release(attempt, ended_as, given, now))
     given = reason or Reason(reasons.REQUEUED, "its rollout was put back into the queue by a caller")

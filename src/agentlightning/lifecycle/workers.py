@@ -29,7 +29,6 @@ def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
 
 def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
     """It asked for work and there was none. One that still holds an attempt stays busy."""
-    worker = replace(worker, last_dequeue_time=now.wall)
     return worker if worker.current_attempt_id is not None else _idle(worker, now)
 
 

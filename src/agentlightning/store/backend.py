@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle.records import (
     AttemptRow,
     Moment,
@@ -34,6 +35,7 @@ __all__ = [
     "ReadTransaction",
     "ResourcesBy",
     "Row",
+    "Stopped",
     "Swept",
     "Table",
     "Transaction",
@@ -124,7 +126,13 @@ class Swept(NamedTuple):
     next_deadline: float | None
 
 
-Event = Finished | Waiting | Deadline | Swept
+class Stopped(NamedTuple):
+    """A fault has ended all writing: nothing that anybody waits for will happen any more."""
+
+    error: AgentLightningError
+
+
+Event = Finished | Waiting | Deadline | Swept | Stopped
 
 
 class Unreadable(NamedTuple):
@@ -222,15 +230,18 @@ class Backend(Protocol):
         ...
 
     def open(self, publish: Callable[[list[Event]], None]) -> None:
-        """Take possession of the data; idempotent. Events of committed transactions go to ``publish``."""
+        """Take possession of the data; idempotent.
+
+        Events of committed transactions, and ``Stopped``, go to ``publish``.
+        """
         ...
 
     def lease_now(self) -> float:
         """The lease clock of ``now``, outside a transaction."""
         ...
 
-    async def write(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run ``op`` in a transaction; return its result when it is durable."""
+    def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
+        """Run ``op`` in a transaction; the result comes when it is durable."""
         ...
 
     def write_blocking(self, op: Callable[[Transaction], Awaitable[T]]) -> T:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pydantic import ValidationError
 
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import InvalidId, InvalidValue, NotJson
 from agentlightning.types import (
     UNSET,
     Attempt,
@@ -548,7 +548,10 @@ def enqueue_request(
 
     Raises:
         InvalidValue: a field has a wrong type or value; the message names it.
+        InvalidId, NotJson: an id is no string; the metadata are no object with string keys.
     """
+    if metadata is not None and not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise NotJson(f"metadata is a {type(metadata).__name__}; give a dict with string keys")
     try:
         return EnqueueRolloutRequest(
             input=input,
@@ -559,5 +562,15 @@ def enqueue_request(
             priority=priority,
             rollout_id=rollout_id,
         )
-    except (ValidationError, TypeError, ValueError) as error:
-        raise InvalidValue(f"this rollout is not valid: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = str(first["loc"][0])
+        raise _FIELD_ERRORS.get(field, InvalidValue)(f"{field} is not valid: {first['msg']}") from error
+
+
+_FIELD_ERRORS: Mapping[str, type[InvalidValue]] = {
+    "metadata": NotJson,
+    "resources_id": InvalidId,
+    "rollout_id": InvalidId,
+}
+"""What is wrong with a request, where it is more than a bad value."""

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from agentlightning.errors import StoreClosed, StoreUnavailable
+from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
 from agentlightning.store.backend import (
     Backend,
     Deadline,
     Event,
     Finished,
     ReadTransaction,
+    Stopped,
     Swept,
     Transaction,
     Waiting,
@@ -44,33 +45,36 @@ class Core:
         self._claims = ClaimWaiters()
         self._open = False
         self._closed = False
+        self._no_more_waiting: AgentLightningError | None = None
 
     def open(self) -> None:
         """Take possession of the data; idempotent. Raises as ``Backend.open``."""
-        if not self._open:
+        if not self._open or self._closed:
             self.backend.open(self._take_in)
             self._open = True
 
     async def close(self) -> None:
         """Finish what was accepted; whoever still waits gets ``StoreClosed``. Idempotent."""
         self._closed = True
-        error = StoreClosed("the store was closed while this call waited")
-        self._finishes.close(error)
-        self._claims.close(error)
+        self._end_waiting(StoreClosed("the store was closed while this call waited"))
         await asyncio.to_thread(self._alarm.close)
         await self.backend.close()
 
     async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run an operation that writes, after a sweep if one is due."""
+        """Run an operation that writes, after a sweep of all that is due, which may take several transactions."""
         self.open()
         deadlines = self._deadlines
+        more_is_due = True
 
-        async def swept_first(tx: Transaction) -> T:
-            if tx.now().lease >= deadlines.next:
-                await sweep(tx)
-            return await operation(tx)
+        async def swept_first(tx: Transaction) -> T | None:
+            nonlocal more_is_due
+            more_is_due = tx.now().lease >= deadlines.next and await sweep(tx)
+            return None if more_is_due else await operation(tx)
 
-        return await self.backend.write(swept_first)
+        result = None
+        while more_is_due:
+            result = await self.backend.write(swept_first)
+        return cast(T, result)
 
     async def read(self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
         """Run an operation that only reads, after a sweep if one is due.
@@ -112,8 +116,7 @@ class Core:
                 self._claims.leave(ticket, will_look=will_look)
 
     async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> None:
-        if self._closed:
-            raise StoreClosed("the store was closed while this call waited")
+        self._check_waiting()
         await ticket.signal.wait(seconds)
 
     def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
@@ -129,9 +132,19 @@ class Core:
     ) -> None:
         """Wait until every watched rollout has ended, counting those found ended, or the time is up."""
         if not self._finishes.settle(watch, found, unknown) and seconds != 0:
-            if self._closed:
-                raise StoreClosed("the store was closed while this call waited")
+            self._check_waiting()
             await watch.signal.wait(seconds)
+
+    def _end_waiting(self, error: AgentLightningError) -> None:
+        """Nothing that anybody waits for will happen any more."""
+        self._no_more_waiting = error
+        self._finishes.close(error)
+        self._claims.close(error)
+
+    def _check_waiting(self) -> None:
+        error = self._no_more_waiting
+        if error is not None:
+            raise type(error)(error.message) from error
 
     # --- Events ----------------------------------------------------------------------------------
 
@@ -146,6 +159,8 @@ class Core:
                     waiting += rollouts
                 case Deadline() | Swept():
                     self._deadlines.note(event)
+                case Stopped(error):
+                    self._end_waiting(error)
         if waiting:
             self._claims.wake(waiting)
 

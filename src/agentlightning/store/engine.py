@@ -22,6 +22,7 @@ from agentlightning.store.door import (
     check_version,
     encode_required,
     encode_resources,
+    shown,
 )
 from agentlightning.store.ids import IdSource
 from agentlightning.store.operations import (
@@ -32,7 +33,7 @@ from agentlightning.store.operations import (
     workers as worker_ops,
 )
 from agentlightning.store.reading import ReadingStore
-from agentlightning.store.requests import check_batch, digest_of, draft_of, edit_of, report_of, span_drafts
+from agentlightning.store.requests import check_batch, check_pairs, digest_of, draft_of, edit_of, report_of, span_drafts
 from agentlightning.types import (
     UNSET,
     Attempt,
@@ -117,7 +118,7 @@ class EngineStore(ReadingStore):
         wait_seconds: float = 0.0,
     ) -> Sequence[AttemptedRollout]:
         if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
-            raise InvalidValue(f"limit {limit!r} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
+            raise InvalidValue(f"limit {shown(limit)} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
         for what, value in (("worker_id", worker_id), ("request_id", request_id)):
             if value is not None:
                 check_id(value, what)
@@ -169,7 +170,7 @@ class EngineStore(ReadingStore):
 
     async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
         check_id(rollout_id, "rollout_id")
-        why = "cancelled by a caller" if message is None else message
+        why = "cancelled by a caller" if message is None else check_text(message, "message")
         return views.rollout_view(*await self._core.write(lambda tx: rollout_ops.cancel(tx, rollout_id, why)))
 
     async def update_attempt(
@@ -194,6 +195,8 @@ class EngineStore(ReadingStore):
 
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
         age = check_finite(older_than_seconds, "older_than_seconds")
+        if age < 0:
+            raise InvalidValue(f"older_than_seconds {age:g} is not valid; give 0 or more")
         deleted = 0
         while True:
             number, more = await self._core.write(lambda tx: rollout_ops.delete_slice(tx, tx.now().wall - age))
@@ -209,11 +212,7 @@ class EngineStore(ReadingStore):
         return [views.stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        check_batch(rollout_attempt_ids, "ids")
-        wanted = [
-            (check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
-            for rollout_id, attempt_id in rollout_attempt_ids
-        ]
+        wanted = check_pairs(rollout_attempt_ids)
         return await self._core.write(lambda tx: span_ops.issue_sequence_ids(tx, wanted))
 
     # --- Resources -------------------------------------------------------------------------------
@@ -259,8 +258,10 @@ class EngineStore(ReadingStore):
     ) -> Worker:
         check_id(worker_id, "worker_id")
         stats = None if heartbeat_stats is UNSET else encode_required(heartbeat_stats, "heartbeat_stats")
-        listed = [] if attempt_ids is UNSET else [check_id(each, "attempt_id") for each in attempt_ids]
+        listed = () if attempt_ids is UNSET else attempt_ids
         check_batch(listed, "attempt_ids")
+        for each in listed:
+            check_id(each, "attempt_id")
         lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)
         row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, stats, listed, lease))
         return views.worker_view(row, None if attempt_ids is UNSET else stale)

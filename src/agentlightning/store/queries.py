@@ -9,7 +9,7 @@ from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutRow
 from agentlightning.store.backend import Filter, PageQuery, Table
-from agentlightning.store.door import MAX_BATCH, check_one_of, check_paging
+from agentlightning.store.door import MAX_BATCH, check_one_of, check_paging, shown
 from agentlightning.types import Attempt, AttemptedRollout, ResourcesUpdate, Span, Worker
 
 __all__ = ["Paging", "as_of", "contains", "either", "equals", "paged", "within"]
@@ -97,7 +97,7 @@ def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | No
     if values is None:
         return None
     if isinstance(values, str) or len(values) > MAX_BATCH:
-        raise InvalidValue(f"{field}_in {str(values)[:100]!r} is not valid; give a list of up to {MAX_BATCH} strings")
+        raise InvalidValue(f"{field}_in {shown(values)} is not valid; give a list of up to {MAX_BATCH} strings")
     for value in values:
         if allowed is not None:
             check_one_of(value, allowed, field)
@@ -113,7 +113,7 @@ def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
 
 def _text(what: str, value: Any) -> str:
     if not isinstance(value, str) or "\0" in value or not _encodable(value):
-        raise InvalidValue(f"{what} {value!r} is not valid; give a string without NUL or lone surrogates")
+        raise InvalidValue(f"{what} {shown(value)} is not valid; give a string without NUL or lone surrogates")
     return value
 
 

@@ -201,8 +201,12 @@ class ReadingStore(LightningStore):
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
         check_id(worker_id, "worker_id")
-        row = await self._core.read(lambda tx: tx.get(WorkerRow, worker_id))
-        return None if row is None else views.worker_view(row)
+
+        async def worker(tx: ReadTransaction) -> Worker | None:
+            row = await tx.get(WorkerRow, worker_id)
+            return None if row is None else views.worker_view(row)
+
+        return await self._core.read(worker)
 
     async def query_workers(
         self,
@@ -239,8 +243,11 @@ class ReadingStore(LightningStore):
         )
 
     async def _resources(self, selection: ResourcesBy) -> ResourcesUpdate | None:
-        row = await self._core.read(lambda tx: tx.get_resources(selection))
-        return None if row is None else views.resources_view(row)
+        async def resources(tx: ReadTransaction) -> ResourcesUpdate | None:
+            row = await tx.get_resources(selection)
+            return None if row is None else views.resources_view(row)
+
+        return await self._core.read(resources)
 
 
 async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> Page:

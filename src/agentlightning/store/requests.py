@@ -18,6 +18,7 @@ from agentlightning.store.door import (
     encode_object,
     encode_policy,
     reason_of,
+    shown,
 )
 from agentlightning.store.ids import IdSource
 from agentlightning.store.operations.attempts import Report
@@ -33,7 +34,7 @@ from agentlightning.types import (
     Span,
 )
 
-__all__ = ["check_batch", "digest_of", "draft_of", "edit_of", "report_of", "span_drafts"]
+__all__ = ["check_batch", "check_pairs", "digest_of", "draft_of", "edit_of", "report_of", "span_drafts"]
 
 _MODES = get_args(RolloutMode)
 _ROLLOUT_STATES = get_args(RolloutStatus)
@@ -41,9 +42,26 @@ _ATTEMPT_STATES = get_args(AttemptStatus)
 
 
 def check_batch(items: Sequence[Any], what: str) -> None:
-    """Raise ``TooLarge`` if there is more than one call may carry."""
+    """Raise ``InvalidValue`` if this is no list, ``TooLarge`` if there is more than one call may carry."""
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidValue(f"{what} is a {type(items).__name__}; give a list")
     if len(items) > MAX_BATCH:
         raise TooLarge(f"{len(items):,} {what} in one call; send at most {MAX_BATCH:,} at a time")
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(rollout_id, attempt_id) pairs, if that is what they are.
+
+    Raises:
+        InvalidValue: one is not a pair, or has a bad id.
+    """
+    check_batch(pairs, "ids")
+    checked: list[tuple[str, str]] = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(f"{shown(pair)} is not a pair of rollout_id and attempt_id")
+        checked.append((check_id(pair[0], "rollout_id"), check_id(pair[1], "attempt_id")))
+    return checked
 
 
 def digest_of(*parts: bytes) -> bytes:
@@ -61,6 +79,10 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
     Raises:
         InvalidValue: a field is not valid.
     """
+    if not isinstance(request, EnqueueRolloutRequest):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
+    if type(request.priority) is not int or not -(2**31) <= request.priority < 2**31:
+        raise InvalidValue(f"priority {shown(request.priority)} is not valid; give a signed 32-bit number")
     if request.mode is not None:
         check_one_of(request.mode, _MODES, "mode")
     if request.resources_id is not None:
@@ -70,7 +92,10 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
     content = encode_json(request.input, "input")
     metadata = encode_object(request.metadata, "metadata")
     policy = encode_policy(request.config)
-    told = repr((started, request.mode, request.resources_id, policy, request.priority, metadata is None))
+    digest = b""
+    if repeatable:
+        told = repr((started, request.mode, request.resources_id, policy, request.priority, metadata is None))
+        digest = digest_of(content, metadata or b"", told.encode())
     row = RolloutRow(
         seq=0,
         version=1,
@@ -90,7 +115,7 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
         attempts=0,
         redeliveries=0,
         latest_attempt_id=None,
-        digest=digest_of(content, metadata or b"", told.encode()),
+        digest=digest,
     )
     return Draft(row, repeatable)
 
@@ -101,10 +126,12 @@ def edit_of(fields: Mapping[str, Any], status: Any, reason_code: str | None, rea
     Raises:
         InvalidValue: a field is not valid.
     """
-    edit = Edit({}, None, reason_of(reason_code, reason_message, reasons.REPORTED))
+    wanted: RolloutStatus | None = None
     if status is not UNSET:
         check_one_of(status, _ROLLOUT_STATES, "status")
-        edit = edit._replace(status=status)
+        wanted = status
+    default = reasons.BY_STATUS.get(wanted or "", reasons.REPORTED)
+    edit = Edit({}, wanted, reason_of(reason_code, reason_message, default))
     for field, value in fields.items():
         if value is UNSET:
             continue
@@ -165,8 +192,10 @@ def span_drafts(spans: Sequence[Span]) -> list[SpanDraft]:
     checked: set[str] = set()
     drafts: list[SpanDraft] = []
     for span in spans:
+        if not isinstance(span, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(f"{shown(span)} is a {type(span).__name__}; give a Span")
         for what, value in (("rollout_id", span.rollout_id), ("attempt_id", span.attempt_id)):
-            if value not in checked:
+            if type(value) is not str or value not in checked:
                 checked.add(check_id(value, what))
         drafts.append(SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, encode_span(span)))
     return drafts

@@ -13,8 +13,8 @@ from typing import cast, get_args
 
 import msgspec
 
-from agentlightning.errors import InvalidValue, NotJson
-from agentlightning.store.door import MAX_JSON_BYTES, check_id, check_json_size, check_json_value
+from agentlightning.errors import InvalidValue, NotJson, TooLarge
+from agentlightning.store.door import INT64_END, MAX_JSON_BYTES, check_id, check_json_size, check_json_value
 from agentlightning.types import OtelResource, Span, SpanContext, StatusCode, TraceStatus
 
 __all__ = ["encode_any", "encode_plain", "encode_span", "span_json"]
@@ -24,7 +24,6 @@ MAX_SEQUENCE_ID = 2**53 - 1
 
 _COLUMNS = {"rollout_id", "attempt_id", "sequence_id"}
 _STATUS_CODES = frozenset(get_args(StatusCode))
-_INT64_END = 2**63
 _REWARDS = ("agentlightning.reward", "reward")
 _encode = msgspec.json.Encoder().encode
 _serializer = Span.__pydantic_serializer__
@@ -97,6 +96,8 @@ def encode_any(span: Span) -> bytes:
         body = _serializer.to_json(span, exclude=_COLUMNS, warnings="error")
         check_json_value(msgspec.json.decode(body), f"span {span.span_id!r}")
         Span.model_validate_json(span_json("", "", 0, body))
+    except TooLarge:
+        raise
     except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:  # pydantic's are ValueErrors
         raise NotJson(f"span {span.span_id!r} cannot be stored: {error}") from error
     for field in ("start_time", "end_time"):
@@ -121,7 +122,7 @@ def _are_plain(attributes: object) -> bool:
         if type(name) is not str or not (
             kind is str
             or kind is bool
-            or (kind is int and -_INT64_END <= cast(int, value) < _INT64_END)
+            or (kind is int and -INT64_END <= cast(int, value) < INT64_END)
             or (kind is float and isfinite(cast(float, value)))
         ):
             return False

@@ -26,8 +26,8 @@ _SLICE = 200
 """Rows looked at in one transaction, so that a sweep never holds up other writes for long."""
 
 
-async def sweep(tx: Transaction) -> None:
-    """Look at rows whose deadline has passed, and end what has expired. Leaves the rest of many for next time."""
+async def sweep(tx: Transaction) -> bool:
+    """Look at rows whose deadline has passed, and end what has expired; whether some were left for next time."""
     now = tx.now()
     due = await tx.due(now.lease, _SLICE)
     for row in due:
@@ -41,7 +41,9 @@ async def sweep(tx: Transaction) -> None:
     for row in due:
         if isinstance(row, WorkerRow):
             await _look_at_worker(tx, row.worker_id)
-    tx.publish(Swept(await tx.next_deadline()))
+    following = await tx.next_deadline()
+    tx.publish(Swept(following))
+    return following is not None and following <= now.lease
 
 
 async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
@@ -94,7 +96,8 @@ class Alarm:
     """
 
     def __init__(self, lease_now: Callable[[], float], ring: Callable[[], None]) -> None:
-        self._state = _AlarmState(lease_now, weakref.WeakMethod(ring))
+        # The thread must not keep alive what it watches: a store that nobody uses any more ends it.
+        self._state = _AlarmState(weakref.WeakMethod(lease_now), weakref.WeakMethod(ring))
         self._thread: threading.Thread | None = None
 
     def set(self, deadline: float) -> None:
@@ -117,12 +120,19 @@ class Alarm:
 
 
 class _AlarmState:
-    def __init__(self, lease_now: Callable[[], float], ring: weakref.WeakMethod[Callable[[], None]]) -> None:
+    def __init__(
+        self, lease_now: weakref.WeakMethod[Callable[[], float]], ring: weakref.WeakMethod[Callable[[], None]]
+    ) -> None:
         self.lease_now = lease_now
         self.ring = ring
         self.condition = threading.Condition()
         self.deadline = math.inf
         self.closed = False
+
+    def left(self) -> float:
+        """Seconds until the deadline; 0 if there is no clock any more."""
+        lease_now = self.lease_now()
+        return 0.0 if lease_now is None else self.deadline - lease_now()
 
     def close(self) -> None:
         with self.condition:
@@ -133,7 +143,7 @@ class _AlarmState:
 def _watch(state: _AlarmState) -> None:
     while True:
         with state.condition:
-            while not state.closed and (left := state.deadline - state.lease_now()) > 0:
+            while not state.closed and (left := state.left()) > 0:
                 state.condition.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
             if state.closed:
                 return

@@ -45,7 +45,8 @@ class FinishWatch:
     """One caller that waits for rollouts to end."""
 
     def __init__(self, rollout_ids: Iterable[str]) -> None:
-        self.pending = set(rollout_ids)
+        self.rollout_ids = frozenset(rollout_ids)
+        self.pending = set(self.rollout_ids)
         self.finished: dict[str, Finished] = {}
         self.signal = _Signal()
 
@@ -87,7 +88,7 @@ class FinishWaiters:
     def unwatch(self, watch: FinishWatch) -> None:
         """Stop collecting for a caller."""
         with self._lock:
-            for rollout_id in watch.pending:
+            for rollout_id in watch.rollout_ids:
                 others = [each for each in self._watches.get(rollout_id, ()) if each is not watch]
                 if others:
                     self._watches[rollout_id] = others

@@ -42,7 +42,7 @@ async def claim(
 ) -> list[Pair]:
     """Start attempts of the next rollouts in the queue; a repeated request gets those that it has."""
     if request_id is not None:
-        held = await _held_by_request(tx, request_id)
+        held = await _held_by_request(tx, request_id, confirm_seconds)
         if held:
             return held
     now = tx.now()
@@ -114,11 +114,12 @@ async def report(tx: Transaction, rollout_id: str, attempt_id: str, said: Report
     else:
         after = attempts.beat(before, now)
     attempt = after.attempt
+    heard = attempt is not before.attempt  # else it has ended, and only its metadata may still change
     if said.metadata is not None:
         attempt = replace(attempt, metadata=said.metadata[0])
-    if said.last_heartbeat_time is not None and standing(before) != "stale":
+    if said.last_heartbeat_time is not None and heard:
         attempt = replace(attempt, last_heartbeat_time=said.last_heartbeat_time)
-    if said.worker_id is not None and standing(before) != "stale":
+    if said.worker_id is not None and heard:
         attempt = replace(attempt, worker_id=said.worker_id)
     return _pair(await save(tx, Change(*before), Change(after.rollout, attempt))).attempt
 
@@ -135,7 +136,7 @@ async def lose_attempts(tx: Transaction, worker_id: str, message: str) -> list[A
     return lost
 
 
-async def _held_by_request(tx: Transaction, request_id: str) -> list[Pair]:
+async def _held_by_request(tx: Transaction, request_id: str, confirm_seconds: float) -> list[Pair]:
     held: list[Pair] = []
     for attempt in reversed(await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False))):
         rollout = await tx.get(RolloutRow, attempt.rollout_id)
@@ -146,7 +147,7 @@ async def _held_by_request(tx: Transaction, request_id: str) -> list[Pair]:
             case "live":
                 held.append(before)
             case "revivable":
-                after = attempts.beat(before, tx.now())
+                after = attempts.reclaim(before, confirm_seconds, tx.now())
                 held.append(_pair(await save(tx, Change(*before), Change(*after))))
             case "stale":
                 pass

@@ -21,7 +21,7 @@ from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.committer import CommitThread, commit_here
 from agentlightning.store.sqlite.connections import Durability, open_reader, open_writer
-from agentlightning.store.sqlite.faults import stops_store, translate
+from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
 from agentlightning.store.sqlite.owner import OwnerLock
 from agentlightning.store.sqlite.readers import ReaderPool
@@ -31,8 +31,8 @@ __all__ = ["FileBackend", "MemoryBackend", "SqliteBackend"]
 
 T = TypeVar("T")
 
-_CHECKPOINT_PAGES = 4000
-"""32 MB of log, after which it is copied into the database."""
+_CHECKPOINT_PAGES = 1000
+"""8 MB of log, after which it is copied into the database: a log that is short is overwritten, not extended."""
 _LONG_READ_ROWS = 256
 """A read of more rows runs in a thread of its own; a shorter one takes less time than changing threads."""
 
@@ -87,9 +87,9 @@ class SqliteBackend(ABC):
         """Whether a fault has ended all writing."""
         return self._writer is not None and self._writer.stopped
 
-    async def write(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run ``op`` in a transaction; return its result when it is durable."""
-        return await self._use().run(op)
+    def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
+        """Run ``op`` in a transaction; the result comes when it is durable."""
+        return self._use().run(op)
 
     def write_blocking(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
         """``write`` for a thread without an event loop."""
@@ -113,8 +113,10 @@ class SqliteBackend(ABC):
         with self._opening:
             already, self._closed = self._closed, True
             if not already and self._writer is not None:
-                self._writer.close()
-                self._let_go()
+                try:
+                    self._writer.close()
+                finally:
+                    self._let_go()
 
     @abstractmethod
     def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit: ...
@@ -245,7 +247,7 @@ class FileBackend(SqliteBackend):
         try:
             with self._readers.snapshot() as connection:
                 return run_to_end(op(SqliteReads(connection, self.moment())))
-        except apsw.Error as error:
+        except FAULTS as error:
             known = translate(error, self._path)
             if stops_store(known) and self._writer is not None:
                 self._writer.stop(known)
@@ -275,8 +277,10 @@ class FileBackend(SqliteBackend):
     def _let_go(self) -> None:
         self._commit_thread.close()
         self._long_reads.shutdown()
-        self._readers.close()
-        self._owner.release()
+        try:
+            self._readers.close()
+        finally:
+            self._owner.release()
 
     def _inherited(self) -> list[Any]:
         self._owner.release()

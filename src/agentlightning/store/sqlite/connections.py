@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import apsw
 
-from agentlightning.errors import StoreUnavailable
+from agentlightning.store.sqlite.faults import translate_os
 from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity, migrate
 
 __all__ = ["DURABILITIES", "Durability", "open_reader", "open_writer"]
@@ -39,7 +39,7 @@ def open_writer(
         connection.set_busy_timeout(_BUSY_MILLISECONDS)
         connection.pragma("page_size", 8192)
         connection.pragma("mmap_size", 0)
-        connection.pragma("cache_size", -64_000)
+        connection.pragma("cache_size", -32_000)
         connection.pragma("temp_store", "memory")
         _keep_plans(connection)
         check_identity(connection, len(migrations))
@@ -79,6 +79,4 @@ def _create_private(path: str) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        raise StoreUnavailable(
-            f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is writable"
-        ) from error
+        raise translate_os(error, path) from error

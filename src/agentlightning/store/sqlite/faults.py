@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import apsw
+import msgspec
+import pydantic
 
 from agentlightning.errors import (
     AgentLightningError,
@@ -13,17 +17,22 @@ from agentlightning.errors import (
     StoreUnavailable,
 )
 
-__all__ = ["stops_store", "translate"]
+__all__ = ["FAULTS", "stops_store", "translate", "translate_os"]
+
+FAULTS = (apsw.Error, UnicodeDecodeError, msgspec.DecodeError, pydantic.ValidationError)
+"""What comes up inside a transaction when the database fails, or when a stored value is not what was written."""
 
 
-def translate(error: apsw.Error, path: str) -> AgentLightningError:
-    """What ``error`` means to a caller. Raise it ``from`` the original."""
+def translate(error: Exception, path: str) -> AgentLightningError:
+    """What one of ``FAULTS`` means to a caller. Raise it ``from`` the original."""
     match error:
-        case apsw.FullError():
-            return DiskFull(
-                f"the disk that holds {path!r} is full; nothing more is acknowledged. "
-                "What was acknowledged is safe. Free space, then open the store again"
+        case UnicodeDecodeError() | msgspec.DecodeError() | pydantic.ValidationError():
+            return CorruptStore(
+                f"{path!r} is damaged: a stored value cannot be read ({error}); nothing more is acknowledged. "
+                "`verify` names the record. Restore a backup"
             )
+        case apsw.FullError():
+            return _disk_full(path)
         case apsw.CorruptError():
             return CorruptStore(
                 f"{path!r} is damaged ({error}); nothing more is acknowledged. Restore a backup, "
@@ -48,6 +57,22 @@ def translate(error: apsw.Error, path: str) -> AgentLightningError:
             return AgentLightningError(f"SQLite refused a statement ({type(error).__name__}: {error}); this is a bug")
 
 
+def translate_os(error: OSError, path: str) -> AgentLightningError:
+    """What a failure to make or open a file means to a caller. Raise it ``from`` the original."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(path)
+    return StoreUnavailable(
+        f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is writable"
+    )
+
+
 def stops_store(error: AgentLightningError) -> bool:
     """Whether the store can acknowledge nothing after this."""
     return isinstance(error, StoreStopped)
+
+
+def _disk_full(path: str) -> DiskFull:
+    return DiskFull(
+        f"the disk that holds {path!r} is full; nothing more is acknowledged. "
+        "What was acknowledged is safe. Free space, then open the store again"
+    )

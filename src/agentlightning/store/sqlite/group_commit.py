@@ -26,8 +26,8 @@ import apsw
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreStopped, StoreUnavailable
 from agentlightning.lifecycle.records import Moment
-from agentlightning.store.backend import Event, Transaction
-from agentlightning.store.sqlite.faults import stops_store, translate
+from agentlightning.store.backend import Event, Stopped, Transaction
+from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
 from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.transaction import SqliteTransaction
 
@@ -100,7 +100,7 @@ class GroupCommit:
         connection: used by one thread at a time, never by anybody else.
         path: the name of the database in errors.
         moment: reads the clocks.
-        publish: gets the events of each committed batch, in the thread that committed.
+        publish: gets the events of each committed batch, in the thread that committed; and ``Stopped``.
         hand_over: runs a function, which commits; elsewhere if waiting for the disk is to block nobody.
         checkpoint_pages: how long the write-ahead log may grow before it is copied into the database.
     """
@@ -131,12 +131,12 @@ class GroupCommit:
         self._closed = False
         connection.set_wal_hook(self._note_log_pages)
 
-    async def run(self, operation: Operation[T]) -> T:
-        """Run an operation and return its result when it is durable."""
+    def run(self, operation: Operation[T]) -> asyncio.Future[T]:
+        """Run an operation; the future has its result when it is durable."""
         loop = asyncio.get_running_loop()
-        job = _Job(operation, loop, loop.create_future())
-        self._accept(job)
-        return await cast("asyncio.Future[T]", job.future)
+        future: asyncio.Future[T] = loop.create_future()
+        self._accept(_Job(operation, loop, future))
+        return future
 
     def run_blocking(self, operation: Operation[T]) -> T:
         """``run`` for a thread without an event loop."""
@@ -153,6 +153,7 @@ class GroupCommit:
         """Accept nothing any more, because of ``error``."""
         if self._fault is None:
             self._fault = error
+            self._publish([Stopped(error)])
 
     @property
     def stopped(self) -> bool:
@@ -212,8 +213,7 @@ class GroupCommit:
             if batch is None:
                 self._turn.release()
             elif batch.transaction.wrote:
-                self._hand_over(partial(self._conclude, batch))
-                return
+                self._hand_over(partial(self._conclude, batch))  # where it commits here, the turn is free again
             else:
                 self._conclude(batch)
 
@@ -302,8 +302,8 @@ class GroupCommit:
             job.value = run_to_end(job.operation(transaction))
             transaction.keep()
         except Exception as error:
-            job.error = translate(error, self._path) if isinstance(error, apsw.Error) else error
-            if isinstance(error, apsw.Error):
+            job.error = translate(error, self._path) if isinstance(error, FAULTS) else error
+            if job.error is not error:
                 job.error.__cause__ = error
             fatal = isinstance(job.error, AgentLightningError) and stops_store(job.error)
             if fatal or not self._connection.in_transaction:
@@ -312,7 +312,7 @@ class GroupCommit:
 
     def _abandon(self, batch: _Batch, error: Exception) -> None:
         """Undo a whole batch, because its transaction is lost or must not be committed."""
-        known = translate(error, self._path) if isinstance(error, apsw.Error) else error
+        known = translate(error, self._path) if isinstance(error, FAULTS) else error
         if known is not error:
             known.__cause__ = error
         if isinstance(known, AgentLightningError) and stops_store(known):

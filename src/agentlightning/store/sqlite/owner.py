@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import weakref
 from pathlib import Path
 
-from agentlightning.errors import StoreOwned, StoreUnavailable
+from agentlightning.errors import StoreOwned
+from agentlightning.store.sqlite.faults import translate_os
 
 __all__ = ["OwnerLock"]
 
@@ -27,36 +29,38 @@ class OwnerLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock_path = path.with_name(path.name + "-owner")
-        self._file: int | None = None
+        self._release: weakref.finalize[[int], OwnerLock] | None = None
 
     def acquire(self) -> None:
         """Become the owner.
 
         Raises:
             StoreOwned: somebody else is; the message has the process id.
-            StoreUnavailable: the folder cannot be written.
+            StoreUnavailable: the folder cannot be written, or there is no space.
         """
         try:
             file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StoreUnavailable(
-                f"cannot open {str(self._path)!r} ({error.strerror}); check that the folder exists and is writable"
-            ) from error
+            raise translate_os(error, str(self._path)) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(file)
             raise StoreOwned(self._refusal(owner)) from error
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        self._file = file
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(file)
+            raise translate_os(error, str(self._path)) from error
+        self._release = weakref.finalize(self, os.close, file)  # also for a store that is thrown away
+        self._release.atexit = False
 
     def release(self) -> None:
         """Stop being the owner; idempotent."""
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+        if self._release is not None:
+            self._release()
 
     def _refusal(self, owner: str) -> str:
         if owner == str(os.getpid()):

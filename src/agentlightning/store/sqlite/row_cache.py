@@ -14,7 +14,7 @@ from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 
 __all__ = ["RowCache"]
 
-_ROWS_OF_A_KIND = 4096
+_ROWS_OF_A_KIND = 2048
 _LARGEST_INPUT = 4096
 """Bytes: a rollout with a larger input is not kept, so that the cache stays within some tens of megabytes."""
 

@@ -132,17 +132,17 @@ class SqliteTransaction(SqliteReads):
         """What the operations that succeeded have published."""
         self.wrote = False
         """Whether any operation that succeeded has written."""
-        self._counts: dict[str, int] = {}
+        self._counts: list[tuple[str, int]] = []
         self._writing = False
         self._own_events: list[Event] = []
-        self._own_counts: dict[str, int] = {}
+        self._own_counts: list[tuple[str, int]] = []
 
     def begin(self, now: Moment) -> None:
         """The next operation begins."""
         self._now = now
         self._writing = False
         self._own_events = []
-        self._own_counts = {}
+        self._own_counts = []
         self._own_rows = []
 
     def keep(self) -> None:
@@ -151,8 +151,7 @@ class SqliteTransaction(SqliteReads):
             self._execute("RELEASE operation")
             self.wrote = True
         self.events += self._own_events
-        for name, change in self._own_counts.items():
-            self._counts[name] = self._counts.get(name, 0) + change
+        self._counts += self._own_counts
 
     def undo(self) -> None:
         """The operation failed: as if it had never been."""
@@ -171,7 +170,10 @@ class SqliteTransaction(SqliteReads):
 
     def flush_counters(self) -> None:
         """Write what the operations counted. Call once, after the last one."""
-        for name, change in self._counts.items():
+        sums: dict[str, int] = {}
+        for name, change in self._counts:
+            sums[name] = sums.get(name, 0) + change
+        for name, change in sums.items():
             if change:
                 self._execute(
                     "INSERT INTO counters VALUES (?, ?) "
@@ -250,8 +252,7 @@ class SqliteTransaction(SqliteReads):
         return attempts
 
     def count(self, changes: Mapping[str, int]) -> None:
-        for name, change in changes.items():
-            self._own_counts[name] = self._own_counts.get(name, 0) + change
+        self._own_counts += changes.items()
 
     def publish(self, event: Event) -> None:
         self._own_events.append(event)

@@ -29,7 +29,7 @@ from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Stopped, Transaction
 from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
 from agentlightning.store.sqlite.row_cache import RowCache
-from agentlightning.store.sqlite.transaction import SqliteTransaction
+from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransaction, SqliteTransaction
 
 __all__ = ["GroupCommit", "run_to_end"]
 
@@ -283,10 +283,13 @@ class GroupCommit:
         try:
             if self._fault is not None:
                 raise self._fault
-            self._connection.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                self._step(batch.transaction, job)
-            batch.transaction.flush_counters()
+            try:
+                self._run_all(batch)
+            except CannotUndo:
+                self._connection.execute("ROLLBACK")
+                self._cache.clear()
+                batch.transaction = GuardedTransaction(self._connection, self._cache)
+                self._run_all(batch)
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: every caller gets the error
             self._abandon(batch, error)
         except BaseException:
@@ -296,8 +299,15 @@ class GroupCommit:
             raise
         return batch
 
+    def _run_all(self, batch: _Batch) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+        for job in batch.jobs:
+            self._step(batch.transaction, job)
+        batch.transaction.flush_counters()
+
     def _step(self, transaction: SqliteTransaction, job: _Job[Any]) -> None:
         transaction.begin(self._moment())
+        job.error = None
         try:
             job.value = run_to_end(job.operation(transaction))
             transaction.keep()

@@ -1,0 +1,659 @@
+"""What a store must do, said once more: plain dicts, linear scans, no index, no I/O.
+
+The rules are those of the design and of the contract (``agentlightning.store.base``), written without
+looking at how the store does it: nothing here imports the state machine or the engine. What the store
+keeps in counters and deadlines is computed here from the facts, each time it is asked for.
+
+Each method does what the store's method of that name does, at the time its clock shows. It returns
+what the store's reply should hold, as plain values, or raises ``Refused``. A key that begins with an
+underscore is a fact that no record shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+__all__ = ["CONFIRM_SECONDS", "ReferenceStore", "Refused", "shown"]
+
+Facts = dict[str, Any]
+
+CONFIRM_SECONDS = 10.0
+"""How long a claim with a request id may stay without a sign of life."""
+REDELIVERIES = 3
+"""How often a rollout is handed out again because nobody confirmed that they had received it."""
+
+ENDS_OF_ROLLOUTS = ("succeeded", "failed", "cancelled")
+ROLLOUT_STATUSES = ("queuing", "preparing", "running", "requeuing", *ENDS_OF_ROLLOUTS)
+DEFAULT_CONFIG = {"timeout_seconds": None, "unresponsive_seconds": None, "max_attempts": 1, "retry_condition": []}
+
+
+class Refused(Exception):
+    """The store must refuse, with an error of this code, and change nothing."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Clock(Protocol):
+    def wall(self) -> float: ...
+    def monotonic(self) -> float: ...
+
+
+def shown(facts: Mapping[str, Any]) -> Facts:
+    """What a record shows of these facts."""
+    return {name: value for name, value in facts.items() if not name.startswith("_")}
+
+
+def live(attempt: Facts) -> bool:
+    return attempt["status"] in ("preparing", "running")
+
+
+def waiting(rollout: Facts) -> bool:
+    return rollout["status"] in ("queuing", "requeuing")
+
+
+class ReferenceStore:
+    """The reference.
+
+    Args:
+        clock: the store's own clock.
+        next_id: the id that the store has issued for the record which is made now.
+    """
+
+    def __init__(self, clock: Clock, next_id: Callable[[], str]) -> None:
+        self.clock = clock
+        self.next_id = next_id
+        # Each in the order of insertion.
+        self.rollouts: dict[str, Facts] = {}
+        self.attempts: dict[str, Facts] = {}
+        self.spans: list[Facts] = []
+        self.resources: list[Facts] = []
+        self.workers: dict[str, Facts] = {}
+
+    # --- Enqueue and claim -----------------------------------------------------------------------
+
+    def enqueue(self, requests: Sequence[Facts]) -> list[Facts]:
+        """All or none; one that is there already, by an equal request, stays as it is."""
+        asked: dict[str, Facts] = {}
+        for request in requests:
+            known = self._same_request(request, asked)
+            if not known:
+                self._pinned(request["resources_id"])
+            if request["rollout_id"] is not None:
+                asked[request["rollout_id"]] = {"_request": request}
+        return [self.rollout_now(self._make_rollout(request, "queuing")) for request in requests]
+
+    def start_rollout(self, request: Facts, worker_id: str | None, attempt_id: str | None) -> Facts:
+        """A rollout together with its first attempt."""
+        request = {**request, "started": True}
+        if self._same_request(request, {}):
+            return self.rollout_now(request["rollout_id"])
+        if attempt_id in self.attempts:
+            raise Refused("id_reused")
+        self._pinned(request["resources_id"])
+        rollout_id = self._make_rollout(request, "preparing")
+        self._make_attempt(rollout_id, attempt_id or self.next_id(), worker_id)
+        self._hold(worker_id, self.latest(rollout_id))
+        return self.rollout_now(rollout_id)
+
+    def dequeue(self, limit: int, worker_id: str | None, request_id: str | None) -> list[Facts]:
+        """Higher priority first, then in the order of enqueuing. A repeat gets what it still has."""
+        if request_id is not None:
+            same = [each for each in self.attempts.values() if each["_request_id"] == request_id]
+            held = [each for each in same if self.standing(each) != "lost"]
+            if held:
+                for attempt in held:
+                    if not live(attempt):
+                        self._hear(attempt)
+                        attempt["_unconfirmed"] = True  # that reply may be lost as well
+                return [self.rollout_now(each["rollout_id"]) for each in held]
+        queue = sorted(filter(waiting, self.rollouts.values()), key=lambda rollout: -rollout["priority"])
+        claimed: list[Facts] = []
+        for rollout in queue[:limit]:
+            self._make_attempt(rollout["rollout_id"], self.next_id(), worker_id, request_id)
+            claimed.append(self.rollout_now(rollout["rollout_id"]))
+        if worker_id is not None:
+            worker = self._worker(worker_id)
+            if claimed:
+                self._hold(worker_id, self.attempts[claimed[-1]["attempt"]["attempt_id"]])
+                worker["last_dequeue_time"] = self.clock.wall()
+            elif worker["current_attempt_id"] is None:
+                self._idle(worker)
+        return claimed
+
+    def start_attempt(self, rollout_id: str, worker_id: str | None, attempt_id: str | None) -> Facts:
+        """A live attempt makes way."""
+        rollout = self._known_rollout(rollout_id)
+        same = self.attempts.get(attempt_id or "")
+        if same is not None:
+            if (same["rollout_id"], same["worker_id"]) != (rollout_id, worker_id):
+                raise Refused("id_reused")
+            return {**shown(rollout), "attempt": shown(same)}
+        if rollout["status"] in ENDS_OF_ROLLOUTS:
+            raise Refused("illegal_move")
+        latest = self.latest(rollout_id)
+        if latest is not None and live(latest):
+            self._end_attempt(latest, "failed", "superseded")
+        self._make_attempt(rollout_id, attempt_id or self.next_id(), worker_id)
+        self._hold(worker_id, self.latest(rollout_id))
+        return self.rollout_now(rollout_id)
+
+    # --- Attempts --------------------------------------------------------------------------------
+
+    def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        *,
+        status: str | None = None,
+        worker_id: str | None = None,
+        last_heartbeat_time: float | None = None,
+        metadata: tuple[Facts | None] | None = None,
+        reason_code: str | None = None,
+    ) -> Facts:
+        """A report, which is a sign of life; of a lost attempt only what changes nothing, and metadata."""
+        attempt = self._known_attempt(rollout_id, attempt_id)
+        standing = self.standing(attempt)
+        repeat = not live(attempt) and attempt["status"] == status
+        if standing == "lost" and not repeat:
+            new_worker = worker_id not in (None, attempt["worker_id"])
+            new_time = last_heartbeat_time not in (None, attempt["last_heartbeat_time"])
+            if status is not None or new_worker or new_time:
+                raise Refused("stale_attempt")
+        elif not repeat:
+            if status == "preparing" and attempt["status"] != "preparing":
+                raise Refused("illegal_move")
+            if status in (None, "preparing", "running"):
+                self._report_alive(attempt, status, worker_id or attempt["worker_id"])
+            else:
+                self._report_end(attempt, status, reason_code)
+                attempt["worker_id"] = worker_id or attempt["worker_id"]
+            if last_heartbeat_time is not None:
+                attempt["last_heartbeat_time"] = last_heartbeat_time
+        if metadata is not None:
+            attempt["metadata"] = metadata[0]
+        return shown(attempt)
+
+    def standing(self, attempt: Facts) -> Literal["live", "returning", "lost"]:
+        """An attempt that fell silent may return while its rollout waits and nobody else was given it."""
+        if live(attempt):
+            return "live"
+        rollout = self.rollouts[attempt["rollout_id"]]
+        newest = self.latest(attempt["rollout_id"]) is attempt
+        may = newest and attempt["status"] == "unresponsive" and rollout["status"] == "requeuing"
+        return "returning" if may else "lost"
+
+    def _report_alive(self, attempt: Facts, status: str | None, worker_id: str | None) -> None:
+        before = attempt["worker_id"]
+        held = live(attempt)
+        attempt["worker_id"] = worker_id
+        self._hear(attempt)
+        if status == "running":
+            self._begin(attempt)
+        if held and worker_id != before:
+            self._let_go(before, attempt["status"])
+            self._hold(worker_id, attempt)
+
+    def _report_end(self, attempt: Facts, status: str, reason_code: str | None) -> None:
+        code = reason_code or ("completed" if status == "succeeded" else "reported")
+        held = live(attempt)
+        self._hear(attempt, ends=True)
+        self._end_attempt(attempt, status, code, held=held)
+        self._settle_rollout(attempt)
+
+    def _hear(self, attempt: Facts, *, ends: bool = False) -> None:
+        """A sign of life. A lost attempt is past hearing; one that returns is held by its worker again."""
+        standing = self.standing(attempt)
+        if standing == "lost":
+            return
+        attempt.update(last_heartbeat_time=self.clock.wall(), _heard=self.clock.monotonic(), _unconfirmed=False)
+        if standing == "returning":
+            attempt.update(status="running", end_time=None, reason_code=None, _redelivered=False)
+            self.rollouts[attempt["rollout_id"]]["status"] = "running"
+            if not ends:
+                self._hold(attempt["worker_id"], attempt)
+
+    def _begin(self, attempt: Facts) -> None:
+        if attempt["status"] == "preparing":
+            attempt["status"] = self.rollouts[attempt["rollout_id"]]["status"] = "running"
+
+    def _end_attempt(self, attempt: Facts, status: str, code: str, *, held: bool = True) -> None:
+        attempt.update(status=status, end_time=self.clock.wall(), reason_code=code, _unconfirmed=False)
+        if held:
+            self._let_go(attempt["worker_id"], status)
+
+    def _settle_rollout(self, attempt: Facts) -> None:
+        """What the end of its attempt means for the rollout."""
+        rollout = self.rollouts[attempt["rollout_id"]]
+        config = rollout["config"]
+        used = [each for each in self.attempts_of(rollout["rollout_id"]) if not each["_redelivered"]]
+        if attempt["status"] == "succeeded":
+            self._close(rollout, "succeeded", attempt["reason_code"])
+        elif attempt["status"] in config["retry_condition"] and len(used) < config["max_attempts"]:
+            rollout["status"] = "requeuing"
+        else:
+            self._close(rollout, "failed", attempt["reason_code"])
+
+    def _redeliver(self, attempt: Facts) -> None:
+        """Nobody confirmed it: it goes back to the queue, without using up an attempt; after too often, it fails."""
+        rollout = self.rollouts[attempt["rollout_id"]]
+        before = sum(each["_redelivered"] for each in self.attempts_of(rollout["rollout_id"]))
+        self._end_attempt(attempt, "unresponsive", "unconfirmed")
+        if before < REDELIVERIES:
+            attempt["_redelivered"] = True
+            rollout["status"] = "requeuing"
+        else:
+            self._close(rollout, "failed", "poison")
+
+    def _close(self, rollout: Facts, status: str, code: str) -> None:
+        rollout.update(status=status, end_time=self.clock.wall(), reason_code=code)
+
+    # --- Rollouts --------------------------------------------------------------------------------
+
+    def update_rollout(
+        self,
+        rollout_id: str,
+        fields: Mapping[str, Any],
+        status: str | None = None,
+        reason_code: str | None = None,
+    ) -> Facts:
+        """Fields of an ended rollout stay as they are, but for its metadata; so does its status."""
+        rollout = self._known_rollout(rollout_id)
+        changed = {name: value for name, value in fields.items() if value != rollout[name]}
+        if rollout["status"] in ENDS_OF_ROLLOUTS and changed.keys() - {"metadata"}:
+            raise Refused("illegal_move")
+        if "resources_id" in changed:
+            named = changed["resources_id"]
+            changed |= {"resources_version": None} if named is None else self._pinned(named)
+        self._check_move(rollout, status)
+        rollout.update(changed)
+        if status not in (None, rollout["status"]):
+            latest = self.latest(rollout_id)
+            if status == "running":
+                self._hear(latest)
+                self._begin(latest)
+            else:
+                defaults = {"succeeded": "completed", "cancelled": "cancelled", "requeuing": "requeued"}
+                code = reason_code or defaults.get(status, "reported")
+                if latest is not None and live(latest):
+                    self._end_attempt(latest, "succeeded" if status == "succeeded" else "failed", code)
+                if status == "requeuing":
+                    rollout["status"] = status
+                else:
+                    self._close(rollout, status, code)
+        return self.rollout_now(rollout_id)
+
+    def cancel(self, rollout_id: str) -> Facts:
+        """Nobody wants it any more."""
+        return self.update_rollout(rollout_id, {}, "cancelled", "cancelled")
+
+    def delete_finished(self, older_than_seconds: float) -> int:
+        """Rollouts that ended earlier go, with their attempts and spans."""
+        before = self.clock.wall() - older_than_seconds
+        old = {
+            rollout["rollout_id"]
+            for rollout in self.rollouts.values()
+            if rollout["end_time"] is not None and rollout["end_time"] < before
+        }
+        self.rollouts = {key: value for key, value in self.rollouts.items() if key not in old}
+        self.attempts = {key: value for key, value in self.attempts.items() if value["rollout_id"] not in old}
+        self.spans = [span for span in self.spans if span["rollout_id"] not in old]
+        return len(old)
+
+    def _check_move(self, rollout: Facts, to: str | None) -> None:
+        now = rollout["status"]
+        if to in (None, now):
+            return
+        latest = self.latest(rollout["rollout_id"])
+        held = latest is not None and live(latest)
+        allowed = to in ENDS_OF_ROLLOUTS or (to in ("running", "requeuing") and held)
+        if now in ENDS_OF_ROLLOUTS or not allowed:
+            raise Refused("illegal_move")
+
+    # --- Spans -----------------------------------------------------------------------------------
+
+    def add_spans(self, spans: Sequence[Facts], numbers: Mapping[tuple[str, str], int]) -> list[Facts]:
+        """New spans are kept, and all are signs of life.
+
+        Args:
+            spans: each with its ids and ``sequence_id``, 0 where the store is to issue one.
+            numbers: those that the store has given, by attempt and span; see ``_issue``.
+        """
+        for span in spans:
+            self._known_attempt(span["rollout_id"], span["attempt_id"])
+        known = {(each["attempt_id"], each["span_id"]) for each in self.spans}
+        new: dict[tuple[str, str], Facts] = {}
+        for attempt_id in dict.fromkeys(span["attempt_id"] for span in spans):
+            attempt = self.attempts[attempt_id]
+            before, count = attempt["_ceiling"], len(new)
+            for span in (each for each in spans if each["attempt_id"] == attempt_id):
+                key, given = (attempt_id, span["span_id"]), span["sequence_id"]
+                if key in known:  # a number may have been set aside for it
+                    attempt["_ceiling"] = max(attempt["_ceiling"], given or attempt["_ceiling"] + 1)
+                    continue
+                number = given or self._issue(attempt, numbers.get(key, 0))
+                attempt.update({name: max(attempt[name], number) for name in ("_sequence", "_ceiling")})
+                new[key] = {**span, "sequence_id": number}
+                known.add(key)
+            if len(new) == count:
+                attempt["_ceiling"] = before
+            self._hear(attempt)
+            self._begin(attempt)
+        self.spans += new.values()
+        keys = dict.fromkeys((span["attempt_id"], span["span_id"]) for span in spans)
+        return [new[key] for key in keys if key in new]
+
+    def issue_sequence_ids(self, wanted: Sequence[tuple[str, str]], numbers: Sequence[int]) -> list[int]:
+        """The next number of each attempt. Asking is no sign of life. For ``numbers`` see ``_issue``."""
+        found = [self._known_attempt(*each) for each in wanted]
+        given = [*numbers, *[0] * len(found)]
+        return [self._issue(attempt, number) for attempt, number in zip(found, given, strict=False)]
+
+    def _issue(self, attempt: Facts, number: int) -> int:
+        """The next number of an attempt.
+
+        The contract says that numbers increase, not that none is left out: where a repeated span stood
+        among new ones, the store may have passed over some. Then the one that it gave is taken, if it fits.
+        """
+        fits = attempt["_sequence"] < number <= attempt["_ceiling"] + 1
+        issued = number if fits else attempt["_sequence"] + 1
+        attempt.update(_sequence=issued, _ceiling=issued)
+        return issued
+
+    # --- Resources -------------------------------------------------------------------------------
+
+    def add_resources(self, resources_id: str | None, content: Facts) -> Facts:
+        """Version 1 of a new id."""
+        versions = self.versions_of(resources_id or "")
+        if not versions:
+            return self._make_version(resources_id or self.next_id(), content, None)
+        if versions[0]["resources"] != content:
+            raise Refused("id_reused")
+        return shown(versions[0])
+
+    def update_resources(self, resources_id: str, content: Facts, request_id: str | None) -> Facts:
+        """The next version of an id."""
+        same = [each for each in self.resources if request_id is not None and each["_request_id"] == request_id]
+        if not same:
+            return self._make_version(resources_id, content, request_id)
+        if (same[0]["resources_id"], same[0]["resources"]) != (resources_id, content):
+            raise Refused("id_reused")
+        return shown(same[0])
+
+    def rollback_resources(self, resources_id: str, version: int, request_id: str | None) -> Facts:
+        """A new version with an old content."""
+        old = [each for each in self.versions_of(resources_id) if each["version"] == version]
+        if not old:
+            raise Refused("not_found")
+        return self.update_resources(resources_id, old[0]["resources"], request_id)
+
+    def versions_of(self, resources_id: str) -> list[Facts]:
+        """All versions of an id, oldest first."""
+        return [each for each in self.resources if each["resources_id"] == resources_id]
+
+    def _make_version(self, resources_id: str, content: Facts, request_id: str | None) -> Facts:
+        before = self.versions_of(resources_id)
+        row = {
+            "resources_id": resources_id,
+            "version": len(before) + 1,
+            "create_time": before[0]["create_time"] if before else self.clock.wall(),
+            "update_time": self.clock.wall(),
+            "resources": content,
+            "_request_id": request_id,
+        }
+        self.resources.append(row)
+        return shown(row)
+
+    def _pinned(self, resources_id: str | None) -> dict[str, Any]:
+        """The newest version, of this id or of all."""
+        named = self.resources if resources_id is None else self.versions_of(resources_id)
+        if named:
+            return {"resources_id": named[-1]["resources_id"], "resources_version": named[-1]["version"]}
+        if resources_id is not None:
+            raise Refused("not_found")
+        return {"resources_id": None, "resources_version": None}
+
+    # --- Workers ---------------------------------------------------------------------------------
+
+    def update_worker(
+        self,
+        worker_id: str,
+        stats: Facts | None = None,
+        attempt_ids: Sequence[str] | None = None,
+        lease_seconds: float | None = None,
+    ) -> Facts:
+        """A heartbeat of a worker, and of the attempts that it lists; it is told which of them it has lost."""
+        lost: list[str] = []
+        for attempt_id in attempt_ids or ():
+            attempt = self.attempts.get(attempt_id)
+            if attempt is None or attempt["worker_id"] != worker_id or self.standing(attempt) == "lost":
+                lost.append(attempt_id)
+            else:
+                self._hear(attempt)
+        worker = self._worker(worker_id)
+        worker.update(last_heartbeat_time=self.clock.wall(), _heard=self.clock.monotonic())
+        worker["heartbeat_stats"] = worker["heartbeat_stats"] if stats is None else stats
+        worker["lease_seconds"] = lease_seconds or worker["lease_seconds"]
+        worker["_leased"] = worker["lease_seconds"] is not None
+        if worker["status"] == "unknown":
+            if worker["current_attempt_id"] is None:
+                self._idle(worker)
+            else:
+                worker["status"] = "busy"
+        return shown(worker) | ({} if attempt_ids is None else {"stale_attempt_ids": lost})
+
+    def lose_worker(self, worker_id: str) -> list[Facts]:
+        """It is gone: attempts that it had confirmed are lost, others are handed out again."""
+        if worker_id not in self.workers:
+            raise Refused("not_found")
+        held = self._held_by(worker_id)
+        for attempt in held:
+            if attempt["_unconfirmed"]:
+                self._redeliver(attempt)
+            else:
+                self._end_attempt(attempt, "unresponsive", "worker_lost")
+                self._settle_rollout(attempt)
+        self._worker(worker_id).update(
+            status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False
+        )
+        return [shown(attempt) for attempt in held]
+
+    def _worker(self, worker_id: str) -> Facts:
+        """The worker; a new one is registered."""
+        unheard: Facts = {
+            "worker_id": worker_id,
+            "status": "unknown",
+            "heartbeat_stats": None,
+            "last_heartbeat_time": None,
+            "last_dequeue_time": None,
+            "last_busy_time": None,
+            "last_idle_time": None,
+            "current_rollout_id": None,
+            "current_attempt_id": None,
+            "lease_seconds": None,
+            "_heard": 0.0,
+            "_leased": False,
+        }
+        return self.workers.setdefault(worker_id, unheard)
+
+    def _held_by(self, worker_id: str) -> list[Facts]:
+        return [each for each in self.attempts.values() if each["worker_id"] == worker_id and live(each)]
+
+    def _hold(self, worker_id: str | None, attempt: Facts | None) -> None:
+        if worker_id is not None and attempt is not None:
+            worker = self._worker(worker_id)
+            worker.update(status="busy", last_busy_time=self.clock.wall())
+            worker.update({f"current_{name}": attempt[name] for name in ("rollout_id", "attempt_id")})
+
+    def _let_go(self, worker_id: str | None, status: str) -> None:
+        """A worker does not hold an attempt any more, which has this status now."""
+        if worker_id is None:
+            return
+        worker = self._worker(worker_id)
+        others = self._held_by(worker_id)
+        if others:
+            worker.update({f"current_{name}": others[-1][name] for name in ("rollout_id", "attempt_id")})
+            worker["status"] = "busy"
+            return
+        worker.update(current_rollout_id=None, current_attempt_id=None)
+        if status in ("timeout", "unresponsive"):
+            worker["status"] = "unknown"
+        else:
+            self._idle(worker)
+
+    def _idle(self, worker: Facts) -> None:
+        worker.update(status="idle", last_idle_time=self.clock.wall())
+
+    # --- Time ------------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """End what has expired by now. Attempts are judged by their own limits first, then by their workers'."""
+        now = self.clock.monotonic()
+        for attempt in list(self.attempts.values()):
+            due, cause = self._due(attempt)
+            if due > now:
+                continue
+            if cause == "unconfirmed":
+                self._redeliver(attempt)
+            else:
+                self._end_attempt(attempt, cause, cause)
+                self._settle_rollout(attempt)
+        for worker_id, worker in list(self.workers.items()):
+            if self._lease_end(worker) <= now:
+                self.lose_worker(worker_id)
+
+    def next_due(self) -> float:
+        """The monotonic time at which something will expire if nothing happens; infinite if nothing will."""
+        dues = [self._due(attempt)[0] for attempt in self.attempts.values()]
+        return min(dues + [self._lease_end(worker) for worker in self.workers.values()], default=float("inf"))
+
+    def restart(self) -> None:
+        """The store was closed and opened: leases begin anew, and time-outs go on from the last sign of life."""
+        now = self.clock.monotonic()
+        holding = [attempt for attempt in self.attempts.values() if live(attempt)]
+        last = max((attempt["_heard"] for attempt in holding), default=now)
+        for attempt in holding:
+            attempt.update(_heard=now, _started=now - (last - attempt["_started"]))
+        for worker in self.workers.values():
+            worker["_heard"] = now
+
+    def _due(self, attempt: Facts) -> tuple[float, str]:
+        """When an attempt ends by itself, and why. At the same moment, a time-out counts first."""
+        never = (float("inf"), "")
+        if not live(attempt):
+            return never
+        config = self.rollouts[attempt["rollout_id"]]["config"]
+        dues = [never]
+        if config["timeout_seconds"] is not None:
+            dues.append((attempt["_started"] + config["timeout_seconds"], "timeout"))
+        if attempt["_unconfirmed"]:
+            dues.append((attempt["_heard"] + CONFIRM_SECONDS, "unconfirmed"))
+        elif config["unresponsive_seconds"] is not None:
+            dues.append((attempt["_heard"] + config["unresponsive_seconds"], "unresponsive"))
+        return min(dues)
+
+    def _lease_end(self, worker: Facts) -> float:
+        return worker["_heard"] + worker["lease_seconds"] if worker["_leased"] else float("inf")
+
+    # --- What is there ---------------------------------------------------------------------------
+
+    def rollout_now(self, rollout_id: str) -> Facts:
+        """A rollout as readers see it: with its latest attempt, if it has any."""
+        latest = self.latest(rollout_id)
+        return shown(self.rollouts[rollout_id]) | ({} if latest is None else {"attempt": shown(latest)})
+
+    def attempts_of(self, rollout_id: str) -> list[Facts]:
+        """All attempts of a rollout, oldest first."""
+        return [each for each in self.attempts.values() if each["rollout_id"] == rollout_id]
+
+    def latest(self, rollout_id: str) -> Facts | None:
+        """The newest attempt of a rollout, if it has any."""
+        return next(iter(reversed(self.attempts_of(rollout_id))), None)
+
+    def spans_of(self, rollout_id: str) -> list[Facts]:
+        """All spans of a rollout, by number."""
+        return self.by_number(span for span in self.spans if span["rollout_id"] == rollout_id)
+
+    def by_number(self, spans: Iterable[Facts]) -> list[Facts]:
+        """Spans by attempt, then by number, then as they came."""
+        return sorted(spans, key=lambda span: (self.attempts[span["attempt_id"]]["sequence_id"], span["sequence_id"]))
+
+    def totals(self) -> Facts:
+        """How many records there are of each kind."""
+        statuses = [each["status"] for each in self.rollouts.values()]
+        return {
+            "total_rollouts": len(self.rollouts),
+            "total_attempts": len(self.attempts),
+            "total_spans": len(self.spans),
+            "total_resources": len({each["resources_id"] for each in self.resources}),
+            "total_workers": len(self.workers),
+            "rollouts_by_status": {each: statuses.count(each) for each in ROLLOUT_STATUSES},
+        }
+
+    # --- Making and finding ----------------------------------------------------------------------
+
+    def _same_request(self, request: Facts, earlier: Mapping[str, Facts]) -> bool:
+        """Whether this was asked for before; refused if its id was, but the rest differs."""
+        rollout_id = request["rollout_id"]
+        known = earlier.get(rollout_id) or self.rollouts.get(rollout_id)
+        if known is not None and known["_request"] != request:
+            raise Refused("id_reused")
+        return known is not None
+
+    def _make_rollout(self, request: Facts, status: str) -> str:
+        rollout_id = request["rollout_id"] or self.next_id()
+        if rollout_id not in self.rollouts:
+            self.rollouts[rollout_id] = {
+                "rollout_id": rollout_id,
+                "input": request["input"],
+                "start_time": self.clock.wall(),
+                "end_time": None,
+                "mode": request["mode"],
+                **self._pinned(request["resources_id"]),
+                "priority": request["priority"],
+                "status": status,
+                "config": DEFAULT_CONFIG | request["config"],
+                "metadata": request["metadata"],
+                "reason_code": None,
+                "_request": request,
+            }
+        return rollout_id
+
+    def _make_attempt(
+        self, rollout_id: str, attempt_id: str, worker_id: str | None, request_id: str | None = None
+    ) -> None:
+        number = len(self.attempts_of(rollout_id)) + 1
+        self.rollouts[rollout_id]["status"] = "preparing"
+        self.attempts[attempt_id] = {
+            "rollout_id": rollout_id,
+            "attempt_id": attempt_id,
+            "sequence_id": number,
+            "start_time": self.clock.wall(),
+            "end_time": None,
+            "status": "preparing",
+            "worker_id": worker_id,
+            "last_heartbeat_time": None,
+            "metadata": None,
+            "reason_code": None,
+            "_request_id": request_id,
+            "_unconfirmed": request_id is not None,
+            "_redelivered": False,
+            "_started": self.clock.monotonic(),
+            "_heard": self.clock.monotonic(),
+            "_sequence": 0,
+            "_ceiling": 0,
+        }
+
+    def _known_rollout(self, rollout_id: str) -> Facts:
+        if rollout_id not in self.rollouts:
+            raise Refused("not_found")
+        return self.rollouts[rollout_id]
+
+    def _known_attempt(self, rollout_id: str, attempt_id: str) -> Facts:
+        self._known_rollout(rollout_id)
+        attempt = self.latest(rollout_id) if attempt_id == "latest" else self.attempts.get(attempt_id)
+        if attempt is None or attempt["rollout_id"] != rollout_id:
+            raise Refused("not_found")
+        return attempt

@@ -1,0 +1,107 @@
+"""The stores that the contract suite runs against. A new kind is a class here and a fixture in ``tests/contract``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from agentlightning.store.base import LightningStore
+from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
+from clocks import ManualClock
+from store_state import assert_sound
+
+__all__ = ["MemoryStores", "Opened", "SqliteStores", "StoreClock", "Stores"]
+
+
+class StoreClock(Protocol):
+    """The clock that a store under test reads, in the hands of the test."""
+
+    def wall(self) -> float:
+        """Unix seconds, as the records of the store will show them."""
+        ...
+
+    def advance(self, seconds: float) -> None:
+        """Time passes."""
+        ...
+
+    def jump_wall(self, seconds: float) -> None:
+        """The machine's clock is set, forward or back, while no time passes."""
+        ...
+
+
+class Opened(NamedTuple):
+    """An empty store that is open, and its clock."""
+
+    store: LightningStore
+    clock: StoreClock
+
+
+class Stores(ABC):
+    """Makes empty stores of one kind."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Opened]:
+        """A store whose clock stands still unless moved; checked for consistency at the end of the block."""
+        async with self.open_controlled() as opened:
+            yield opened
+            await assert_sound(opened.store)
+
+    @asynccontextmanager
+    async def open_in_real_time(self) -> AsyncIterator[LightningStore]:
+        """A store that reads the machine's clocks; checked for consistency at the end of the block."""
+        async with self.open_plain() as store:
+            yield store
+            await assert_sound(store)
+
+    @abstractmethod
+    def open_controlled(self) -> AbstractAsyncContextManager[Opened]:
+        """An empty store and the clock it reads, which moves only when told."""
+
+    @abstractmethod
+    def open_plain(self) -> AbstractAsyncContextManager[LightningStore]:
+        """An empty store as users get it."""
+
+
+class MemoryStores(Stores):
+    """``InMemoryLightningStore``."""
+
+    @asynccontextmanager
+    async def open_controlled(self) -> AsyncIterator[Opened]:
+        clock = ManualClock()
+        async with InMemoryLightningStore(clock=clock) as store:
+            yield Opened(store, clock)
+
+    @asynccontextmanager
+    async def open_plain(self) -> AsyncIterator[LightningStore]:
+        async with InMemoryLightningStore() as store:
+            yield store
+
+
+class SqliteStores(Stores):
+    """``SqliteLightningStore``, as durable as it can be.
+
+    Args:
+        folder: where the database files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made = 0
+
+    @asynccontextmanager
+    async def open_controlled(self) -> AsyncIterator[Opened]:
+        clock = ManualClock()
+        async with SqliteLightningStore(self._new_file(), clock=clock) as store:
+            yield Opened(store, clock)
+
+    @asynccontextmanager
+    async def open_plain(self) -> AsyncIterator[LightningStore]:
+        async with SqliteLightningStore(self._new_file()) as store:
+            yield store
+
+    def _new_file(self) -> Path:
+        self._made += 1
+        return self._folder / f"store-{self._made}.db"

@@ -1,0 +1,89 @@
+"""Operations that share a commit: each keeps or loses its own effects, whatever the others do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from agentlightning import InMemoryLightningStore, SqliteLightningStore
+from agentlightning.errors import NotFound
+from agentlightning.store.backend import Transaction
+from agentlightning.store.sqlite.transaction import GuardedTransaction, SqliteTransaction
+from agentlightning.types import Span
+
+
+def span(rollout_id: str, attempt_id: str, number: int) -> Span:
+    return Span.from_attributes(
+        rollout_id=rollout_id, attempt_id=attempt_id, span_id=f"{number:016x}", attributes={"number": number}
+    )
+
+
+async def test_an_operation_that_fails_after_it_has_written_is_undone_alone(tmp_path: Path) -> None:
+    async with SqliteLightningStore(tmp_path / "store.db") as store:
+        started = await asyncio.gather(*(store.start_rollout(n) for n in range(8)))
+        owners = [(each.rollout_id, each.attempt.attempt_id) for each in started]
+        calls: list[Awaitable[object]] = []
+        for n, owner in enumerate(owners):
+            calls.append(store.add_many_spans([span(*owner, 1)]))
+            # Writes a span of a known attempt first, then comes to one that is not there.
+            calls.append(store.add_many_spans([span(*owner, 2), span(owner[0], "at-unknown", 3)]))
+            calls.append(store.enqueue_rollout({"n": n}, rollout_id=f"ro-{n}"))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results[1::3]] == [NotFound] * 8
+        assert not any(isinstance(result, BaseException) for result in (*results[0::3], *results[2::3]))
+        for rollout_id, _ in owners:
+            assert [each.span_id for each in await store.query_spans(rollout_id)] == [f"{1:016x}"]
+        # What was read while the failed one ran must not be remembered: the next id follows the last one stored.
+        again = await asyncio.gather(*(store.add_span(span(*owner, 4)) for owner in owners))
+        assert [each and each.sequence_id for each in again] == [2] * 8
+        assert (await store.verify()).ok
+
+
+async def test_the_others_see_their_own_writes_when_a_batch_is_run_again() -> None:
+    """Both kinds of transaction are used, and the second only where it has to be."""
+    seen: list[type[SqliteTransaction]] = []
+
+    def operation(fails: bool) -> Callable[[Transaction], Awaitable[int]]:
+        async def run(tx: Transaction) -> int:
+            assert isinstance(tx, SqliteTransaction)
+            seen.append(type(tx))
+            tx.count({"tests": 1})
+            await tx.insert_spans([])
+            if fails:
+                raise LookupError
+            return (await tx.counters()).get("tests", 0)
+
+        return run
+
+    async with InMemoryLightningStore() as store:
+        await store.statistics()
+        write = store._core.backend.write
+        seen.clear()
+        assert await write(operation(fails=False)) == 0
+        assert seen == [SqliteTransaction]
+        seen.clear()
+        results = await asyncio.gather(
+            write(operation(fails=False)), write(operation(fails=True)), return_exceptions=True
+        )
+        assert results[0] == 1
+        assert isinstance(results[1], LookupError)
+        assert seen == [SqliteTransaction, SqliteTransaction, GuardedTransaction, GuardedTransaction]
+
+        async def counters(tx: Transaction) -> dict[str, int]:
+            return await tx.counters()
+
+        assert (await write(counters))["tests"] == 2
+
+
+async def test_an_operation_that_awaits_something_else_is_a_bug_that_is_told() -> None:
+    async def suspends(tx: Transaction) -> None:
+        await asyncio.sleep(0)
+
+    async with InMemoryLightningStore() as store:
+        await store.statistics()
+        with pytest.raises(RuntimeError, match="awaited something other than its transaction"):
+            await store._core.backend.write(suspends)
+        await store.enqueue_rollout("goes on")

@@ -1,42 +1,200 @@
-"""The store beside a small reference model, step by step. See ``model_rules`` for the steps."""
+"""A store and a small reference model, side by side: the same steps must have the same effects.
+
+What the steps are is in ``model_rules``, what should come of them in ``reference_model``. The default run is
+the same each time; the long form takes other steps each time, and names the seed of those that failed.
+"""
 
 from __future__ import annotations
 
 import itertools
-import random
-import time
+import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from agentlightning.lifecycle import attempts, deadlines, workers
+from agentlightning.lifecycle.deadlines import Due
+from agentlightning.lifecycle.records import AttemptRow, Moment, Policy, RolloutRow, WorkerRow
+from agentlightning.store import sweep
+from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
+from agentlightning.store.sqlite.row_cache import RowCache
+from agentlightning.store.sqlite.transaction import SqliteTransaction
 from model_compare import Divergence
+from model_machine import ComparingMachine
 from model_rules import StoreMachine
 
+RUN = settings(
+    max_examples=40,
+    stateful_step_count=80,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],  # to explain takes minutes, and says little of a machine
+    report_multiple_bugs=False,
+)
 
-def run_steps(machine, target, seeds):
-    began = time.monotonic()
-    for s in seeds:
-        seed(s)(machine)
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=20,
-                stateful_step_count=50,
-                deadline=None,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-        print(s, machine.steps_run, time.monotonic() - began)
+
+def machine_on(folder: Path | None) -> type[ComparingMachine]:
+    """A machine of its own, with its own count; on files in ``folder``, or in memory."""
+    numbers = itertools.count()
+
+    class Machine(StoreMachine):
+        steps_run = 0
+        new_file = None if folder is None else staticmethod(lambda: folder / f"store-{next(numbers)}.db")
+
+    return Machine
+
+
+def run_steps(machine: type[ComparingMachine], target: int, seeds: Iterable[int], how: settings = RUN) -> None:
+    """Run machines, seed after seed, until at least ``target`` steps have been done and compared."""
+    for each in seeds:
+        seed(each)(machine)
+        try:
+            run_state_machine_as_test(machine, settings=how)
+        except Exception as error:
+            error.add_note(f"after {machine.steps_run:,} steps, with seed {each}")
+            raise
         if machine.steps_run >= target:
             break
+    print(f"{machine.steps_run:,} steps without divergence")
+    assert machine.steps_run >= target
 
 
-def test_x():
-    class M(StoreMachine):
-        pass
+def random_seeds() -> Iterable[int]:
+    """Other seeds each time."""
+    return itertools.count(secrets.randbits(48))
 
-    M.steps_run = 0
-    run_steps(M, 5000, itertools.count())
+
+@pytest.mark.timeout(600)
+def test_a_store_in_memory(record_property: Callable[[str, Any], None]) -> None:
+    machine = machine_on(None)
+    run_steps(machine, 5_000, itertools.count())
+    record_property("steps", machine.steps_run)
+
+
+@pytest.mark.timeout(600)
+def test_a_store_on_a_file(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    machine = machine_on(tmp_path)
+    run_steps(machine, 500, itertools.count(), settings(RUN, max_examples=10))
+    record_property("steps", machine.steps_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7_200)
+def test_a_store_in_memory_for_long(record_property: Callable[[str, Any], None]) -> None:
+    machine = machine_on(None)
+    run_steps(machine, 200_000, random_seeds())
+    record_property("steps", machine.steps_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7_200)
+def test_a_store_on_a_file_for_long(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    machine = machine_on(tmp_path)
+    run_steps(machine, 50_000, random_seeds())
+    record_property("steps", machine.steps_run)
+
+
+# --- Negative controls: a store that breaks one rule must be seen to diverge -----------------------
+
+
+def nobody_is_stale(patch: pytest.MonkeyPatch) -> None:
+    standing = attempts.standing
+
+    def lenient(pair: Any) -> str:
+        found = standing(pair)
+        return "revivable" if found == "stale" and pair.rollout.status == "requeuing" else found
+
+    for module in (attempts, attempt_ops, worker_ops):
+        patch.setattr(module, "standing", lenient)
+
+
+def a_heartbeat_renews_no_lease(patch: pytest.MonkeyPatch) -> None:
+    def touch(attempt: AttemptRow, now: Moment) -> AttemptRow:
+        return attempts.replace(attempt, last_heartbeat_time=now.wall)
+
+    patch.setattr(attempts, "touch", touch)
+
+
+def nothing_times_out(patch: pytest.MonkeyPatch) -> None:
+    due = deadlines.attempt_due
+
+    def patient(policy: Policy, attempt: AttemptRow) -> Due | None:
+        return due(attempts.replace(policy, timeout_seconds=None), attempt)
+
+    patch.setattr(deadlines, "attempt_due", patient)
+    patch.setattr(attempts, "attempt_due", patient)
+
+
+def lost_workers_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    def expire(worker: WorkerRow, now: Moment) -> tuple[WorkerRow, bool]:
+        return attempts.replace(worker, deadline=None), False
+
+    patch.setattr(sweep.workers, "expire", expire)
+
+
+def poison_is_found_too_soon(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attempts, "MAX_REDELIVERIES", 2)
+
+
+def repeated_claims_get_more(patch: pytest.MonkeyPatch) -> None:
+    async def none_held(*_: Any) -> list[Any]:
+        return []
+
+    patch.setattr(attempt_ops, "_held_by_request", none_held)
+
+
+def priority_is_overlooked(patch: pytest.MonkeyPatch) -> None:
+    claimable = SqliteTransaction.next_claimable
+
+    async def first_come(self: SqliteTransaction, limit: int) -> list[RolloutRow]:
+        return sorted(await claimable(self, 1_000), key=lambda row: row.seq)[:limit]
+
+    patch.setattr(SqliteTransaction, "next_claimable", first_come)
+
+
+def spans_are_not_counted(patch: pytest.MonkeyPatch) -> None:
+    count = SqliteTransaction.count
+
+    def forgetful(self: SqliteTransaction, changes: Any) -> None:
+        count(self, {name: change for name, change in changes.items() if name != "spans"})
+
+    patch.setattr(SqliteTransaction, "count", forgetful)
+
+
+def undone_writes_are_remembered(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowCache, "forget", lambda *_: None)
+
+
+def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(workers, "released", lambda worker, *_: worker)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "break_a_rule",
+    [
+        nobody_is_stale,
+        a_heartbeat_renews_no_lease,
+        nothing_times_out,
+        lost_workers_are_not_noticed,
+        poison_is_found_too_soon,
+        repeated_claims_get_more,
+        priority_is_overlooked,
+        spans_are_not_counted,
+        undone_writes_are_remembered,
+        a_worker_stays_busy,
+    ],
+)
+def test_a_broken_store_is_found_out(
+    break_a_rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_a_rule(monkeypatch)
+    machine = machine_on(None)
+    with pytest.raises(Divergence) as caught:
+        run_steps(machine, 5_000, itertools.count(), settings(RUN, phases=[Phase.generate]))
+    print(f"{machine.steps_run:,} steps until: {caught.value}")

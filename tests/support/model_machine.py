@@ -84,6 +84,9 @@ class ComparingMachine(RuleBasedStateMachine):
             self.run(self.store.close())
             self.run(self.loop.shutdown_default_executor())
             self.loop.close()
+            if self.file is not None:
+                for leftover in self.file.parent.glob(f"{self.file.name}*"):
+                    leftover.unlink()
 
     # --- How a step is done ----------------------------------------------------------------------
 

@@ -185,6 +185,9 @@ async def test_a_repeat_after_the_lease_gets_the_attempt_back_while_nobody_else_
         assert repeated.attempt.attempt_id == claim.attempt.attempt_id
         assert repeated.attempt.status in ("preparing", "running")
         assert await store.dequeue_rollout() is None
+        # That reply may be lost like the first one: it has to be confirmed, too.
+        clock.advance(ANY_LEASE)
+        assert await statuses(store, rollout_id) == ("requeuing", ["unresponsive"])
 
 
 async def test_a_repeat_after_the_successor_gets_other_work(stores: Stores) -> None:

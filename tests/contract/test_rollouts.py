@@ -83,6 +83,17 @@ async def test_a_reason_may_be_given(stores: Stores) -> None:
         assert (attempt.reason_code, attempt.reason_message) == ("bad_data", "row 7 is empty")
 
 
+@pytest.mark.parametrize(
+    ("status", "code"), [("succeeded", "completed"), ("failed", "reported"), ("cancelled", "cancelled")]
+)
+async def test_a_code_goes_with_each_end(stores: Stores, status: RolloutStatus, code: str) -> None:
+    async with stores.open() as (store, _):
+        silent, told = await enqueued(store, 1, 2)
+        assert (await store.update_rollout(silent, status=status)).reason_code == code
+        rollout = await store.update_rollout(told, status=status, reason_message="because")
+        assert (rollout.reason_code, rollout.reason_message) == (code, "because")
+
+
 # --- Fields ----------------------------------------------------------------------------------------
 
 NEW_FIELDS: Mapping[str, Any] = {

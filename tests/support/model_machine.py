@@ -103,15 +103,18 @@ class ComparingMachine(RuleBasedStateMachine):
         type(self).steps_run += 1
 
     def do(self, *calls: Call) -> None:
-        """Ask the store and the reference the same, in this order, and compare replies and state."""
+        """Ask the store and the reference the same, in this order, and compare replies and state.
+
+        Many calls are one transaction, and what one of them brings to its end at once, expires after it.
+        """
         with self.step():
             self.ids.latest.clear()
+            self.reference.expire()
             for call, answer in zip(calls, self.run(self._ask_store(calls)), strict=True):
                 self._compare_reply(call, *answer)
             self.look(each for call in calls for each in call.rollout_ids)
 
     def _compare_reply(self, call: Call, reply: Any, code: str | None) -> None:
-        self.reference.expire()
         try:
             expected, expected_code = call.reference(reply), None
         except Refused as refusal:

@@ -56,6 +56,7 @@ EDITS: tuple[dict[str, Any], ...] = (
     {"resources_id": None},
     *({"config": config} for config in CONFIGS),
 )
+SIMPLE_CALL = st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat"])
 SORTABLE = {
     "rollouts": ("rollout_id", "start_time", "end_time", "mode", "resources_version", "priority", "status"),
     "attempts": ("sequence_id", "attempt_id", "end_time", "last_heartbeat_time", "worker_id", "status", "reason_code"),
@@ -430,13 +431,7 @@ class StoreMachine(ComparingMachine):
 
     # --- Many at once ----------------------------------------------------------------------------
 
-    @rule(
-        drawn=st.lists(
-            st.tuples(st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat"]), PICK),
-            min_size=2,
-            max_size=4,
-        )
-    )
+    @rule(drawn=st.lists(st.tuples(SIMPLE_CALL, PICK), min_size=2, max_size=4))
     def at_once(self, drawn: list[tuple[str, int]]) -> None:
         """Calls that share one transaction: those that fail must not touch the others."""
         self.do(*(self._simple(*each) for each in drawn))
@@ -471,10 +466,20 @@ class StoreMachine(ComparingMachine):
     @rule(late=st.sampled_from([0.0, -0.125, 0.125]))
     def time_passes_to_the_next_deadline(self, late: float) -> None:
         with self.step():
-            due = self.reference.next_due()
-            if due != float("inf"):
-                self.clock.advance(max(due + late - self.clock.monotonic(), 0.0))
+            self._advance_to_deadline(late)
             self.look()
+
+    @rule(late=st.sampled_from([0.0, -0.125, 0.125, 2.0]), kind=SIMPLE_CALL, pick=PICK)
+    def call_at_the_next_deadline(self, late: float, kind: str, pick: int) -> None:
+        """A call is the first to notice that a deadline has passed, or just not yet."""
+        call = self._simple(kind, pick)
+        self._advance_to_deadline(late)
+        self.do(call)
+
+    def _advance_to_deadline(self, late: float) -> None:
+        due = self.reference.next_due()
+        if due != float("inf"):
+            self.clock.advance(max(due + late - self.clock.monotonic(), 0.0))
 
     @rule(seconds=st.sampled_from([11.0, 64.0, 1_000_000.0]))
     def much_time_passes(self, seconds: float) -> None:

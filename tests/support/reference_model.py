@@ -65,6 +65,7 @@ class ReferenceStore:
     def __init__(self, clock: Clock, next_id: Callable[[], str]) -> None:
         self.clock = clock
         self.next_id = next_id
+        self.opened = clock.wall() - clock.monotonic()
         # Each in the order of insertion.
         self.rollouts: dict[str, Facts] = {}
         self.attempts: dict[str, Facts] = {}
@@ -530,8 +531,14 @@ class ReferenceStore:
         return min(dues + [self._lease_end(worker) for worker in self.workers.values()], default=float("inf"))
 
     def restart(self) -> None:
-        """The store was closed and opened: leases begin anew, and time-outs go on from the last sign of life."""
+        """The store was closed and opened: leases begin anew, and time-outs go on from the last sign of life.
+
+        The time-out of an attempt that was not live then, and returns later, went on meanwhile by the wall clock.
+        """
         now = self.clock.monotonic()
+        before, self.opened = self.opened, self.clock.wall() - now
+        for attempt in self.attempts.values():
+            attempt["_started"] -= 0.0 if live(attempt) else self.opened - before
         holding = [attempt for attempt in self.attempts.values() if live(attempt)]
         last = max((attempt["_heard"] for attempt in holding), default=now)
         for attempt in holding:

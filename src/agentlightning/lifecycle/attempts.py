@@ -135,7 +135,7 @@ def beat(pair: Pair, now: Moment) -> Pair:
             return _confirmed(pair, touch(pair.attempt, now))
         case "revivable":
             return _revived(pair, now)
-        case "stale":
+        case _:  # stale
             return pair
 
 
@@ -211,7 +211,7 @@ def expire(pair: Pair, now: Moment) -> Pair:
         case "unresponsive":
             message = f"no sign of life for {rollout.policy.unresponsive_seconds:g} s"
             return end(pair, "unresponsive", Reason(reasons.UNRESPONSIVE, message), now)
-        case "timeout":
+        case _:  # timeout
             message = f"not finished within {rollout.policy.timeout_seconds:g} s"
             return end(pair, "timeout", Reason(reasons.TIMEOUT, message), now)
 

@@ -164,7 +164,9 @@ class ReadTransaction(Protocol):
         ...
 
     async def scan(self, table: Table, after: int, limit: int) -> list[Any]:
-        """Up to ``limit`` rows with a ``seq`` above ``after``, in that order; ``Unreadable`` for damaged ones.
+        """Up to ``limit`` rows with a ``seq`` above ``after``, in that order.
+
+        A damaged one is, or is preceded by, an ``Unreadable``.
 
         Spans come without bodies, as (seq, attempt_seq, sequence_id, issued, body bytes).
         """

@@ -167,7 +167,8 @@ class Core:
     def _ring(self) -> None:
         """A deadline has passed and nobody asked: sweep, so that those who wait learn of it."""
         try:
-            self.backend.write_blocking(sweep)
+            while self.backend.write_blocking(sweep):
+                pass
         except StoreUnavailable as error:
             _log.warning("expired attempts are not swept: %s", error)
         except Exception:  # noqa: BLE001 - the boundary of the alarm's thread

@@ -43,6 +43,17 @@ class _Check:
     async def run(self) -> VerificationReport:
         for damage in await self._tx.integrity():
             self._report("database_intact", "database", damage)
+        try:
+            await self._check_rows()
+        except (TypeError, AttributeError) as error:  # a value of another type than its column's
+            if not self.violations:
+                raise
+            self._report("row_readable", "database", f"the rest cannot be checked: {error}")
+        checked = {name: self._count(name) for name in ("attempts", "spans", "resources", "workers")}
+        checked["rollouts"] = sum(count for name, count in self.counted.items() if name.startswith("rollouts."))
+        return VerificationReport(checked=checked, violations=self.violations)
+
+    async def _check_rows(self) -> None:
         await self._check_spans()
         await self._check_resources()
         await self._check_rollouts()
@@ -52,9 +63,6 @@ class _Check:
             )
         await self._check_workers()
         await self._check_counters()
-        checked = {name: self._count(name) for name in ("attempts", "spans", "resources", "workers")}
-        checked["rollouts"] = sum(count for name, count in self.counted.items() if name.startswith("rollouts."))
-        return VerificationReport(checked=checked, violations=self.violations)
 
     # --- Spans and resources ---------------------------------------------------------------------
 
@@ -174,7 +182,12 @@ class _Check:
     async def _check_orphans(self) -> None:
         async for row in self._scan("attempts"):
             attempt: AttemptRow = row
-            if await self._tx.get(RolloutRow, attempt.rollout_id) is None:
+            self._spans.pop(attempt.seq, None)
+            try:
+                missing = await self._tx.get(RolloutRow, attempt.rollout_id) is None
+            except (TypeError, ValueError):  # it is there, though damaged, and has been named
+                missing = False
+            if missing:
                 self._add("attempts", 1)
                 self._report("attempt_has_rollout", f"attempt {attempt.attempt_id}", "its rollout does not exist")
 

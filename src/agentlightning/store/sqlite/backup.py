@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import apsw
 
 from agentlightning.errors import CorruptStore, InvalidValue
-from agentlightning.store.sqlite.faults import translate
+from agentlightning.store.sqlite.faults import translate, translate_os
 from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity
 from agentlightning.types import VerificationReport
 
-__all__ = ["broken_backup", "check_free", "copy_database", "copy_from_backup", "move_into_place"]
+__all__ = ["broken_backup", "check_free", "copy_database", "copy_from_backup", "move_into_place", "unfinished"]
 
 
 def copy_database(source: apsw.Connection, target: Path) -> None:
@@ -26,7 +27,7 @@ def copy_database(source: apsw.Connection, target: Path) -> None:
         DiskFull: there is no room for it.
     """
     check_free(target)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial = unfinished(target)
     try:
         os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         copy = apsw.Connection(str(partial))
@@ -40,6 +41,8 @@ def copy_database(source: apsw.Connection, target: Path) -> None:
         move_into_place(partial, target)
     except apsw.Error as error:
         raise translate(error, str(partial)) from error
+    except OSError as error:
+        raise translate_os(error, str(partial)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -76,7 +79,7 @@ def broken_backup(backup: Path, report: VerificationReport) -> CorruptStore:
 def check_free(target: Path) -> None:
     """Raise ``InvalidValue`` unless ``target`` can be made as a new file."""
     if target.exists():
-        raise InvalidValue(f"{str(target)!r} exists already; give a new file name, or remove it first")
+        raise _taken(target)
     if not target.parent.is_dir():
         raise InvalidValue(f"the folder {str(target.parent)!r} does not exist; make it first")
 
@@ -89,16 +92,32 @@ def check_database(connection: apsw.Connection) -> None:
         raise CorruptStore(f"{connection.filename!r} is damaged: {'; '.join(damage)}")
 
 
+def unfinished(target: Path) -> Path:
+    """A name beside ``target``, for as long as it is being made; no two are the same."""
+    return target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
+
+
 def move_into_place(partial: Path, target: Path) -> None:
-    """Give a finished file its name, durably. Fails rather than replace a file of that name."""
+    """Give a finished file its name, durably.
+
+    Raises:
+        InvalidValue: there is a file of that name.
+    """
     file = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
         os.close(file)
-    os.link(partial, target)
+    try:
+        os.link(partial, target)
+    except FileExistsError as error:
+        raise _taken(target) from error
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _taken(target: Path) -> InvalidValue:
+    return InvalidValue(f"{str(target)!r} exists already; give a new file name, or remove it first")

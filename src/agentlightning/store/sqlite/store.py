@@ -12,7 +12,13 @@ from agentlightning.store.clock import Clock, SystemClock
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.ids import IdSource, TimeOrderedIds
 from agentlightning.store.sqlite.backend import FileBackend, MemoryBackend, SqliteBackend
-from agentlightning.store.sqlite.backup import broken_backup, check_free, copy_from_backup, move_into_place
+from agentlightning.store.sqlite.backup import (
+    broken_backup,
+    check_free,
+    copy_from_backup,
+    move_into_place,
+    unfinished,
+)
 from agentlightning.store.sqlite.connections import DURABILITIES, Durability
 
 __all__ = ["InMemoryLightningStore", "LightningStoreThreaded", "SqliteLightningStore"]
@@ -81,7 +87,7 @@ class SqliteLightningStore(_SqliteStore):
         """
         target = Path(path)
         check_free(target)
-        partial = target.with_name(f"{target.name}.restoring-{os.getpid()}")
+        partial = unfinished(target)
         leftovers = [partial.with_name(partial.name + suffix) for suffix in ("", "-wal", "-shm", "-owner")]
         try:
             copy_from_backup(Path(backup), partial)

@@ -110,8 +110,9 @@ class SqliteReads:
         if table == "spans":
             return self._rows(_SCAN_SPANS, (after, limit))
         codec = _TABLES[table]
-        rows = self._rows(f"{codec.select} WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
-        return [_decode_or_tell(codec, row) for row in rows]
+        columns = ", ".join(codec.columns)
+        rows = self._rows(f"SELECT {columns} FROM {table} WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+        return [found for row in rows for found in _decode_or_tell(codec, row)]
 
     async def integrity(self) -> list[str]:
         return [row[0] for row in self._rows("PRAGMA integrity_check(100)") if row[0] != "ok"]
@@ -285,11 +286,20 @@ class GuardedTransaction(SqliteTransaction):
             self._writing = True
 
 
-def _decode_or_tell(codec: Codec[Any], row: tuple[Any, ...]) -> Any:
+def _decode_or_tell(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:
+    width = len(codec.fields)
     try:
-        return codec.decode(row)
+        row = codec.decode(values[:width])
+        derived = codec.encode(row)[width:]
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        return Unreadable(row[0], str(error))
+        return [Unreadable(values[0], str(error))]
+    names = codec.columns[width:]
+    wrong = [
+        Unreadable(values[0], f"its column {name} is {stored!r} and should be {true!r}")
+        for name, stored, true in zip(names, values[width:], derived, strict=True)
+        if stored != true
+    ]
+    return [*wrong, row]
 
 
 def _with_latest(row: tuple[Any, ...]) -> tuple[RolloutRow, AttemptRow | None]:

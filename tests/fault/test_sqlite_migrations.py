@@ -1,0 +1,160 @@
+"""Migrations: each as a whole or not at all, whatever happens in the middle; never back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+import store_programs
+from agentlightning import SqliteLightningStore
+from agentlightning.errors import NewerSchema
+from agentlightning.store.sqlite.connections import open_writer
+from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity, migrate
+from faulty_disk import FaultyDisk
+from fresh_process import FreshProcess
+from store_state import assert_sound
+
+VERSION = len(MIGRATIONS)
+GOOD = "CREATE TABLE news (seq INTEGER PRIMARY KEY); INSERT INTO news VALUES (1)"
+BETTER = "ALTER TABLE news ADD COLUMN title TEXT NOT NULL DEFAULT ''; CREATE INDEX news_by_title ON news (title)"
+BAD = "CREATE TABLE more (seq); DELETE FROM rollouts; INSERT INTO more VALUES (1); SELECT no_such_function()"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A database of the present version, with something in it."""
+
+    async def fill() -> None:
+        async with SqliteLightningStore(tmp_path / "store.db") as store:
+            await store.enqueue_rollout("input", rollout_id="ro-1")
+
+    asyncio.run(fill())
+    return tmp_path / "store.db"
+
+
+def schema_and_content(database: Path) -> list[Any]:
+    with closing(apsw.Connection(str(database))) as connection:
+        return [
+            connection.pragma("user_version"),
+            connection.pragma("application_id"),
+            connection.execute("SELECT name, sql FROM sqlite_schema ORDER BY name").fetchall(),
+            connection.execute("SELECT * FROM rollouts").fetchall(),
+        ]
+
+
+def bring_up(database: Path, *migrations: str) -> None:
+    open_writer(str(database), "full", vfs=None, migrations=[*MIGRATIONS, *migrations]).close()
+
+
+def test_a_migration_that_fails_changes_nothing(database: Path) -> None:
+    before = schema_and_content(database)
+    with pytest.raises(apsw.SQLError):
+        bring_up(database, BAD)
+    assert schema_and_content(database) == before
+
+
+def test_migrations_before_the_one_that_fails_stay(database: Path) -> None:
+    with pytest.raises(apsw.SQLError):
+        bring_up(database, GOOD, BAD, BETTER)
+    after = schema_and_content(database)
+    assert after[0] == VERSION + 1
+    assert [name for name, _ in after[2] if name in ("news", "more")] == ["news"]
+    bring_up(database, GOOD, BETTER)  # mended, they go on from there
+    assert schema_and_content(database)[0] == VERSION + 2
+
+
+def test_the_first_migration_that_fails_leaves_an_empty_file(tmp_path: Path) -> None:
+    database = tmp_path / "new.db"
+    with pytest.raises(apsw.SQLError):
+        open_writer(str(database), "full", vfs=None, migrations=["CREATE TABLE rollouts (a); SELECT nonsense()"])
+    with closing(apsw.Connection(str(database))) as connection:
+        assert check_identity(connection, VERSION) == 0
+        assert connection.execute("SELECT count(*) FROM sqlite_schema").fetchall() == [(0,)]
+    asyncio.run(check(database, 0))
+
+
+def test_there_is_no_way_back(database: Path) -> None:
+    bring_up(database, GOOD)
+    before = schema_and_content(database)
+    with pytest.raises(NewerSchema):
+        bring_up(database)
+    with pytest.raises(NewerSchema):
+        asyncio.run(check(database, 1))
+    assert schema_and_content(database) == before
+
+
+def test_a_file_of_the_newest_version_is_left_alone(database: Path) -> None:
+    before = database.read_bytes()
+    bring_up(database)
+    assert database.read_bytes() == before
+    with closing(apsw.Connection(str(database))) as connection:
+        changes = connection.total_changes()
+        migrate(connection)
+        assert connection.total_changes() == changes
+
+
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_a_disk_that_fails_during_a_migration_leaves_the_old_version_or_the_new(tmp_path: Path, operation: Any) -> None:
+    """At its first operation, its second, and so on."""
+    survived = False
+    passing = 0
+    while not survived:
+        database = tmp_path / f"{passing}.db"
+        with FaultyDisk() as disk:
+            disk.break_down(operation, "", passing=passing)
+            try:
+                open_writer(str(database), "full", vfs=disk.name).close()
+            except apsw.IOError:
+                disk.mend()
+            survived = disk.failures == 0
+        with closing(apsw.Connection(str(database))) as connection:
+            assert check_identity(connection, VERSION) in (0, VERSION)
+        asyncio.run(check(database, 0))
+        passing += 1
+    assert passing > 2
+
+
+def test_a_kill_in_the_middle_leaves_the_old_version_or_the_new(database: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments of a migration that takes a while."""
+    old = schema_and_content(database)
+    rng = random.Random(9)
+    seconds = 0.2
+    seen: list[int] = []
+    for number in range(8):
+        copy = Path(shutil.copy(database, tmp_path / f"copy-{number}.db"))
+        with FreshProcess(store_programs.migrate_slowly, copy) as process:
+            assert process.hear() == "migrating"
+            began = time.monotonic()
+            if number == 0:  # how long it takes when nobody disturbs it
+                assert process.finish() == ["migrated"]
+                seconds = time.monotonic() - began
+            else:
+                time.sleep(rng.uniform(0, seconds))
+                process.kill()
+        now = schema_and_content(copy)
+        seen.append(now[0])
+        if now[0] == VERSION:
+            assert now == old
+            asyncio.run(check(copy, 1))
+        else:
+            assert now[0] == VERSION + 1
+            with closing(apsw.Connection(str(copy))) as connection:
+                assert connection.execute("SELECT count(*) FROM news").fetchall() == [(20_000,)]
+                assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert VERSION in seen
+    assert VERSION + 1 in seen
+
+
+async def check(database: Path, rollouts: int) -> None:
+    """A store opens the file, and is sound."""
+    async with SqliteLightningStore(database) as store:
+        assert (await store.statistics())["total_rollouts"] == rollouts
+        await assert_sound(store)

@@ -1,0 +1,133 @@
+"""What the store knows about a worker, and how that changes."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, strategies as st
+
+from agentlightning.lifecycle import workers
+from agentlightning.lifecycle.deadlines import worker_due
+from agentlightning.lifecycle.records import WorkerRow
+from agentlightning.types import AttemptStatus, WorkerStatus
+from rows import NOW, a_worker, an_attempt, moments
+
+HOLDING: dict[str, Any] = {"status": "busy", "current_rollout_id": "ro-1", "current_attempt_id": "at-1"}
+
+
+def changed(before: WorkerRow, after: WorkerRow) -> dict[str, Any]:
+    """The fields that are not as they were."""
+    return {
+        name: getattr(after, name) for name in before.__struct_fields__ if getattr(after, name) != getattr(before, name)
+    }
+
+
+@pytest.mark.parametrize("status", get_args(WorkerStatus))
+def test_one_that_got_an_attempt_is_busy_with_it(status: WorkerStatus) -> None:
+    before = a_worker(status=status, last_busy_time=1.0, last_dequeue_time=1.0)
+    busy = {**HOLDING, "last_busy_time": NOW.wall}
+    expected = {name: value for name, value in busy.items() if getattr(before, name) != value}
+    assert changed(before, workers.holds(before, an_attempt(), NOW)) == expected
+    assert changed(before, workers.took(before, an_attempt(), NOW)) == {**expected, "last_dequeue_time": NOW.wall}
+
+
+def test_one_that_got_nothing_is_idle_unless_it_still_holds_something() -> None:
+    assert changed(a_worker(), workers.came_empty(a_worker(), NOW)) == {"status": "idle", "last_idle_time": NOW.wall}
+    holding = a_worker(**HOLDING)
+    assert workers.came_empty(holding, NOW) is holding
+
+
+@pytest.mark.parametrize("ended", get_args(AttemptStatus))
+def test_one_whose_last_attempt_ended_is_idle_or_has_not_been_heard_of(ended: AttemptStatus) -> None:
+    holding = a_worker(**HOLDING)
+    released: dict[str, Any] = {"current_rollout_id": None, "current_attempt_id": None}
+    if ended in ("timeout", "unresponsive"):
+        released |= {"status": "unknown"}
+    else:
+        released |= {"status": "idle", "last_idle_time": NOW.wall}
+    assert changed(holding, workers.released(holding, ended, None, NOW)) == released
+
+
+@pytest.mark.parametrize("ended", get_args(AttemptStatus))
+def test_one_that_holds_another_attempt_stays_busy_with_that(ended: AttemptStatus) -> None:
+    other = an_attempt(rollout_id="ro-2", attempt_id="at-2")
+    holding = a_worker(**HOLDING)
+    after = workers.released(holding, ended, other, NOW)
+    assert changed(holding, after) == {"current_rollout_id": "ro-2", "current_attempt_id": "at-2"}
+
+
+class TestBeat:
+    def test_the_first_one_makes_it_idle_without_a_lease(self) -> None:
+        after = workers.beat(a_worker(), None, None, NOW)
+        assert changed(a_worker(), after) == {
+            "status": "idle",
+            "last_idle_time": NOW.wall,
+            "last_heartbeat_time": NOW.wall,
+            "beaten_lease": NOW.lease,
+        }
+
+    def test_one_that_holds_an_attempt_and_was_given_up_is_busy_again(self) -> None:
+        after = workers.beat(a_worker(**HOLDING | {"status": "unknown"}), None, None, NOW)
+        assert (after.status, after.last_idle_time) == ("busy", None)
+
+    @pytest.mark.parametrize("status", ["idle", "busy"])
+    def test_otherwise_its_status_stays(self, status: WorkerStatus) -> None:
+        after = workers.beat(a_worker(status=status, last_idle_time=1.0), None, None, NOW)
+        assert (after.status, after.last_idle_time) == (status, 1.0)
+
+    def test_statistics_and_lease_stay_unless_given(self) -> None:
+        before = a_worker(heartbeat_stats=b"{}", lease_seconds=20.0, deadline=950.0)
+        after = workers.beat(before, None, None, NOW)
+        assert (after.heartbeat_stats, after.lease_seconds) == (b"{}", 20.0)
+        after = workers.beat(before, 5.0, b'{"load":1}', NOW)
+        assert (after.heartbeat_stats, after.lease_seconds) == (b'{"load":1}', 5.0)
+
+    def test_a_deadline_is_moved_only_where_it_must_be(self) -> None:
+        leased = a_worker(lease_seconds=20.0, deadline=950.0)
+        assert workers.beat(leased, None, None, NOW).deadline == 950.0  # a lower bound still: looked at again then
+        assert workers.beat(leased, 5.0, None, NOW).deadline == NOW.lease + 5.0
+        lost = a_worker(lease_seconds=20.0, deadline=None)
+        assert workers.beat(lost, None, None, NOW).deadline == NOW.lease + 20.0
+
+    @given(st.none() | st.integers(1, 50).map(float), st.none() | st.integers(1, 50).map(float), moments())
+    def test_the_deadline_is_never_after_the_end_of_the_lease(
+        self, lease: float | None, new_lease: float | None, now: Any
+    ) -> None:
+        before = workers.beat(a_worker(), lease, None, NOW)
+        later = now._replace(lease=max(now.lease, NOW.lease))
+        after = workers.beat(before, new_lease, None, later)
+        due = worker_due(after)
+        assert (after.deadline is None) == (due is None)
+        assert due is None or (
+            after.deadline is not None and after.deadline <= due == later.lease + (new_lease or lease or 0)
+        )
+
+
+class TestExpire:
+    def test_one_that_was_heard_since_gets_its_true_deadline(self) -> None:
+        worker = a_worker(status="busy", lease_seconds=20.0, beaten_lease=990.0, deadline=NOW.lease)
+        after, lost = workers.expire(worker, NOW)
+        assert not lost
+        assert changed(worker, after) == {"deadline": 1_010.0}
+
+    def test_one_without_a_lease_never_expires(self) -> None:
+        worker = a_worker(status="busy", deadline=NOW.lease)
+        after, lost = workers.expire(worker, NOW)
+        assert not lost
+        assert changed(worker, after) == {"deadline": None}
+
+    @pytest.mark.parametrize("beaten", [980.0, 900.0])
+    def test_one_that_was_silent_for_its_lease_is_lost(self, beaten: float) -> None:
+        worker = a_worker(**HOLDING, lease_seconds=20.0, beaten_lease=beaten, deadline=beaten + 20.0)
+        after, lost = workers.expire(worker, NOW)
+        assert lost
+        assert after == workers.lose(worker)
+        assert (after.status, after.current_rollout_id, after.current_attempt_id) == ("unknown", None, None)
+        assert (after.deadline, after.lease_seconds) == (None, 20.0)
+
+
+def test_one_that_was_lost_is_known_again_when_it_beats() -> None:
+    lost = workers.lose(a_worker(**HOLDING, lease_seconds=20.0, deadline=950.0))
+    after = workers.beat(lost, None, None, NOW)
+    assert (after.status, after.deadline) == ("idle", NOW.lease + 20.0)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from agentlightning.errors import StaleAttempt
+from agentlightning.errors import IdReused, StaleAttempt
 from agentlightning.store.base import LightningStore
 from agentlightning.types import AttemptedRollout
 from scenes import ANY_LEASE, attempts_of, claimed, config, enqueued, finish, rollout_now, span_of, statuses
@@ -190,15 +190,33 @@ async def test_a_repeat_after_the_lease_gets_the_attempt_back_while_nobody_else_
         assert await statuses(store, rollout_id) == ("requeuing", ["unresponsive"])
 
 
-async def test_a_repeat_after_the_successor_gets_other_work(stores: Stores) -> None:
+async def test_a_repeat_after_the_successor_gets_nothing_and_takes_nothing(stores: Stores) -> None:
     async with stores.open() as (store, clock):
         [rollout_id] = await enqueued(store, "first")
         await claimed(store, "worker", request_id="rq-1")
         clock.advance(ANY_LEASE)
         successor = await claimed(store, "other", request_id="rq-2")
-        await enqueued(store, "second")
-        assert (await claimed(store, "worker", request_id="rq-1")).input == "second"
+        [second] = await enqueued(store, "second")
+        assert await store.dequeue_rollout("worker", request_id="rq-1") is None
         assert await store.get_latest_attempt(rollout_id) == successor.attempt
+        assert await statuses(store, second) == ("queuing", [])
+
+
+async def test_a_late_repeat_of_a_claim_that_is_done_takes_nothing(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        await enqueued(store, "first", "second")
+        done = await claimed(store, "worker", request_id="rq-1")
+        await store.update_attempt(done.rollout_id, done.attempt.attempt_id, "succeeded")
+        assert await store.dequeue_rollout("worker", request_id="rq-1") is None
+
+
+@pytest.mark.parametrize(("worker_id", "limit"), [("other", 1), (None, 1), ("worker", 2)])
+async def test_a_request_id_is_of_one_claim(stores: Stores, worker_id: str | None, limit: int) -> None:
+    async with stores.open() as (store, _):
+        await enqueued(store, "first", "second")
+        await claimed(store, "worker", request_id="rq-1")
+        with pytest.raises(IdReused, match="rq-1"):
+            await store.dequeue_many_rollouts(limit=limit, worker_id=worker_id, request_id="rq-1")
 
 
 async def test_an_attempt_started_by_hand_needs_no_confirmation(stores: Stores) -> None:

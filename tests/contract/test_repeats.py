@@ -280,3 +280,47 @@ async def test_an_id_is_free_again_when_its_rollout_is_deleted(stores: Stores) -
         assert await store.delete_finished_rollouts(older_than_seconds=1) == 1
         await store.enqueue_rollout("other", rollout_id="ro-1")
         assert (await claimed(store, request_id="rq-1")).input == "other"
+
+
+async def test_a_late_repeat_of_start_rollout_gets_its_own_attempt_and_no_other(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        policy = config(unresponsive_seconds=5, max_attempts=3, retry_condition=["unresponsive"])
+
+        async def start(**changes: Any) -> AttemptedRollout:
+            asked = {"worker_id": "worker", "rollout_id": "ro-1", "attempt_id": "at-1", **changes}
+            return await store.start_rollout("input", config=policy, **asked)
+
+        await start()
+        clock.advance(6)
+        successor = await store.dequeue_rollout("other")
+        assert successor is not None
+        again = await start()
+        assert (again.attempt.attempt_id, again.attempt.status) == ("at-1", "unresponsive")
+        for changes in ({"worker_id": "other"}, {"attempt_id": "at-2"}, {"attempt_id": None}, {"rollout_id": "ro-2"}):
+            with pytest.raises(IdReused):
+                await start(**changes)
+
+
+async def test_start_rollout_repeats_by_its_attempt_id_alone(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        first = await store.start_rollout("input", attempt_id="at-1")
+        again = await store.start_rollout("input", attempt_id="at-1")
+        assert again.rollout_id == first.rollout_id
+        with pytest.raises(IdReused):
+            await store.start_rollout("other input", attempt_id="at-1")
+
+
+async def test_a_repeat_of_start_attempt_is_one_although_the_attempt_has_moved(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        rollout = await store.enqueue_rollout("input")
+        await store.start_attempt(rollout.rollout_id, attempt_id="at-1")
+        await store.update_attempt(rollout.rollout_id, "at-1", worker_id="worker")
+        again = await store.start_attempt(rollout.rollout_id, attempt_id="at-1")
+        assert (again.attempt.attempt_id, again.attempt.worker_id) == ("at-1", "worker")
+
+
+async def test_the_order_of_keys_makes_no_other_content(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        await store.enqueue_rollout({"a": 1, "b": {"c": 2, "d": 3}}, rollout_id="ro-1")
+        again = await store.enqueue_rollout({"b": {"d": 3, "c": 2}, "a": 1}, rollout_id="ro-1")
+        assert list(again.input) == ["a", "b"]

@@ -27,6 +27,7 @@ from agentlightning.types import Attempt, PromptTemplate, Rollout, Span
 from store_process import AnyCall, Life, Line, Memory, Order, Promise, input_of, span_of
 
 FINAL = ("succeeded", "failed", "cancelled")
+ENDED = ("succeeded", "failed", "timeout", "unresponsive")
 ENDED_FOR_GOOD = ("succeeded", "failed", "timeout")
 
 
@@ -154,10 +155,13 @@ class Ledger:
 
     Args:
         leases_end: whether attempts may have expired meanwhile, so that a repeated claim gets new ones.
+        deletes: whether rollouts may have been deleted after their end, and their ids used again.
     """
 
-    def __init__(self, *, leases_end: bool) -> None:
-        self._leases_end = leases_end
+    def __init__(self, *, leases_end: bool, deletes: bool = False) -> None:
+        self.leases_end = leases_end
+        self.deletes = deletes
+        self._may_have_ended: set[str] = set()
         self.promises = 0
         self.repeated = 0
         """Calls that were in flight at a kill, and answered after."""
@@ -191,6 +195,8 @@ class Ledger:
                 self.repeated += 1
             self.in_flight.pop(line.writer, None)
             self._believe(line.promise)
+        for call in self.in_flight.values():
+            self._may_have_ended.add(getattr(call, "rollout_id", ""))
 
     def compare(self, found: Contents) -> Findings:
         """What of all that was promised is not so in a store."""
@@ -210,6 +216,8 @@ class Ledger:
     def _believe(self, promise: Promise) -> None:
         self.promises += 1
         for rollout_id, status, *resources in promise.rollouts:
+            if status in FINAL:
+                self._may_have_ended.add(rollout_id)
             self._agree(self._rollouts, rollout_id, tuple(resources) if status else None)
             if status in FINAL:
                 self._agree(self._final, rollout_id, status)
@@ -218,6 +226,8 @@ class Ledger:
                 self._agree(self._attempts, attempt_id, (rollout_id, sequence_id, worker_id))
             else:
                 self._unsure.attempts.add(attempt_id)
+            if status in ENDED:
+                self._may_have_ended.add(rollout_id)
             if status in ENDED_FOR_GOOD:
                 self._agree(self._ended, attempt_id, status)
         for attempt_id, span_id, sequence_id in promise.spans:
@@ -238,16 +248,22 @@ class Ledger:
 
     def _agree(self, known: dict[Any, Any], key: Any, value: Any) -> None:
         """Note a promise about what never changes; None: nothing but that it is there."""
-        if known.get(key) is None:
+        if known.get(key) is None or self._may_be_gone(key):
             known[key] = value
         elif value not in (None, known[key]):
             self._contradictions.lost.append(f"{key} was promised as {known[key]} and as {value}")
+
+    def _may_be_gone(self, rollout_id: Any) -> bool:
+        """Whether the rollout may have been deleted, and may be back as another."""
+        return self.deletes and (self.leases_end or rollout_id in self._may_have_ended)
 
     # --- Comparisons -------------------------------------------------------------------------------------
 
     def _compare_rollouts(self, found: Contents, possible: Possible, findings: Findings) -> None:
         for rollout_id, resources in self._rollouts.items():
             rollout = found.rollouts.get(rollout_id)
+            if self._may_be_gone(rollout_id):
+                continue
             if rollout is None:
                 findings.lost.append(f"rollout {rollout_id}")
                 continue
@@ -258,6 +274,8 @@ class Ledger:
             if rollout.status != self._final.get(rollout_id, rollout.status):
                 findings.lost.append(f"rollout {rollout_id} was {self._final[rollout_id]} and is {rollout.status}")
         for rollout_id, number in self._notes.items():
+            if self._may_be_gone(rollout_id):
+                continue
             stored = (found.rollouts[rollout_id].metadata or {}).get("number") if rollout_id in found.rollouts else 0
             if stored not in (number, *possible.notes.get(rollout_id, ())):
                 findings.lost.append(f"metadata {number} of rollout {rollout_id}: {stored}")
@@ -267,6 +285,8 @@ class Ledger:
     def _compare_attempts(self, found: Contents, possible: Possible, findings: Findings) -> None:
         for attempt_id, promised in self._attempts.items():
             attempt = found.attempts.get(attempt_id)
+            if self._may_be_gone(promised[0]):
+                continue
             if attempt is None or (attempt.rollout_id, attempt.sequence_id, attempt.worker_id) != promised:
                 findings.lost.append(f"attempt {attempt_id} {promised}: {attempt}")
             elif attempt.status != self._ended.get(attempt_id, attempt.status):
@@ -275,13 +295,15 @@ class Ledger:
         for attempt_id in found.attempts.keys() - explained:
             attempt = found.attempts[attempt_id]
             # A claim that is repeated gets the same attempts while they live; one that was cancelled does not.
-            given_up = self._leases_end or attempt.reason_code == "cancelled"
+            given_up = self.leases_end or attempt.reason_code == "cancelled"
             if attempt.worker_id not in possible.claimers | self._unsure.claimers and not given_up:
                 findings.doubled.append(f"attempt {attempt_id} of {attempt.worker_id}")
 
     def _compare_spans(self, found: Contents, possible: Possible, findings: Findings) -> None:
         for (attempt_id, span_id), sequence_id in self._spans.items():
             span = found.spans.get((attempt_id, span_id))
+            if self._may_be_gone(self._attempts[attempt_id][0]):
+                continue
             if span is None:
                 findings.lost.append(f"span {span_id} of {attempt_id}")
                 continue
@@ -394,14 +416,14 @@ class Campaign:
     def _use_up(self, folder: Path, kills: int) -> None:
         """Play lives on one new file."""
         leases_end = self._rng.random() < 0.25
-        speed = 300.0 if leases_end else 0.001
-        ledger = Ledger(leases_end=leases_end)
+        deletes = self._rng.random() < 0.25
+        ledger = Ledger(leases_end=leases_end, deletes=deletes)
         done = self.outcome.kills + kills
         database = folder / "store.db"
         number = 0
         while self.outcome.kills < done and not self.outcome.findings:
             number += 1
-            life = self._life(database, number, ledger, speed)
+            life = self._life(database, number, ledger)
             self._live_and_die(life, new=number == 1)
             ledger.read(Path(life.journal))
             with_log = shutil.copytree(
@@ -409,7 +431,7 @@ class Campaign:
             )
             self._check(with_log / database.name, ledger)
             shutil.rmtree(with_log)
-        last = self._life(database, number + 1, ledger, speed)
+        last = self._life(database, number + 1, ledger)
         last.close_after_calls = 50
         assert self._nursery.wait(self._nursery.begin(last)) == 0
         ledger.read(Path(last.journal))
@@ -417,14 +439,15 @@ class Campaign:
         self.outcome.promises += ledger.promises
         self.outcome.repeated += ledger.repeated
 
-    def _life(self, database: Path, number: int, ledger: Ledger, speed: float) -> Life:
+    def _life(self, database: Path, number: int, ledger: Ledger) -> Life:
         return Life(
             database=str(database),
             journal=str(database.with_name(f"journal-{number}")),
             seed=self._rng.getrandbits(32),
             memories=ledger.memories,
             in_flight=ledger.in_flight,
-            clock_speed=speed,
+            clock_speed=300.0 if ledger.leases_end else 0.001,
+            deletes=ledger.deletes,
             checkpoint_pages=self._rng.choice((10, 100, 4000)),
             acknowledge=self._acknowledge,
             repeat_with=self._repeat_with,

@@ -6,93 +6,36 @@ shrinks to a short story.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from agentlightning.types import UNSET, EnqueueRolloutRequest, PromptTemplate, RolloutConfig, Span
-from model_compare import agree, in_order
+from agentlightning.types import UNSET, EnqueueRolloutRequest, RolloutConfig, Span
+from model_draws import (
+    ATTEMPT_STATUS,
+    CONFIGS,
+    EDITS,
+    PICK,
+    REASON_CODE,
+    REQUEST,
+    ROLLOUT_STATUS,
+    SECONDS,
+    SIMPLE_CALL,
+    SPANS,
+    WORKER,
+    prompts,
+    resources_of,
+    some,
+    span_of,
+    typed,
+)
 from model_machine import Call, ComparingMachine
-from reference_model import CONFIRM_SECONDS, live, shown
+from model_questions import AskingMachine
+from reference_model import CONFIRM_SECONDS
 
 __all__ = ["StoreMachine"]
-
-PICK = st.integers(0, 15)
-WORKER = st.sampled_from(["w1", "w2", "w3", None])
-SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-CONFIGS: tuple[dict[str, Any], ...] = (
-    {},
-    {"unresponsive_seconds": 2.0},
-    {"timeout_seconds": 4.0},
-    {"max_attempts": 2, "retry_condition": ["failed"]},
-    {"unresponsive_seconds": 2.0, "max_attempts": 3, "retry_condition": ["unresponsive", "failed"]},
-    {"unresponsive_seconds": 2.0, "timeout_seconds": 5.0, "max_attempts": 3, "retry_condition": ["timeout"]},
-    {"unresponsive_seconds": 1.0, "max_attempts": 100, "retry_condition": ["failed", "timeout", "unresponsive"]},
-    {"timeout_seconds": 40.0, "max_attempts": 2, "retry_condition": ["timeout", "unresponsive"]},
-    {"timeout_seconds": 3.0, "unresponsive_seconds": 3.0, "max_attempts": 2, "retry_condition": ["unresponsive"]},
-)
-CONFIG = st.sampled_from(CONFIGS)
-REQUEST = st.tuples(
-    st.sampled_from(["issued", "issued", "own", "same", "other"]), CONFIG, st.sampled_from([0, 0, 0, 1, 5, -1]), PICK
-)
-ATTEMPT_STATUS = st.sampled_from(["running", "succeeded", "failed", "timeout", "unresponsive", "preparing", None])
-ROLLOUT_STATUS = st.sampled_from(
-    [None, "running", "requeuing", "succeeded", "failed", "cancelled", "queuing", "preparing"]
-)
-REASON_CODE = st.sampled_from([None, None, "out_of_memory"])
-SPANS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 0, 1, 4, 30])), min_size=1, max_size=4)
-EDITS: tuple[dict[str, Any], ...] = (
-    {},
-    {},
-    {"metadata": {"edited": True}},
-    {"metadata": None},
-    {"input": {"another": "input"}},
-    {"mode": "test"},
-    {"mode": None, "metadata": {"edited": 2}},
-    {"resources_id": "prompts"},
-    {"resources_id": "unheard-of"},
-    {"resources_id": None},
-    *({"config": config} for config in CONFIGS),
-)
-SIMPLE_CALL = st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat"])
-SORTABLE = {
-    "rollouts": ("rollout_id", "start_time", "end_time", "mode", "resources_version", "priority", "status"),
-    "attempts": ("sequence_id", "attempt_id", "end_time", "last_heartbeat_time", "worker_id", "status", "reason_code"),
-    "spans": ("sequence_id", "span_id", "attempt_id", "name"),
-    "workers": ("worker_id", "status", "last_heartbeat_time", "last_idle_time", "current_attempt_id", "lease_seconds"),
-    "resources": ("resources_id", "version", "create_time", "update_time"),
-    "versions": ("version",),
-}
-
-
-def some(ids: Iterable[str], pick: int, *, otherwise: str = "nobody") -> str:
-    """One of these: a recent one, or an older one, or at times one that is not among them."""
-    among = list(ids)
-    if not among or pick == 15:
-        return otherwise
-    return among[-1 - pick % len(among)] if pick < 10 else among[(pick * 7) % len(among)]
-
-
-def prompts(number: int) -> dict[str, Any]:
-    """Resources of which there are a few."""
-    return {"prompt": {"resource_type": "prompt_template", "template": f"version {number}", "engine": "f-string"}}
-
-
-def resources_of(number: int) -> dict[str, Any]:
-    """The same as the store takes them."""
-    return {"prompt": PromptTemplate(template=f"version {number}", engine="f-string")}
-
-
-def typed(request: dict[str, Any]) -> dict[str, Any]:
-    """A request as the store takes it."""
-    return {**request, "config": RolloutConfig(**request["config"]) if request["config"] else None}
-
-
-def span_of(facts: dict[str, Any]) -> Span:
-    """A span with these ids."""
-    return Span.from_attributes(attributes={}, trace_id="0" * 32, start_time=1.0, end_time=2.0, **facts)
 
 
 def has_attempts(machine: ComparingMachine) -> bool:
@@ -100,12 +43,12 @@ def has_attempts(machine: ComparingMachine) -> bool:
     return bool(machine.reference.attempts)
 
 
-class StoreMachine(ComparingMachine):
-    """All rules."""
+class StoreMachine(AskingMachine):
+    """All steps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.requests: list[str] = []
+        self.requests: dict[str, tuple[int, str | None]] = {}
         self.bumps: list[str] = []
         self.names = 0
 
@@ -168,13 +111,16 @@ class StoreMachine(ComparingMachine):
 
     @rule(limit=st.sampled_from([1, 1, 2, 5]), worker_id=WORKER, confirmed=st.booleans())
     def claim(self, limit: int, worker_id: str | None, confirmed: bool) -> None:
-        if confirmed:
-            self.requests.append(self._name("request"))
-        self.do(self._claim(limit, worker_id, self.requests[-1] if confirmed else None))
+        request_id = self._name("request") if confirmed else None
+        if request_id is not None:
+            self.requests[request_id] = limit, worker_id
+        self.do(self._claim(limit, worker_id, request_id))
 
-    @rule(pick=PICK, worker_id=WORKER)
-    def repeat_claim(self, pick: int, worker_id: str | None) -> None:
-        self.do(self._claim(1, worker_id, some(self.requests, pick)))
+    @rule(pick=PICK, limit=st.sampled_from([None, None, None, 1]))
+    def repeat_claim(self, pick: int, limit: int | None) -> None:
+        request_id = some(self.requests, pick)
+        before = self.requests.setdefault(request_id, (1, "w1"))
+        self.do(self._claim(limit or before[0], before[1], request_id))
 
     @rule(limit=st.sampled_from([1, 5]), worker_id=WORKER, seconds=st.sampled_from([CONFIRM_SECONDS, 64.0]))
     def claim_and_vanish(self, limit: int, worker_id: str | None, seconds: float) -> None:
@@ -199,29 +145,25 @@ class StoreMachine(ComparingMachine):
         attempt_id = {"issued": None, "own": self._name("at-mine")}.get(attempt, known)
         self.do(self._start_attempt(rollout_id, worker_id, attempt_id))
 
-    @rule(
-        pick=PICK,
-        edit=st.sampled_from(EDITS),
-        status=ROLLOUT_STATUS,
-        code=REASON_CODE,
-        message=st.sampled_from([None, "since it must be"]),
-    )
-    def update_rollout(
-        self, pick: int, edit: dict[str, Any], status: Any, code: str | None, message: str | None
-    ) -> None:
-        rollout_id = some(self.reference.rollouts, pick)
-        fields = dict(edit)
-        if "config" in fields:
-            fields["config"] = RolloutConfig(**fields["config"]).model_dump()
-        given = {**edit, "config": RolloutConfig(**edit["config"])} if "config" in edit else edit
-        self.do(
-            Call(
-                lambda: self.store.update_rollout(
-                    rollout_id, **given, status=status or UNSET, reason_code=code, reason_message=message
-                ),
-                lambda _: self.reference.update_rollout(rollout_id, fields, status, code),
-                [rollout_id],
-            )
+    @rule(pick=PICK, status=ROLLOUT_STATUS, code=REASON_CODE, message=st.sampled_from([None, "since it must be"]))
+    def set_status(self, pick: int, status: Any, code: str | None, message: str | None) -> None:
+        self.do(self._update_rollout(some(self.reference.rollouts, pick), {}, status, code, message))
+
+    @rule(pick=PICK, edit=st.sampled_from(EDITS), status=st.sampled_from([None, None, None, "requeuing", "failed"]))
+    def edit_rollout(self, pick: int, edit: dict[str, Any], status: Any) -> None:
+        self.do(self._update_rollout(some(self.reference.rollouts, pick), edit, status, None, None))
+
+    def _update_rollout(
+        self, rollout_id: str, edit: dict[str, Any], status: Any, code: str | None, message: str | None
+    ) -> Call:
+        config = {"config": RolloutConfig(**edit["config"])} if "config" in edit else {}
+        whole_config = {name: each.model_dump() for name, each in config.items()}
+        return Call(
+            lambda: self.store.update_rollout(
+                rollout_id, **{**edit, **config}, status=status or UNSET, reason_code=code, reason_message=message
+            ),
+            lambda _: self.reference.update_rollout(rollout_id, {**edit, **whole_config}, status, code),
+            [rollout_id],
         )
 
     def _cancel(self, rollout_id: str) -> Call:
@@ -242,27 +184,7 @@ class StoreMachine(ComparingMachine):
             )
         )
 
-    @rule(picks=st.lists(PICK, max_size=3))
-    def wait_for_rollouts(self, picks: list[int]) -> None:
-        ids = [some(self.reference.rollouts, pick) for pick in picks]
-
-        def ended(_: Any) -> list[dict[str, Any]]:
-            known = [each for each in dict.fromkeys(ids) if each in self.reference.rollouts]
-            return [self.reference.rollout_now(each) for each in known if self.reference.rollouts[each]["end_time"]]
-
-        self.do(Call(lambda: self.store.wait_for_rollouts(rollout_ids=ids, timeout=0), ended))
-
     # --- Attempts and spans ----------------------------------------------------------------------
-
-    def _attempt(self, pick: int) -> tuple[str, str]:
-        """An attempt, with its rollout: mostly one that is live or may return, at times any, or none."""
-        attempts = self.reference.attempts.values()
-        wanted = [each for each in attempts if live(each)] if pick < 7 else []
-        if 7 <= pick < 10:
-            wanted = [each for each in attempts if self.reference.standing(each) == "returning"]
-        attempt_id = some((each["attempt_id"] for each in wanted or attempts), pick)
-        found = self.reference.attempts.get(attempt_id)
-        return ("nowhere" if found is None else found["rollout_id"]), attempt_id
 
     def _report(self, rollout_id: str, attempt_id: str, code: str | None = None, **said: Any) -> Call:
         given = {name: value for name, value in said.items() if value is not None}
@@ -288,7 +210,7 @@ class StoreMachine(ComparingMachine):
     @precondition(has_attempts)
     @rule(
         pick=PICK,
-        status=ATTEMPT_STATUS,
+        status=st.none() | ATTEMPT_STATUS,
         worker_id=WORKER,
         time=st.sampled_from([None, 5.0]),
         metadata=st.sampled_from([None, (None,), ({"step": 1},)]),
@@ -502,118 +424,3 @@ class StoreMachine(ComparingMachine):
             self.reference.restart()
             self.store = self.open()
             self.look()
-
-    # --- Questions -------------------------------------------------------------------------------
-
-    @rule(pick=PICK, version=st.sampled_from([None, 1, 2]))
-    def look_up(self, pick: int, version: int | None) -> None:
-        known, store = self.reference, self.store
-        rollout_id, worker_id = some(known.rollouts, pick), some(known.workers, pick)
-        latest = known.latest(rollout_id)
-        versions = [shown(each) for each in known.versions_of("prompts") if version in (None, each["version"])]
-        with self.step():
-            rollout = known.rollout_now(rollout_id) if rollout_id in known.rollouts else None
-            agree("rollout", [self.run(store.get_rollout_by_id(rollout_id))], [rollout])
-            agree("latest attempt", [self.run(store.get_latest_attempt(rollout_id))], [latest and shown(latest)])
-            worker = shown(known.workers[worker_id]) if worker_id in known.workers else None
-            agree("worker", [self.run(store.get_worker_by_id(worker_id))], [worker])
-            resources = self.run(store.get_resources_by_id("prompts", version=version))
-            agree("resources", [resources], versions[-1:] or [None])
-
-    @rule()
-    def look_at_everything(self) -> None:
-        with self.step():
-            self.compare_everything()
-
-    @rule(
-        table=st.sampled_from(list(SORTABLE)),
-        column=st.integers(0, 7),
-        descending=st.booleans(),
-        limit=st.sampled_from([-1, 1, 2, 5]),
-        offset=st.sampled_from([0, 0, 1, 3]),
-        pick=PICK,
-    )
-    def page(self, table: str, column: int, descending: bool, limit: int, offset: int, pick: int) -> None:
-        sort_by = (None, *SORTABLE[table])[column % (len(SORTABLE[table]) + 1)]
-        asked, rows = self._asked(table, pick)
-        if table == "spans" and sort_by == "sequence_id":
-            rows = in_order(self.reference.by_number(rows), None, descending=descending)
-        else:
-            rows = in_order(rows, sort_by, descending=descending)
-        end = None if limit == -1 else offset + limit
-        query = {**asked, "sort_by": sort_by, "sort_order": "desc" if descending else "asc"}
-        if table == "versions":
-            del query["sort_by"]
-        with self.step():
-            found = self.run(self._ask_for(table)(**query, limit=limit, offset=offset))
-            agree(f"{table} {query} from {offset} to {end}", found, rows[offset:end])
-            agree(f"{table} {query}", [[found.total, found.limit, found.offset]], [[len(rows), limit, offset]])
-
-    def _ask_for(self, table: str) -> Any:
-        store = self.store
-        return {
-            "rollouts": store.query_rollouts,
-            "attempts": store.query_attempts,
-            "spans": store.query_spans,
-            "workers": store.query_workers,
-            "resources": store.query_resources,
-            "versions": store.query_resource_versions,
-        }[table]
-
-    def _asked(self, table: str, pick: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What a query is restricted to, and the rows that are left, in the order of insertion."""
-        known = self.reference
-        rollout_id, attempt_id = self._attempt(pick)
-        match table:
-            case "rollouts":
-                return self._asked_rollouts(pick)
-            case "attempts":
-                return {"rollout_id": rollout_id}, list(map(shown, known.attempts_of(rollout_id)))
-            case "spans":
-                return self._asked_spans(rollout_id, (None, attempt_id, "latest")[pick % 3])
-            case "workers":
-                states = (["idle"], ["busy", "unknown"], ["idle", "busy", "unknown"])[pick % 3]
-                rows = [shown(each) for each in known.workers.values() if each["status"] in states]
-                return {"status_in": states}, rows
-            case "versions":
-                return {"resources_id": "prompts"}, list(map(shown, known.versions_of("prompts")))
-            case _:
-                newest = {each["resources_id"]: each for each in known.resources}
-                rows = [each for each in known.resources if each is newest[each["resources_id"]]]
-                wanted = None if pick % 2 else "prompts"
-                return {"resources_id": wanted}, [
-                    shown(each) for each in rows if wanted in (None, each["resources_id"])
-                ]
-
-    def _asked_rollouts(self, pick: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        known = self.reference.rollouts
-        ids = [some(known, each % 16) for each in (pick, pick + 3, 15)]
-        states = (["queuing", "requeuing"], ["preparing", "running"], ["failed"], [])[pick % 4]
-        query = [
-            {},
-            {"status_in": states},
-            {"rollout_id_in": ids},
-            {"status": states, "rollout_ids": ids},
-            {"status_in": states, "rollout_id_in": ids, "filter_logic": "or"},
-            {"rollout_id_contains": "mine"},
-            {"rollout_id_contains": "ro-1", "status_in": states},
-        ][pick % 7]
-
-        def matches(row: dict[str, Any]) -> bool:
-            tests = [
-                row["status"] in states if {"status_in", "status"} & query.keys() else None,
-                row["rollout_id"] in ids if {"rollout_id_in", "rollout_ids"} & query.keys() else None,
-                query["rollout_id_contains"] in row["rollout_id"] if "rollout_id_contains" in query else None,
-            ]
-            given = [each for each in tests if each is not None]
-            return any(given) if query.get("filter_logic") == "or" else all(given)
-
-        return query, [self.reference.rollout_now(each) for each, row in known.items() if matches(row)]
-
-    def _asked_spans(self, rollout_id: str, attempt_id: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        query = {"rollout_id": rollout_id, "attempt_id": attempt_id}
-        if attempt_id == "latest":
-            newest = self.reference.latest(rollout_id)
-            attempt_id = "none" if newest is None else newest["attempt_id"]
-        found = [each for each in self.reference.spans if each["rollout_id"] == rollout_id]
-        return query, [each for each in found if attempt_id in (None, each["attempt_id"])]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from agentlightning.errors import Conflict, IdReused
+from agentlightning.errors import Conflict, IdReused, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.ids import TimeOrderedIds
@@ -215,6 +215,23 @@ class Enqueue(Call):
 
     def learn(self, memory: Memory, promise: Promise) -> None:
         memory.mine = [*memory.mine, *self.rollout_ids][-4:]
+
+
+class EnqueueWithReusedId(Call):
+    """The last of them cannot be stored, so none may be: it must be undone after it was half done."""
+
+    rollout_ids: list[str]
+    reused_id: str
+
+    async def make(self, store: LightningStore) -> Promise:
+        requests = [
+            *(EnqueueRolloutRequest(input=input_of(each), rollout_id=each) for each in self.rollout_ids),
+            EnqueueRolloutRequest(input="something else", rollout_id=self.reused_id),
+        ]
+        try:
+            return told(*await store.enqueue_many_rollouts(requests))
+        except IdReused as error:
+            return Promise(refused=error.code)
 
 
 class Claim(Call):
@@ -411,8 +428,17 @@ class LoseWorker(Call):
         memory.held = []
 
 
+class DeleteFinished(Call):
+    """Delete every rollout that has ended; of all writers."""
+
+    async def make(self, store: LightningStore) -> Promise:
+        await store.delete_finished_rollouts(older_than_seconds=0.0)
+        return Promise()
+
+
 AnyCall = (
     Enqueue
+    | EnqueueWithReusedId
     | Claim
     | StartRollout
     | StartAttempt
@@ -425,11 +451,14 @@ AnyCall = (
     | AddResources
     | Beat
     | LoseWorker
+    | DeleteFinished
 )
 
 
-def next_call(writer: int, memory: Memory, rng: random.Random) -> AnyCall:
+def next_call(writer: int, memory: Memory, rng: random.Random, *, deletes: bool) -> AnyCall:
     """What a writer does next."""
+    if deletes and rng.random() < 0.02:
+        return DeleteFinished()
     number = memory.calls
     worker_id = f"worker-{writer}"
     name = f"{writer}-{number}"
@@ -473,6 +502,8 @@ def next_call(writer: int, memory: Memory, rng: random.Random) -> AnyCall:
             return AddResources(f"rs-{name}")
         case x if x < 0.8:
             return LoseWorker(worker_id)
+        case x if x < 0.85 and memory.mine:
+            return EnqueueWithReusedId([f"ro-{name}-{i}" for i in range(2)], memory.mine[-1])
         case _:
             return Beat(worker_id, number + 2, [each.attempt_id for each in memory.held])
 
@@ -501,6 +532,8 @@ class Life(msgspec.Struct):
     """The calls that had no answer then: to be repeated first."""
     clock_speed: float = 0.001
     """How fast time passes for the store: slow, and no lease ever ends; fast, and many do."""
+    deletes: bool = False
+    """Whether writers delete what has ended."""
     checkpoint_pages: int = 4000
     close_after_calls: int | None = None
     """Close the store when the writers have made so many calls."""
@@ -549,7 +582,7 @@ class StoreProcess:
         call = life.in_flight.get(writer)
         while call is not None or self._calls_left > 0:
             if call is None:
-                call = next_call(writer, memory, rng)
+                call = next_call(writer, memory, rng, deletes=life.deletes)
             self._calls_left -= 1
             memory = await self._perform(store, writer, memory, call, rng)
             call = None
@@ -585,6 +618,10 @@ class StoreProcess:
         except IdReused:
             raise
         except Conflict as error:
+            return Promise(refused=error.code)
+        except NotFound as error:
+            if not self._life.deletes:
+                raise
             return Promise(refused=error.code)
 
     def _note(self, line: Line) -> None:

@@ -85,6 +85,7 @@ def start(rollout: RolloutRow, holder: AttemptRow | None, claim: Claim, now: Mom
         beaten_lease=now.lease,
         deadline=None,
         span_sequence=0,
+        digest=claim.digest,
     )
     deadline = attempt_deadline(rollout.policy, attempt)
     if deadline is not None:
@@ -195,7 +196,7 @@ def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment) -> Pair:
 def lose(pair: Pair, reason: Reason, now: Moment) -> Pair:
     """End a live attempt whose worker is gone. One that was never confirmed is handed out again."""
     if pair.attempt.confirm_seconds is not None:
-        return _redelivered(pair, now)
+        return _redelivered(pair, now, reason.message)
     return end(pair, "unresponsive", reason, now)
 
 
@@ -250,9 +251,8 @@ def _requeued(rollout: RolloutRow, redeliveries: int = 0) -> RolloutRow:
     return replace(rollout, status="requeuing", redeliveries=rollout.redeliveries + redeliveries)
 
 
-def _redelivered(pair: Pair, now: Moment) -> Pair:
+def _redelivered(pair: Pair, now: Moment, message: str = "its worker never confirmed that it had received it") -> Pair:
     rollout, attempt = pair
-    message = "its worker never confirmed that it had received it"
     attempt = ended(attempt, "unresponsive", Reason(reasons.UNCONFIRMED, message), now)
     if rollout.redeliveries < MAX_REDELIVERIES:
         return Pair(_requeued(rollout, redeliveries=1), attempt)

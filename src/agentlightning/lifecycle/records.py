@@ -62,6 +62,8 @@ class Claim(NamedTuple):
     """The caller's id of the claim. A repeat with the same id gets the same attempts."""
     confirm_seconds: float | None = None
     """How long the attempt may stay without a sign of life before it is handed out again; None: for ever."""
+    digest: bytes = b""
+    """Digest of the request, where the caller gave an id for it."""
 
 
 class RolloutRow(msgspec.Struct, frozen=True, gc=False):
@@ -136,6 +138,8 @@ class AttemptRow(msgspec.Struct, frozen=True, gc=False):
     """
     span_sequence: int
     """The highest span ``sequence_id`` issued or seen."""
+    digest: bytes = b""
+    """Digest of the request that made it, to tell a repeat from a reused id."""
 
     @property
     def live(self) -> bool:

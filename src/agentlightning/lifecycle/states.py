@@ -10,7 +10,7 @@ A rollout::
 
 An attempt starts ``preparing``, becomes ``running`` with its first sign of life, and ends
 ``succeeded``, ``failed``, ``timeout`` or ``unresponsive``. Only an unresponsive one may come
-back to life, and only while nothing else holds its rollout (``ends.standing``).
+back to life, and only while nothing else holds its rollout (``attempts.standing``).
 
 A terminal state has no way out, so each rollout reaches exactly one.
 """

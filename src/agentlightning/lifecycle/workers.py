@@ -13,7 +13,7 @@ __all__ = ["beat", "came_empty", "expire", "holds", "lose", "released", "took"]
 
 def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
     """It got this attempt from the queue."""
-    return replace(holds(worker, attempt, now), last_dequeue_time=now.wall)
+    return replace(_heard(holds(worker, attempt, now), now), last_dequeue_time=now.wall)
 
 
 def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
@@ -29,6 +29,7 @@ def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
 
 def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
     """It asked for work and there was none. One that still holds an attempt stays busy."""
+    worker = _heard(worker, now)
     return worker if worker.current_attempt_id is not None else _idle(worker, now)
 
 
@@ -73,3 +74,11 @@ def lose(worker: WorkerRow) -> WorkerRow:
 
 def _idle(worker: WorkerRow, now: Moment) -> WorkerRow:
     return replace(worker, status="idle", last_idle_time=now.wall)
+
+
+def _heard(worker: WorkerRow, now: Moment) -> WorkerRow:
+    """A claim is a sign of life, too: it renews the worker's lease."""
+    if worker.lease_seconds is None:
+        return worker
+    worker = replace(worker, beaten_lease=now.lease)
+    return worker if worker.deadline is not None else replace(worker, deadline=worker_due(worker))

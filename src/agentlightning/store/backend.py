@@ -168,7 +168,7 @@ class ReadTransaction(Protocol):
 
         A damaged one is, or is preceded by, an ``Unreadable``.
 
-        Spans come without bodies, as (seq, attempt_seq, sequence_id, issued, body bytes).
+        Spans come as (seq, attempt_seq, sequence_id, issued, span_id, body).
         """
         ...
 

@@ -120,6 +120,9 @@ class LightningStore(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no OTLP endpoint; serve it with LightningStoreServer")
 
+    def _not_offered(self) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} does not offer this; it came after the contract of 0.3")
+
     # --- Rollouts and attempts -------------------------------------------------------------------
 
     async def enqueue_rollout(
@@ -171,7 +174,8 @@ class LightningStore(ABC):
 
         Raises:
             NotFound: ``resources_id`` is unknown.
-            IdReused: ``rollout_id`` or ``attempt_id`` exists with other content.
+            IdReused: ``rollout_id`` or ``attempt_id`` was used for another request. (A repeat of this one
+                gets the attempt that it made, even if that has lost its rollout meanwhile.)
         """
 
     async def dequeue_rollout(
@@ -197,13 +201,16 @@ class LightningStore(ABC):
         Args:
             limit: 1 to 1000.
             worker_id: who claims; its worker record becomes ``busy``, or ``idle`` if there was nothing.
-            request_id: makes the claim repeatable. The same id gets the same attempts again while they
-                live. Such a claim must be confirmed by a sign of life (a span, ``update_attempt``, or a
+            request_id: makes the claim repeatable. A repeat gets those of its attempts that it still has,
+                and no others. Such a claim must be confirmed by a sign of life (a span, ``update_attempt``, or a
                 heartbeat that lists the attempt) within a short lease; otherwise the rollout is handed out
                 again, as a new attempt, without using up ``max_attempts``. Without a ``request_id`` a
                 claim follows the rollout's ``RolloutConfig`` alone.
             wait_seconds: how long to wait for the first rollout when the queue is empty. A second
                 waiting claim with the same ``request_id`` replaces the first, which gets nothing.
+
+        Raises:
+            IdReused: ``request_id`` was used for another worker or limit.
         """
 
     @abstractmethod
@@ -215,7 +222,7 @@ class LightningStore(ABC):
         Raises:
             NotFound: the rollout is unknown.
             IllegalMove: the rollout has ended.
-            IdReused: ``attempt_id`` exists for another rollout or worker.
+            IdReused: ``attempt_id`` was used for another request.
         """
 
     @abstractmethod
@@ -243,7 +250,6 @@ class LightningStore(ABC):
             IllegalMove: there is no such move, or the rollout has ended.
         """
 
-    @abstractmethod
     async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
         """End a rollout that nobody wants any more; its live attempt fails with reason ``cancelled``.
 
@@ -251,6 +257,7 @@ class LightningStore(ABC):
             NotFound: the rollout is unknown.
             IllegalMove: it ended otherwise before.
         """
+        raise self._not_offered()
 
     @abstractmethod
     async def update_attempt(
@@ -335,12 +342,12 @@ class LightningStore(ABC):
         ``timeout=None`` waits as long as it takes; 0 looks once.
         """
 
-    @abstractmethod
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
         """Delete rollouts that ended longer ago, with their attempts and spans; returns how many.
 
         Works in slices, so other writes go on meanwhile; an interrupted call is finished by the next.
         """
+        raise self._not_offered()
 
     # --- Spans -----------------------------------------------------------------------------------
 
@@ -432,7 +439,6 @@ class LightningStore(ABC):
             IdReused: ``request_id`` was used for another content or id.
         """
 
-    @abstractmethod
     async def rollback_resources(
         self, resources_id: str, version: int, *, request_id: str | None = None
     ) -> ResourcesUpdate:
@@ -441,6 +447,7 @@ class LightningStore(ABC):
         Raises:
             NotFound: there is no such version.
         """
+        raise self._not_offered()
 
     @abstractmethod
     async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
@@ -463,7 +470,6 @@ class LightningStore(ABC):
     ) -> PaginatedResult[ResourcesUpdate]:
         """One page of resources: the newest version of each id."""
 
-    @abstractmethod
     async def query_resource_versions(
         self,
         resources_id: str,
@@ -473,6 +479,7 @@ class LightningStore(ABC):
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
         """One page of all versions of an id, by version."""
+        raise self._not_offered()
 
     # --- Workers ---------------------------------------------------------------------------------
 
@@ -491,19 +498,20 @@ class LightningStore(ABC):
             heartbeat_stats: replaces the statistics kept, when given.
             attempt_ids: the attempts it works on; the call is a sign of life of each of them. Those it
                 has lost are named in ``stale_attempt_ids`` of the reply.
-            lease_seconds: how long the worker may be silent from now on before it counts as lost and
-                its attempts become ``unresponsive`` with reason ``worker_lost``. Never given: for ever.
+            lease_seconds: how long the worker may go without a heartbeat or a claim before it counts as
+                lost and its attempts become ``unresponsive``, ``worker_lost``. Never given: for ever.
         """
 
-    @abstractmethod
     async def report_worker_lost(self, worker_id: str, *, message: str) -> Sequence[Attempt]:
         """End the live attempts of a worker that is known to be dead, without waiting for its lease.
 
-        Returns the attempts that were ended (``unresponsive``, reason ``worker_lost``).
+        Returns the attempts that were ended: ``unresponsive``, with reason ``worker_lost``, or
+        ``unconfirmed`` if the worker had not confirmed them; then they are handed out again.
 
         Raises:
             NotFound: the worker is unknown.
         """
+        raise self._not_offered()
 
     @abstractmethod
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
@@ -525,7 +533,6 @@ class LightningStore(ABC):
 
     # --- Upkeep ----------------------------------------------------------------------------------
 
-    @abstractmethod
     async def verify(self) -> VerificationReport:
         """Check that everything stored obeys the rules; names every record that breaks one.
 
@@ -533,6 +540,7 @@ class LightningStore(ABC):
         span sequence ids that the store issued are unique and increasing per attempt; versions are
         dense; counters are true; the queue and the deadlines match the states.
         """
+        raise self._not_offered()
 
 
 def enqueue_request(

@@ -20,6 +20,7 @@ __all__ = [
     "INT64_END",
     "MAX_BATCH",
     "MAX_JSON_BYTES",
+    "canonical",
     "check_finite",
     "check_id",
     "check_json_size",
@@ -50,6 +51,7 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 INT64_END = 2**63
 """Integers from minus this up to, and without, this are those that every database keeps."""
 _encode = msgspec.json.Encoder().encode
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
 _encode_subclasses = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _named_resources = TypeAdapter[NamedResources](NamedResources)
 
@@ -136,6 +138,11 @@ def encode_json(value: object, what: str) -> bytes:
         raise NotJson(f"{what} holds a lone surrogate, which UTF-8 cannot carry: {error}") from error
     check_json_size(encoded, what)
     return encoded
+
+
+def canonical(encoded: bytes) -> bytes:
+    """The same JSON with the keys of every object in order, so that equal content has equal bytes."""
+    return _encode_sorted(msgspec.json.decode(encoded))
 
 
 def encode_object(value: Mapping[str, Any] | None, what: str) -> bytes | None:

@@ -16,6 +16,7 @@ from agentlightning.store.backend import Backend
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
 from agentlightning.store.door import (
+    canonical,
     check_finite,
     check_id,
     check_text,
@@ -107,6 +108,9 @@ class EngineStore(ReadingStore):
         request = enqueue_request(input, mode, resources_id, config, metadata, priority, rollout_id)
         draft = draft_of(request, self._ids, started=True)
         claim = self._claim(worker_id, attempt_id)
+        if draft.repeatable or attempt_id is not None:
+            told = repr(("start_rollout", worker_id, attempt_id)).encode()
+            claim = claim._replace(digest=digest_of(draft.row.digest, told))
         return views.attempted_view(*await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim)))
 
     async def dequeue_many_rollouts(
@@ -123,11 +127,12 @@ class EngineStore(ReadingStore):
             if value is not None:
                 check_id(value, what)
         wait_seconds = check_finite(wait_seconds, "wait_seconds")
+        digest = b"" if request_id is None else digest_of(repr(("claim", worker_id, limit)).encode())
 
         async def claim() -> Sequence[AttemptedRollout]:
             claimed = await self._core.write(
                 lambda tx: attempt_ops.claim(
-                    tx, limit, worker_id, request_id, self._confirm_seconds, lambda: self._ids.mint("at-")
+                    tx, limit, worker_id, request_id, digest, self._confirm_seconds, lambda: self._ids.mint("at-")
                 )
             )
             return [views.attempted_view(*pair) for pair in claimed]
@@ -139,9 +144,10 @@ class EngineStore(ReadingStore):
     ) -> AttemptedRollout:
         check_id(rollout_id, "rollout_id")
         claim = self._claim(worker_id, attempt_id)
-        repeatable = attempt_id is not None
+        if attempt_id is not None:
+            claim = claim._replace(digest=digest_of(repr(("start_attempt", rollout_id, worker_id)).encode()))
         return views.attempted_view(
-            *await self._core.write(lambda tx: attempt_ops.start_attempt(tx, rollout_id, claim, repeatable=repeatable))
+            *await self._core.write(lambda tx: attempt_ops.start_attempt(tx, rollout_id, claim))
         )
 
     async def update_rollout(
@@ -221,7 +227,7 @@ class EngineStore(ReadingStore):
         new_id = self._ids.mint("rs-") if resources_id is None else check_id(resources_id, "resources_id")
         content = encode_resources(resources)
         return views.resources_view(
-            await self._core.write(lambda tx: resources_ops.add(tx, new_id, content, digest_of(content)))
+            await self._core.write(lambda tx: resources_ops.add(tx, new_id, content, digest_of(canonical(content))))
         )
 
     async def update_resources(
@@ -232,7 +238,7 @@ class EngineStore(ReadingStore):
         content = encode_resources(resources)
         return views.resources_view(
             await self._core.write(
-                lambda tx: resources_ops.update(tx, resources_id, content, digest_of(content), request)
+                lambda tx: resources_ops.update(tx, resources_id, content, digest_of(canonical(content)), request)
             )
         )
 

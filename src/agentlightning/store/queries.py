@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from agentlightning.errors import InvalidValue
@@ -96,7 +96,8 @@ def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | No
     """The field is one of these."""
     if values is None:
         return None
-    if isinstance(values, str) or len(values) > MAX_BATCH:
+    unusable = isinstance(values, str) or not isinstance(values, Collection)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if unusable or len(values) > MAX_BATCH:
         raise InvalidValue(f"{field}_in {shown(values)} is not valid; give a list of up to {MAX_BATCH} strings")
     for value in values:
         if allowed is not None:

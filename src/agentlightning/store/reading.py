@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, get_args
 
+from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store import views
 from agentlightning.store.backend import Filter, Finished, Page, PageQuery, ReadTransaction, ResourcesBy
@@ -118,7 +119,9 @@ class ReadingStore(LightningStore):
         return await self._page(paged("attempts", Paging(sort_by, sort_order, limit, offset), scope=scope))
 
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
-        wanted = within("rollout_id", rollout_ids) or _is("rollout_id", "")
+        wanted = within("rollout_id", rollout_ids)
+        if wanted is None:
+            raise InvalidValue("rollout_ids is None; give the ids of the rollouts to wait for")
         ids: tuple[str, ...] = tuple(dict.fromkeys(wanted.value))
         seconds = None if timeout is None else max(check_finite(timeout, "timeout"), 0.0)
         watch = self._core.watch(ids)

@@ -11,6 +11,7 @@ from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import RolloutRow
 from agentlightning.store.door import (
     MAX_BATCH,
+    canonical,
     check_finite,
     check_id,
     check_one_of,
@@ -93,9 +94,9 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
     metadata = encode_object(request.metadata, "metadata")
     policy = encode_policy(request.config)
     digest = b""
-    if repeatable:
+    if repeatable or started:
         told = repr((started, request.mode, request.resources_id, policy, request.priority, metadata is None))
-        digest = digest_of(content, metadata or b"", told.encode())
+        digest = digest_of(canonical(content), b"" if metadata is None else canonical(metadata), told.encode())
     row = RolloutRow(
         seq=0,
         version=1,

@@ -19,10 +19,12 @@ from agentlightning.types import OtelResource, Span, SpanContext, StatusCode, Tr
 
 __all__ = ["encode_any", "encode_plain", "encode_span", "span_json"]
 
-MAX_SEQUENCE_ID = 2**53 - 1
-"""The largest span sequence id, so that every JSON reader keeps it exact."""
+MAX_SEQUENCE_ID = 2**52
+"""The largest span sequence id that may be given: it leaves room for those that are issued after it, below 2^53,
+which every JSON reader keeps exact."""
 
 _COLUMNS = {"rollout_id", "attempt_id", "sequence_id"}
+_FIELD_COUNT = len(Span.model_fields)
 _STATUS_CODES = frozenset(get_args(StatusCode))
 _REWARDS = ("agentlightning.reward", "reward")
 _encode = msgspec.json.Encoder().encode
@@ -42,8 +44,7 @@ def encode_span(span: Span) -> bytes:
     span_id = check_id(span.span_id, "span_id")
     if type(span.sequence_id) is not int or not 0 <= span.sequence_id <= MAX_SEQUENCE_ID:
         raise InvalidValue(
-            f"sequence_id {span.sequence_id!r} of span {span_id!r} is not valid; "
-            "give 0 to have it issued, or 1 to 2^53-1"
+            f"sequence_id {span.sequence_id!r} of span {span_id!r} is not valid; give 0 to have it issued, or 1 to 2^52"
         )
     body = encode_plain(span) or encode_any(span)
     if len(body) > MAX_JSON_BYTES or b"\\u0000" in body:
@@ -60,6 +61,8 @@ def span_json(rollout_id: str, attempt_id: str, sequence_id: int, body: bytes) -
 def encode_plain(span: Span) -> bytes | None:
     """The body of a span, if it is a plain one."""
     fields = dict(span.__dict__)
+    if type(span) is not Span or len(fields) != _FIELD_COUNT:
+        return None
     status, resource, context = fields["status"], fields["resource"], fields["context"]
     start, end = fields["start_time"], fields["end_time"]
     if (

@@ -6,6 +6,7 @@ attempt as running. The alarm sweeps when nobody asks, so that those who wait le
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import weakref
@@ -22,6 +23,7 @@ from agentlightning.store.operations.saving import save, save_worker
 
 __all__ = ["Alarm", "Deadlines", "sweep"]
 
+_log = logging.getLogger(__name__)
 _SLICE = 200
 """Rows looked at in one transaction, so that a sweep never holds up other writes for long."""
 
@@ -105,11 +107,19 @@ class Alarm:
         with self._state.condition:
             self._state.deadline = deadline
             if self._thread is None and deadline < math.inf and not self._state.closed:
-                self._thread = threading.Thread(target=_watch, args=(self._state,), name="agl-sweep", daemon=True)
-                self._thread.start()
-                weakref.finalize(self, self._state.close)
+                self._start()
             else:
                 self._state.condition.notify()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=_watch, args=(self._state,), name="agl-sweep", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads are to be had: the next deadline tries again
+            _log.warning("expired attempts are found only when the store is used: %s", error)
+            return
+        self._thread = thread
+        weakref.finalize(self, self._state.close)
 
     def close(self) -> None:
         """Never ring again; idempotent."""

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from agentlightning.lifecycle.deadlines import attempt_deadline
+from agentlightning.lifecycle.deadlines import attempt_deadline, worker_due
 from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.states import ATTEMPT_MOVES, ROLLOUT_MOVES
 from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table, Unreadable
-from agentlightning.types import VerificationReport, Violation, WorkerStatus
+from agentlightning.store.span_json import span_json
+from agentlightning.store.views import resources_view
+from agentlightning.types import Span, VerificationReport, Violation, WorkerStatus
 
 __all__ = ["verify"]
 
@@ -36,6 +38,7 @@ class _Check:
     def __init__(self, tx: ReadTransaction) -> None:
         self._tx = tx
         self.violations: list[Violation] = []
+        self._complete = True
         self.counted: dict[str, int] = {}
         self._spans: dict[int, _Spans] = {}
         self._versions: dict[str, int] = {}
@@ -51,7 +54,7 @@ class _Check:
             self._report("row_readable", "database", f"the rest cannot be checked: {error}")
         checked = {name: self._count(name) for name in ("attempts", "spans", "resources", "workers")}
         checked["rollouts"] = sum(count for name, count in self.counted.items() if name.startswith("rollouts."))
-        return VerificationReport(checked=checked, violations=self.violations)
+        return VerificationReport(checked=checked, violations=self.violations, complete=self._complete)
 
     async def _check_rows(self) -> None:
         await self._check_spans()
@@ -67,9 +70,10 @@ class _Check:
     # --- Spans and resources ---------------------------------------------------------------------
 
     async def _check_spans(self) -> None:
-        async for seq, attempt_seq, sequence_id, issued, size in self._scan("spans"):
+        async for seq, attempt_seq, sequence_id, issued, span_id, body in self._scan("spans"):
             self._add("spans", 1)
-            self._add("span_bytes", size)
+            self._add("span_bytes", len(body))
+            self._check_span_body(f"span row {seq}", span_id, body)
             before = self._spans.get(attempt_seq, _Spans(0, 0))
             if issued and sequence_id <= before.last_issued:
                 self._report(
@@ -79,6 +83,15 @@ class _Check:
                 )
             last = max(before.last_issued, sequence_id) if issued else before.last_issued
             self._spans[attempt_seq] = _Spans(last, max(before.highest, sequence_id))
+
+    def _check_span_body(self, name: str, span_id: str, body: bytes) -> None:
+        try:
+            found = Span.model_validate_json(span_json("", "", 0, body)).span_id
+        except ValueError as error:
+            self._report("span_readable", name, f"its body is not a span: {error}")
+        else:
+            if found != span_id:
+                self._report("span_readable", name, f"is stored as {span_id!r} and says {found!r}")
 
     async def _check_resources(self) -> None:
         async for row in self._scan("resources"):
@@ -91,7 +104,10 @@ class _Check:
                 self._add("resources", 1)
             self._add("resources_versions", 1)
             self._versions[resources.resources_id] = resources.version
-            self._check_json(name, "resources", resources.resources)
+            try:
+                resources_view(resources)
+            except ValueError as error:
+                self._report("resources_readable", name, f"cannot be read: {error}")
 
     # --- Rollouts and attempts -------------------------------------------------------------------
 
@@ -205,6 +221,9 @@ class _Check:
             if current is not None and (held is None or not held.live or held.worker_id != worker.worker_id):
                 self._report("worker_holds_attempt", name, f"names attempt {current!r}, which it does not hold")
             self._check_json(name, "heartbeat_stats", worker.heartbeat_stats)
+            due = worker_due(worker)
+            if worker.deadline is not None and (due is None or worker.deadline > due):
+                self._report("deadline_known", name, f"expires at {due}, and the store looks at {worker.deadline}")
 
     async def _check_counters(self) -> None:
         stored = await self._tx.counters()
@@ -243,6 +262,8 @@ class _Check:
     def _report(self, rule: str, record: str, detail: str) -> None:
         if len(self.violations) < _VIOLATION_LIMIT:
             self.violations.append(Violation(rule=rule, record=record, detail=detail))
+        else:
+            self._complete = False
 
     def _add(self, name: str, number: int) -> None:
         self.counted[name] = self.counted.get(name, 0) + number

@@ -24,6 +24,8 @@ class VerificationReport(BaseModel):
     checked: dict[str, int]
     """How many records of each kind were looked at."""
     violations: list[Violation]
+    complete: bool = True
+    """Whether every violation is named; if not, there were more than the report has room for."""
 
     @property
     def ok(self) -> bool:

@@ -367,5 +367,7 @@ class TestExpire:
     def test_a_claim_that_nobody_confirmed(self, status: Any) -> None:
         pair = pair_of(status, status, self.POLICY, confirm_seconds=10.0)
         after = attempts.expire(pair, NOW)
-        assert after == attempts.lose(pair, WHY, NOW)
+        lost = attempts.lose(pair, WHY, NOW)
+        assert lost.rollout == after.rollout
+        assert lost.attempt == replace(after.attempt, reason_message=WHY.message)
         assert after.rollout.status == "requeuing"

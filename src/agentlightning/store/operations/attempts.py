@@ -12,8 +12,8 @@ from agentlightning.lifecycle import attempts, reasons, workers
 from agentlightning.lifecycle.attempts import Started, standing
 from agentlightning.lifecycle.records import AttemptRow, Claim, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import AttemptsBy, Transaction
-from agentlightning.store.operations.loading import load_change, load_pair
+from agentlightning.store.backend import AttemptsBy, Filter, PageQuery, Transaction
+from agentlightning.store.operations.loading import load_change, load_pair, load_rollout
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
 from agentlightning.store.operations.saving import hold, insert_rollout, save, save_started, save_worker, worker_of
 from agentlightning.types import AttemptStatus
@@ -37,19 +37,26 @@ async def claim(
     limit: int,
     worker_id: str | None,
     request_id: str | None,
+    digest: bytes,
     confirm_seconds: float,
     mint: Callable[[], str],
 ) -> list[Pair]:
-    """Start attempts of the next rollouts in the queue; a repeated request gets those that it has."""
+    """Start attempts of the next rollouts in the queue.
+
+    A repeated request gets those of its attempts that it still has, be it none; it claims no others.
+
+    Raises:
+        IdReused: ``request_id`` was used for another claim.
+    """
     if request_id is not None:
-        held = await _held_by_request(tx, request_id, confirm_seconds)
-        if held:
+        held = await _held_by_request(tx, request_id, digest, confirm_seconds)
+        if held is not None:
             return held
     now = tx.now()
     lease = None if request_id is None else confirm_seconds
     taken: list[Pair] = []
     for rollout in await tx.next_claimable(limit):
-        started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease), now)
+        started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease, digest), now)
         taken.append(_pair(await save_started(tx, Change(rollout, None), started)))
     if worker_id is not None:
         worker = await worker_of(tx, worker_id)
@@ -58,7 +65,7 @@ async def claim(
     return taken
 
 
-async def start_attempt(tx: Transaction, rollout_id: str, wanted: Claim, *, repeatable: bool) -> Pair:
+async def start_attempt(tx: Transaction, rollout_id: str, wanted: Claim) -> Pair:
     """Start an attempt whatever the retry policy says; a live one is superseded.
 
     Raises:
@@ -67,12 +74,9 @@ async def start_attempt(tx: Transaction, rollout_id: str, wanted: Claim, *, repe
         IdReused: the attempt's id exists already, for something else.
     """
     before = await load_change(tx, rollout_id)
-    if repeatable:
-        same = await tx.get(AttemptRow, wanted.attempt_id)
-        if same is not None:
-            if (same.rollout_id, same.worker_id) != (rollout_id, wanted.worker_id):
-                raise _reused(same)
-            return Pair(before.rollout, same)
+    same = await _made_before(tx, wanted)
+    if same is not None:
+        return Pair(before.rollout, same)
     started = attempts.start(before.rollout, before.attempt, wanted, tx.now())
     return await _begin(tx, before, started)
 
@@ -84,12 +88,17 @@ async def start_rollout(tx: Transaction, draft: Draft, wanted: Claim) -> Pair:
         NotFound: the resources that it names are unknown.
         IdReused: one of the ids exists already, for something else.
     """
+    same = await _made_before(tx, wanted)
     known = await existing(tx, draft)
     if known is not None:
-        return _pair(known)
-    taken = await tx.get(AttemptRow, wanted.attempt_id)
-    if taken is not None:
-        raise _reused(taken)
+        first = same or await _first_attempt(tx, known.rollout)
+        if first.rollout_id != known.rollout.rollout_id or first.digest != wanted.digest:
+            raise _reused(first)
+        return Pair(known.rollout, first)
+    if same is not None:
+        if draft.repeatable:
+            raise _reused(same)
+        return Pair(await load_rollout(tx, same.rollout_id), same)
     rollout = await with_resources(tx, replace(draft.row, start_time=tx.now().wall))
     rollout = await insert_rollout(tx, rollout)
     started = attempts.start(rollout, None, wanted, tx.now())
@@ -136,13 +145,40 @@ async def lose_attempts(tx: Transaction, worker_id: str, message: str) -> list[A
     return lost
 
 
-async def _held_by_request(tx: Transaction, request_id: str, confirm_seconds: float) -> list[Pair]:
+async def _made_before(tx: Transaction, wanted: Claim) -> AttemptRow | None:
+    """The attempt that an earlier, equal request made under this id.
+
+    Raises:
+        IdReused: it was made by another request.
+    """
+    same = await tx.get(AttemptRow, wanted.attempt_id) if wanted.digest else None
+    if same is not None and same.digest != wanted.digest:
+        raise _reused(same)
+    return same
+
+
+async def _first_attempt(tx: Transaction, rollout: RolloutRow) -> AttemptRow:
+    """The attempt that was made together with its rollout."""
+    of_rollout = Filter("rollout_id", "equals", rollout.rollout_id)
+    page = await tx.page(PageQuery("attempts", (of_rollout,), sort_by="sequence_id", limit=1))
+    return page.rows[0]
+
+
+async def _held_by_request(
+    tx: Transaction, request_id: str, digest: bytes, confirm_seconds: float
+) -> list[Pair] | None:
+    """What is left of the attempts that a claim got before; None if it is a new one."""
+    made = await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False))
+    if not made:
+        return None
+    if made[0].digest != digest:
+        raise IdReused(
+            f"request {request_id!r} claimed before, for worker {made[0].worker_id!r} or with another limit; "
+            "a new claim needs a new request_id"
+        )
     held: list[Pair] = []
-    for attempt in reversed(await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False))):
-        rollout = await tx.get(RolloutRow, attempt.rollout_id)
-        if rollout is None:
-            continue
-        before = Pair(rollout, attempt)
+    for attempt in reversed(made):
+        before = Pair(await load_rollout(tx, attempt.rollout_id), attempt)
         match standing(before):
             case "live":
                 held.append(before)

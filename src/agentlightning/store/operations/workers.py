@@ -41,7 +41,7 @@ async def lose(tx: Transaction, worker_id: str, message: str) -> list[AttemptRow
 
 async def _beat_attempt(tx: Transaction, worker_id: str, attempt_id: str) -> bool:
     attempt = await tx.get(AttemptRow, attempt_id)
-    if attempt is None or attempt.worker_id != worker_id:
+    if attempt is None or attempt.worker_id not in (None, worker_id):
         return False
     rollout = await tx.get(RolloutRow, attempt.rollout_id)
     if rollout is None or standing(Pair(rollout, attempt)) == "stale":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -34,6 +35,7 @@ from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransacti
 __all__ = ["GroupCommit", "run_to_end"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 Operation = Callable[[Transaction], Awaitable[T]]
 
 _BATCH_LIMIT = 512
@@ -121,6 +123,7 @@ class GroupCommit:
         self._publish = publish
         self._hand_over = hand_over
         self._checkpoint_pages = checkpoint_pages
+        self._next_checkpoint = checkpoint_pages
         self._log_pages = 0
         self._cache = RowCache()
         self._lock = threading.Lock()
@@ -153,7 +156,7 @@ class GroupCommit:
         """Accept nothing any more, because of ``error``."""
         if self._fault is None:
             self._fault = error
-            self._publish([Stopped(error)])
+            self._tell([Stopped(error)])
 
     @property
     def stopped(self) -> bool:
@@ -174,10 +177,10 @@ class GroupCommit:
             if self._closed:
                 return
             self._closed = True
-        self._turn.acquire()
-        while self._jobs:
-            self._run_batch(self._commit)
-        self._connection.close()
+        with self._turn:
+            while self._jobs:
+                self._run_batch(self._commit)
+            self._connection.close()
 
     # --- Queue -----------------------------------------------------------------------------------
 
@@ -209,7 +212,11 @@ class GroupCommit:
         while somebody else had it is never forgotten.
         """
         while self._jobs and self._turn.acquire(blocking=False):
-            batch = self._execute_batch()
+            try:
+                batch = self._execute_batch()
+            except BaseException:
+                self._turn.release()
+                raise
             if batch is None:
                 self._turn.release()
             elif batch.transaction.wrote:
@@ -255,7 +262,7 @@ class GroupCommit:
     def _conclude(self, batch: _Batch) -> None:
         """Commit, give the turn back, deliver. Where the log is copied, callers do not wait for that."""
         self._commit(batch)
-        if self._log_pages >= self._checkpoint_pages:
+        if self._log_pages >= self._next_checkpoint:
             self._wake_waiting(batch.jobs)
             self._checkpoint()
             self._turn.release()
@@ -294,7 +301,6 @@ class GroupCommit:
             self._abandon(batch, error)
         except BaseException:
             self._abandon(batch, StoreUnavailable("interrupted before the commit; nothing was written"))
-            self._turn.release()
             self._wake_waiting(jobs)
             raise
         return batch
@@ -348,7 +354,7 @@ class GroupCommit:
             self._cache.clear()
             self._roll_back()
         if batch.transaction.events:
-            self._publish(batch.transaction.events)
+            self._tell(batch.transaction.events)
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
@@ -362,18 +368,29 @@ class GroupCommit:
         return apsw.SQLITE_OK
 
     def _checkpoint(self) -> None:
-        """Copy the log into the database. Readers may keep part of it back; when it has grown
-        far beyond its measure, wait for them."""
-        mode = apsw.SQLITE_CHECKPOINT_PASSIVE
-        if self._log_pages >= 4 * self._checkpoint_pages:
-            mode = apsw.SQLITE_CHECKPOINT_RESTART
+        """Copy the log into the database, as far as readers allow; never wait for them.
+
+        What a reader keeps back is copied later: the log grows by as much again before the next try.
+        """
         try:
-            self._connection.wal_checkpoint(mode=mode)
-            self._log_pages = 0
+            pages, copied = self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
-            return
+            pages, copied = self._log_pages, 0
         except apsw.Error as error:
             self.stop(translate(error, self._path))
+            return
+        whole = copied >= pages
+        self._log_pages = 0
+        self._next_checkpoint = self._checkpoint_pages if whole else pages + self._checkpoint_pages
+
+    def _tell(self, events: list[Event]) -> None:
+        """Publish. An error there is a bug of ours; the commit stands, and nobody is left waiting for it."""
+        try:
+            self._publish(events)
+        except Exception as error:  # noqa: BLE001 - the boundary between the commit and those who listen
+            _log.exception("events of a commit could not be taken in")
+            if self._fault is None:
+                self._fault = StoreStopped(f"events of a commit to {self._path!r} could not be taken in: {error}")
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -48,8 +48,3 @@ class ReaderPool:
         self._closed = True
         while self._idle:
             self._idle.pop().close()
-
-    def abandon(self) -> list[apsw.Connection]:
-        """Let go of the connections without closing them (after a fork, in the child)."""
-        self._closed = True
-        return list(self._idle)

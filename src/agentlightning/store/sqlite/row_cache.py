@@ -7,6 +7,7 @@ the row that it replaces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -15,13 +16,18 @@ from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 __all__ = ["RowCache"]
 
 _ROWS_OF_A_KIND = 2048
-_LARGEST_INPUT = 4096
-"""Bytes: a rollout with a larger input is not kept, so that the cache stays within some tens of megabytes."""
+_LARGEST = 4096
+"""Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
 
 _KEYS = {
     RolloutRow: attrgetter("rollout_id"),
     AttemptRow: attrgetter("attempt_id"),
     WorkerRow: attrgetter("worker_id"),
+}
+_BLOBS: dict[type[Any], Callable[[Any], tuple[bytes | None, ...]]] = {
+    RolloutRow: lambda row: (row.input, row.metadata),
+    AttemptRow: lambda row: (row.metadata,),
+    WorkerRow: lambda row: (row.heartbeat_stats,),
 }
 
 
@@ -42,7 +48,7 @@ class RowCache:
         if rows is None:
             return
         key = _KEYS[kind](row)
-        if kind is RolloutRow and len(row.input) > _LARGEST_INPUT:
+        if sum([len(blob) for blob in _BLOBS[kind](row) if blob is not None]) > _LARGEST:
             rows.pop(key, None)
             return
         rows[key] = row

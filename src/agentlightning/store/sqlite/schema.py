@@ -68,6 +68,7 @@ CREATE TABLE attempts (
     beaten_lease REAL NOT NULL,
     deadline REAL,
     span_sequence INTEGER NOT NULL,
+    digest BLOB NOT NULL,
     live INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX attempts_by_id ON attempts (attempt_id);

@@ -35,7 +35,9 @@ _INSERT_SPAN = (
     "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
     "ON CONFLICT (attempt_seq, span_id) DO NOTHING"
 )
-_SCAN_SPANS = "SELECT seq, attempt_seq, sequence_id, issued, length(body) FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
+_SCAN_SPANS = (
+    "SELECT seq, attempt_seq, sequence_id, issued, span_id, body FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
+)
 _GETS: dict[type[Any], tuple[Codec[Any], str]] = {
     RolloutRow: (ROLLOUTS, f"{ROLLOUTS.select} WHERE rollout_id = ?"),
     AttemptRow: (ATTEMPTS, f"{ATTEMPTS.select} WHERE attempt_id = ?"),
@@ -128,7 +130,7 @@ class SqliteTransaction(SqliteReads):
     It counts on none of them failing after it has written: nearly all check first. One that does
     cannot be undone alone, so ``undo`` raises, and all have to be run again in a
     ``GuardedTransaction``. Going without savepoints saves SQLite a copy of every page that an
-    operation touches, which is a tenth of its cost.
+    operation touches.
     """
 
     def __init__(self, connection: apsw.Connection, cache: RowCache) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from agentlightning import SqliteLightningStore
 from agentlightning.store.clock import SystemClock
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.ids import TimeOrderedIds
-from agentlightning.store.sqlite import backend, connections
+from agentlightning.store.sqlite import backend
 from agentlightning.store.sqlite.backend import FileBackend
 from agentlightning.store.sqlite.connections import open_reader
 from scenes import span_of
@@ -91,36 +92,21 @@ async def test_short_readers_do_not_keep_it_from_being_copied(store: EngineStore
     assert largest <= 4 * CHECKPOINT_PAGES + SLACK_PAGES
 
 
-async def test_a_long_reader_makes_writers_wait_before_the_log_grows_without_end(
-    store: EngineStore, database: Path
-) -> None:
+async def test_a_reader_that_stays_makes_the_log_longer_and_holds_nobody_up(store: EngineStore, database: Path) -> None:
     async with store:
         await store.enqueue_rollout("input", rollout_id="ro-1")
         with snapshot(database) as reader:
-            written = 0
-            while log_pages(database) <= 4 * CHECKPOINT_PAGES:
+            written = waits = 0
+            while log_pages(database) <= 12 * CHECKPOINT_PAGES:
+                began = time.monotonic()
                 await store.enqueue_rollout("x" * 5_000)
+                waits += time.monotonic() - began > 0.2
                 written += 1
-            waiting = asyncio.create_task(store.enqueue_rollout("x" * 5_000))
-            await asyncio.wait([waiting], timeout=0.3)
-            assert not waiting.done()  # the writers wait for the reader
-            assert await store.get_rollout_by_id("ro-1") is not None  # other readers do not
+            assert waits <= 3 + written // 10  # once for each four measures of growth, and what else the machine does
             assert reader.execute("SELECT count(*) FROM rollouts").fetchall() == [(1,)]
-        await waiting
+        longest = log_pages(database)
         for _ in range(40):
             await asyncio.gather(*(store.enqueue_rollout("x" * 5_000) for _ in range(8)))
-            assert log_pages(database) <= 4 * CHECKPOINT_PAGES + SLACK_PAGES
-        assert (await store.query_rollouts(limit=1)).total == written + 322
+            assert log_pages(database) <= longest + SLACK_PAGES
+        assert (await store.query_rollouts(limit=1)).total == written + 321
         await assert_sound(store)
-
-
-async def test_a_reader_that_stays_too_long_holds_nobody_up_for_ever(
-    store: EngineStore, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connections, "_BUSY_MILLISECONDS", 300)
-    async with store:
-        await store.enqueue_rollout("input", rollout_id="ro-1")
-        with snapshot(database):
-            while log_pages(database) <= 4 * CHECKPOINT_PAGES:
-                await store.enqueue_rollout("x" * 5_000)
-            await asyncio.wait_for(store.enqueue_rollout("x" * 5_000), timeout=30.0)

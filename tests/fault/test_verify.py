@@ -94,10 +94,14 @@ BROKEN = [
     Broken(
         "span_has_attempt",
         "attempt row 77",
-        "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (77, 1, 1, 'x', '{}'); "
+        "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) "
+        "SELECT 77, 1, 1, span_id, body FROM spans WHERE seq = 1; "
         "UPDATE counters SET value = value + 1 WHERE name = 'spans'; "
-        "UPDATE counters SET value = value + 2 WHERE name = 'span_bytes'",
+        "UPDATE counters SET value = value + (SELECT length(body) FROM spans WHERE seq = 1) "
+        "WHERE name = 'span_bytes'",
     ),
+    Broken("span_readable", "span row 1", "UPDATE spans SET body = zeroblob(length(body)) WHERE seq = 1"),
+    Broken("span_readable", "span row 1", "UPDATE spans SET span_id = 'another' WHERE seq = 1"),
     # Resources
     Broken(
         "versions_dense",
@@ -217,7 +221,9 @@ BROKEN = [
     Broken("json_valid", "rollout ro-done", "UPDATE rollouts SET input = x'7b' WHERE rollout_id = 'ro-done'"),
     Broken("json_valid", "rollout ro-done", "UPDATE rollouts SET metadata = x'7b' WHERE rollout_id = 'ro-done'"),
     Broken("json_valid", "attempt at-done-1", "UPDATE attempts SET metadata = x'7b' WHERE attempt_id = 'at-done-1'"),
-    Broken("json_valid", "resources rs-1 version 2", "UPDATE resources SET resources = x'7b' WHERE version = 2"),
+    Broken(
+        "resources_readable", "resources rs-1 version 2", "UPDATE resources SET resources = x'7b' WHERE version = 2"
+    ),
     Broken("json_valid", "worker worker-1", "UPDATE workers SET heartbeat_stats = x'7b'"),
     # Workers
     Broken("worker_holds_attempt", "worker worker-1", "UPDATE workers SET current_attempt_id = 'at-done-1'"),

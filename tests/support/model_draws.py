@@ -49,7 +49,7 @@ REQUEST = st.tuples(
 )
 ATTEMPT_STATUS = st.sampled_from(["running", "succeeded", "failed", "timeout", "unresponsive", "preparing"])
 ROLLOUT_STATUS = st.sampled_from(["running", "requeuing", "succeeded", "failed", "cancelled", "queuing", "preparing"])
-REASON_CODE = st.sampled_from([None, None, "out_of_memory"])
+REASON_CODE = st.sampled_from([None, None, None, "out_of_memory", "out_of_memory", "unconfirmed"])
 SPANS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 0, 1, 4, 30])), min_size=1, max_size=4)
 EDITS: tuple[dict[str, Any], ...] = (
     {"metadata": {"edited": True}},

@@ -98,7 +98,10 @@ class ComparingMachine(RuleBasedStateMachine):
     def step(self) -> Iterator[None]:
         """What is done in the block is one step; at its end, what there is must be the same on both sides."""
         self.agreed = False
-        yield
+        try:
+            yield
+        except AgentLightningError as error:
+            raise Divergence(f"the store fails where nothing is asked of it but to be read: {error!r}") from error
         self.agreed = True
         type(self).steps_run += 1
 

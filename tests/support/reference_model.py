@@ -23,6 +23,12 @@ REDELIVERIES = 3
 """How often a rollout is handed out again because nobody confirmed that they had received it."""
 
 
+def check_code(reason_code: str | None) -> None:
+    """Only the store knows what was never confirmed; it counts attempts by that."""
+    if reason_code == "unconfirmed":
+        raise Refused("invalid_value")
+
+
 class ReferenceStore(ReferenceRecords):
     """What happens to the records."""
 
@@ -124,6 +130,7 @@ class ReferenceStore(ReferenceRecords):
         reason_code: str | None = None,
     ) -> Facts:
         """A report, which is a sign of life; of a lost attempt only what changes nothing, and metadata."""
+        check_code(reason_code)
         attempt = self._known_attempt(rollout_id, attempt_id)
         standing = self.standing(attempt)
         repeat = not live(attempt) and attempt["status"] == status
@@ -230,6 +237,7 @@ class ReferenceStore(ReferenceRecords):
         reason_code: str | None = None,
     ) -> Facts:
         """Fields of an ended rollout stay as they are, but for its metadata; so does its status."""
+        check_code(reason_code)
         rollout = self._known_rollout(rollout_id)
         changed = {name: value for name, value in fields.items() if value != rollout[name]}
         if rollout["status"] in ENDS_OF_ROLLOUTS and changed.keys() - {"metadata"}:

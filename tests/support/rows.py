@@ -90,6 +90,7 @@ def an_attempt(status: Any = "running", **fields: Any) -> AttemptRow:
         "beaten_lease": 900.0,
         "deadline": None,
         "span_sequence": 0,
+        "digest": b"",
     }
     return AttemptRow(**(row | fields))
 

@@ -13,6 +13,7 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
+from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Policy, Reason
 from agentlightning.types import NamedResources, Resource, RolloutConfig
 
@@ -206,13 +207,15 @@ def reason_of(code: str | None, message: str | None, default_code: str) -> Reaso
     """A reason that a caller gives; None if it gives none.
 
     Raises:
-        InvalidValue: the code is not in lower_snake_case, or a text holds what JSON cannot.
+        InvalidValue: the code is not in lower_snake_case, or is the store's own, or a text holds what JSON cannot.
     """
     if code is None and message is None:
         return None
     code = default_code if code is None else code
     if not isinstance(code, str) or not _REASON_CODE.fullmatch(code):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"reason_code {shown(code)} is not valid; use up to 64 characters of a-z 0-9 _")
+    if code == reasons.UNCONFIRMED:  # it decides what counts as an attempt
+        raise InvalidValue(f"reason_code {code!r} is the store's own: what is reported was confirmed; give another")
     message = code if message is None else message
     return Reason(code, check_text(message, "reason_message"))
 

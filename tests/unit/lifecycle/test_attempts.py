@@ -32,7 +32,7 @@ class TestStart:
     @pytest.mark.parametrize("status", ["queuing", "requeuing"])
     def test_from_the_queue(self, status: Any) -> None:
         rollout = standing_rollout(status, attempts=2, redeliveries=1, latest_attempt_id="at-2")
-        started = attempts.start(rollout, None, Claim("at-3", "w-1", "request-1", 10.0), NOW)
+        started = attempts.start(rollout, None, Claim("at-3", "w-1", "request-1", 10.0, b"digest"), NOW)
         assert started.rollout == replace(rollout, status="preparing", attempts=3, latest_attempt_id="at-3")
         assert started.replaced is None
         assert started.attempt == an_attempt(
@@ -47,6 +47,7 @@ class TestStart:
             started_lease=NOW.lease,
             beaten_lease=NOW.lease,
             deadline=NOW.lease + 10.0,
+            digest=b"digest",
         )
 
     @pytest.mark.parametrize(
@@ -322,6 +323,7 @@ class TestLoss:
         after = attempts.lose(Pair(rollout, attempt), WHY, NOW)
         assert after.rollout == replace(rollout, status="requeuing", redeliveries=redelivered + 1)
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNCONFIRMED)
+        assert after.attempt.reason_message == "it broke"
 
     def test_too_often_is_poison(self) -> None:
         rollout, attempt = pair_of("preparing", "preparing", Policy(max_attempts=99), confirm_seconds=10.0)

@@ -38,6 +38,16 @@ def test_one_that_got_nothing_is_idle_unless_it_still_holds_something() -> None:
     assert workers.came_empty(holding, NOW) is holding
 
 
+def test_a_claim_renews_the_lease() -> None:
+    """Whatever it gets; the deadline is a lower bound still, and is moved only where there is none."""
+    leased = a_worker(lease_seconds=20.0, beaten_lease=940.0, deadline=960.0)
+    lost = workers.lose(leased)
+    for after in (workers.took(leased, an_attempt(), NOW), workers.came_empty(leased, NOW)):
+        assert (after.beaten_lease, after.deadline) == (NOW.lease, 960.0)
+    for after in (workers.took(lost, an_attempt(), NOW), workers.came_empty(lost, NOW)):
+        assert (after.beaten_lease, after.deadline) == (NOW.lease, NOW.lease + 20.0)
+
+
 @pytest.mark.parametrize("ended", get_args(AttemptStatus))
 def test_one_whose_last_attempt_ended_is_idle_or_has_not_been_heard_of(ended: AttemptStatus) -> None:
     holding = a_worker(**HOLDING)

@@ -11,13 +11,14 @@ import apsw
 from agentlightning.store.sqlite.faults import translate_os
 from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity, migrate
 
-__all__ = ["DURABILITIES", "Durability", "open_reader", "open_writer"]
+__all__ = ["BUSY_MILLISECONDS", "DURABILITIES", "Durability", "open_reader", "open_writer"]
 
 Durability = Literal["full", "process", "none"]
 
 DURABILITIES: tuple[Durability, ...] = get_args(Durability)
 _SYNCHRONOUS: dict[Durability, str] = {"full": "FULL", "process": "NORMAL", "none": "OFF"}
-_BUSY_MILLISECONDS = 5000
+BUSY_MILLISECONDS = 5000
+"""How long to wait for another program that holds a lock on the file."""
 _STATEMENTS = 256
 
 
@@ -36,7 +37,7 @@ def open_writer(
         _create_private(path)
     connection = apsw.Connection(path, vfs=vfs, statementcachesize=_STATEMENTS)
     try:
-        connection.set_busy_timeout(_BUSY_MILLISECONDS)
+        connection.set_busy_timeout(BUSY_MILLISECONDS)
         connection.pragma("page_size", 8192)
         connection.pragma("mmap_size", 0)
         connection.pragma("cache_size", -32_000)
@@ -57,7 +58,7 @@ def open_writer(
 def open_reader(path: str, *, vfs: str | None) -> apsw.Connection:
     """A connection that cannot write, on a database that is there."""
     connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs=vfs, statementcachesize=_STATEMENTS)
-    connection.set_busy_timeout(_BUSY_MILLISECONDS)
+    connection.set_busy_timeout(BUSY_MILLISECONDS)
     connection.pragma("query_only", 1)
     connection.pragma("mmap_size", 0)
     connection.pragma("cache_size", -8_000)

@@ -28,6 +28,7 @@ import apsw
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreStopped, StoreUnavailable
 from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Stopped, Transaction
+from agentlightning.store.sqlite.connections import BUSY_MILLISECONDS
 from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
 from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransaction, SqliteTransaction
@@ -38,6 +39,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 Operation = Callable[[Transaction], Awaitable[T]]
 
+_PATIENCE_MILLISECONDS = 250
+"""How long writers wait for readers to leave a log that has become long."""
 _BATCH_LIMIT = 512
 """The most operations under one commit, so that none waits long for the statements of others."""
 
@@ -124,6 +127,7 @@ class GroupCommit:
         self._hand_over = hand_over
         self._checkpoint_pages = checkpoint_pages
         self._next_checkpoint = checkpoint_pages
+        self._next_restart = 4 * checkpoint_pages
         self._log_pages = 0
         self._cache = RowCache()
         self._lock = threading.Lock()
@@ -368,20 +372,30 @@ class GroupCommit:
         return apsw.SQLITE_OK
 
     def _checkpoint(self) -> None:
-        """Copy the log into the database, as far as readers allow; never wait for them.
+        """Copy the log into the database, as far as readers allow.
 
-        What a reader keeps back is copied later: the log grows by as much again before the next try.
+        A log can begin anew only at a moment when nobody reads from it. When it has grown to four
+        times its measure, wait for such a moment, but not long, and not again before it has grown by
+        as much: a reader that stays makes the log longer, and holds nobody up.
         """
+        pages = self._log_pages
+        patient = pages >= self._next_restart
+        mode = apsw.SQLITE_CHECKPOINT_RESTART if patient else apsw.SQLITE_CHECKPOINT_PASSIVE
+        self._log_pages = 0
+        self._next_checkpoint = pages + self._checkpoint_pages
         try:
-            pages, copied = self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            self._connection.set_busy_timeout(_PATIENCE_MILLISECONDS)
+            self._connection.wal_checkpoint(mode=mode)
         except apsw.BusyError:
-            pages, copied = self._log_pages, 0
+            self._next_restart = pages + 4 * self._checkpoint_pages
         except apsw.Error as error:
             self.stop(translate(error, self._path))
-            return
-        whole = copied >= pages
-        self._log_pages = 0
-        self._next_checkpoint = self._checkpoint_pages if whole else pages + self._checkpoint_pages
+        else:
+            self._next_checkpoint = self._checkpoint_pages
+            if patient:
+                self._next_restart = 4 * self._checkpoint_pages
+        finally:
+            self._connection.set_busy_timeout(BUSY_MILLISECONDS)
 
     def _tell(self, events: list[Event]) -> None:
         """Publish. An error there is a bug of ours; the commit stands, and nobody is left waiting for it."""

@@ -74,6 +74,8 @@ class PageQuery(NamedTuple):
     offset: int = 0
     newest_only: bool = False
     """Of resources: only the newest version of each id."""
+    with_total: bool = True
+    """Whether the total is wanted, which may have to be counted; else it is that of this page."""
 
 
 class Page(NamedTuple):

@@ -232,13 +232,18 @@ class ReadingStore(LightningStore):
     # --- Pages -----------------------------------------------------------------------------------
 
     async def _page(self, query: PageQuery, *, latest_only: bool = False) -> PaginatedResult[Any]:
-        """One page as public records; a long one is read and converted away from the caller's thread."""
+        """One page as public records.
+
+        A long one, and one that may have to look at many rows to find few, is read and converted away
+        from the caller's thread.
+        """
 
         def answer(asked: PageQuery) -> Callable[[ReadTransaction], Awaitable[Page]]:
             return lambda tx: _answer(tx, asked, latest_only)
 
         short = query if 0 < query.limit <= _SHORT_PAGE else query._replace(limit=_SHORT_PAGE + 1)
-        page: Page = await self._core.read(answer(short))
+        scans = not query.scope and bool(query.filters or query.sort_by)
+        page: Page = await self._core.read(answer(short), rows=_WHOLE_STORE if scans else _SHORT_PAGE)
         if short is not query and len(page.rows) > _SHORT_PAGE:
             page = await self._core.read(answer(query), rows=page.total)
         return PaginatedResult[Any].model_construct(

@@ -112,7 +112,11 @@ async def cancel(tx: Transaction, rollout_id: str, message: str) -> Change:
 async def delete_slice(tx: Transaction, ended_before: float) -> tuple[int, bool]:
     """Delete some of the rollouts that ended before a wall time: (how many, whether there may be more)."""
     old = PageQuery(
-        "rollouts", (Filter("end_time", "below", ended_before),), sort_by="end_time", limit=_ROLLOUTS_PER_SLICE
+        "rollouts",
+        (Filter("end_time", "below", ended_before),),
+        sort_by="end_time",
+        limit=_ROLLOUTS_PER_SLICE,
+        with_total=False,
     )
     budget = _SPANS_PER_SLICE
     deleted = 0

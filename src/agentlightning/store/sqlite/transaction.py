@@ -91,7 +91,7 @@ class SqliteReads:
         raw = self._rows(*page_statement(query))
         rows = [_DECODE[query.table](row) for row in raw]
         whole = query.limit == -1 or len(rows) < query.limit
-        if whole and (rows or query.offset == 0):
+        if not query.with_total or (whole and (rows or query.offset == 0)):
             return Page(rows, query.offset + len(rows))
         return Page(rows, await self._total(query))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning import InMemoryLightningStore, SqliteLightningStore
-from agentlightning.errors import NotFound
+from agentlightning.errors import NotFound, StoreClosed, StoreStopped
 from agentlightning.store.backend import Transaction
 from agentlightning.store.sqlite.transaction import GuardedTransaction, SqliteTransaction
 from agentlightning.types import Span
@@ -87,3 +87,30 @@ async def test_an_operation_that_awaits_something_else_is_a_bug_that_is_told() -
         with pytest.raises(RuntimeError, match="awaited something other than its transaction"):
             await store._core.backend.write(suspends)
         await store.enqueue_rollout("goes on")
+
+
+async def test_a_backup_that_comes_after_the_close_is_told_and_does_not_wait_for_ever() -> None:
+    store = InMemoryLightningStore()
+    await store.enqueue_rollout("input")
+    writer = store._backend._use()
+    await store.close()
+    with pytest.raises(StoreClosed):
+        await asyncio.wait_for(asyncio.to_thread(writer.exclusively, lambda _: None), timeout=10)
+
+
+async def test_listeners_that_fail_leave_nobody_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A commit that nobody could be told of stands, and is acknowledged; after it the store stops."""
+
+    def fail(_events: object) -> None:
+        raise LookupError("a bug")
+
+    async with SqliteLightningStore(tmp_path / "store.db") as store:
+        await store.statistics()
+        writer = store._backend._use()
+        writer._publish = fail
+        rollout = await asyncio.wait_for(store.enqueue_rollout("input"), timeout=10)
+        with pytest.raises(StoreStopped, match="a bug"):
+            await asyncio.wait_for(store.enqueue_rollout("another"), timeout=10)
+        assert "could not be taken in" in caplog.text
+    async with SqliteLightningStore(tmp_path / "store.db") as store:
+        assert [each.rollout_id for each in await store.query_rollouts()] == [rollout.rollout_id]

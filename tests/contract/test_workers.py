@@ -277,3 +277,25 @@ async def test_an_unknown_worker_cannot_be_lost(stores: Stores) -> None:
     async with stores.open() as (store, _), unchanged(store):
         with pytest.raises(NotFound):
             await store.report_worker_lost("unknown", message="gone")
+
+
+async def test_a_claim_renews_the_lease_of_its_worker(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        await enqueued(store, "first", "second")
+        await store.update_worker("worker", lease_seconds=5)
+        clock.advance(4)
+        first = await claimed(store, "worker")
+        clock.advance(4)
+        assert (await rollout_now(store, first.rollout_id)).status == "preparing"
+        clock.advance(2)
+        assert (await rollout_now(store, first.rollout_id)).reason_code == "worker_lost"
+        second = await claimed(store, "worker")  # it is back, and has a lease again
+        clock.advance(6)
+        assert (await rollout_now(store, second.rollout_id)).reason_code == "worker_lost"
+
+
+async def test_an_attempt_that_names_no_worker_is_kept_alive_by_the_one_that_lists_it(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        started = await store.start_rollout("input")
+        worker = await store.update_worker("worker", attempt_ids=[started.attempt.attempt_id])
+        assert worker.stale_attempt_ids == []

@@ -108,6 +108,12 @@ async def test_a_fork_in_a_coroutine_leaves_waiting_callers_of_the_parent_alone(
         await assert_sound(store)
 
 
+async def test_locks_that_were_held_at_the_fork_do_not_hang_the_child(database: Path) -> None:
+    run_fresh(store_programs.fork_while_locked, database)
+    async with SqliteLightningStore(database) as store:
+        assert (await store.statistics())["rollouts_by_status"]["cancelled"] == 1
+
+
 # --- Closing ---------------------------------------------------------------------------------------
 
 
@@ -216,7 +222,10 @@ def test_a_store_that_is_thrown_away_leaves_no_thread_and_no_lock(database: Path
     asyncio.run(use())
     for _ in range(100):  # a thread may still hold the store for the rest of what it did last
         gc.collect()
-        for thread in set(threading.enumerate()) - before:
+        left = set(threading.enumerate()) - before
+        if not left:
+            break
+        for thread in left:
             thread.join(timeout=0.1)
     assert set(threading.enumerate()) <= before
 

@@ -607,6 +607,7 @@ class StoreProcess:
             anew = [request.model_copy(update={"rollout_id": None}) for request in call.requests()]
             await store.enqueue_many_rollouts(anew)
         elif not isinstance(call, IssueSequenceId):
+            self._note(Line(answered.writer, answered.memory, call))
             promise = await self._make(store, call)
             if isinstance(call, Claim):
                 answered.memory.take(promise)

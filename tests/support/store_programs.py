@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
 
 import apsw
@@ -15,6 +17,7 @@ from agentlightning import SqliteLightningStore
 from agentlightning.errors import AgentLightningError, StoreForked, StoreOwned, StoreStopped
 from agentlightning.store.sqlite.connections import open_writer
 from agentlightning.store.sqlite.schema import MIGRATIONS
+from agentlightning.types import RolloutConfig
 from every_method import READS, SQLITE_ONLY, WRITES
 from fresh_process import say
 
@@ -156,6 +159,44 @@ def fork_in_a_coroutine(path: str) -> None:
             assert [each.status for each in await waiting] == ["cancelled"]
 
     asyncio.run(run())
+
+
+def fork_while_locked(path: str) -> None:
+    """Fork at a moment when other threads hold every lock; then they stay locked in the child."""
+    store = SqliteLightningStore(path)
+
+    async def prepare() -> None:
+        await store.start_rollout("input", rollout_id="ro-1", config=RolloutConfig(timeout_seconds=3600.0))
+
+    asyncio.run(prepare())
+    core, files = store._core, store._backend
+    locks = [core._alarm._state.condition, core._finishes._lock, core._claims._lock, files._opening]
+    assert files._writer is not None
+    locks += [files._writer._lock, files._writer._turn]
+    locked, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            locked.set()
+            forked.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait()
+    child = os.fork()
+    if child == 0:
+        child_that_calls(store)
+        child_that_closes(store)
+        del store, core, files
+        gc.collect()
+        sys.exit(0)
+    forked.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asyncio.run(store.cancel_rollout("ro-1"))  # pyright: ignore[reportArgumentType]
+    asyncio.run(store.close())
 
 
 def write_until_refused(path: str, megabytes: str) -> None:

@@ -233,6 +233,11 @@ class Backend(Protocol):
         """Whether a fault has ended all writing; reads may go on."""
         ...
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process inherited the data by fork, and must leave them alone."""
+        ...
+
     def open(self, publish: Callable[[list[Event]], None]) -> None:
         """Take possession of the data; idempotent.
 

@@ -54,7 +54,12 @@ class Core:
             self._open = True
 
     async def close(self) -> None:
-        """Finish what was accepted; whoever still waits gets ``StoreClosed``. Idempotent."""
+        """Finish what was accepted; whoever still waits gets ``StoreClosed``. Idempotent.
+
+        In a forked child it does nothing: a lock that another thread held at the fork stays locked there.
+        """
+        if self.backend.forked:
+            return
         self._closed = True
         self._end_waiting(StoreClosed("the store was closed while this call waited"))
         await asyncio.to_thread(self._alarm.close)
@@ -97,6 +102,7 @@ class Core:
         self, claim: Callable[[], Awaitable[Sequence[T]]], request_id: str | None, wait_seconds: float
     ) -> Sequence[T]:
         """Claim; while there is nothing, wait for the queue to fill and claim again, until the time is up."""
+        self._check_process()
         clock = asyncio.get_running_loop().time
         until = clock() + wait_seconds
         while True:
@@ -121,7 +127,13 @@ class Core:
 
     def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
         """Begin to collect the ends of rollouts. Give it back with ``unwatch``."""
+        self._check_process()
         return self._finishes.watch(rollout_ids)
+
+    def _check_process(self) -> None:
+        """Before any lock is taken that another thread may have held when this process was forked."""
+        if self.backend.forked:
+            self.backend.open(self._take_in)  # raises
 
     def unwatch(self, watch: FinishWatch) -> None:
         """Stop collecting."""

@@ -119,7 +119,7 @@ class Alarm:
             _log.warning("expired attempts are found only when the store is used: %s", error)
             return
         self._thread = thread
-        weakref.finalize(self, self._state.close)
+        weakref.finalize(self, self._state.close).atexit = False
 
     def close(self) -> None:
         """Never ring again; idempotent."""

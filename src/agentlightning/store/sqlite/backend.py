@@ -87,6 +87,11 @@ class SqliteBackend(ABC):
         """Whether a fault has ended all writing."""
         return self._writer is not None and self._writer.stopped
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process inherited the store by fork."""
+        return self._forked
+
     def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
         """Run ``op`` in a transaction; the result comes when it is durable."""
         return self._use().run(op)

@@ -33,7 +33,7 @@ class CommitThread:
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._queue,), name="agl-commit", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._queue.put, None)
+            weakref.finalize(self, self._queue.put, None).atexit = False
         self._queue.put(work)
 
     def close(self) -> None:

@@ -1,0 +1,143 @@
+"""The names of spans and attributes that Agent Lightning writes and reads.
+
+Names of agentlightning 0.3 first; then those of model calls, which extend the OpenTelemetry conventions for
+generative AI (https://opentelemetry.io/docs/specs/semconv/gen-ai/) by what training needs.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from pydantic import BaseModel
+
+__all__ = [
+    "AGL_ANNOTATION",
+    "AGL_EXCEPTION",
+    "AGL_MESSAGE",
+    "AGL_OBJECT",
+    "AGL_OPERATION",
+    "AGL_REWARD",
+    "AGL_VIRTUAL",
+    "GenAIAttributes",
+    "LLMCallAttributes",
+    "LightningResourceAttributes",
+    "LightningSpanAttributes",
+    "LinkAttributes",
+    "LinkPydanticModel",
+    "RewardAttributes",
+    "RewardPydanticModel",
+]
+
+AGL_ANNOTATION = "agentlightning.annotation"
+"""Span that says something about the attempt; rewards travel in it."""
+AGL_MESSAGE = "agentlightning.message"
+AGL_OBJECT = "agentlightning.object"
+AGL_EXCEPTION = "agentlightning.exception"
+AGL_OPERATION = "agentlightning.operation"
+AGL_REWARD = "agentlightning.reward"
+"""Name of the reward spans of 0.2; still understood."""
+AGL_VIRTUAL = "agentlightning.virtual"
+"""Name of a span that was given none."""
+
+
+class LightningResourceAttributes(Enum):
+    """Attributes that say where a span belongs, on the span itself or on its resource."""
+
+    ROLLOUT_ID = "agentlightning.rollout_id"
+    ATTEMPT_ID = "agentlightning.attempt_id"
+    SPAN_SEQUENCE_ID = "agentlightning.span_sequence_id"
+    TRACER_NAME = "agentlightning.tracer.name"
+
+
+class LightningSpanAttributes(Enum):
+    """Attributes of the spans that emitters make. Those of lists and objects are flattened: ``reward.0.name``."""
+
+    REWARD = "agentlightning.reward"
+    LINK = "agentlightning.link"
+    TAG = "agentlightning.tag"
+    MESSAGE_BODY = "agentlightning.message.body"
+    OBJECT_TYPE = "agentlightning.object.type"
+    OBJECT_LITERAL = "agentlightning.object.literal"
+    OBJECT_JSON = "agentlightning.object.json"
+    OPERATION_NAME = "agentlightning.operation.name"
+    OPERATION_INPUT = "agentlightning.operation.input"
+    OPERATION_OUTPUT = "agentlightning.operation.output"
+
+
+class RewardAttributes(Enum):
+    """Fields of one dimension of a reward, below ``agentlightning.reward.<index>``."""
+
+    REWARD_NAME = "name"
+    REWARD_VALUE = "value"
+
+
+class RewardPydanticModel(BaseModel):
+    """One dimension of a reward."""
+
+    name: str
+    value: float
+
+
+class LinkAttributes(Enum):
+    """Fields of one link to other spans, below ``agentlightning.link.<index>``."""
+
+    KEY_MATCH = "key_match"
+    VALUE_MATCH = "value_match"
+
+
+class LinkPydanticModel(BaseModel):
+    """A link to the spans whose attribute ``key_match`` is ``value_match``."""
+
+    key_match: str
+    value_match: str
+
+
+class GenAIAttributes(Enum):
+    """The OpenTelemetry attributes of a model call that are read or written here."""
+
+    OPERATION_NAME = "gen_ai.operation.name"
+    """``chat`` or ``text_completion``. The span's name is this and the model."""
+    PROVIDER_NAME = "gen_ai.provider.name"
+    SYSTEM = "gen_ai.system"
+    """What older instrumentations write instead of ``gen_ai.provider.name``."""
+    AGENT_NAME = "gen_ai.agent.name"
+    REQUEST_MODEL = "gen_ai.request.model"
+    REQUEST_TEMPERATURE = "gen_ai.request.temperature"
+    REQUEST_TOP_P = "gen_ai.request.top_p"
+    REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+    REQUEST_SEED = "gen_ai.request.seed"
+    RESPONSE_ID = "gen_ai.response.id"
+    RESPONSE_MODEL = "gen_ai.response.model"
+    RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
+    USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+    USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+    INPUT_MESSAGES = "gen_ai.input.messages"
+    OUTPUT_MESSAGES = "gen_ai.output.messages"
+    TOOL_DEFINITIONS = "gen_ai.tool.definitions"
+    ERROR_TYPE = "error.type"
+    HTTP_STATUS_CODE = "http.response.status_code"
+
+
+class LLMCallAttributes(Enum):
+    """What the LLM proxy records of a model call beyond ``GenAIAttributes``."""
+
+    REQUEST = "agentlightning.llm.request"
+    """The request body as the agent sent it, as a JSON string."""
+    RESPONSE = "agentlightning.llm.response"
+    """The response body as the agent got it, as a JSON string. Of a stream: put together to what the same call
+    without streaming would have answered."""
+    PROMPT_TOKEN_IDS = "agentlightning.llm.prompt_token_ids"
+    """List of integers."""
+    RESPONSE_TOKEN_IDS = "agentlightning.llm.response_token_ids"
+    """List of integers, of the first choice."""
+    RESPONSE_LOGPROBS = "agentlightning.llm.response_logprobs"
+    """List of floats, one for each of ``RESPONSE_TOKEN_IDS``: natural logarithms of probabilities."""
+    MODEL_VERSION = "agentlightning.llm.model_version"
+    """Which weights answered: what the algorithm last said, or else what the backend says of itself."""
+    BACKEND = "agentlightning.llm.backend"
+    """Name of the backend that answered; never its key."""
+    LATENCY_SECONDS = "agentlightning.llm.latency_seconds"
+    FIRST_BYTE_SECONDS = "agentlightning.llm.first_byte_seconds"
+    RETRIES = "agentlightning.llm.retries"
+    """How often the proxy tried again."""
+    STREAMED = "agentlightning.llm.streamed"

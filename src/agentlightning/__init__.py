@@ -32,6 +32,12 @@ if TYPE_CHECKING:
         StoreUnavailable as StoreUnavailable,
         TooLarge as TooLarge,
     )
+    from agentlightning.settings import (
+        LightningEnvVar as LightningEnvVar,
+        resolve_bool_env_var as resolve_bool_env_var,
+        resolve_int_env_var as resolve_int_env_var,
+        resolve_str_env_var as resolve_str_env_var,
+    )
     from agentlightning.store.base import (
         LightningStore as LightningStore,
         LightningStoreCapabilities as LightningStoreCapabilities,
@@ -123,6 +129,10 @@ _MODULE_NAMES = {
     "StoreStopped": "agentlightning.errors",
     "StoreUnavailable": "agentlightning.errors",
     "TooLarge": "agentlightning.errors",
+    "LightningEnvVar": "agentlightning.settings",
+    "resolve_bool_env_var": "agentlightning.settings",
+    "resolve_int_env_var": "agentlightning.settings",
+    "resolve_str_env_var": "agentlightning.settings",
     "LightningStore": "agentlightning.store.base",
     "LightningStoreCapabilities": "agentlightning.store.base",
     "LightningStoreStatistics": "agentlightning.store.base",

@@ -12,6 +12,7 @@ __all__ = [
     "POISON",
     "REPORTED",
     "REQUEUED",
+    "RESOURCE_EXHAUSTED",
     "SUPERSEDED",
     "TIMEOUT",
     "UNCONFIRMED",
@@ -31,6 +32,8 @@ UNCONFIRMED: Final = "unconfirmed"
 """Claimed, but its worker never gave a sign of life."""
 WORKER_LOST: Final = "worker_lost"
 """Its worker died, or its worker's lease ran out."""
+RESOURCE_EXHAUSTED: Final = "resource_exhausted"
+"""Its worker was killed because it had used up its memory, or another of its quotas."""
 SUPERSEDED: Final = "superseded"
 """Replaced by a newer attempt that was asked for explicitly."""
 REQUEUED: Final = "requeued"

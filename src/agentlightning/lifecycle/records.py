@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from agentlightning.lifecycle.states import CLAIMABLE, FINAL, LIVE
-from agentlightning.types import AttemptStatus, RolloutMode, RolloutStatus, WorkerStatus
+from agentlightning.types import AttemptStatus, RolloutMode, RolloutStatus, WorkerDirective, WorkerStatus
 
 __all__ = [
     "AttemptRow",
@@ -173,6 +173,10 @@ class WorkerRow(msgspec.Struct, frozen=True, gc=False):
     beaten_lease: float = 0.0
     deadline: float | None = None
     """As in ``AttemptRow``: a lower bound of the moment at which it counts as lost."""
+    registration: bytes | None = None
+    """What it said of itself when it began, as canonical JSON."""
+    directive: WorkerDirective | None = None
+    """What it has been asked to do; while there is one, it gets no work."""
 
 
 class ResourcesRow(msgspec.Struct, frozen=True, gc=False):

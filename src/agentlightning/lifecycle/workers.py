@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from agentlightning.lifecycle.deadlines import worker_due
 from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
-from agentlightning.types import AttemptStatus
+from agentlightning.types import AttemptStatus, WorkerDirective
 
-__all__ = ["beat", "came_empty", "expire", "holds", "lose", "released", "took"]
+__all__ = ["beat", "came_empty", "direct", "expire", "holds", "lose", "register", "released", "took"]
 
 
 def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
@@ -57,6 +57,18 @@ def beat(worker: WorkerRow, lease_seconds: float | None, stats: bytes | None, no
     if worker.status != "unknown":
         return worker
     return _idle(worker, now) if worker.current_attempt_id is None else replace(worker, status="busy")
+
+
+def register(worker: WorkerRow, registration: bytes) -> WorkerRow:
+    """It says what it is. One that says something new has begun anew, and is free of what was asked of it before."""
+    if worker.registration == registration:
+        return worker
+    return replace(worker, registration=registration, directive=None)
+
+
+def direct(worker: WorkerRow, directive: WorkerDirective | None) -> WorkerRow:
+    """Somebody asks it to do this, or (None) takes that back."""
+    return worker if worker.directive == directive else replace(worker, directive=directive)
 
 
 def expire(worker: WorkerRow, now: Moment) -> tuple[WorkerRow, bool]:

@@ -27,6 +27,7 @@ __all__ = [
     "AttemptsBy",
     "Backend",
     "Deadline",
+    "Directed",
     "Event",
     "Filter",
     "Finished",
@@ -128,13 +129,19 @@ class Swept(NamedTuple):
     next_deadline: float | None
 
 
+class Directed(NamedTuple):
+    """These workers were asked to take no more work."""
+
+    worker_ids: frozenset[str]
+
+
 class Stopped(NamedTuple):
     """A fault has ended all writing: nothing that anybody waits for will happen any more."""
 
     error: AgentLightningError
 
 
-Event = Finished | Waiting | Deadline | Swept | Stopped
+Event = Finished | Waiting | Deadline | Swept | Directed | Stopped
 
 
 class Unreadable(NamedTuple):

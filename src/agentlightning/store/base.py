@@ -42,6 +42,7 @@ from agentlightning.types import (
     Unset,
     VerificationReport,
     Worker,
+    WorkerDirective,
     WorkerStatus,
 )
 
@@ -201,6 +202,7 @@ class LightningStore(ABC):
         Args:
             limit: 1 to 1000.
             worker_id: who claims; its worker record becomes ``busy``, or ``idle`` if there was nothing.
+                One that has been asked to drain or stop gets nothing, and does not wait.
             request_id: makes the claim repeatable. A repeat gets those of its attempts that it still has,
                 and no others. Such a claim must be confirmed by a sign of life (a span, ``update_attempt``, or a
                 heartbeat that lists the attempt) within a short lease; otherwise the rollout is handed out
@@ -491,6 +493,7 @@ class LightningStore(ABC):
         *,
         attempt_ids: Sequence[str] | Unset = UNSET,
         lease_seconds: float | Unset = UNSET,
+        registration: JsonObject | Unset = UNSET,
     ) -> Worker:
         """A worker's heartbeat; an unknown worker is registered.
 
@@ -500,16 +503,49 @@ class LightningStore(ABC):
                 has lost are named in ``stale_attempt_ids`` of the reply.
             lease_seconds: how long the worker may go without a heartbeat or a claim before it counts as
                 lost and its attempts become ``unresponsive``, ``worker_lost``. Never given: for ever.
+            registration: what the worker says of itself when it begins (host, process, versions, labels).
+                One that differs from the one kept takes back the worker's ``directive``: it has begun anew.
+
+        Returns:
+            The worker; its ``directive`` says whether it has been asked to drain or to stop.
         """
 
-    async def report_worker_lost(self, worker_id: str, *, message: str) -> Sequence[Attempt]:
+    async def report_worker_lost(
+        self, worker_id: str, *, message: str, reason_code: str | None = None
+    ) -> Sequence[Attempt]:
         """End the live attempts of a worker that is known to be dead, without waiting for its lease.
 
-        Returns the attempts that were ended: ``unresponsive``, with reason ``worker_lost``, or
+        Args:
+            message: what is known about its death.
+            reason_code: ``worker_lost`` if not given; ``resource_exhausted`` for one that was killed because
+                it had used up its memory or another quota.
+
+        Returns the attempts that were ended: ``unresponsive``, for that reason, or
         ``unconfirmed`` if the worker had not confirmed them; then they are handed out again.
 
         Raises:
             NotFound: the worker is unknown.
+        """
+        raise self._not_offered()
+
+    async def direct_workers(
+        self, directive: WorkerDirective | None, *, worker_ids: Sequence[str] | None = None
+    ) -> Sequence[Worker]:
+        """Ask workers to drain or to stop, or take that back (None).
+
+        From then on their claims get nothing, at once, and one that waits ends, empty; the reply to each
+        of their heartbeats says what is asked. It holds until it is taken back, or the worker registers anew.
+
+        Args:
+            directive: ``drain``: finish what you hold, take nothing new, then end; ``stop``: give up what you
+                hold, then end.
+            worker_ids: whom; None: all workers that the store knows.
+
+        Returns:
+            The workers named, or all.
+
+        Raises:
+            NotFound: one of them is unknown; then none is asked.
         """
         raise self._not_offered()
 

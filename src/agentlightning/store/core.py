@@ -12,6 +12,7 @@ from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavail
 from agentlightning.store.backend import (
     Backend,
     Deadline,
+    Directed,
     Event,
     Finished,
     ReadTransaction,
@@ -99,19 +100,29 @@ class Core:
     # --- Waiting ---------------------------------------------------------------------------------
 
     async def claim_or_wait(
-        self, claim: Callable[[], Awaitable[Sequence[T]]], request_id: str | None, wait_seconds: float
+        self,
+        claim: Callable[[], Awaitable[Sequence[T] | None]],
+        worker_id: str | None,
+        request_id: str | None,
+        wait_seconds: float,
     ) -> Sequence[T]:
-        """Claim; while there is nothing, wait for the queue to fill and claim again, until the time is up."""
+        """Claim; while there is nothing, wait for the queue to fill and claim again, until the time is up.
+
+        ``claim`` says None when waiting is of no use: then the answer is nothing, at once.
+        """
         self._check_process()
         clock = asyncio.get_running_loop().time
         until = clock() + wait_seconds
         while True:
             if until - clock() <= 0:
-                return await claim()
-            ticket = self._claims.join(request_id)
+                return await claim() or []
+            ticket = self._claims.join(worker_id, request_id)
             will_look = False
             try:
                 claimed = await claim()
+                if claimed is None:
+                    self._claims.wake(1)  # it may have been called for a rollout that another one can take
+                    return []
                 if claimed or ticket.replaced:
                     return claimed
                 await self._wait_turn(ticket, until - clock())
@@ -171,6 +182,8 @@ class Core:
                     waiting += rollouts
                 case Deadline() | Swept():
                     self._deadlines.note(event)
+                case Directed(worker_ids):
+                    self._claims.wake_workers(worker_ids)
                 case Stopped(error):
                     self._end_waiting(error)
         if waiting:

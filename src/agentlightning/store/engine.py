@@ -7,9 +7,10 @@ What an operation does is in ``store.operations``; what may happen to a record i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from agentlightning.errors import InvalidValue
+from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
 from agentlightning.store import views
 from agentlightning.store.backend import Backend
@@ -19,10 +20,12 @@ from agentlightning.store.door import (
     canonical,
     check_finite,
     check_id,
+    check_one_of,
     check_text,
     check_version,
     encode_required,
     encode_resources,
+    reason_of,
     shown,
 )
 from agentlightning.store.ids import IdSource
@@ -51,6 +54,7 @@ from agentlightning.types import (
     TaskInput,
     Unset,
     Worker,
+    WorkerDirective,
 )
 
 __all__ = ["EngineStore"]
@@ -129,15 +133,15 @@ class EngineStore(ReadingStore):
         wait_seconds = check_finite(wait_seconds, "wait_seconds")
         digest = b"" if request_id is None else digest_of(repr(("claim", worker_id, limit)).encode())
 
-        async def claim() -> Sequence[AttemptedRollout]:
+        async def claim() -> Sequence[AttemptedRollout] | None:
             claimed = await self._core.write(
                 lambda tx: attempt_ops.claim(
                     tx, limit, worker_id, request_id, digest, self._confirm_seconds, lambda: self._ids.mint("at-")
                 )
             )
-            return [views.attempted_view(*pair) for pair in claimed]
+            return None if claimed is None else [views.attempted_view(*pair) for pair in claimed]
 
-        return await self._core.claim_or_wait(claim, request_id, wait_seconds)
+        return await self._core.claim_or_wait(claim, worker_id, request_id, wait_seconds)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
@@ -261,22 +265,41 @@ class EngineStore(ReadingStore):
         *,
         attempt_ids: Sequence[str] | Unset = UNSET,
         lease_seconds: float | Unset = UNSET,
+        registration: JsonObject | Unset = UNSET,
     ) -> Worker:
         check_id(worker_id, "worker_id")
         stats = None if heartbeat_stats is UNSET else encode_required(heartbeat_stats, "heartbeat_stats")
+        told = None if registration is UNSET else canonical(encode_required(registration, "registration"))
         listed = () if attempt_ids is UNSET else attempt_ids
         check_batch(listed, "attempt_ids")
         for each in listed:
             check_id(each, "attempt_id")
         lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)
-        row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, stats, listed, lease))
+        said = worker_ops.Beat(stats, listed, lease, told)
+        row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, said))
         return views.worker_view(row, None if attempt_ids is UNSET else stale)
 
-    async def report_worker_lost(self, worker_id: str, *, message: str) -> Sequence[Attempt]:
+    async def report_worker_lost(
+        self, worker_id: str, *, message: str, reason_code: str | None = None
+    ) -> Sequence[Attempt]:
         check_id(worker_id, "worker_id")
         check_text(message, "message")
-        lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, message))
+        reason = reason_of(reason_code, message, reasons.WORKER_LOST)
+        assert reason is not None  # there is a message
+        lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, reason))
         return [views.attempt_view(each) for each in lost]
+
+    async def direct_workers(
+        self, directive: WorkerDirective | None, *, worker_ids: Sequence[str] | None = None
+    ) -> Sequence[Worker]:
+        if directive is not None:
+            check_one_of(directive, get_args(WorkerDirective), "directive")
+        if worker_ids is not None:
+            check_batch(worker_ids, "worker_ids")
+            for each in worker_ids:
+                check_id(each, "worker_id")
+        rows = await self._core.write(lambda tx: worker_ops.direct(tx, directive, worker_ids))
+        return [views.worker_view(row) for row in rows]
 
     def _claim(self, worker_id: str | None, attempt_id: str | None) -> Claim:
         if worker_id is not None:

@@ -27,7 +27,9 @@ SORTABLE: dict[Table, tuple[str, ...]] = {
         if name not in ("status", "attributes", "events", "links", "context", "parent", "resource")
     ),
     "resources": tuple(name for name in ResourcesUpdate.model_fields if name != "resources"),
-    "workers": tuple(name for name in Worker.model_fields if name not in ("heartbeat_stats", "stale_attempt_ids")),
+    "workers": tuple(
+        name for name in Worker.model_fields if name not in ("heartbeat_stats", "registration", "stale_attempt_ids")
+    ),
 }
 """Fields that a page may be sorted by: those with plain values."""
 

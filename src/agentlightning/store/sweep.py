@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from agentlightning.lifecycle import attempts, workers
-from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutRow, WorkerRow
+from agentlightning.lifecycle import attempts, reasons, workers
+from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Deadline, Swept, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
@@ -54,7 +54,8 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
         return
     after, lost = workers.expire(worker, tx.now())
     if lost:
-        await lose_attempts(tx, worker_id, f"worker {worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s")
+        silence = f"worker {worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s"
+        await lose_attempts(tx, worker_id, Reason(reasons.WORKER_LOST, silence))
         worker = await tx.get(WorkerRow, worker_id) or worker
         after, _ = workers.expire(worker, tx.now())
     await save_worker(tx, worker, after)

@@ -17,7 +17,7 @@ from agentlightning.lifecycle.states import ATTEMPT_MOVES, ROLLOUT_MOVES
 from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table, Unreadable
 from agentlightning.store.span_json import span_json
 from agentlightning.store.views import resources_view
-from agentlightning.types import Span, VerificationReport, Violation, WorkerStatus
+from agentlightning.types import Span, VerificationReport, Violation, WorkerDirective, WorkerStatus
 
 __all__ = ["verify"]
 
@@ -221,6 +221,9 @@ class _Check:
             if current is not None and (held is None or not held.live or held.worker_id != worker.worker_id):
                 self._report("worker_holds_attempt", name, f"names attempt {current!r}, which it does not hold")
             self._check_json(name, "heartbeat_stats", worker.heartbeat_stats)
+            self._check_json(name, "registration", worker.registration)
+            if worker.directive is not None and worker.directive not in get_args(WorkerDirective):
+                self._report("known_state", name, f"has the unknown directive {worker.directive!r}")
             due = worker_due(worker)
             if worker.deadline is not None and (due is None or worker.deadline > due):
                 self._report("deadline_known", name, f"expires at {due}, and the store looks at {worker.deadline}")

@@ -94,6 +94,8 @@ def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) 
             "current_attempt_id": row.current_attempt_id,
             "lease_seconds": row.lease_seconds,
             "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
+            "registration": _optional(row.registration),
+            "directive": row.directive,
         },
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.store.backend import Finished
@@ -107,7 +107,8 @@ class FinishWaiters:
 class ClaimTicket:
     """One caller that waits for the queue to fill."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker_id: str | None = None) -> None:
+        self.worker_id = worker_id
         self.signal = _Signal()
         self.woken = False
         self.replaced = False
@@ -121,9 +122,9 @@ class ClaimWaiters:
         self._tickets: OrderedDict[ClaimTicket, str | None] = OrderedDict()
         self._by_request: dict[str, ClaimTicket] = {}
 
-    def join(self, request_id: str | None) -> ClaimTicket:
+    def join(self, worker_id: str | None, request_id: str | None) -> ClaimTicket:
         """Stand in line. Look at the queue after this. An older ticket with the same request is replaced."""
-        ticket = ClaimTicket()
+        ticket = ClaimTicket(worker_id)
         with self._lock:
             if request_id is not None:
                 older = self._by_request.get(request_id)
@@ -146,6 +147,13 @@ class ClaimWaiters:
         """There are ``count`` more rollouts in the queue."""
         with self._lock:
             self._wake(count)
+
+    def wake_workers(self, worker_ids: Collection[str]) -> None:
+        """Something has changed for these workers: they shall look, whatever the queue holds."""
+        with self._lock:
+            for ticket in [each for each in self._tickets if each.worker_id in worker_ids]:
+                self._forget(ticket)
+                ticket.signal.raise_flag()
 
     def close(self, error: AgentLightningError) -> None:
         """Nothing will happen any more: every waiter gets ``error``."""

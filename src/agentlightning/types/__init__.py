@@ -55,7 +55,7 @@ from agentlightning.types.tasks import (
 )
 from agentlightning.types.unset import UNSET, Unset
 from agentlightning.types.verification import VerificationReport, Violation
-from agentlightning.types.workers import Worker, WorkerStatus
+from agentlightning.types.workers import Worker, WorkerDirective, WorkerStatus
 
 __all__ = [
     "LLM",
@@ -106,6 +106,7 @@ __all__ = [
     "VerificationReport",
     "Violation",
     "Worker",
+    "WorkerDirective",
     "WorkerStatus",
     "convert_timestamp",
     "extract_extra_fields",

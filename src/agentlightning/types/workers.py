@@ -6,10 +6,13 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-__all__ = ["Worker", "WorkerStatus"]
+__all__ = ["Worker", "WorkerDirective", "WorkerStatus"]
 
 WorkerStatus: TypeAlias = Literal["idle", "busy", "unknown"]
 """`busy`: it holds an attempt; `unknown`: it was never heard of, or not for too long."""
+
+WorkerDirective: TypeAlias = Literal["drain", "stop"]
+"""`drain`: finish what you hold, take nothing new, then end; `stop`: give up what you hold, then end."""
 
 
 class Worker(BaseModel):
@@ -43,3 +46,9 @@ class Worker(BaseModel):
 
     lease_seconds: float | None = None
     """For how long the store counts the worker as alive after a heartbeat."""
+
+    registration: dict[str, Any] | None = None
+    """What the worker said of itself when it began: host, process, versions, labels. Any JSON object."""
+
+    directive: WorkerDirective | None = None
+    """What the worker has been asked to do; a worker that begins anew is free of it."""

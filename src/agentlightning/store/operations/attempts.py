@@ -8,7 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from agentlightning.errors import IdReused
-from agentlightning.lifecycle import attempts, reasons, workers
+from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started, standing
 from agentlightning.lifecycle.records import AttemptRow, Claim, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
@@ -40,8 +40,8 @@ async def claim(
     digest: bytes,
     confirm_seconds: float,
     mint: Callable[[], str],
-) -> list[Pair]:
-    """Start attempts of the next rollouts in the queue.
+) -> list[Pair] | None:
+    """Start attempts of the next rollouts in the queue; None for a worker that shall take no more work.
 
     A repeated request gets those of its attempts that it still has, be it none; it claims no others.
 
@@ -53,13 +53,16 @@ async def claim(
         if held is not None:
             return held
     now = tx.now()
+    worker = None if worker_id is None else await worker_of(tx, worker_id)
+    if worker is not None and worker.directive is not None:
+        await save_worker(tx, worker, workers.came_empty(worker, now))
+        return None
     lease = None if request_id is None else confirm_seconds
     taken: list[Pair] = []
     for rollout in await tx.next_claimable(limit):
         started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease, digest), now)
         taken.append(_pair(await save_started(tx, Change(rollout, None), started)))
-    if worker_id is not None:
-        worker = await worker_of(tx, worker_id)
+    if worker is not None:
         after = workers.took(worker, taken[-1].attempt, now) if taken else workers.came_empty(worker, now)
         await save_worker(tx, worker, after)
     return taken
@@ -133,14 +136,14 @@ async def report(tx: Transaction, rollout_id: str, attempt_id: str, said: Report
     return _pair(await save(tx, Change(*before), Change(after.rollout, attempt))).attempt
 
 
-async def lose_attempts(tx: Transaction, worker_id: str, message: str) -> list[AttemptRow]:
+async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
     """End all live attempts of a worker that is gone."""
     lost: list[AttemptRow] = []
     for attempt in reversed(await tx.attempts_by(AttemptsBy("worker_id", worker_id, live_only=True))):
         rollout = await tx.get(RolloutRow, attempt.rollout_id)
         if rollout is not None:
             before = Pair(rollout, attempt)
-            after = attempts.lose(before, Reason(reasons.WORKER_LOST, message), tx.now())
+            after = attempts.lose(before, reason, tx.now())
             lost.append(_pair(await save(tx, Change(*before), Change(*after))).attempt)
     return lost
 

@@ -3,40 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from agentlightning.errors import NotFound
 from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import standing
-from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Transaction
+from agentlightning.store.backend import Directed, PageQuery, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
 from agentlightning.store.operations.saving import save, save_worker, worker_of
+from agentlightning.types import WorkerDirective
 
-__all__ = ["beat", "lose"]
+__all__ = ["Beat", "beat", "direct", "lose"]
 
 
-async def beat(
-    tx: Transaction, worker_id: str, stats: bytes | None, attempt_ids: Sequence[str], lease_seconds: float | None
-) -> tuple[WorkerRow, list[str]]:
+class Beat(NamedTuple):
+    """What a worker says in a heartbeat; None leaves what is known as it is."""
+
+    stats: bytes | None = None
+    attempt_ids: Sequence[str] = ()
+    lease_seconds: float | None = None
+    registration: bytes | None = None
+    """As canonical JSON."""
+
+
+async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, list[str]]:
     """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost)."""
-    stale = [each for each in attempt_ids if not await _beat_attempt(tx, worker_id, each)]
+    stale = [each for each in said.attempt_ids if not await _beat_attempt(tx, worker_id, each)]
     worker = await worker_of(tx, worker_id)
-    return await save_worker(tx, worker, workers.beat(worker, lease_seconds, stats, tx.now())), stale
+    heard = workers.beat(worker, said.lease_seconds, said.stats, tx.now())
+    if said.registration is not None:
+        heard = workers.register(heard, said.registration)
+    return await save_worker(tx, worker, heard), stale
 
 
-async def lose(tx: Transaction, worker_id: str, message: str) -> list[AttemptRow]:
+async def lose(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
     """End the live attempts of a worker that is known to be dead.
 
     Raises:
         NotFound: the worker is unknown.
     """
-    if await tx.get(WorkerRow, worker_id) is None:
-        raise NotFound(f"there is no worker {worker_id!r} in this store")
-    lost = await lose_attempts(tx, worker_id, message)
+    await _known(tx, worker_id)
+    lost = await lose_attempts(tx, worker_id, reason)
     worker = await worker_of(tx, worker_id)
     await save_worker(tx, worker, workers.lose(worker))
     return lost
+
+
+async def direct(
+    tx: Transaction, directive: WorkerDirective | None, worker_ids: Sequence[str] | None
+) -> list[WorkerRow]:
+    """Ask workers to drain or to stop, or take that back; all that are known, where none are named.
+
+    Raises:
+        NotFound: one of them is unknown.
+    """
+    if worker_ids is None:
+        rows: list[WorkerRow] = (await tx.page(PageQuery("workers", with_total=False))).rows
+    else:
+        rows = [await _known(tx, each) for each in dict.fromkeys(worker_ids)]
+    directed: list[WorkerRow] = []
+    for row in rows:
+        after = workers.direct(row, directive)
+        directed.append(row if after is row else await save_worker(tx, row, after))
+    if directive is not None:
+        tx.publish(Directed(frozenset(row.worker_id for row in directed)))
+    return directed
+
+
+async def _known(tx: Transaction, worker_id: str) -> WorkerRow:
+    worker = await tx.get(WorkerRow, worker_id)
+    if worker is None:
+        raise NotFound(f"there is no worker {worker_id!r} in this store")
+    return worker
 
 
 async def _beat_attempt(tx: Transaction, worker_id: str, attempt_id: str) -> bool:

@@ -27,7 +27,7 @@ _KEYS = {
 _BLOBS: dict[type[Any], Callable[[Any], tuple[bytes | None, ...]]] = {
     RolloutRow: lambda row: (row.input, row.metadata),
     AttemptRow: lambda row: (row.metadata,),
-    WorkerRow: lambda row: (row.heartbeat_stats,),
+    WorkerRow: lambda row: (row.heartbeat_stats, row.registration),
 }
 
 

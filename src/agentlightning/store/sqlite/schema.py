@@ -127,7 +127,12 @@ CREATE TABLE counters (
 ) WITHOUT ROWID;
 """
 
-MIGRATIONS: Sequence[str] = (_VERSION_1,)
+_VERSION_2 = """
+ALTER TABLE workers ADD COLUMN registration BLOB;
+ALTER TABLE workers ADD COLUMN directive TEXT;
+"""
+
+MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2)
 """Script number n brings a file from version n to version n + 1."""
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentlightning.errors import (
         AgentLightningError as AgentLightningError,
+        BadRequest as BadRequest,
         Conflict as Conflict,
         CorruptStore as CorruptStore,
         DiskFull as DiskFull,
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
         InvalidValue as InvalidValue,
         MissingExtra as MissingExtra,
         NewerSchema as NewerSchema,
+        NoSuchRoute as NoSuchRoute,
+        NotAllowed as NotAllowed,
+        NotAuthenticated as NotAuthenticated,
         NotFound as NotFound,
         NotJson as NotJson,
+        Overloaded as Overloaded,
         StaleAttempt as StaleAttempt,
         StoreClosed as StoreClosed,
         StoreForked as StoreForked,
@@ -111,6 +116,7 @@ if TYPE_CHECKING:
 
 _MODULE_NAMES = {
     "AgentLightningError": "agentlightning.errors",
+    "BadRequest": "agentlightning.errors",
     "Conflict": "agentlightning.errors",
     "CorruptStore": "agentlightning.errors",
     "DiskFull": "agentlightning.errors",
@@ -121,8 +127,12 @@ _MODULE_NAMES = {
     "InvalidValue": "agentlightning.errors",
     "MissingExtra": "agentlightning.errors",
     "NewerSchema": "agentlightning.errors",
+    "NoSuchRoute": "agentlightning.errors",
+    "NotAllowed": "agentlightning.errors",
+    "NotAuthenticated": "agentlightning.errors",
     "NotFound": "agentlightning.errors",
     "NotJson": "agentlightning.errors",
+    "Overloaded": "agentlightning.errors",
     "StaleAttempt": "agentlightning.errors",
     "StoreClosed": "agentlightning.errors",
     "StoreForked": "agentlightning.errors",

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 __all__ = [
     "AgentLightningError",
+    "BadRequest",
     "Conflict",
     "CorruptStore",
     "DiskFull",
@@ -25,8 +26,12 @@ __all__ = [
     "InvalidValue",
     "MissingExtra",
     "NewerSchema",
+    "NoSuchRoute",
+    "NotAllowed",
+    "NotAuthenticated",
     "NotFound",
     "NotJson",
+    "Overloaded",
     "StaleAttempt",
     "StoreClosed",
     "StoreForked",
@@ -114,6 +119,13 @@ class StoreUnavailable(AgentLightningError):
     status = 503
 
 
+class Overloaded(StoreUnavailable):
+    """The server has too much to do and took nothing of this request. Wait, then send it again."""
+
+    code = "overloaded"
+    status = 429
+
+
 class StoreClosed(StoreUnavailable):
     """The store was closed. Open a new one."""
 
@@ -162,6 +174,34 @@ class NewerSchema(StoreUnavailable):
     """The database was written by a newer Agent Lightning. Upgrade; there is no way down."""
 
     code = "newer_schema"
+
+
+class NotAuthenticated(AgentLightningError):
+    """The server asks for an API key, and got none or another. Give the right one."""
+
+    code = "not_authenticated"
+    status = 401
+
+
+class NotAllowed(AgentLightningError):
+    """The server refuses requests that come this way: under this host name, or from this web page."""
+
+    code = "not_allowed"
+    status = 403
+
+
+class BadRequest(AgentLightningError):
+    """What was sent is not a request that this server understands: no such path, method or content type."""
+
+    code = "bad_request"
+    status = 400
+
+
+class NoSuchRoute(BadRequest):
+    """The server has nothing under this path. Check the URL, and that it is a server of this version."""
+
+    code = "no_such_route"
+    status = 404
 
 
 class MissingExtra(AgentLightningError, ImportError):

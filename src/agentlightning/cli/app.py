@@ -87,7 +87,8 @@ def _root(
 
     Commands that ask a store take [bold]--url[/bold]: a server (http://host:4747), or a database file.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 store not reachable, 5 verify found violations, 130 Ctrl+C.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 store not reachable, 5 violations found,
+    130 Ctrl+C.
     """
 
 

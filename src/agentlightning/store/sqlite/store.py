@@ -20,14 +20,15 @@ from agentlightning.store.sqlite.backup import (
     unfinished,
 )
 from agentlightning.store.sqlite.connections import DURABILITIES, Durability
+from agentlightning.store.sqlite.view import ViewBackend
 
-__all__ = ["InMemoryLightningStore", "LightningStoreThreaded", "SqliteLightningStore"]
+__all__ = ["InMemoryLightningStore", "LightningStoreThreaded", "ReadOnlySqliteStore", "SqliteLightningStore"]
 
 
 class _SqliteStore(EngineStore):
-    """What both stores offer beyond the contract."""
+    """What these stores offer beyond the contract."""
 
-    def __init__(self, backend: SqliteBackend, ids: IdSource | None, clock: Clock) -> None:
+    def __init__(self, backend: SqliteBackend | ViewBackend, ids: IdSource | None, clock: Clock) -> None:
         super().__init__(backend, ids or TimeOrderedIds(clock.wall))
         self._backend = backend
 
@@ -102,6 +103,22 @@ class SqliteLightningStore(_SqliteStore):
         finally:
             for leftover in leftovers:
                 leftover.unlink(missing_ok=True)
+
+
+class ReadOnlySqliteStore(_SqliteStore):
+    """A database file that is read beside its owner, who may be any process of this machine, or none.
+
+    It shows what was last committed, and can be backed up. Calls that write, or wait for something, raise
+    ``StoreUnavailable``. Nothing expires here: an attempt is shown as running until its owner has ended it.
+
+    Args:
+        path: the database file, which must exist.
+        clock: where time comes from.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, clock: Clock | None = None) -> None:
+        clock = clock or SystemClock()
+        super().__init__(ViewBackend(Path(path), clock), None, clock)
 
 
 _REPLACED = {

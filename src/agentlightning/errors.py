@@ -32,12 +32,14 @@ __all__ = [
     "NotFound",
     "NotJson",
     "Overloaded",
+    "SpoolFull",
     "StaleAttempt",
     "StoreClosed",
     "StoreForked",
     "StoreOwned",
     "StoreStopped",
     "StoreUnavailable",
+    "StoreUnreachable",
     "TooLarge",
     "error_classes",
 ]
@@ -124,6 +126,18 @@ class Overloaded(StoreUnavailable):
 
     code = "overloaded"
     status = 429
+
+
+class StoreUnreachable(StoreUnavailable):
+    """No server answered in time. What was asked may have been done all the same; a repeat with the same ids is safe."""
+
+    code = "store_unreachable"
+
+
+class SpoolFull(StoreUnavailable):
+    """The server is out of reach, and the disk space kept for spans that wait for it is used up. Keep them, and wait."""
+
+    code = "spool_full"
 
 
 class StoreClosed(StoreUnavailable):

@@ -1,0 +1,145 @@
+"""Building a component from whatever a user gives for it.
+
+A spec is one of: an object of the right type; a class; a function that returns one; a name of a
+registry (``"cs"``); the dotted path of a class or function (``"my.module.MyAlgorithm"``); or a dict
+with ``type`` (a dotted path) or ``name`` (of a registry) and the keyword arguments beside it. The same
+shapes as in agentlightning 0.3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
+
+from agentlightning.errors import InvalidValue
+
+__all__ = ["ComponentSpec", "build_component", "load_class"]
+
+T = TypeVar("T")
+
+ComponentSpec: TypeAlias = T | type[T] | Callable[[], T] | str | dict[str, Any] | None
+"""What may be given for a component of type ``T``; ``None`` means the default."""
+
+
+def load_class(path: str) -> Callable[..., Any]:
+    """Import the class or function named by a dotted path.
+
+    Raises:
+        InvalidValue: there is no such module, or nothing callable of that name in it.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise InvalidValue(f"{path!r} is no dotted path; write package.module.ClassName")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that exists and needs another one which does not is that module's error, not this name's.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise InvalidValue(f"{path!r} cannot be imported: there is no module {error.name!r}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise InvalidValue(f"module {module_name!r} has no class or function {name!r}")
+    return cast("Callable[..., Any]", found)
+
+
+def build_component(
+    spec: ComponentSpec[T],
+    *,
+    expected_type: type[T],
+    spec_name: str,
+    default_factory: Callable[[], T] | None = None,
+    allow_none: bool = False,
+    optional_defaults: Mapping[str, Callable[[], Any]] | None = None,
+    dict_default_cls: type[T] | None = None,
+    registry: Mapping[str, str] | None = None,
+) -> T | None:
+    """Make a component of ``expected_type`` from its spec.
+
+    Args:
+        spec: see the module.
+        expected_type: what must come out.
+        spec_name: the argument the spec was given for, for messages.
+        default_factory: makes the component when ``spec`` is None.
+        allow_none: whether None may come out when there is no default.
+        optional_defaults: arguments by name, with what computes them, passed to a class or factory that takes
+            an argument of that name and was not given one.
+        dict_default_cls: the class of a dict that names none.
+        registry: dotted paths by short name.
+
+    Raises:
+        InvalidValue: the spec is none of these, names what does not exist, or made something else. (It is a
+            ``ValueError``, too.)
+        TypeError: the class does not take the arguments given.
+    """
+    if spec is None:
+        if default_factory is not None:
+            return default_factory()
+        if allow_none:
+            return None
+        raise InvalidValue(f"{spec_name} is None and has no default; give one")
+    if isinstance(spec, expected_type):
+        return cast("T", spec)  # the type checker still thinks of classes and functions that happen to be a T
+    factory, arguments = _factory_of(spec, spec_name, expected_type, dict_default_cls, registry or {})
+    made = factory(**arguments, **_missing(factory, arguments, optional_defaults or {}))
+    if not isinstance(made, expected_type):
+        raise InvalidValue(
+            f"{spec_name}={spec!r} made a {type(made).__name__}, and a {expected_type.__name__} is needed"
+        )
+    return made
+
+
+def _factory_of(
+    spec: object,
+    spec_name: str,
+    expected_type: type[Any],
+    dict_default_cls: type[Any] | None,
+    registry: Mapping[str, str],
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the component, and the arguments that the spec gives it."""
+    if isinstance(spec, str):
+        return load_class(_path_of(spec, spec_name, registry)), {}
+    if isinstance(spec, dict):
+        arguments = dict(cast("dict[str, Any]", spec))
+        type_name, short_name = arguments.pop("type", None), arguments.pop("name", None)
+        if type_name is not None and short_name is not None:
+            raise InvalidValue(f"{spec_name}={spec!r} has both 'type' and 'name'; give one of them")
+        named = type_name if type_name is not None else short_name
+        if named is None:
+            if dict_default_cls is None:
+                raise InvalidValue(f"{spec_name}={spec!r} does not say what to make; add 'type' or 'name'")
+            return dict_default_cls, arguments
+        if isinstance(named, str):
+            return load_class(_path_of(named, spec_name, registry)), arguments
+        if callable(named):
+            return cast("Callable[..., Any]", named), arguments
+        raise InvalidValue(f"{spec_name}={spec!r}: 'type' is a {type(named).__name__}; give a dotted path or a class")
+    if callable(spec):
+        return cast("Callable[..., Any]", spec), {}
+    raise InvalidValue(
+        f"{spec_name} is a {type(spec).__name__}; give a {expected_type.__name__}, its class, a function that "
+        "returns one, a name, or a dict with 'type' or 'name'"
+    )
+
+
+def _path_of(name: str, spec_name: str, registry: Mapping[str, str]) -> str:
+    if name in registry:
+        return registry[name]
+    if "." not in name:
+        known = ", ".join(sorted(registry)) or "none here"
+        raise InvalidValue(f"{spec_name}={name!r} is neither a dotted path nor a known name ({known})")
+    return name
+
+
+def _missing(
+    factory: Callable[..., Any], given: Mapping[str, Any], defaults: Mapping[str, Callable[[], Any]]
+) -> dict[str, Any]:
+    """Those defaults that the factory has a place for and was not given."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # a builtin that does not tell
+        return {}
+    named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return {name: make() for name, make in defaults.items() if name in named and name not in given}

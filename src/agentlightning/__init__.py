@@ -45,6 +45,11 @@ if TYPE_CHECKING:
         resolve_int_env_var as resolve_int_env_var,
         resolve_str_env_var as resolve_str_env_var,
     )
+    from agentlightning.legacy.client import (
+        AgentLightningClient as AgentLightningClient,
+        DevTaskLoader as DevTaskLoader,
+    )
+    from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
     from agentlightning.store.base import (
         LightningStore as LightningStore,
         LightningStoreCapabilities as LightningStoreCapabilities,
@@ -148,6 +153,9 @@ _MODULE_NAMES = {
     "resolve_bool_env_var": "agentlightning.settings",
     "resolve_int_env_var": "agentlightning.settings",
     "resolve_str_env_var": "agentlightning.settings",
+    "AgentLightningClient": "agentlightning.legacy.client",
+    "DevTaskLoader": "agentlightning.legacy.client",
+    "AgentLightningServer": "agentlightning.legacy.server",
     "LightningStore": "agentlightning.store.base",
     "LightningStoreCapabilities": "agentlightning.store.base",
     "LightningStoreStatistics": "agentlightning.store.base",

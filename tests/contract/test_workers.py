@@ -132,6 +132,8 @@ async def test_a_heartbeat_registers_a_worker(stores: Stores) -> None:
             "current_attempt_id": None,
             "stale_attempt_ids": None,
             "lease_seconds": None,
+            "registration": None,
+            "directive": None,
         }
         assert await store.get_worker_by_id("worker") == worker
 

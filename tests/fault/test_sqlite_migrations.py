@@ -101,6 +101,33 @@ def test_a_file_of_the_newest_version_is_left_alone(database: Path) -> None:
         assert connection.total_changes() == changes
 
 
+def test_a_file_of_the_first_version_keeps_its_workers(tmp_path: Path) -> None:
+    """Version 2 adds to them what they say of themselves and what is asked of them: nothing, so far."""
+    database = tmp_path / "old.db"
+    open_writer(str(database), "full", vfs=None, migrations=MIGRATIONS[:1]).close()
+    with closing(apsw.Connection(str(database))) as connection:
+        assert check_identity(connection, VERSION) == 1
+        connection.execute(
+            "INSERT INTO workers (version, worker_id, status, heartbeat_stats, lease_seconds, beaten_lease) "
+            "VALUES (3, 'worker', 'idle', '{\"load\":1}', 20.0, 5.0); "
+            "INSERT INTO counters VALUES ('workers', 1)"
+        )
+
+    async def check_workers() -> None:
+        async with SqliteLightningStore(database) as store:
+            [worker] = await store.query_workers()
+            assert (worker.worker_id, worker.heartbeat_stats, worker.lease_seconds) == ("worker", {"load": 1}, 20.0)
+            assert (worker.registration, worker.directive) == (None, None)
+            await store.update_worker("worker", registration={"pid": 1})
+            await store.direct_workers("drain")
+            await assert_sound(store)
+        async with SqliteLightningStore(database) as store:
+            [worker] = await store.query_workers()
+            assert (worker.registration, worker.directive) == ({"pid": 1}, "drain")
+
+    asyncio.run(check_workers())
+
+
 @pytest.mark.parametrize("operation", ["write", "sync"])
 def test_a_disk_that_fails_during_a_migration_leaves_the_old_version_or_the_new(tmp_path: Path, operation: Any) -> None:
     """At its first operation, its second, and so on."""
@@ -116,7 +143,7 @@ def test_a_disk_that_fails_during_a_migration_leaves_the_old_version_or_the_new(
                 disk.mend()
             survived = disk.failures == 0
         with closing(apsw.Connection(str(database))) as connection:
-            assert check_identity(connection, VERSION) in (0, VERSION)
+            assert check_identity(connection, VERSION) in range(VERSION + 1)  # each migration is a step of its own
         asyncio.run(check(database, 0))
         passing += 1
     assert passing > 2

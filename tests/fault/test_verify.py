@@ -120,6 +120,7 @@ BROKEN = [
     ),
     Broken("known_state", "attempt at-done-1", "UPDATE attempts SET status = 'won' WHERE attempt_id = 'at-done-1'"),
     Broken("known_state", "worker worker-1", "UPDATE workers SET status = 'tired'"),
+    Broken("known_state", "worker worker-1", "UPDATE workers SET directive = 'sleep'"),
     # Attempts of a rollout
     Broken(
         "attempts_numbered", "rollout ro-retry", "UPDATE attempts SET sequence_id = 3 WHERE attempt_id = 'at-retry-2'"
@@ -225,6 +226,7 @@ BROKEN = [
         "resources_readable", "resources rs-1 version 2", "UPDATE resources SET resources = x'7b' WHERE version = 2"
     ),
     Broken("json_valid", "worker worker-1", "UPDATE workers SET heartbeat_stats = x'7b'"),
+    Broken("json_valid", "worker worker-1", "UPDATE workers SET registration = x'7b'"),
     # Workers
     Broken("worker_holds_attempt", "worker worker-1", "UPDATE workers SET current_attempt_id = 'at-done-1'"),
     Broken("worker_holds_attempt", "worker worker-1", "UPDATE workers SET current_attempt_id = 'at-0'"),

@@ -63,12 +63,12 @@ EDITS: tuple[dict[str, Any], ...] = (
     {"config": CONFIGS[0], "input": 7},
     *({"config": config} for config in CONFIGS[1:7:2]),
 )
-SIMPLE_CALL = st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat"])
+SIMPLE_CALL = st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat", "direct"])
 SORTABLE = {
     "rollouts": ("rollout_id", "start_time", "end_time", "mode", "resources_version", "priority", "status"),
     "attempts": ("sequence_id", "attempt_id", "end_time", "last_heartbeat_time", "worker_id", "status", "reason_code"),
     "spans": ("sequence_id", "span_id", "attempt_id", "name"),
-    "workers": ("worker_id", "status", "last_heartbeat_time", "last_idle_time", "current_attempt_id", "lease_seconds"),
+    "workers": ("worker_id", "status", "last_heartbeat_time", "last_idle_time", "current_attempt_id", "directive"),
     "resources": ("resources_id", "version", "create_time", "update_time"),
     "versions": ("version",),
 }

@@ -311,15 +311,23 @@ class StoreMachine(AskingMachine):
 
     # --- Workers ---------------------------------------------------------------------------------
 
-    def _beat(self, worker_id: str, stats: Any, attempt_ids: Sequence[str] | None, lease: float | None) -> Call:
+    def _beat(
+        self,
+        worker_id: str,
+        stats: Any,
+        attempt_ids: Sequence[str] | None,
+        lease: float | None,
+        registration: dict[str, Any] | None = None,
+    ) -> Call:
         return Call(
             lambda: self.store.update_worker(
                 worker_id,
                 UNSET if stats is None else stats,
                 attempt_ids=UNSET if attempt_ids is None else attempt_ids,
                 lease_seconds=lease or UNSET,
+                registration=UNSET if registration is None else registration,
             ),
-            lambda _: self.reference.update_worker(worker_id, stats, attempt_ids, lease),
+            lambda _: self.reference.update_worker(worker_id, stats, attempt_ids, lease, registration),
             [
                 self.reference.attempts[each]["rollout_id"]
                 for each in attempt_ids or ()
@@ -342,14 +350,31 @@ class StoreMachine(AskingMachine):
         given = [each["attempt_id"] for each in self.reference.attempts.values() if each["worker_id"] == worker_id]
         self.do(self._beat(worker_id, None, given[-6:], None))
 
-    @rule(worker_id=st.sampled_from(["w1", "w2", "w3"]))
-    def report_worker_lost(self, worker_id: str) -> None:
+    @rule(worker_id=st.sampled_from(["w1", "w2", "w3"]), number=st.integers(0, 2))
+    def register(self, worker_id: str, number: int) -> None:
+        self.do(self._beat(worker_id, None, None, None, {"pid": number, "host": "here"}))
+
+    @rule(worker_id=st.sampled_from(["w1", "w2", "w3"]), code=REASON_CODE)
+    def report_worker_lost(self, worker_id: str, code: str | None) -> None:
         self.do(
             Call(
-                lambda: self.store.report_worker_lost(worker_id, message="its process died"),
-                lambda _: self.reference.lose_worker(worker_id),
+                lambda: self.store.report_worker_lost(worker_id, message="its process died", reason_code=code),
+                lambda _: self.reference.lose_worker(worker_id, code),
             )
         )
+
+    def _direct(self, directive: Any, worker_ids: list[str] | None) -> Call:
+        return Call(
+            lambda: self.store.direct_workers(directive, worker_ids=worker_ids),
+            lambda _: self.reference.direct_workers(directive, worker_ids),
+        )
+
+    @rule(
+        directive=st.sampled_from(["drain", "stop", None, None]),
+        worker_ids=st.none() | st.lists(st.sampled_from(["w1", "w2", "w3"]), max_size=2),
+    )
+    def direct_workers(self, directive: Any, worker_ids: list[str] | None) -> None:
+        self.do(self._direct(directive, worker_ids))
 
     # --- Many at once ----------------------------------------------------------------------------
 
@@ -374,6 +399,8 @@ class StoreMachine(AskingMachine):
                 return self._add_spans(self._spans(pick, [(pick, 0), (pick + 1, 0)]))
             case "cancel":
                 return self._cancel(rollout_id)
+            case "direct":
+                return self._direct(("drain", None)[pick % 2], None if worker_id is None else [worker_id])
             case _:
                 return self._beat(worker_id or "w3", None, [attempt_id], None)
 

@@ -82,6 +82,9 @@ class ReferenceStore(ReferenceRecords):
                         self._hear(attempt)
                         attempt["_unconfirmed"] = True  # that reply may be lost as well
                 return [self.rollout_now(each["rollout_id"]) for each in held]
+        if worker_id is not None and self._worker(worker_id)["directive"] is not None:
+            self._heard_a_claim(worker_id, [])
+            return []
         queue = sorted(filter(waiting, self.rollouts.values()), key=lambda rollout: -rollout["priority"])
         claimed: list[Facts] = []
         for rollout in queue[:limit]:
@@ -89,14 +92,17 @@ class ReferenceStore(ReferenceRecords):
             self._make_attempt(rollout["rollout_id"], self.next_id(), worker_id, request_id, asked=asked)
             claimed.append(self.rollout_now(rollout["rollout_id"]))
         if worker_id is not None:
-            worker = self._worker(worker_id)
-            worker.update(_heard=self.clock.monotonic(), _leased=worker["lease_seconds"] is not None)
-            if claimed:
-                self._hold(worker_id, self.attempts[claimed[-1]["attempt"]["attempt_id"]])
-                worker["last_dequeue_time"] = self.clock.wall()
-            elif worker["current_attempt_id"] is None:
-                self._idle(worker)
+            self._heard_a_claim(worker_id, claimed)
         return claimed
+
+    def _heard_a_claim(self, worker_id: str, claimed: Sequence[Facts]) -> None:
+        worker = self._worker(worker_id)
+        worker.update(_heard=self.clock.monotonic(), _leased=worker["lease_seconds"] is not None)
+        if claimed:
+            self._hold(worker_id, self.attempts[claimed[-1]["attempt"]["attempt_id"]])
+            worker["last_dequeue_time"] = self.clock.wall()
+        elif worker["current_attempt_id"] is None:
+            self._idle(worker)
 
     def start_attempt(self, rollout_id: str, worker_id: str | None, attempt_id: str | None) -> Facts:
         """A live attempt makes way."""
@@ -348,6 +354,7 @@ class ReferenceStore(ReferenceRecords):
         stats: Facts | None = None,
         attempt_ids: Sequence[str] | None = None,
         lease_seconds: float | None = None,
+        registration: Facts | None = None,
     ) -> Facts:
         """A heartbeat of a worker, and of the attempts that it lists; it is told which of them it has lost."""
         lost: list[str] = []
@@ -362,6 +369,8 @@ class ReferenceStore(ReferenceRecords):
         worker["heartbeat_stats"] = worker["heartbeat_stats"] if stats is None else stats
         worker["lease_seconds"] = lease_seconds or worker["lease_seconds"]
         worker["_leased"] = worker["lease_seconds"] is not None
+        if registration not in (None, worker["registration"]):
+            worker.update(registration=registration, directive=None)
         if worker["status"] == "unknown":
             if worker["current_attempt_id"] is None:
                 self._idle(worker)
@@ -369,8 +378,18 @@ class ReferenceStore(ReferenceRecords):
                 worker["status"] = "busy"
         return shown(worker) | ({} if attempt_ids is None else {"stale_attempt_ids": lost})
 
-    def lose_worker(self, worker_id: str) -> list[Facts]:
+    def direct_workers(self, directive: str | None, worker_ids: Sequence[str] | None) -> list[Facts]:
+        """All that are named, or none; nobody named: all."""
+        chosen = list(self.workers if worker_ids is None else dict.fromkeys(worker_ids))
+        if any(each not in self.workers for each in chosen):
+            raise Refused("not_found")
+        for each in chosen:
+            self.workers[each]["directive"] = directive
+        return [shown(self.workers[each]) for each in chosen]
+
+    def lose_worker(self, worker_id: str, reason_code: str | None = None) -> list[Facts]:
         """It is gone: attempts that it had confirmed are lost, others are handed out again."""
+        check_code(reason_code)
         if worker_id not in self.workers:
             raise Refused("not_found")
         held = self._held_by(worker_id)
@@ -378,7 +397,7 @@ class ReferenceStore(ReferenceRecords):
             if attempt["_unconfirmed"]:
                 self._redeliver(attempt)
             else:
-                self._end_attempt(attempt, "unresponsive", "worker_lost")
+                self._end_attempt(attempt, "unresponsive", reason_code or "worker_lost")
                 self._settle_rollout(attempt)
         self._worker(worker_id).update(
             status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False
@@ -398,6 +417,8 @@ class ReferenceStore(ReferenceRecords):
             "current_rollout_id": None,
             "current_attempt_id": None,
             "lease_seconds": None,
+            "registration": None,
+            "directive": None,
             "_heard": 0.0,
             "_leased": False,
         }

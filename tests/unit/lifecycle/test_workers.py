@@ -141,3 +141,27 @@ def test_one_that_was_lost_is_known_again_when_it_beats() -> None:
     lost = workers.lose(a_worker(**HOLDING, lease_seconds=20.0, deadline=950.0))
     after = workers.beat(lost, None, None, NOW)
     assert (after.status, after.deadline) == ("idle", NOW.lease + 20.0)
+
+
+class TestRegistration:
+    def test_one_that_begins_anew_is_free_of_what_was_asked_of_it(self) -> None:
+        before = a_worker(registration=b'{"pid":1}', directive="drain")
+        after = workers.register(before, b'{"pid":2}')
+        assert changed(before, after) == {"registration": b'{"pid":2}', "directive": None}
+
+    def test_one_that_says_again_what_it_is_changes_nothing(self) -> None:
+        before = a_worker(registration=b'{"pid":1}', directive="drain")
+        assert workers.register(before, b'{"pid":1}') is before
+
+
+class TestDirectives:
+    @pytest.mark.parametrize("directive", ["drain", "stop", None])
+    def test_what_is_asked_last_holds(self, directive: Any) -> None:
+        for before in (a_worker(directive="drain"), a_worker(directive="stop"), a_worker()):
+            after = workers.direct(before, directive)
+            assert after.directive == directive
+            assert (after is before) == (before.directive == directive)
+
+    def test_neither_a_heartbeat_nor_a_loss_takes_it_back(self) -> None:
+        asked = a_worker(directive="stop", lease_seconds=20.0, deadline=950.0)
+        assert workers.beat(workers.lose(asked), 5.0, b"{}", NOW).directive == "stop"

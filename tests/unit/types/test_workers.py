@@ -19,6 +19,8 @@ def test_defaults() -> None:
         "current_attempt_id": None,
         "stale_attempt_ids": None,
         "lease_seconds": None,
+        "registration": None,
+        "directive": None,
     }
 
 
@@ -29,3 +31,9 @@ def test_no_stale_attempts_is_not_the_same_as_not_said() -> None:
 def test_other_statuses_are_refused() -> None:
     with pytest.raises(ValidationError):
         Worker.model_validate({"worker_id": "w", "status": "dead"})
+
+
+def test_other_directives_are_refused() -> None:
+    assert Worker(worker_id="w", directive="drain").directive == "drain"
+    with pytest.raises(ValidationError):
+        Worker.model_validate({"worker_id": "w", "directive": "pause"})

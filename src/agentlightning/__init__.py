@@ -39,17 +39,17 @@ if TYPE_CHECKING:
         StoreUnreachable as StoreUnreachable,
         TooLarge as TooLarge,
     )
+    from agentlightning.legacy.client import (
+        AgentLightningClient as AgentLightningClient,
+        DevTaskLoader as DevTaskLoader,
+    )
+    from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
     from agentlightning.settings import (
         LightningEnvVar as LightningEnvVar,
         resolve_bool_env_var as resolve_bool_env_var,
         resolve_int_env_var as resolve_int_env_var,
         resolve_str_env_var as resolve_str_env_var,
     )
-    from agentlightning.legacy.client import (
-        AgentLightningClient as AgentLightningClient,
-        DevTaskLoader as DevTaskLoader,
-    )
-    from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
     from agentlightning.store.base import (
         LightningStore as LightningStore,
         LightningStoreCapabilities as LightningStoreCapabilities,

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         LightningStore as LightningStore,
         LightningStoreCapabilities as LightningStoreCapabilities,
         LightningStoreStatistics as LightningStoreStatistics,
+        StoreHost as StoreHost,
         is_finished as is_finished,
         is_queuing as is_queuing,
         is_running as is_running,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from agentlightning.store.sqlite.store import (
         InMemoryLightningStore as InMemoryLightningStore,
         LightningStoreThreaded as LightningStoreThreaded,
+        ReadOnlySqliteStore as ReadOnlySqliteStore,
         SqliteLightningStore as SqliteLightningStore,
     )
     from agentlightning.types import (
@@ -159,11 +161,13 @@ _MODULE_NAMES = {
     "LightningStore": "agentlightning.store.base",
     "LightningStoreCapabilities": "agentlightning.store.base",
     "LightningStoreStatistics": "agentlightning.store.base",
+    "StoreHost": "agentlightning.store.base",
     "is_finished": "agentlightning.store.base",
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
+    "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",
     "SqliteLightningStore": "agentlightning.store.sqlite.store",
     "LLM": "agentlightning.types",
     "UNSET": "agentlightning.types",

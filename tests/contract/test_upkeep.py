@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -36,15 +37,17 @@ NO_ROLLOUTS = dict.fromkeys(
 
 async def _counts(store: LightningStore) -> dict[str, Any]:
     counts = dict(await store.statistics())
-    del counts["name"], counts["uptime"]
+    del counts["name"], counts["uptime"], counts["host"]
     return counts
 
 
 async def test_statistics_of_an_empty_store(stores: Stores) -> None:
-    async with stores.open() as (store, _):
+    async with stores.open() as (store, clock):
         statistics = await store.statistics()
         assert statistics["name"]
         assert 0 <= statistics["uptime"] < 60
+        assert statistics["host"]["version"] == version("agentlightning")
+        assert statistics["host"]["time"] == clock.wall()
         assert await _counts(store) == {
             "total_rollouts": 0,
             "total_attempts": 0,

@@ -19,7 +19,7 @@ async def dump(store: LightningStore) -> dict[str, Any]:
     rollouts = await store.query_rollouts()
     resources = await store.query_resources()
     statistics = dict(await store.statistics())
-    del statistics["uptime"]
+    del statistics["uptime"], statistics["host"]
     state: dict[str, Any] = {
         "statistics": statistics,
         "rollouts": _plain(rollouts),

@@ -256,6 +256,10 @@ class Backend(Protocol):
         """The lease clock of ``now``, outside a transaction."""
         ...
 
+    def disk(self) -> tuple[int, int] | None:
+        """Free and total bytes of the disk that holds the data; None if that is not known here."""
+        ...
+
     def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
         """Run ``op`` in a transaction; the result comes when it is durable."""
         ...

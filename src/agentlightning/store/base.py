@@ -53,6 +53,7 @@ __all__ = [
     "LightningStore",
     "LightningStoreCapabilities",
     "LightningStoreStatistics",
+    "StoreHost",
     "is_finished",
     "is_queuing",
     "is_running",
@@ -71,6 +72,18 @@ class LightningStoreCapabilities(TypedDict, total=False):
     otlp_traces: bool
 
 
+class StoreHost(TypedDict, total=False):
+    """Where the store runs, for comparison with where it is asked from; an absent key means unknown."""
+
+    time: float
+    """Its wall clock, in seconds since the Unix epoch."""
+    version: str
+    """The version of Agent Lightning that it runs."""
+    disk_free_bytes: int
+    """Room on the disk that holds the database."""
+    disk_total_bytes: int
+
+
 class LightningStoreStatistics(TypedDict, total=False):
     """Counts of everything stored; none of them costs a scan."""
 
@@ -84,6 +97,7 @@ class LightningStoreStatistics(TypedDict, total=False):
     """Seconds since the store was opened."""
     rollouts_by_status: dict[str, int]
     total_span_bytes: int
+    host: StoreHost
 
 
 def is_queuing(rollout: Rollout) -> bool:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store import views
 from agentlightning.store.backend import Filter, Finished, Page, PageQuery, ReadTransaction, ResourcesBy
-from agentlightning.store.base import LightningStore, LightningStoreCapabilities, LightningStoreStatistics
+from agentlightning.store.base import (
+    LightningStore,
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    StoreHost,
+)
 from agentlightning.store.core import Core
 from agentlightning.store.door import check_finite, check_id, check_version
 from agentlightning.store.queries import Paging, as_of, contains, either, equals, paged, within
@@ -53,10 +60,10 @@ class ReadingStore(LightningStore):
         return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
 
     async def statistics(self) -> LightningStoreStatistics:
-        async def counters(tx: ReadTransaction) -> dict[str, int]:
-            return await tx.counters()
+        async def counters(tx: ReadTransaction) -> tuple[dict[str, int], float]:
+            return await tx.counters(), tx.now().wall
 
-        count = await self._core.read(counters)
+        count, now = await self._core.read(counters)
         by_status = {state: count.get(f"rollouts.{state}", 0) for state in _ROLLOUT_STATES}
         return {
             "name": self._core.backend.name,
@@ -68,6 +75,7 @@ class ReadingStore(LightningStore):
             "uptime": time.monotonic() - self._since,
             "rollouts_by_status": by_status,
             "total_span_bytes": count.get("span_bytes", 0),
+            "host": _host(now, self._core.backend.disk()),
         }
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
@@ -293,3 +301,15 @@ async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:
 
 def _is(field: str, value: str) -> Filter:
     return Filter(field, "equals", check_id(value, field))
+
+
+def _host(now: float, disk: tuple[int, int] | None) -> StoreHost:
+    host: StoreHost = {"time": now, "version": _version()}
+    if disk is not None:
+        host["disk_free_bytes"], host["disk_total_bytes"] = disk
+    return host
+
+
+@cache
+def _version() -> str:
+    return version("agentlightning")

@@ -21,7 +21,7 @@ from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.committer import CommitThread, commit_here
 from agentlightning.store.sqlite.connections import Durability, open_reader, open_writer
-from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
+from agentlightning.store.sqlite.faults import FAULTS, disk_room, stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
 from agentlightning.store.sqlite.owner import OwnerLock
 from agentlightning.store.sqlite.readers import ReaderPool
@@ -77,6 +77,10 @@ class SqliteBackend(ABC):
     def lease_now(self) -> float:
         """The lease clock: wall time when the store was opened, and real time since."""
         return self._lease_anchor + self._clock.monotonic()
+
+    @abstractmethod
+    def disk(self) -> tuple[int, int] | None:
+        """Free and total bytes of the disk that holds the data; None if that is not known here."""
 
     def moment(self) -> Moment:
         """Both clocks."""
@@ -176,6 +180,10 @@ class MemoryBackend(SqliteBackend):
     def __init__(self, clock: Clock) -> None:
         super().__init__(":memory:", clock)
 
+    def disk(self) -> tuple[int, int] | None:
+        """None: there is no disk."""
+        return None
+
     async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
         """Run ``op`` between two writes."""
         return await self._use().run(op)
@@ -231,6 +239,10 @@ class FileBackend(SqliteBackend):
         self._commit_thread = CommitThread()
         self._readers = ReaderPool(lambda: open_reader(self._path, vfs=vfs))
         self._long_reads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="agl-read")
+
+    def disk(self) -> tuple[int, int] | None:
+        """As the file system tells an ordinary user."""
+        return disk_room(Path(self._path))
 
     async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
         """Run ``op`` on a snapshot: short ones at once, long ones in a thread."""

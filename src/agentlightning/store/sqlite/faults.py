@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 import apsw
 import msgspec
@@ -17,7 +19,7 @@ from agentlightning.errors import (
     StoreUnavailable,
 )
 
-__all__ = ["FAULTS", "stops_store", "translate", "translate_os"]
+__all__ = ["FAULTS", "disk_room", "stops_store", "translate", "translate_os"]
 
 FAULTS = (apsw.Error, UnicodeDecodeError, msgspec.DecodeError, pydantic.ValidationError)
 """What comes up inside a transaction when the database fails, or when a stored value is not what was written."""
@@ -64,6 +66,15 @@ def translate_os(error: OSError, path: str) -> AgentLightningError:
     return StoreUnavailable(
         f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is writable"
     )
+
+
+def disk_room(path: Path) -> tuple[int, int] | None:
+    """Free and total bytes of the disk that holds the file, for an ordinary user; None if the system does not say."""
+    try:
+        room = os.statvfs(path.parent)
+    except OSError:
+        return None
+    return room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
 
 
 def stops_store(error: AgentLightningError) -> bool:

@@ -20,7 +20,7 @@ from agentlightning.store.backend import Event, ReadTransaction, Stopped, Transa
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.connections import open_reader
-from agentlightning.store.sqlite.faults import FAULTS, translate
+from agentlightning.store.sqlite.faults import FAULTS, disk_room, translate
 from agentlightning.store.sqlite.group_commit import run_to_end
 from agentlightning.store.sqlite.readers import ReaderPool
 from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity
@@ -91,6 +91,10 @@ class ViewBackend:
     def lease_now(self) -> float:
         """Before every deadline."""
         return _NOTHING_EXPIRES
+
+    def disk(self) -> tuple[int, int] | None:
+        """As the file system tells an ordinary user."""
+        return disk_room(self._path)
 
     def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
         """Refuse."""

@@ -69,6 +69,15 @@ def test_scalar_attributes_take_the_fast_way(attributes: dict[str, str | bool | 
     assert encode_plain(plain(attributes=attributes)) is not None
 
 
+def test_token_ids_and_a_parent_take_the_fast_way() -> None:
+    parent = SpanContext(trace_id="a", span_id="b", is_remote=False, trace_state={})
+    attributes = {"ids": [1, 2], "logprobs": [-0.5, 0.0], "names": ["a"], "flags": [True], "none": []}
+    span = plain(attributes=attributes, parent=parent, parent_id="b")
+    fast = encode_plain(span)
+    assert fast is not None
+    assert json.loads(fast) == json.loads(encode_any(span))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -81,6 +90,9 @@ def test_scalar_attributes_take_the_fast_way(attributes: dict[str, str | bool | 
         {"attributes": [1]},
         {"attributes": {"a": 2**63}},
         {"attributes": {"a": "\ud800"}},
+        {"attributes": {"a": [2**63]}},
+        {"attributes": {"a": ["\ud800"]}},
+        {"attributes": {"a": [[1]]}},
         {"name": "\ud800"},
         {"status": "OK"},
         {"status": TraceStatus.model_construct(status_code="FINE", description=None)},

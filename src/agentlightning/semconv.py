@@ -62,6 +62,8 @@ class LightningSpanAttributes(Enum):
     OPERATION_NAME = "agentlightning.operation.name"
     OPERATION_INPUT = "agentlightning.operation.input"
     OPERATION_OUTPUT = "agentlightning.operation.output"
+    MENDED = "agentlightning.mended"
+    """What the tracer had to change, because no store would have taken it: ``name``, ``attributes.KEY`` and so on."""
 
 
 class RewardAttributes(Enum):

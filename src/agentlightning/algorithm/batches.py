@@ -1,0 +1,104 @@
+"""Inputs in batches, and rollouts that are enqueued once however often they are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from agentlightning.errors import IdReused, IllegalMove
+from agentlightning.store.base import LightningStore, is_finished
+from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
+
+__all__ = ["batch_iter_over_dataset", "enqueue_once", "spans_of"]
+
+T = TypeVar("T")
+
+_READS_AT_ONCE = 32
+"""So that a step of thousands of rollouts does not open thousands of requests."""
+
+_WRITES_AT_ONCE = 500
+"""Rollouts in one enqueue: a body that any server takes."""
+
+
+def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Sequence[T]]:
+    """Yield the inputs in order, ``batch_size`` at a time; the last batch may be smaller.
+
+    Raises:
+        ValueError: ``batch_size`` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    size = len(dataset)
+    for begin in range(0, size, batch_size):
+        yield [dataset[index] for index in range(begin, min(begin + batch_size, size))]
+
+
+async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:
+    """Enqueue those that do not exist yet, and return the ids of all of them, in order.
+
+    A rollout that exists and has not ended gets the resources of its request: those that it was
+    enqueued with may name an endpoint that died with the process that ran before.
+
+    Args:
+        requests: with the ``rollout_id`` each, or else none of them can exist yet.
+
+    Raises:
+        IdReused: a rollout exists with another input.
+    """
+    named = [request.rollout_id for request in requests if request.rollout_id is not None]
+    known: dict[str, Rollout] = {}
+    for begin in range(0, len(named), _WRITES_AT_ONCE):
+        page = await store.query_rollouts(rollout_id_in=named[begin : begin + _WRITES_AT_ONCE])
+        known |= {rollout.rollout_id: rollout for rollout in page}
+    fresh: list[EnqueueRolloutRequest] = []
+    for request in requests:
+        rollout = known.get(request.rollout_id or "")
+        if rollout is None:
+            fresh.append(request)
+        else:
+            await _take_up(store, rollout, request)
+    made: list[Rollout] = []
+    for begin in range(0, len(fresh), _WRITES_AT_ONCE):
+        made.extend(await store.enqueue_many_rollouts(fresh[begin : begin + _WRITES_AT_ONCE]))
+    new_ids = iter([rollout.rollout_id for rollout in made])
+    return [
+        request.rollout_id if request.rollout_id is not None and request.rollout_id in known else next(new_ids)
+        for request in requests
+    ]
+
+
+async def spans_of(store: LightningStore, rollouts: Sequence[Rollout]) -> list[list[Span]]:
+    """Return the spans of the newest attempt of each rollout, in order."""
+    gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+    async def read(rollout: Rollout) -> list[Span]:
+        async with gate:
+            return list(await store.query_spans(rollout.rollout_id, "latest"))
+
+    return list(await asyncio.gather(*(read(rollout) for rollout in rollouts)))
+
+
+async def _take_up(store: LightningStore, rollout: Rollout, request: EnqueueRolloutRequest) -> None:
+    if rollout.input != request.input:
+        raise IdReused(
+            f"rollout {rollout.rollout_id!r} exists with the input {_short(rollout.input)}, not {_short(request.input)}; "
+            "the run of that name was started with another dataset or other settings: give it another name"
+        )
+    if not is_finished(rollout) and request.resources_id is not None:
+        await _repoint(store, rollout.rollout_id, request.resources_id)
+
+
+async def _repoint(store: LightningStore, rollout_id: str, resources_id: str) -> None:
+    try:
+        await store.update_rollout(rollout_id, resources_id=resources_id)
+    except IllegalMove:
+        # It ended in between. What ended is used as it is.
+        now = await store.get_rollout_by_id(rollout_id)
+        if now is None or not is_finished(now):
+            raise
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

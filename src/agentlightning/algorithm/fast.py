@@ -1,0 +1,168 @@
+"""Algorithms that end quickly and teach nothing: for trying out an agent, as `Trainer.dev` does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from agentlightning.algorithm.base import Algorithm
+from agentlightning.algorithm.batches import enqueue_once
+from agentlightning.errors import InvalidValue
+from agentlightning.store.base import LightningStore
+from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, RolloutMode, Span
+from agentlightning.types.rewards import find_final_reward
+
+__all__ = ["Baseline", "FastAlgorithm"]
+
+_logger = logging.getLogger(__name__)
+
+_Work = tuple[RolloutMode, Any]
+"""A mode and an input."""
+
+
+class FastAlgorithm(Algorithm):
+    """An algorithm that is quick enough for `Trainer.dev`. A mark; it adds nothing."""
+
+
+class Baseline(FastAlgorithm):
+    """Runs every input, and logs what came of it: status, reward, spans. It learns nothing.
+
+    Under a run's name it goes on where a process that died left off, and runs no finished rollout again.
+
+    Args:
+        n_epochs: how often to go through the inputs.
+        train_split: the share of the training inputs that is run in the mode ``train`` when there is no
+            validation dataset; the rest is run in the mode ``val``. With one, all are run as ``train``.
+        polling_interval: seconds after which to look whether the queue has room, if no rollout ended
+            before that.
+        max_queue_length: how many rollouts may wait in the queue at a time.
+        span_verbosity: what to log of each span: its name alone, also the names of its attributes, or
+            also their values.
+
+    Raises:
+        InvalidValue: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_epochs: int = 1,
+        train_split: float = 0.5,
+        polling_interval: float = 5.0,
+        max_queue_length: int = 4,
+        span_verbosity: Literal["keys", "key_values", "none"] = "keys",
+    ) -> None:
+        if n_epochs < 1 or max_queue_length < 1:
+            raise InvalidValue(f"n_epochs is {n_epochs}, max_queue_length {max_queue_length}; give at least 1 for both")
+        if not 0 <= train_split <= 1:
+            raise InvalidValue(f"train_split is {train_split}; give a share from 0 to 1")
+        if not 0 < polling_interval < math.inf:
+            raise InvalidValue(f"polling_interval is {polling_interval}; give seconds, more than 0")
+        if span_verbosity not in ("keys", "key_values", "none"):
+            raise InvalidValue(f"span_verbosity is {span_verbosity!r}; give 'keys', 'key_values' or 'none'")
+        self._n_epochs = n_epochs
+        self._train_split = train_split
+        self._polling_interval = polling_interval
+        self._max_queue_length = max_queue_length
+        self._span_verbosity = span_verbosity
+
+    async def run(  # pyright: ignore[reportIncompatibleMethodOverride] - may be awaited, which the base allows
+        self, train_dataset: Dataset[Any] | None = None, val_dataset: Dataset[Any] | None = None
+    ) -> None:
+        """Run all inputs `n_epochs` times.
+
+        Raises:
+            IdReused: the run of this name was begun with other inputs.
+        """
+        work = self._split(train_dataset, val_dataset)
+        if not work:
+            _logger.warning("Baseline was given no inputs, so there is nothing to run")
+            return
+        store = self.get_store()
+        resources = self.get_initial_resources()
+        resources_id = None if resources is None else (await store.add_resources(resources)).resources_id
+        run = self.get_run()
+        checkpoint = (run.load_checkpoint() if run else None) or {"epoch": 0}
+        for epoch in range(checkpoint["epoch"], self._n_epochs):
+            await self._run_epoch(store, epoch, work, resources_id)
+            if run is not None:
+                run.save_checkpoint({"epoch": epoch + 1})
+
+    def _split(self, train: Dataset[Any] | None, val: Dataset[Any] | None) -> list[_Work]:
+        inputs = [] if train is None else [train[index] for index in range(len(train))]
+        if val is not None:
+            checks = [val[index] for index in range(len(val))]
+        else:
+            border = round(len(inputs) * self._train_split)
+            inputs, checks = inputs[:border], inputs[border:]
+        return [("train", each) for each in inputs] + [("val", each) for each in checks]
+
+    async def _run_epoch(
+        self, store: LightningStore, epoch: int, work: Sequence[_Work], resources_id: str | None
+    ) -> None:
+        following: set[asyncio.Task[tuple[Rollout, float | None]]] = set()
+        try:
+            for index, (mode, each) in enumerate(work):
+                await self._wait_for_room(store, following)
+                rollout_id = await self._enqueue(store, epoch, index, mode, each, resources_id)
+                following.add(asyncio.create_task(self._follow(store, rollout_id)))
+            ended = await asyncio.gather(*following)
+        finally:
+            for task in following:
+                task.cancel()
+        rewards = [reward for _, reward in ended if reward is not None]
+        numbers = {"rollouts": float(len(ended)), "rewarded": float(len(rewards))}
+        for status in ("succeeded", "failed", "cancelled"):
+            numbers[status] = float(sum(rollout.status == status for rollout, _ in ended))
+        if rewards:
+            numbers["reward_mean"] = math.fsum(rewards) / len(rewards)
+        self.report(epoch, **numbers)
+
+    async def _enqueue(
+        self, store: LightningStore, epoch: int, index: int, mode: RolloutMode, each: Any, resources_id: str | None
+    ) -> str:
+        run = self.get_run()
+        request = EnqueueRolloutRequest(
+            input=each,
+            mode=mode,
+            resources_id=resources_id,
+            config=self.get_rollout_config(),
+            rollout_id=None if run is None else run.rollout_id(epoch, index),
+        )
+        return (await enqueue_once(store, [request]))[0]
+
+    async def _wait_for_room(self, store: LightningStore, following: set[asyncio.Task[Any]]) -> None:
+        """Return when fewer than `max_queue_length` rollouts wait."""
+        while (await store.query_rollouts(status_in=["queuing", "requeuing"], limit=1)).total >= self._max_queue_length:
+            running = [task for task in following if not task.done()]
+            if running:
+                await asyncio.wait(running, timeout=self._polling_interval, return_when=asyncio.FIRST_COMPLETED)
+            else:  # the queue is full of somebody else's rollouts
+                await asyncio.sleep(self._polling_interval)
+
+    async def _follow(self, store: LightningStore, rollout_id: str) -> tuple[Rollout, float | None]:
+        """Wait for the end of a rollout, log it, and return it with its reward."""
+        (rollout,) = await store.wait_for_rollouts(rollout_ids=[rollout_id])
+        spans = list(await store.query_spans(rollout_id, "latest"))
+        # What a failed attempt emitted before it failed is not what the rollout was worth.
+        reward = find_final_reward(spans) if rollout.status == "succeeded" else None
+        why = f", {rollout.reason_code}: {rollout.reason_message}" if rollout.reason_code else ""
+        _logger.info(
+            "rollout %s (%s) %s%s; reward %s, %d spans", rollout_id, rollout.mode, rollout.status, why, reward, len(spans)
+        )
+        for span in spans:
+            _logger.info("  %s", self._describe(span))
+        return rollout, reward
+
+    def _describe(self, span: Span) -> str:
+        head = f"span {span.sequence_id} {span.name!r} {span.status.status_code}"
+        match self._span_verbosity:
+            case "none":
+                return head
+            case "keys":
+                return f"{head}: {', '.join(sorted(span.attributes))}"
+            case "key_values":
+                return f"{head}: {dict(sorted(span.attributes.items()))}"

@@ -1,0 +1,107 @@
+"""The guessing game: rules, and how a turn is put to a language model.
+
+The agent is to find a secret number in a few guesses, and is told after each whether the secret is
+higher or lower. Perfect play halves what is left: with 15 numbers the first guess is 8, and four guesses
+are always enough. All here is pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from agentlightning.errors import InvalidValue
+
+__all__ = ["GUESSES", "HIGHEST", "LOWEST", "VOCABULARY", "Game", "Outcome", "describe", "parse", "prompt", "start", "step"]
+
+LOWEST = 1
+HIGHEST = 15
+GUESSES = 4
+
+VOCABULARY: Sequence[str] = [str(number) for number in range(LOWEST, HIGHEST + 1)]
+"""The words that a policy for this game knows, which are also what it can say."""
+
+Outcome = Literal["playing", "won", "lost"]
+
+
+@dataclass(frozen=True)
+class Game:
+    """One game, between two guesses."""
+
+    secret: int
+
+    low: int = LOWEST
+    """The secret is known to be at least this."""
+
+    high: int = HIGHEST
+    """The secret is known to be at most this."""
+
+    guesses_left: int = GUESSES
+    outcome: Outcome = "playing"
+
+    @property
+    def reward(self) -> float:
+        """1 for a game that was won, 0 for one that was lost, or is not over."""
+        return 1.0 if self.outcome == "won" else 0.0
+
+
+def start(secret: int) -> Game:
+    """A new game.
+
+    Raises:
+        InvalidValue: the secret is not one of the numbers.
+    """
+    if not LOWEST <= secret <= HIGHEST:
+        raise InvalidValue(f"the secret is {secret}; give a number from {LOWEST} to {HIGHEST}")
+    return Game(secret)
+
+
+def step(game: Game, guess: int) -> Game:
+    """The game after a guess. A guess that could not be right is a guess lost, and teaches nothing.
+
+    Raises:
+        InvalidValue: the game is over.
+    """
+    if game.outcome != "playing":
+        raise InvalidValue(f"the game was {game.outcome}; start another")
+    left = game.guesses_left - 1
+    if guess == game.secret:
+        return replace(game, low=guess, high=guess, guesses_left=left, outcome="won")
+    narrowed = replace(
+        game,
+        low=max(game.low, guess + 1) if guess < game.secret else game.low,
+        high=min(game.high, guess - 1) if guess > game.secret else game.high,
+        guesses_left=left,
+    )
+    return narrowed if left else replace(narrowed, outcome="lost")
+
+
+def prompt(game: Game) -> str:
+    """What the model is asked. The only numerals are the two bounds, in the order low, high."""
+    return f"I think of a whole number. It is at least {game.low} and at most {game.high}. What is your guess?"
+
+
+def parse(reply: str) -> int:
+    """The guess in a model's reply: its first number.
+
+    Raises:
+        InvalidValue: the reply has no number.
+    """
+    found = re.search(r"\d+", reply)
+    if found is None:
+        raise InvalidValue(f"the reply {reply!r} has no number in it")
+    return int(found.group())
+
+
+def describe(best_guesses: Mapping[tuple[int, int], int]) -> str:
+    """A strategy in words, from its best guess for each pair of bounds.
+
+    Follows the strategy two guesses deep: ``first guess 8; if higher 12, if lower 4``.
+    """
+    first = best_guesses[(LOWEST, HIGHEST)]
+    higher = best_guesses.get((first + 1, HIGHEST))
+    lower = best_guesses.get((LOWEST, first - 1))
+    then = [f"if {word} {guess}" for word, guess in (("higher", higher), ("lower", lower)) if guess is not None]
+    return f"first guess {first}" + (f"; {', '.join(then)}" if then else "")

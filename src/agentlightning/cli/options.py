@@ -1,0 +1,46 @@
+"""Options that many commands share, so that they have the same names, help and environment everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+__all__ = ["ApiKey", "Format", "Limit", "Output", "Url"]
+
+
+class Format(StrEnum):
+    """How a command prints what it found."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        "-u",
+        envvar="AGL_SERVER_URL",
+        metavar="URL|FILE",
+        show_default="http://127.0.0.1:4747",
+        help="The store: a server (http://host:4747), or a database file.",
+    ),
+]
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        help="The server's key, if it has one. [dim]\\[env var: AGL_API_KEY][/dim]",
+        show_default=False,
+    ),
+]
+
+Output = Annotated[
+    Format, typer.Option("--output", "-o", help="For people (table), or for programs (json), whole and unchanged.")
+]
+
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")]

@@ -7,12 +7,13 @@ What an operation does is in ``store.operations``; what may happen to a record i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self, get_args
+from copy import copy
+from typing import Any, Literal, Self, get_args
 
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
-from agentlightning.store import views
+from agentlightning.store import json_views, views
 from agentlightning.store.backend import Backend
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
@@ -36,6 +37,7 @@ from agentlightning.store.operations import (
     spans as span_ops,
     workers as worker_ops,
 )
+from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.reading import ReadingStore
 from agentlightning.store.requests import check_batch, check_pairs, digest_of, draft_of, edit_of, report_of, span_drafts
 from agentlightning.types import (
@@ -88,13 +90,22 @@ class EngineStore(ReadingStore):
         """Finish what was accepted and let go of the data; idempotent."""
         await self._core.close()
 
+    def answering_in_json(self) -> Any:
+        """This store as a second object, whose methods return each record as its JSON, in bytes.
+
+        For a server, which would only take the records apart again.
+        """
+        same = copy(self)
+        same._shown = json_views
+        return same
+
     # --- Rollouts and attempts -------------------------------------------------------------------
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         check_batch(rollouts, "rollouts")
         drafts = [draft_of(request, self._ids) for request in rollouts]
         done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
-        return [views.rollout_view(*each) for each in done]
+        return [self._shown.rollout_view(*each) for each in done]
 
     async def start_rollout(
         self,
@@ -115,7 +126,9 @@ class EngineStore(ReadingStore):
         if draft.repeatable or attempt_id is not None:
             told = repr(("start_rollout", worker_id, attempt_id)).encode()
             claim = claim._replace(digest=digest_of(draft.row.digest, told))
-        return views.attempted_view(*await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim)))
+        return self._shown.attempted_view(
+            *await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim))
+        )
 
     async def dequeue_many_rollouts(
         self,
@@ -139,7 +152,7 @@ class EngineStore(ReadingStore):
                     tx, limit, worker_id, request_id, digest, self._confirm_seconds, lambda: self._ids.mint("at-")
                 )
             )
-            return None if claimed is None else [views.attempted_view(*pair) for pair in claimed]
+            return None if claimed is None else [self._shown.attempted_view(*pair) for pair in claimed]
 
         return await self._core.claim_or_wait(claim, worker_id, request_id, wait_seconds)
 
@@ -150,7 +163,7 @@ class EngineStore(ReadingStore):
         claim = self._claim(worker_id, attempt_id)
         if attempt_id is not None:
             claim = claim._replace(digest=digest_of(repr(("start_attempt", rollout_id, worker_id)).encode()))
-        return views.attempted_view(
+        return self._shown.attempted_view(
             *await self._core.write(lambda tx: attempt_ops.start_attempt(tx, rollout_id, claim))
         )
 
@@ -176,12 +189,12 @@ class EngineStore(ReadingStore):
             "metadata": metadata,
         }
         edit = edit_of(fields, status, reason_code, reason_message)
-        return views.rollout_view(*await self._core.write(lambda tx: rollout_ops.edit(tx, rollout_id, edit)))
+        return self._shown.rollout_view(*await self._core.write(lambda tx: rollout_ops.edit(tx, rollout_id, edit)))
 
     async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
         check_id(rollout_id, "rollout_id")
         why = "cancelled by a caller" if message is None else check_text(message, "message")
-        return views.rollout_view(*await self._core.write(lambda tx: rollout_ops.cancel(tx, rollout_id, why)))
+        return self._shown.rollout_view(*await self._core.write(lambda tx: rollout_ops.cancel(tx, rollout_id, why)))
 
     async def update_attempt(
         self,
@@ -199,7 +212,7 @@ class EngineStore(ReadingStore):
         if attempt_id != "latest":
             check_id(attempt_id, "attempt_id")
         said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
-        return views.attempt_view(
+        return self._shown.attempt_view(
             await self._core.write(lambda tx: attempt_ops.report(tx, rollout_id, attempt_id, said))
         )
 
@@ -217,9 +230,19 @@ class EngineStore(ReadingStore):
     # --- Spans -----------------------------------------------------------------------------------
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        drafts = span_drafts(spans)
-        issued = await self._core.write(lambda tx: span_ops.add_spans(tx, drafts)) if drafts else ()
+        issued = await self.add_span_drafts(span_drafts(spans))
         return [views.stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
+
+    async def add_span_drafts(self, drafts: Sequence[SpanDraft]) -> Sequence[int]:
+        """Store spans that are checked and encoded already, as by ``requests.span_drafts``.
+
+        Returns:
+            The sequence id of each; 0 for one that was stored before.
+
+        Raises:
+            NotFound: a rollout or attempt is unknown.
+        """
+        return await self._core.write(lambda tx: span_ops.add_spans(tx, drafts)) if drafts else ()
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
         wanted = check_pairs(rollout_attempt_ids)
@@ -230,7 +253,7 @@ class EngineStore(ReadingStore):
     async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
         new_id = self._ids.mint("rs-") if resources_id is None else check_id(resources_id, "resources_id")
         content = encode_resources(resources)
-        return views.resources_view(
+        return self._shown.resources_view(
             await self._core.write(lambda tx: resources_ops.add(tx, new_id, content, digest_of(canonical(content))))
         )
 
@@ -240,7 +263,7 @@ class EngineStore(ReadingStore):
         check_id(resources_id, "resources_id")
         request = None if request_id is None else check_id(request_id, "request_id")
         content = encode_resources(resources)
-        return views.resources_view(
+        return self._shown.resources_view(
             await self._core.write(
                 lambda tx: resources_ops.update(tx, resources_id, content, digest_of(canonical(content)), request)
             )
@@ -252,7 +275,7 @@ class EngineStore(ReadingStore):
         check_id(resources_id, "resources_id")
         check_version(version)
         request = None if request_id is None else check_id(request_id, "request_id")
-        return views.resources_view(
+        return self._shown.resources_view(
             await self._core.write(lambda tx: resources_ops.roll_back(tx, resources_id, version, request))
         )
 
@@ -277,7 +300,7 @@ class EngineStore(ReadingStore):
         lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)
         said = worker_ops.Beat(stats, listed, lease, told)
         row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, said))
-        return views.worker_view(row, None if attempt_ids is UNSET else stale)
+        return self._shown.worker_view(row, None if attempt_ids is UNSET else stale)
 
     async def report_worker_lost(
         self, worker_id: str, *, message: str, reason_code: str | None = None
@@ -287,7 +310,7 @@ class EngineStore(ReadingStore):
         reason = reason_of(reason_code, message, reasons.WORKER_LOST)
         assert reason is not None  # there is a message
         lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, reason))
-        return [views.attempt_view(each) for each in lost]
+        return [self._shown.attempt_view(each) for each in lost]
 
     async def direct_workers(
         self, directive: WorkerDirective | None, *, worker_ids: Sequence[str] | None = None
@@ -299,7 +322,7 @@ class EngineStore(ReadingStore):
             for each in worker_ids:
                 check_id(each, "worker_id")
         rows = await self._core.write(lambda tx: worker_ops.direct(tx, directive, worker_ids))
-        return [views.worker_view(row) for row in rows]
+        return [self._shown.worker_view(row) for row in rows]
 
     def _claim(self, worker_id: str | None, attempt_id: str | None) -> Claim:
         if worker_id is not None:

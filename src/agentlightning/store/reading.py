@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store import views
 from agentlightning.store.backend import Filter, Finished, Page, PageQuery, ReadTransaction, ResourcesBy
@@ -20,11 +20,11 @@ from agentlightning.store.base import (
 )
 from agentlightning.store.core import Core
 from agentlightning.store.door import check_finite, check_id, check_version
+from agentlightning.store.operations.loading import load_change
 from agentlightning.store.queries import Paging, as_of, contains, either, equals, paged, within
 from agentlightning.store.verify import verify
 from agentlightning.types import (
     Attempt,
-    AttemptedRollout,
     PaginatedResult,
     ResourcesUpdate,
     Rollout,
@@ -53,6 +53,7 @@ class ReadingStore(LightningStore):
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._shown: views.Shown = views
         self._since = time.monotonic()
 
     @property
@@ -83,8 +84,16 @@ class ReadingStore(LightningStore):
         return found.items[0] if found.items else None
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        rollout = await self.get_rollout_by_id(rollout_id)
-        return rollout.attempt if isinstance(rollout, AttemptedRollout) else None
+        check_id(rollout_id, "rollout_id")
+
+        async def latest(tx: ReadTransaction) -> Attempt | None:
+            rollout, attempt = await load_change(tx, rollout_id)
+            return None if attempt is None else self._shown.attempt_view(as_of(rollout, attempt, tx.now()).attempt)
+
+        try:
+            return await self._core.read(latest)
+        except NotFound:
+            return None
 
     async def query_rollouts(
         self,
@@ -140,7 +149,7 @@ class ReadingStore(LightningStore):
             await self._core.wait_for_all(watch, ended, unknown, seconds)
         finally:
             self._core.unwatch(watch)
-        return [views.rollout_view(*watch.finished[each]) for each in ids if each in watch.finished]
+        return [self._shown.rollout_view(*watch.finished[each]) for each in ids if each in watch.finished]
 
     async def query_spans(
         self,
@@ -215,7 +224,7 @@ class ReadingStore(LightningStore):
 
         async def worker(tx: ReadTransaction) -> Worker | None:
             row = await tx.get(WorkerRow, worker_id)
-            return None if row is None else views.worker_view(row)
+            return None if row is None else self._shown.worker_view(row)
 
         return await self._core.read(worker)
 
@@ -247,7 +256,7 @@ class ReadingStore(LightningStore):
         """
 
         def answer(asked: PageQuery) -> Callable[[ReadTransaction], Awaitable[Page]]:
-            return lambda tx: _answer(tx, asked, latest_only)
+            return lambda tx: _answer(tx, asked, latest_only, self._shown)
 
         short = query if 0 < query.limit <= _SHORT_PAGE else query._replace(limit=_SHORT_PAGE + 1)
         scans = not query.scope and bool(query.filters or query.sort_by)
@@ -261,12 +270,12 @@ class ReadingStore(LightningStore):
     async def _resources(self, selection: ResourcesBy) -> ResourcesUpdate | None:
         async def resources(tx: ReadTransaction) -> ResourcesUpdate | None:
             row = await tx.get_resources(selection)
-            return None if row is None else views.resources_view(row)
+            return None if row is None else self._shown.resources_view(row)
 
         return await self._core.read(resources)
 
 
-async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> Page:
+async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool, shown: views.Shown) -> Page:
     if latest_only:
         rollout = await tx.get(RolloutRow, query.scope[0].value)
         latest = None if rollout is None else rollout.latest_attempt_id
@@ -274,22 +283,22 @@ async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool) -> P
     page = await tx.page(query)
     match query.table:
         case "rollouts":
-            records = [_rollout_now(tx, *row) for row in page.rows]
+            records = [_rollout_now(tx, shown, *row) for row in page.rows]
         case "attempts":
-            records = [views.attempt_view(await _attempt_now(tx, row)) for row in page.rows]
+            records = [shown.attempt_view(await _attempt_now(tx, row)) for row in page.rows]
         case "spans":
-            records = [views.span_view(row) for row in page.rows]
+            records = [shown.span_view(row) for row in page.rows]
         case "resources":
-            records = [views.resources_view(row) for row in page.rows]
+            records = [shown.resources_view(row) for row in page.rows]
         case "workers":
-            records = [views.worker_view(row) for row in page.rows]
+            records = [shown.worker_view(row) for row in page.rows]
     return Page(records, page.total)
 
 
-def _rollout_now(tx: ReadTransaction, rollout: RolloutRow, latest: AttemptRow | None) -> Rollout:
+def _rollout_now(tx: ReadTransaction, shown: views.Shown, rollout: RolloutRow, latest: AttemptRow | None) -> Any:
     if latest is None:
-        return views.rollout_view(rollout, None)
-    return views.attempted_view(*as_of(rollout, latest, tx.now()))
+        return shown.rollout_view(rollout, None)
+    return shown.attempted_view(*as_of(rollout, latest, tx.now()))
 
 
 async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:

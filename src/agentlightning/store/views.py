@@ -1,12 +1,13 @@
 """Rows as the public records that callers see.
 
-Rows were checked when they were written, so records are built without validating them again.
+Rows were checked when they were written, so records are built without validating them again. ``Shown`` is
+what this module and ``json_views`` offer alike: a store answers in the one form or in the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter
@@ -32,12 +33,16 @@ from agentlightning.types import (
 )
 
 __all__ = [
+    "Shown",
+    "attempt_fields",
     "attempt_view",
     "attempted_view",
     "resources_view",
+    "rollout_fields",
     "rollout_view",
     "span_view",
     "stored_span",
+    "worker_fields",
     "worker_view",
 ]
 
@@ -48,56 +53,40 @@ _decode = msgspec.json.Decoder().decode
 _resources = TypeAdapter[NamedResources](NamedResources)
 
 
+class Shown(Protocol):
+    """The forms in which a store shows its rows."""
+
+    def rollout_view(self, rollout: RolloutRow, attempt: AttemptRow | None) -> Any: ...
+
+    def attempted_view(self, rollout: RolloutRow, attempt: AttemptRow) -> Any: ...
+
+    def attempt_view(self, row: AttemptRow) -> Any: ...
+
+    def worker_view(self, row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Any: ...
+
+    def resources_view(self, row: ResourcesRow) -> Any: ...
+
+    def span_view(self, row: SpanRow) -> Any: ...
+
+
 def rollout_view(rollout: RolloutRow, attempt: AttemptRow | None) -> Rollout:
     """A rollout; with its latest attempt, if there is one, it is an ``AttemptedRollout``."""
-    return _build(Rollout, _rollout_fields(rollout)) if attempt is None else attempted_view(rollout, attempt)
+    return _build(Rollout, _rollout(rollout)) if attempt is None else attempted_view(rollout, attempt)
 
 
 def attempted_view(rollout: RolloutRow, attempt: AttemptRow) -> AttemptedRollout:
     """A rollout with one attempt."""
-    return _build(AttemptedRollout, {**_rollout_fields(rollout), "attempt": attempt_view(attempt)})
+    return _build(AttemptedRollout, {**_rollout(rollout), "attempt": attempt_view(attempt)})
 
 
 def attempt_view(row: AttemptRow) -> Attempt:
     """An attempt."""
-    return _build(
-        Attempt,
-        {
-            "rollout_id": row.rollout_id,
-            "attempt_id": row.attempt_id,
-            "sequence_id": row.sequence_id,
-            "start_time": row.start_time,
-            "end_time": row.end_time,
-            "status": row.status,
-            "worker_id": row.worker_id,
-            "last_heartbeat_time": row.last_heartbeat_time,
-            "metadata": _optional(row.metadata),
-            "reason_code": row.reason_code,
-            "reason_message": row.reason_message,
-        },
-    )
+    return _build(Attempt, attempt_fields(row, _decode))
 
 
 def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Worker:
     """A worker; ``stale_attempt_ids`` only in the reply to its heartbeat."""
-    return _build(
-        Worker,
-        {
-            "worker_id": row.worker_id,
-            "status": row.status,
-            "heartbeat_stats": _optional(row.heartbeat_stats),
-            "last_heartbeat_time": row.last_heartbeat_time,
-            "last_dequeue_time": row.last_dequeue_time,
-            "last_busy_time": row.last_busy_time,
-            "last_idle_time": row.last_idle_time,
-            "current_rollout_id": row.current_rollout_id,
-            "current_attempt_id": row.current_attempt_id,
-            "lease_seconds": row.lease_seconds,
-            "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
-            "registration": _optional(row.registration),
-            "directive": row.directive,
-        },
-    )
+    return _build(Worker, worker_fields(row, stale_attempt_ids, _decode))
 
 
 def resources_view(row: ResourcesRow) -> ResourcesUpdate:
@@ -142,22 +131,8 @@ def _build(record: type[M], fields: dict[str, Any]) -> M:
     return built
 
 
-def _rollout_fields(row: RolloutRow) -> dict[str, Any]:
-    return {
-        "rollout_id": row.rollout_id,
-        "input": _decode(row.input),
-        "start_time": row.start_time,
-        "end_time": row.end_time,
-        "mode": row.mode,
-        "resources_id": row.resources_id,
-        "resources_version": row.resources_version,
-        "status": row.status,
-        "priority": row.priority,
-        "config": _config(row.policy),
-        "metadata": _optional(row.metadata),
-        "reason_code": row.reason_code,
-        "reason_message": row.reason_message,
-    }
+def _rollout(row: RolloutRow) -> dict[str, Any]:
+    return rollout_fields(row, _decode, _config)
 
 
 def _config(policy: Policy) -> RolloutConfig:
@@ -172,5 +147,62 @@ def _config(policy: Policy) -> RolloutConfig:
     )
 
 
-def _optional(encoded: bytes | None) -> Any:
-    return None if encoded is None else _decode(encoded)
+# --- The fields of records -----------------------------------------------------------------------
+# What is stored as JSON is put in by ``value``.
+
+
+def rollout_fields(row: RolloutRow, value: Callable[[bytes], Any], policy: Callable[[Policy], Any]) -> dict[str, Any]:
+    """The fields of a rollout, without an attempt."""
+    return {
+        "rollout_id": row.rollout_id,
+        "input": value(row.input),
+        "start_time": row.start_time,
+        "end_time": row.end_time,
+        "mode": row.mode,
+        "resources_id": row.resources_id,
+        "resources_version": row.resources_version,
+        "status": row.status,
+        "priority": row.priority,
+        "config": policy(row.policy),
+        "metadata": None if row.metadata is None else value(row.metadata),
+        "reason_code": row.reason_code,
+        "reason_message": row.reason_message,
+    }
+
+
+def attempt_fields(row: AttemptRow, value: Callable[[bytes], Any]) -> dict[str, Any]:
+    """The fields of an attempt."""
+    return {
+        "rollout_id": row.rollout_id,
+        "attempt_id": row.attempt_id,
+        "sequence_id": row.sequence_id,
+        "start_time": row.start_time,
+        "end_time": row.end_time,
+        "status": row.status,
+        "worker_id": row.worker_id,
+        "last_heartbeat_time": row.last_heartbeat_time,
+        "metadata": None if row.metadata is None else value(row.metadata),
+        "reason_code": row.reason_code,
+        "reason_message": row.reason_message,
+    }
+
+
+def worker_fields(
+    row: WorkerRow, stale_attempt_ids: Iterable[str] | None, value: Callable[[bytes], Any]
+) -> dict[str, Any]:
+    """The fields of a worker."""
+    return {
+        "worker_id": row.worker_id,
+        "status": row.status,
+        "heartbeat_stats": None if row.heartbeat_stats is None else value(row.heartbeat_stats),
+        "last_heartbeat_time": row.last_heartbeat_time,
+        "last_dequeue_time": row.last_dequeue_time,
+        "last_busy_time": row.last_busy_time,
+        "last_idle_time": row.last_idle_time,
+        "current_rollout_id": row.current_rollout_id,
+        "current_attempt_id": row.current_attempt_id,
+        "lease_seconds": row.lease_seconds,
+        "registration": None if row.registration is None else value(row.registration),
+        "directive": row.directive,
+        "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
+    }

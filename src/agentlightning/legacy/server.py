@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import uvicorn
@@ -54,13 +55,12 @@ class AgentLightningServer:
         if self._serving is not None:
             return
         self._queue = self._queue or TaskQueue(self._task_timeout_seconds)
-        config = uvicorn.Config(_app(self._queue), host=self.host, port=self.port, log_level="warning", lifespan="off")
         try:
-            listening = config.bind_socket()
-        except SystemExit as error:  # how uvicorn says that it cannot
-            raise StoreUnavailable(f"cannot bind {self.endpoint}; is another server there?") from error
+            listening = socket.create_server((self.host, self.port))
+        except OSError as error:
+            raise StoreUnavailable(f"cannot bind {self.endpoint}: {error.strerror}; give another port") from error
         self.port = listening.getsockname()[1]
-        server = _Server(config)
+        server = _Server(uvicorn.Config(_app(self._queue), log_level="warning", lifespan="off"))
         self._server, self._serving = server, asyncio.create_task(server.serve(sockets=[listening]))
         await server.is_up.wait()
 

@@ -53,7 +53,7 @@ class TaskQueue:
     def next_task(self) -> Task | None:
         """Claim the first task, after putting back those that took too long; None if there is none."""
         now = self._wall()
-        for task in [each for each in self._claimed.values() if now - (each.last_claim_time or now) > self._timeout]:
+        for task in [each for each in self._claimed.values() if now - (each.last_claim_time or 0.0) > self._timeout]:
             self._waiting.append(self._claimed.pop(task.rollout_id))
         if not self._waiting:
             return None

@@ -1,0 +1,197 @@
+"""The two roles of a run, as an execution strategy calls them: the algorithm's side and the runner's side.
+
+Both are plain objects, so that they can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from agentlightning.execution.events import ExecutionEvent
+from agentlightning.runner.agent import LitAgentRunner
+from agentlightning.runner.base import Runner
+from agentlightning.store.base import LightningStore
+from agentlightning.tracer.base import Tracer
+from agentlightning.tracer.otel import OtelTracer
+from agentlightning.trainer.components import ComponentSpec, build_component
+from agentlightning.trainer.progress import Progress
+from agentlightning.trainer.registry import TracerRegistry
+from agentlightning.trainer.views import ProgressSpec, make_view
+from agentlightning.trainer.wrappers import with_reward_observer, with_rollout_config
+from agentlightning.types import Dataset, NamedResources, RolloutConfig
+
+if TYPE_CHECKING:
+    from agentlightning.adapter.base import TraceAdapter
+    from agentlightning.algorithm.base import Algorithm
+    from agentlightning.algorithm.run import Run
+    from agentlightning.litagent.litagent import LitAgent
+    from agentlightning.proxy.llm_proxy import LLMProxy
+
+__all__ = ["AlgorithmRole", "RunnerFactory", "RunnerRole"]
+
+_STOP_CHECK_SECONDS = 0.1
+
+
+@dataclass
+class AlgorithmRole:
+    """Gives the algorithm what it works with, runs it, and shows progress meanwhile.
+
+    Without an algorithm it keeps the store served until the run is stopped.
+    """
+
+    algorithm: Algorithm | None
+    adapter: TraceAdapter[Any]
+    llm_proxy: LLMProxy | None
+    initial_resources: NamedResources | None
+    rollout_config: RolloutConfig
+    run: Run | None
+    train_dataset: Dataset[Any] | None
+    val_dataset: Dataset[Any] | None
+    progress: ProgressSpec
+    _interrupted: bool = field(default=False, init=False)
+    _working: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = field(default=None, init=False)
+
+    def interrupt(self) -> None:
+        """End the algorithm early, from another thread, as if it had come to its end."""
+        self._interrupted = True
+        working = self._working
+        if working is not None:
+            loop, task = working
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
+        """Run to the end of the algorithm, or until it is cancelled; the proxy is stopped after."""
+        progress = Progress(store, make_view(self.progress))
+        if self.llm_proxy is not None:
+            self.llm_proxy.set_store(store)
+        try:
+            async with progress:
+                await self._interruptible(self._work(store, event, progress))
+        finally:
+            if self.llm_proxy is not None and self.llm_proxy.is_running():
+                await self.llm_proxy.stop()
+
+    async def _interruptible(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._working = (asyncio.get_running_loop(), task)
+        if self._interrupted:
+            task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if not self._interrupted or (me is not None and me.cancelling()):
+                raise  # it is this role that was cancelled, and not only its work
+        finally:
+            self._working = None
+
+    async def _work(self, store: LightningStore, event: ExecutionEvent, progress: Progress) -> None:
+        if self.algorithm is None:
+            await _until_set(event)
+            return
+        self._equip(self.algorithm, store, progress)
+        if self.algorithm.is_async():
+            await cast("Awaitable[None]", self.algorithm.run(self.train_dataset, self.val_dataset))
+        else:
+            await _in_thread(functools.partial(self.algorithm.run, self.train_dataset, self.val_dataset))
+
+    def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> None:
+        watched = with_reward_observer(with_rollout_config(store, self.rollout_config), progress.observe)
+        algorithm.set_store(watched)
+        algorithm.set_adapter(self.adapter)
+        algorithm.set_llm_proxy(self.llm_proxy)
+        algorithm.set_rollout_config(self.rollout_config)
+        if self.initial_resources is not None:
+            algorithm.set_initial_resources(self.initial_resources)
+        if self.run is not None:
+            algorithm.set_run(self.run)
+        algorithm.set_reporter(progress.report)
+
+
+async def _until_set(event: ExecutionEvent) -> None:
+    while not event.is_set():  # noqa: ASYNC110 - an event of threads or of processes, which wakes no loop
+        await asyncio.sleep(_STOP_CHECK_SECONDS)
+
+
+async def _in_thread(work: Callable[[], Any]) -> None:
+    """Run a blocking function in a daemon thread: one that does not end when cancelled must not keep the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as caught:  # noqa: BLE001 - carried to the loop, whatever it is
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="agentlightning-algorithm", daemon=True).start()
+    await done
+
+
+@dataclass(frozen=True)
+class RunnerFactory:
+    """Makes a runner for each worker, from specs."""
+
+    runner_spec: ComponentSpec[Runner[Any]]
+    tracer_spec: ComponentSpec[Tracer]
+    max_rollouts: int | None
+
+    def __call__(self) -> Runner[Any]:
+        """A runner.
+
+        Raises:
+            InvalidValue: a spec that makes none.
+        """
+        made = build_component(
+            self.runner_spec,
+            expected_type=Runner[Any],
+            spec_name="runner",
+            default_factory=lambda: LitAgentRunner(self.tracer(), max_rollouts=self.max_rollouts),
+            optional_defaults={"tracer": self.tracer, "max_rollouts": lambda: self.max_rollouts},
+            dict_default_cls=LitAgentRunner,
+        )
+        assert made is not None  # there is a default
+        return made
+
+    def tracer(self) -> Tracer:
+        """A tracer. Raises as the runner."""
+        made = build_component(
+            self.tracer_spec,
+            expected_type=Tracer,
+            spec_name="tracer",
+            default_factory=OtelTracer,
+            registry=TracerRegistry,
+        )
+        assert made is not None
+        return made
+
+
+@dataclass
+class RunnerRole:
+    """Runs the agent on what the store hands out, as one worker."""
+
+    make_runner: Callable[[], Runner[Any]]
+    agent: LitAgent[Any]
+    hooks: Sequence[Any]
+
+    async def __call__(self, store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
+        """Work until the event is set, or the runner has done its share."""
+        runner = self.make_runner()
+        with runner.run_context(agent=self.agent, store=store, hooks=self.hooks, worker_id=worker_id):
+            await runner.iter(event=event)

@@ -1,0 +1,292 @@
+"""``Trainer``: an agent, an algorithm and a way to run them, put together."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agentlightning.adapter.base import TraceAdapter
+from agentlightning.adapter.triplet import TracerTraceToTriplet
+from agentlightning.algorithm.base import Algorithm
+from agentlightning.algorithm.baseline import Baseline
+from agentlightning.algorithm.fast import FastAlgorithm
+from agentlightning.algorithm.run import Run
+from agentlightning.errors import InvalidValue
+from agentlightning.execution.base import ExecutionStrategy
+from agentlightning.execution.client_server import ClientServerExecutionStrategy
+from agentlightning.litagent.litagent import LitAgent
+from agentlightning.runner.base import Runner
+from agentlightning.store.base import LightningStore
+from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
+from agentlightning.tracer.base import Tracer
+from agentlightning.trainer.components import ComponentSpec, build_component
+from agentlightning.trainer.notebook import loop_is_running, run_beside_loop
+from agentlightning.trainer.registry import (
+    AlgorithmRegistry,
+    ExecutionStrategyRegistry,
+    StoreRegistry,
+)
+from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
+from agentlightning.trainer.views import ProgressSpec, make_view
+from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG
+from agentlightning.types import Dataset, NamedResources, RolloutConfig
+
+if TYPE_CHECKING:
+    from agentlightning.proxy.llm_proxy import LLMProxy
+
+__all__ = ["Trainer"]
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Trainer:
+    """Trains an agent: ``Trainer(algorithm=…).fit(agent, dataset)``.
+
+    Components are given as objects, classes, functions that return one, names, or dicts; see
+    ``agentlightning.trainer.components``. Left out, they are: a store in memory, ``LitAgentRunner`` with an
+    ``OtelTracer``, the strategy ``cs`` (the algorithm in this process, each runner in one of its own), and
+    ``TracerTraceToTriplet``.
+
+    Args:
+        algorithm: what learns; without one, ``fit`` serves the store until it is stopped.
+        n_runners: how many runners; default 1.
+        max_rollouts: how many rollouts each runner takes before it ends; default: no limit.
+        strategy: how both sides are run: ``"cs"``, ``"shm"``, or one of your own.
+        port: where the store is served, for strategies that serve it.
+        store: where everything is kept.
+        run: a name for this run. Its store is then the file ``RUNS_FOLDER/NAME/store.db`` (unless ``store`` is
+            given) and its checkpoint lies beside it; a later ``fit`` of that name goes on where this one ended,
+            however it ended.
+        runs_folder: where the folders of runs are; default ``agl-runs`` in the current folder.
+        rollout_config: for rollouts that the algorithm enqueues without one. Default: lost workers and timeouts are
+            retried, up to 3 attempts, errors of the agent are not. ``RolloutConfig()`` retries nothing.
+        initial_resources: what the agent uses to begin with.
+        llm_proxy: records model calls; handed to the algorithm, and stopped when the run ends.
+        runner, tracer, adapter, hooks: the runner's side, and how spans become training data.
+        progress: ``auto`` (a table on a terminal, else log lines), ``table``, ``log``, ``off``, or a view.
+        n_workers, max_tasks, triplet_exporter: old names of n_runners, max_rollouts, adapter.
+        dev, daemon: of 0.3. ``dev`` is replaced by the method ``dev()``; daemon processes are not needed.
+
+    Raises:
+        InvalidValue: a spec that makes no such component, or arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        dev: bool = False,
+        n_runners: int | None = None,
+        max_rollouts: int | None = None,
+        initial_resources: NamedResources | None = None,
+        tracer: ComponentSpec[Tracer] = None,
+        adapter: ComponentSpec[TraceAdapter[Any]] = None,
+        store: ComponentSpec[LightningStore] = None,
+        runner: ComponentSpec[Runner[Any]] = None,
+        strategy: ComponentSpec[ExecutionStrategy] = None,
+        port: int | None = None,
+        algorithm: ComponentSpec[Algorithm] = None,
+        llm_proxy: ComponentSpec[LLMProxy] = None,
+        n_workers: int | None = None,
+        max_tasks: int | None = None,
+        daemon: bool = True,
+        triplet_exporter: ComponentSpec[TraceAdapter[Any]] = None,
+        hooks: Any = None,
+        run: str | None = None,
+        runs_folder: str | Path = "agl-runs",
+        rollout_config: RolloutConfig | None = None,
+        progress: ProgressSpec = "auto",
+    ) -> None:
+        if dev:
+            warnings.warn("Trainer(dev=True) has no effect; call trainer.dev(…)", DeprecationWarning, stacklevel=2)
+        if not daemon:
+            warnings.warn("daemon=False has no effect: runners never outlive us", DeprecationWarning, stacklevel=2)
+        self.n_runners = _one_of("n_runners", n_runners, "n_workers", n_workers) or 1
+        self.max_rollouts = _one_of("max_rollouts", max_rollouts, "max_tasks", max_tasks)
+        self.port = port
+        self.initial_resources = initial_resources
+        self.rollout_config = rollout_config or DEFAULT_ROLLOUT_CONFIG
+        self.run_folder = None if run is None else Path(runs_folder) / run
+        self.run = None if self.run_folder is None else Run(self.run_folder.name, self.run_folder)
+        self.hooks: Sequence[Any] = () if hooks is None else tuple(hooks) if isinstance(hooks, Sequence) else (hooks,)
+        self.progress: ProgressSpec = progress
+        make_view(progress)  # a wrong word is told here, not in the middle of things
+
+        make_runner = RunnerFactory(runner, tracer, self.max_rollouts)
+        self._make_runner = make_runner
+        self.tracer, self.runner = make_runner.tracer(), make_runner()
+        self.adapter = _built(
+            _one_of("adapter", adapter, "triplet_exporter", triplet_exporter),
+            TraceAdapter,
+            "adapter",
+            TracerTraceToTriplet,
+        )
+        self.algorithm = build_component(
+            algorithm,
+            expected_type=Algorithm,
+            spec_name="algorithm",
+            allow_none=True,
+            registry=AlgorithmRegistry,
+        )
+        self.store = _built(store, LightningStore, "store", self._default_store, registry=StoreRegistry)
+        self.strategy = _built(
+            strategy,
+            ExecutionStrategy,
+            "strategy",
+            lambda: ClientServerExecutionStrategy(n_runners=self.n_runners, server_port=self.port),
+            defaults={"n_runners": lambda: self.n_runners, "server_port": lambda: self.port},
+            registry=ExecutionStrategyRegistry,
+        )
+        self.llm_proxy = None if llm_proxy is None else _built_proxy(llm_proxy, self.store)
+
+    @property
+    def n_workers(self) -> int:
+        """Old name of ``n_runners``."""
+        return self.n_runners
+
+    @property
+    def max_tasks(self) -> int | None:
+        """Old name of ``max_rollouts``."""
+        return self.max_rollouts
+
+    @property
+    def triplet_exporter(self) -> TraceAdapter[Any]:
+        """Old name of ``adapter``."""
+        return self.adapter
+
+    def fit(
+        self,
+        agent: LitAgent[Any],
+        train_dataset: Dataset[Any] | None = None,
+        *,
+        val_dataset: Dataset[Any] | None = None,
+    ) -> None:
+        """Run the algorithm on the agent, and return when it has ended.
+
+        Works in a script and in a notebook. After a run that has a name was interrupted, killed even, the same
+        call takes it up again: rollouts that had ended are not run again.
+
+        Args:
+            agent: what is trained.
+            train_dataset, val_dataset: inputs of rollouts, by position.
+
+        Raises:
+            InvalidValue: the agent is none.
+            Exception: what the algorithm raised, or why no runner could live.
+        """
+        self._execute(agent, self.algorithm, train_dataset, val_dataset)
+
+    def dev(
+        self,
+        agent: LitAgent[Any],
+        train_dataset: Dataset[Any] | None = None,
+        *,
+        val_dataset: Dataset[Any] | None = None,
+    ) -> None:
+        """Try an agent out: like ``fit``, with an algorithm that is quick and learns nothing (``Baseline``).
+
+        Raises:
+            TypeError: the trainer's algorithm is not a ``FastAlgorithm``.
+        """
+        algorithm = self.algorithm or Baseline()
+        if not isinstance(algorithm, FastAlgorithm):
+            raise TypeError(
+                f"dev() takes a FastAlgorithm, and the trainer has a {type(algorithm).__name__}; call fit(), or make a "
+                "Trainer without algorithm="
+            )
+        self._execute(agent, algorithm, train_dataset, val_dataset)
+
+    def _execute(
+        self,
+        agent: LitAgent[Any],
+        algorithm: Algorithm | None,
+        train_dataset: Dataset[Any] | None,
+        val_dataset: Dataset[Any] | None,
+    ) -> None:
+        if not isinstance(agent, LitAgent):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+            raise InvalidValue(
+                f"the agent is a {type(agent).__name__}; decorate a function with @agl.rollout, or write a LitAgent"
+            )
+        if self.run_folder is not None:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+        agent.set_trainer(self)
+        if algorithm is not None:
+            algorithm.set_trainer(self)
+        algorithm_role = AlgorithmRole(
+            algorithm=algorithm,
+            adapter=self.adapter,
+            llm_proxy=self.llm_proxy,
+            initial_resources=self.initial_resources,
+            rollout_config=self.rollout_config,
+            run=self.run,
+            train_dataset=train_dataset,
+            val_dataset=val_dataset,
+            progress=self.progress,
+        )
+        runner_role = RunnerRole(self._make_runner, agent, self.hooks)
+
+        def execute() -> None:
+            self.strategy.execute(algorithm_role, runner_role, self.store)
+
+        if loop_is_running():
+            run_beside_loop(execute, algorithm_role.interrupt)
+        else:
+            execute()
+
+    def _default_store(self) -> LightningStore:
+        if self.run_folder is None:
+            return InMemoryLightningStore()
+        return SqliteLightningStore(self.run_folder / "store.db")
+
+
+def _built(
+    spec: ComponentSpec[T],
+    expected_type: type[T],
+    spec_name: str,
+    default_factory: Callable[[], T],
+    *,
+    defaults: Mapping[str, Callable[[], Any]] | None = None,
+    registry: Mapping[str, str] | None = None,
+) -> T:
+    made = build_component(
+        spec,
+        expected_type=expected_type,
+        spec_name=spec_name,
+        default_factory=default_factory,
+        optional_defaults=defaults,
+        registry=registry,
+    )
+    assert made is not None  # there is a default
+    return made
+
+
+def _built_proxy(spec: ComponentSpec[LLMProxy], store: LightningStore) -> LLMProxy:
+    from agentlightning.proxy.llm_proxy import LLMProxy  # brings a web server, which few trainers need
+
+    made = build_component(
+        spec,
+        expected_type=LLMProxy,
+        spec_name="llm_proxy",
+        optional_defaults={"store": lambda: store},
+        dict_default_cls=LLMProxy,
+    )
+    assert made is not None
+    return made
+
+
+def _one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T | None:
+    """The value given under either name.
+
+    Raises:
+        InvalidValue: both were given.
+    """
+    if old_value is None:
+        return value
+    if value is not None:
+        raise InvalidValue(f"{old_name} is the old name of {name}, and both are given; leave out {old_name}")
+    warnings.warn(f"{old_name} is now called {name}", DeprecationWarning, stacklevel=3)
+    return old_value

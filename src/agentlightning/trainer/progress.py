@@ -109,7 +109,7 @@ class Progress:
         self._observed.add(reward)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take what the algorithm says of a step. A number called ``reward`` makes the curve from then on.
+        """Take what the algorithm says of a step. A number called ``reward_mean`` makes the curve from then on.
 
         ``total_steps`` says how many steps there will be, for the estimate of the time left.
         """
@@ -117,8 +117,8 @@ class Progress:
             self._first_step = (self._clock(), step)
         self._step = step
         self._numbers.update(numbers)
-        if "reward" in numbers:
-            self._reported.add(numbers["reward"])
+        if "reward_mean" in numbers:
+            self._reported.add(numbers["reward_mean"])
 
     async def __aenter__(self) -> Progress:
         self._started = self._clock()

@@ -13,7 +13,7 @@ ExecutionStrategyRegistry: Mapping[str, str] = {
 """How roles are run: ``shm`` as threads of one process, ``cs`` as processes on one or more machines."""
 
 AlgorithmRegistry: Mapping[str, str] = {
-    "baseline": "agentlightning.algorithm.baseline.Baseline",
+    "baseline": "agentlightning.algorithm.fast.Baseline",
     "grpo": "agentlightning.algorithm.grpo.GRPO",
     "apo": "agentlightning.algorithm.apo.APO",
 }

@@ -54,45 +54,43 @@ class AlgorithmRole:
     val_dataset: Dataset[Any] | None
     progress: ProgressSpec
     _interrupted: bool = field(default=False, init=False)
-    _working: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = field(default=None, init=False)
 
     def interrupt(self) -> None:
-        """End the algorithm early, from another thread, as if it had come to its end."""
+        """End the algorithm early, as if the stop event had been set. Any thread may call."""
         self._interrupted = True
-        working = self._working
-        if working is not None:
-            loop, task = working
-            loop.call_soon_threadsafe(task.cancel)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
-        """Run to the end of the algorithm, or until it is cancelled; the proxy is stopped after."""
+        """Run to the end of the algorithm, or until the event is set; the proxy is stopped after."""
         progress = Progress(store, make_view(self.progress))
         if self.llm_proxy is not None:
             self.llm_proxy.set_store(store)
         try:
             async with progress:
-                await self._interruptible(self._work(store, event, progress))
+                await self._until_stopped(self._work(store, progress), event)
         finally:
             if self.llm_proxy is not None and self.llm_proxy.is_running():
                 await self.llm_proxy.stop()
 
-    async def _interruptible(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._working = (asyncio.get_running_loop(), task)
-        if self._interrupted:
-            task.cancel()
+    async def _until_stopped(self, work: Coroutine[Any, Any, None], event: ExecutionEvent) -> None:
+        """Do the work; cancel it when the run is stopped first."""
+        working = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._stop(event))
         try:
-            await task
-        except asyncio.CancelledError:
-            me = asyncio.current_task()
-            if not self._interrupted or (me is not None and me.cancelling()):
-                raise  # it is this role that was cancelled, and not only its work
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._working = None
+            working.cancel()
+            stopping.cancel()
+            await asyncio.gather(working, stopping, return_exceptions=True)
+        if not working.cancelled():
+            working.result()
 
-    async def _work(self, store: LightningStore, event: ExecutionEvent, progress: Progress) -> None:
+    async def _stop(self, event: ExecutionEvent) -> None:
+        while not (event.is_set() or self._interrupted):  # noqa: ASYNC110 - an event of processes, which wakes no loop
+            await asyncio.sleep(_STOP_CHECK_SECONDS)
+
+    async def _work(self, store: LightningStore, progress: Progress) -> None:
         if self.algorithm is None:
-            await _until_set(event)
+            await asyncio.Event().wait()  # until it is cancelled
             return
         self._equip(self.algorithm, store, progress)
         if self.algorithm.is_async():
@@ -111,11 +109,6 @@ class AlgorithmRole:
         if self.run is not None:
             algorithm.set_run(self.run)
         algorithm.set_reporter(progress.report)
-
-
-async def _until_set(event: ExecutionEvent) -> None:
-    while not event.is_set():  # noqa: ASYNC110 - an event of threads or of processes, which wakes no loop
-        await asyncio.sleep(_STOP_CHECK_SECONDS)
 
 
 async def _in_thread(work: Callable[[], Any]) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from agentlightning.adapter.base import TraceAdapter
 from agentlightning.adapter.triplet import TracerTraceToTriplet
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.baseline import Baseline
-from agentlightning.algorithm.fast import FastAlgorithm
+from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
@@ -210,6 +209,11 @@ class Trainer:
         if not isinstance(agent, LitAgent):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
             raise InvalidValue(
                 f"the agent is a {type(agent).__name__}; decorate a function with @agl.rollout, or write a LitAgent"
+            )
+        if isinstance(train_dataset, str):
+            raise InvalidValue(
+                f"fit(agent, {train_dataset!r}) was for v0.1 servers; give a dataset, or take tasks from that server "
+                "with agl.AgentLightningClient"
             )
         if self.run_folder is not None:
             self.run_folder.mkdir(parents=True, exist_ok=True)

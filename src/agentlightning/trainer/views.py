@@ -125,7 +125,7 @@ def render(snapshot: Snapshot) -> Group:
     reward = Text("none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}  ")
     reward.append(sparkline(snapshot.curve, _CURVE_WIDTH), style="green")
     table.add_row("reward", reward)
-    shown = {name: value for name, value in snapshot.numbers.items() if name not in ("reward", "total_steps")}
+    shown = {name: value for name, value in snapshot.numbers.items() if name not in ("reward_mean", "total_steps")}
     if shown:
         table.add_row("algorithm", "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     return Group(table)

@@ -75,9 +75,9 @@ async def test_rewards_count_once_and_reports_take_over() -> None:
         progress.observe("ro-1", 1.0)
         progress.observe("ro-2", 0.0)
         assert (await progress.snapshot()).reward == 0.5
-        progress.report(0, {"reward": 0.25, "entropy": 2.0, "total_steps": 11})
+        progress.report(0, {"reward_mean": 0.25, "entropy": 2.0, "total_steps": 11})
         clock.now += 3.0
-        progress.report(1, {"reward": 0.75})
+        progress.report(1, {"reward_mean": 0.75})
         snapshot = await progress.snapshot()
         assert (snapshot.reward, list(snapshot.curve), snapshot.step) == (0.75, [0.25, 0.75], 1)
         assert snapshot.numbers["entropy"] == 2.0
@@ -112,7 +112,7 @@ def a_snapshot() -> Snapshot:
         curve=[0.1, 0.4, 0.9],
         workers=[agl.Worker(worker_id="a", status="busy"), agl.Worker(worker_id="b", status="unknown")],
         step=3,
-        numbers={"total_steps": 8, "loss": 0.5, "reward": 0.6},
+        numbers={"total_steps": 8, "loss": 0.5, "reward_mean": 0.6},
         eta_seconds=30,
     )
 

@@ -1,0 +1,65 @@
+"""``agl backup``: a copy of a database, taken while it is used."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentlightning.cli.exits import ExitCode
+from agentlightning.cli.options import ApiKey, Format, Output, Url
+from agentlightning.errors import InvalidValue
+
+__all__ = ["backup"]
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],
+    url: Url = None,
+    api_key: ApiKey = None,
+    output: Output = Format.TABLE,
+) -> None:
+    """Copy a database into a new file, while it is used, and check the copy.
+
+    The copy has everything that was acknowledged before it began, and the file appears under its name only when
+    it is whole, readable by you alone. It is then checked rule by rule, as by [bold]agl verify[/bold].
+
+    It is made beside the database: --url must be its file, on the machine of the process that has it open.
+
+    Exit code 0: the copy is good. 5: it is there, and has what the database has: records that break rules.
+
+    [bold]Examples[/bold]
+
+      agl backup --url agentlightning.db backup.db
+      agl backup --url agentlightning.db "nightly-$(date +%F).db"
+    """
+    asyncio.run(_backup(target, url, api_key, output))
+
+
+async def _backup(target: Path, url: str | None, api_key: str | None, output: Format) -> None:
+    from agentlightning.cli.output import print_json, size
+    from agentlightning.cli.target import Server, locate, open_view
+    from agentlightning.cli.verify import print_report
+    from agentlightning.store.sqlite.store import ReadOnlySqliteStore
+
+    source = locate(url, api_key)
+    if isinstance(source, Server):
+        raise InvalidValue(
+            f"a backup is made from the file, not through {source}: on the machine of the server, "
+            f"run `agl backup --url DATABASE.db {target}` (it may go on serving)"
+        )
+    async with open_view(url, api_key) as store:
+        assert isinstance(store, ReadOnlySqliteStore)
+        await store.backup(target)
+    async with ReadOnlySqliteStore(target) as copy:
+        report = await copy.verify()
+    number = target.stat().st_size
+    if output is Format.JSON:
+        print_json({"backup": str(target), "bytes": number, "verification": report})
+    else:
+        typer.echo(f"{target}: {size(number)}, a whole copy of {source}")
+        print_report(report, str(target))
+    if not report.ok:
+        raise typer.Exit(ExitCode.VIOLATIONS)

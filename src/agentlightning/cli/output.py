@@ -1,0 +1,200 @@
+"""Printing: tables for people, JSON for programs, and nothing that a stored text could do to a terminal.
+
+On a terminal, tables are drawn by rich and fit its width. Anywhere else (a pipe, a file) they are plain columns,
+whole and uncut.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = [
+    "STATUS_STYLES",
+    "Cell",
+    "Column",
+    "ago",
+    "clean",
+    "console",
+    "duration",
+    "one_line",
+    "plain",
+    "print_facts",
+    "print_json",
+    "print_table",
+    "size",
+    "table",
+]
+
+STATUS_STYLES: Mapping[str, str] = {
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "timeout": "red",
+    "unresponsive": "red",
+    "running": "cyan",
+    "preparing": "cyan",
+    "requeuing": "yellow",
+    "busy": "cyan",
+    "idle": "green",
+    "unknown": "red",
+    "ERROR": "red",
+}
+"""The colour of a state, wherever one is printed."""
+
+
+_UNLIMITED = 10_000
+
+
+class Cell(NamedTuple):
+    """A text and how it looks."""
+
+    text: str
+    style: str = ""
+
+
+class Column(NamedTuple):
+    """A heading; ``right`` for numbers; ``wide`` for what gives way first when there is no room."""
+
+    title: str
+    right: bool = False
+    wide: bool = False
+
+
+def console() -> Console:
+    """The terminal. What stands in its place (a pipe, a file) is so wide that nothing is cut or wrapped."""
+    from rich.console import Console
+
+    screen = Console(highlight=False, markup=False, emoji=False)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, markup=False, emoji=False, width=_UNLIMITED)
+    return screen
+
+
+def print_json(value: Any) -> None:
+    """Print records, or anything made of them, as one JSON document."""
+    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and what they are, one in a line; empty ones are left out."""
+    from rich.text import Text
+
+    screen = console()
+    for name, text in facts.items():
+        if text:
+            style = STATUS_STYLES.get(text, "")
+            screen.print(Text.assemble((f"{name:<12}", "bold"), (clean(text), style)))
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], *, empty: str) -> None:
+    """Print rows under headings, or ``empty`` if there are none."""
+    if not rows:
+        typer.echo(empty)
+        return
+    screen = console()
+    if screen.is_terminal:
+        screen.print(table(columns, rows))
+    else:
+        typer.echo("\n".join(_plain_lines(columns, rows)))
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> RenderableType:
+    """Rows under headings, as rich draws them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        drawn.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            overflow="ellipsis" if column.wide else "fold",
+            no_wrap=column.wide,
+        )
+    for row in rows:
+        drawn.add_row(*(Text(clean(each.text), style=each.style) for each in map(_cell, row)))
+    return drawn
+
+
+def _plain_lines(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> list[str]:
+    texts = [[column.title for column in columns], *([clean(_cell(each).text) for each in row] for row in rows)]
+    widths = [max(len(row[index]) for row in texts) for index in range(len(columns))]
+    return [
+        "  ".join(
+            text.rjust(width) if column.right else text.ljust(width)
+            for text, width, column in zip(row, widths, columns, strict=True)
+        ).rstrip()
+        for row in texts
+    ]
+
+
+def _cell(value: Cell | str) -> Cell:
+    return value if isinstance(value, Cell) else Cell(value)
+
+
+def plain(value: Any) -> Any:
+    """Records as what JSON has for them."""
+    from pydantic import BaseModel
+
+    if isinstance(value, BaseModel):
+        return json.loads(value.model_dump_json())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in cast("Sequence[Any]", value)]
+    return value
+
+
+def clean(text: str) -> str:
+    """The text without characters that a terminal would obey: agents write what is stored, and anybody may read it."""
+    return "".join(
+        each if each.isprintable() else " " if each in "\t\r\n" else "\N{REPLACEMENT CHARACTER}" for each in text
+    )
+
+
+def one_line(value: Any, length: int = 120) -> str:
+    """A JSON value, or a text, in one line of at most ``length`` characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = clean(text[: 4 * length])
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the two figures that matter."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def ago(moment: float | None, now: float | None = None) -> str:
+    """How long ago a moment of the wall clock was; "never" without one."""
+    if moment is None:
+        return "never"
+    seconds = max(0.0, (time.time() if now is None else now) - moment)
+    return "now" if seconds < 1 else f"{duration(seconds)} ago"
+
+
+def size(number: float) -> str:
+    """A number of bytes."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" or number >= 99.5 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -1,0 +1,263 @@
+"""``agl status``: one screen that says what goes on, what stands still, and why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentlightning.cli.options import ApiKey, Format, Output, Url
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from agentlightning.cli.findings import Finding
+    from agentlightning.cli.output import Cell
+    from agentlightning.cli.overview import Overview
+    from agentlightning.types import Worker
+
+__all__ = ["status"]
+
+_SHOWN_WORKERS = 12
+_SHOWN_FAILURES = 5
+
+
+def status(
+    url: Url = None,
+    api_key: ApiKey = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl+C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks, with --watch.")] = 2.0,
+    output: Output = Format.TABLE,
+) -> None:
+    """One screen: what goes on, what stands still, and why.
+
+    [bold]Examples[/bold]
+
+      agl status                                    the server on this machine
+      agl status --url http://gpu-1:4747 --watch    another one, looked at again and again
+      agl status --url agentlightning.db            a file, also while its owner runs
+      agl status -o json | jq .rollouts.queuing
+
+    With --watch and -o json each look is one line of JSON.
+    """
+    asyncio.run(_status(url, api_key, watch, interval, output))
+
+
+async def _status(url: str | None, api_key: str | None, watch: bool, interval: float, output: Format) -> None:
+    from agentlightning.cli.output import console, print_json
+    from agentlightning.cli.overview import gather
+    from agentlightning.cli.target import locate, open_view
+
+    place = str(locate(url, api_key))
+    async with open_view(url, api_key) as store:
+        if watch:
+            await _watch(store, place, interval, output)
+            return
+        overview = await gather(store)
+    if output is Format.JSON:
+        print_json(_record(overview, place))
+    else:
+        console().print(_screen(overview, place))
+
+
+async def _watch(store: Any, place: str, interval: float, output: Format) -> None:
+    """Look until interrupted. A server that is away for a while is waited for: the client tries again."""
+    import json
+
+    from rich.live import Live
+
+    from agentlightning.cli.output import console
+    from agentlightning.cli.overview import gather
+
+    screen = console()
+    if output is Format.JSON or not screen.is_terminal:
+        while True:
+            overview = await gather(store)
+            if output is Format.JSON:
+                typer.echo(json.dumps(_record(overview, place), ensure_ascii=False))
+            else:
+                screen.print(_screen(overview, place))
+            await asyncio.sleep(interval)
+    with Live(console=screen, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(_screen(await gather(store), place), refresh=True)
+            await asyncio.sleep(interval)
+
+
+# --- As a record -----------------------------------------------------------------------------------
+
+
+def _record(overview: Overview, place: str) -> dict[str, Any]:
+    from agentlightning.cli.findings import explain
+    from agentlightning.cli.overview import last_heard
+
+    statistics = overview.statistics
+    oldest = overview.oldest_waiting
+    return {
+        "store": place,
+        "time": overview.now,
+        "version": statistics.get("host", {}).get("version"),
+        "uptime_seconds": statistics.get("uptime"),
+        "rollouts": statistics.get("rollouts_by_status", {}),
+        "attempts": statistics.get("total_attempts", 0),
+        "spans": statistics.get("total_spans", 0),
+        "span_bytes": statistics.get("total_span_bytes", 0),
+        "disk_free_bytes": statistics.get("host", {}).get("disk_free_bytes"),
+        "oldest_waiting": None
+        if oldest is None
+        else {"rollout_id": oldest.rollout_id, "waits_seconds": max(0.0, overview.now - oldest.start_time)},
+        "finished_per_minute": overview.finished_per_minute,
+        "workers": [
+            {
+                "worker_id": each.worker_id,
+                "status": each.status,
+                "alive": overview.is_alive(each),
+                "directive": each.directive,
+                "last_heard": last_heard(each),
+                "current_rollout_id": each.current_rollout_id,
+            }
+            for each in overview.workers
+        ],
+        "failures": [
+            {"reason": each.reason, "count": each.count, "newest": each.newest.rollout_id} for each in overview.failures
+        ],
+        "findings": [each._asdict() for each in explain(overview)],
+    }
+
+
+# --- As a screen -----------------------------------------------------------------------------------
+
+
+def _screen(overview: Overview, place: str) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    from agentlightning.cli.findings import explain
+
+    parts: list[RenderableType] = [_headline(overview, place), Text()]
+    parts += [_fact(name, text) for name, text in _facts(overview)]
+    for block in (_workers(overview), _failures(overview)):
+        if block is not None:
+            parts += [Text(), block]
+    parts.append(Text())
+    parts += [line for each in explain(overview) for line in _finding(each)]
+    return Group(*parts)
+
+
+def _headline(overview: Overview, place: str) -> Text:
+    from rich.text import Text
+
+    from agentlightning.cli.output import clean, duration
+
+    statistics = overview.statistics
+    version = statistics.get("host", {}).get("version", "version unknown")
+    more = [statistics.get("name", "store"), version]
+    if place.startswith("http"):
+        more.append(f"up {duration(statistics.get('uptime', 0.0))}")
+    return Text.assemble((clean(place), "bold"), ("  " + ", ".join(more), "dim"))
+
+
+def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
+    from rich.text import Text
+
+    from agentlightning.cli.output import STATUS_STYLES, ago, size
+
+    statistics = overview.statistics
+    states = ("queuing", "requeuing", "preparing", "running", "succeeded", "failed", "cancelled")
+    counts = [(state, overview.count(state)) for state in states]
+    line = Text(f"{statistics.get('total_rollouts', 0):,}")
+    for state, number in counts:
+        if number:
+            line.append(f"   {number:,} {state}", style=STATUS_STYLES.get(state, ""))
+    yield "rollouts", line
+    if overview.oldest_waiting is not None:
+        oldest = overview.oldest_waiting
+        yield "oldest waits", Text(f"since {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
+    rate = overview.finished_per_minute
+    yield "rate", Text("nothing ended within a minute" if rate is None else f"{rate:,.0f} rollouts ended per minute")
+    yield "attempts", Text(f"{statistics.get('total_attempts', 0):,}")
+    spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
+    free = statistics.get("host", {}).get("disk_free_bytes")
+    yield "spans", Text(spans if free is None else f"{spans}   {size(free)} free on the disk")
+
+
+def _fact(name: str, value: Text) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((f"{name:<14}", "bold"), value)
+
+
+def _workers(overview: Overview) -> RenderableType | None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from agentlightning.cli.output import Column, table
+
+    if not overview.workers:
+        return None
+    alive = overview.alive
+    silent = len(overview.workers) - len(alive)
+    columns = (
+        Column("worker"),
+        Column("state"),
+        Column("heard", right=True),
+        Column("works on"),
+        Column("asked to"),
+    )
+    rows: list[list[Cell | str]] = [_worker(each, overview) for each in alive[:_SHOWN_WORKERS]]
+    hidden = len(alive) - len(rows)
+    remarks = [f"{hidden} more at work"] if hidden else []
+    if silent:
+        remarks.append(f"{silent} silent")
+    parts: list[RenderableType] = [table(columns, rows)] if rows else []
+    if remarks:
+        parts.append(Text(f"{' and '.join(remarks)}: `agl workers ls`", style="dim"))
+    return Group(*parts)
+
+
+def _worker(worker: Worker, overview: Overview) -> list[Cell | str]:
+    from agentlightning.cli.output import STATUS_STYLES, Cell, ago
+    from agentlightning.cli.overview import last_heard
+
+    return [
+        worker.worker_id,
+        Cell(worker.status, STATUS_STYLES[worker.status]),
+        ago(last_heard(worker), overview.now),
+        worker.current_rollout_id or "",
+        Cell(worker.directive or "", "yellow"),
+    ]
+
+
+def _failures(overview: Overview) -> RenderableType | None:
+    from agentlightning.cli.output import Cell, Column, one_line, table
+    from agentlightning.cli.overview import reason_of
+
+    if not overview.failures:
+        return None
+    columns = (Column("failed", right=True), Column("reason"), Column("the newest said", wide=True), Column("rollout"))
+    return table(
+        columns,
+        [
+            [
+                f"{each.count} of {len(overview.ended)}",
+                Cell(each.reason, "red"),
+                one_line(reason_of(each.newest)[1], 60),
+                each.newest.rollout_id,
+            ]
+            for each in overview.failures[:_SHOWN_FAILURES]
+        ],
+    )
+
+
+def _finding(finding: Finding) -> Iterator[Text]:
+    from rich.text import Text
+
+    from agentlightning.cli.output import clean
+
+    mark, style = {"problem": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("·", "dim")}[finding.level]
+    yield Text.assemble((f"{mark} ", style), clean(finding.text))
+    if finding.fix:
+        yield Text.assemble("  ", (clean(finding.fix), "dim"))

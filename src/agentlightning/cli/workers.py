@@ -1,0 +1,173 @@
+"""``agl workers``: list workers, and ask them to drain or to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agentlightning.cli.exits import ExitCode
+from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
+
+if TYPE_CHECKING:
+    from agentlightning.cli.output import Cell
+    from agentlightning.store.base import LightningStore
+    from agentlightning.types import Worker, WorkerDirective
+
+__all__ = ["drain", "ls", "resume", "stop"]
+
+_LOOK_SECONDS = 0.5
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[WORKER]...", help="Their ids.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="All workers that the store knows.")]
+Wait = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="SECONDS", help="Return when none of them works any more; fail after so long."),
+]
+
+
+def ls(
+    url: Url = None,
+    api_key: ApiKey = None,
+    match: Annotated[str | None, typer.Option(help="Only those whose id has this in it.")] = None,
+    alive: Annotated[bool, typer.Option("--alive", help="Only those that were heard of lately.")] = False,
+    limit: Limit = 100,
+    offset: Annotated[int, typer.Option(min=0, help="Pass over so many.")] = 0,
+    output: Output = Format.TABLE,
+) -> None:
+    """List workers and what they do, the newest first.
+
+    A worker is [bold]busy[/bold], [bold]idle[/bold], or [bold]unknown[/bold]: not heard of for too long.
+
+    [bold]Examples[/bold]
+
+      agl workers ls --alive
+      agl workers ls --match gpu-1 -o json | jq -r '.items[].worker_id'
+    """
+    asyncio.run(_ls(url, api_key, match, alive, limit, offset, output))
+
+
+async def _ls(
+    url: str | None, api_key: str | None, match: str | None, alive: bool, limit: int, offset: int, output: Format
+) -> None:
+    from agentlightning.cli.output import Column, print_json, print_table
+    from agentlightning.cli.target import open_view
+
+    async with open_view(url, api_key) as store:
+        page = await store.query_workers(
+            status_in=["idle", "busy"] if alive else None,
+            worker_id_contains=match,
+            sort_order="desc",
+            limit=limit,
+            offset=offset,
+        )
+        now = (await store.statistics()).get("host", {}).get("time")
+    if output is Format.JSON:
+        print_json(page)
+        return
+    columns = (
+        Column("worker"),
+        Column("state"),
+        Column("heard", right=True),
+        Column("lease", right=True),
+        Column("works on"),
+        Column("asked to"),
+        Column("says of itself", wide=True),
+    )
+    print_table(columns, [_row(each, now) for each in page], empty="No workers.")
+    if len(page) < page.total:
+        typer.echo(f"{len(page)} of {page.total:,}; more with --limit and --offset", err=True)
+
+
+def _row(worker: Worker, now: float | None) -> list[Cell | str]:
+    from agentlightning.cli.output import STATUS_STYLES, Cell, ago, duration, one_line
+    from agentlightning.cli.overview import last_heard
+
+    return [
+        worker.worker_id,
+        Cell(worker.status, STATUS_STYLES[worker.status]),
+        ago(last_heard(worker), now),
+        "" if worker.lease_seconds is None else duration(worker.lease_seconds),
+        worker.current_rollout_id or "",
+        Cell(worker.directive or "", "yellow"),
+        "" if worker.registration is None else one_line(worker.registration, 80),
+    ]
+
+
+# --- Orders ------------------------------------------------------------------------------------------
+
+
+def drain(
+    workers: Names = None, every: All = False, wait: Wait = None, url: Url = None, api_key: ApiKey = None
+) -> None:
+    """Let workers finish what they hold; they take nothing new, and end.
+
+    [bold]Examples[/bold]
+
+      agl workers drain gpu-1-4711-9f2c-0
+      agl workers drain --all --wait 600       before the machine goes down
+    """
+    asyncio.run(_direct("drain", workers or (), every, wait, url, api_key))
+
+
+def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Let workers give up what they hold, and end. Their attempts fail with reason aborted.
+
+    [bold]Examples[/bold]
+
+      agl workers stop gpu-1-4711-9f2c-0
+      agl workers stop --all --wait 60
+    """
+    asyncio.run(_direct("stop", workers or (), every, wait, url, api_key))
+
+
+def resume(workers: Names = None, every: All = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Take back a drain or stop that a worker has not followed yet. One that has ended must be started again.
+
+    [bold]Examples[/bold]
+
+      agl workers resume --all
+    """
+    asyncio.run(_direct(None, workers or (), every, None, url, api_key))
+
+
+async def _direct(
+    directive: WorkerDirective | None,
+    names: Sequence[str],
+    every: bool,
+    wait: float | None,
+    url: str | None,
+    api_key: str | None,
+) -> None:
+    from agentlightning.cli.target import open_store
+
+    if bool(names) == every:
+        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
+    async with open_store(url, api_key) as store:
+        directed = await store.direct_workers(directive, worker_ids=None if every else list(names))
+        verb = {"drain": "asked to drain", "stop": "asked to stop", None: "free to go on"}[directive]
+        if not directed:
+            typer.echo("The store knows no workers.")
+        for each in directed:
+            holds = f", holds {each.current_rollout_id}" if each.current_rollout_id else ""
+            typer.echo(f"{each.worker_id}  {verb}{holds}")
+        if wait is not None:
+            await _wait_until_free(store, [each.worker_id for each in directed], wait)
+
+
+async def _wait_until_free(store: LightningStore, names: Sequence[str], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    wanted = set(names)
+    while True:
+        busy = {each.worker_id for each in await store.query_workers(status_in=["busy"])} & wanted
+        if not busy:
+            typer.echo("None of them works any more.")
+            return
+        left = until - time.monotonic()
+        if left <= 0:
+            typer.echo(f"After {seconds:g} s, still at work: {', '.join(sorted(busy))}", err=True)
+            raise typer.Exit(ExitCode.FAILED)
+        await asyncio.sleep(min(_LOOK_SECONDS, left))

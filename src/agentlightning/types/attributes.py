@@ -153,10 +153,11 @@ def sanitize_attribute_value(object: Any, force: bool = True) -> AttributeValue:
             if not force:
                 raise
     if not force:
-        raise TypeError(f"{object!r} is a {type(object).__name__}, which no attribute can be; give a scalar or a list")
+        kind = type(object)  # pyright: ignore[reportUnknownVariableType]
+        raise TypeError(f"{object!r} is a {kind.__name__}, which no attribute can be; give a scalar or a list of them")
     if isinstance(object, str):
         return str.__str__(object)
-    return json.dumps(object, ensure_ascii=False, default=str)
+    return json.dumps(object, ensure_ascii=False, default=str)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def sanitize_attributes(attributes: Mapping[str, Any], force: bool = True) -> Attributes:

@@ -1,0 +1,185 @@
+"""Emit annotations, and operations: spans of the agent's own, around a block or a function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, TypeVar, cast, overload
+
+from agentlightning.emitter.emitting import as_attributes, emit, tracer_for
+from agentlightning.semconv import AGL_ANNOTATION, AGL_OPERATION, LightningSpanAttributes
+from agentlightning.types import SpanCoreFields, SpanRecordingContext
+
+__all__ = ["OperationContext", "emit_annotation", "operation"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_NAME = LightningSpanAttributes.OPERATION_NAME.value
+_INPUT = LightningSpanAttributes.OPERATION_INPUT.value
+_OUTPUT = LightningSpanAttributes.OPERATION_OUTPUT.value
+
+
+def emit_annotation(annotation: dict[str, Any], propagate: bool = True) -> SpanCoreFields:
+    """Put facts about the attempt into the trace: tags, links, scores, whatever has a name.
+
+    Args:
+        annotation: names and values; nested ones are flattened.
+        propagate: whether it gets into the trace; otherwise it is only returned.
+
+    Raises:
+        TypeError: ``annotation`` is no dict with string keys.
+        RuntimeError: no tracer is active.
+    """
+    return emit(AGL_ANNOTATION, as_attributes(annotation), propagate)
+
+
+class OperationContext:
+    """One span around a block, or around each call of a function that it decorates.
+
+    Inputs and outputs are flattened below ``agentlightning.operation.input`` and ``.output``. An exception that
+    leaves the block is recorded, and passes on.
+
+    Args:
+        name: what is done.
+        attributes: more to say about it; nested values are flattened.
+        propagate: whether the span gets into the trace.
+    """
+
+    def __init__(self, name: str, attributes: dict[str, Any], propagate: bool = True) -> None:
+        self.name = name
+        self._attributes = attributes
+        self._propagate = propagate
+        self._scope: AbstractContextManager[SpanRecordingContext] | None = None
+        self._span: SpanRecordingContext | None = None
+
+    def __enter__(self) -> OperationContext:
+        """Open the span.
+
+        Raises:
+            RuntimeError: no tracer is active, or the block is entered already.
+        """
+        if self._scope is not None:
+            raise RuntimeError(f"operation {self.name!r} is entered already; make a new one for each block")
+        told = as_attributes(self._attributes) | {_NAME: self.name}
+        self._scope = tracer_for(self._propagate).operation_context(AGL_OPERATION, told)
+        self._span = self._scope.__enter__()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        """Close the span."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.__exit__(exc_type, exc_val, exc_tb)
+
+    def span(self) -> SpanCoreFields:
+        """What the span says up to now.
+
+        Raises:
+            RuntimeError: the block was never entered.
+        """
+        return self._entered().get_recorded_span()
+
+    def set_input(self, *args: Any, **kwargs: Any) -> None:
+        """Say what goes in: ``.input.args.<i>`` and ``.input.<name>``.
+
+        Raises:
+            RuntimeError: the block was never entered.
+        """
+        told = ({"args": list(args)} if args else {}) | kwargs
+        self._entered().record_attributes(as_attributes({_INPUT: told}))
+
+    def set_output(self, output: Any) -> None:
+        """Say what comes out.
+
+        Raises:
+            RuntimeError: the block was never entered.
+        """
+        self._entered().record_attributes(as_attributes({_OUTPUT: output}))
+
+    def __call__(self, fn: _F) -> _F:
+        """Decorate a function or coroutine function: each call is a span with its arguments and its result.
+
+        Raises:
+            TypeError: it is a generator function, whose work is not done when the call returns.
+        """
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(f"{fn.__name__} is a generator function; use `with operation(name=...):` inside of it")
+        if inspect.iscoroutinefunction(fn):
+
+            @functools.wraps(fn)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                with self._fresh() as span:
+                    span.set_input(**_named(fn, args, kwargs))
+                    result = await fn(*args, **kwargs)
+                    span.set_output(result)
+                    return result
+
+            return cast(_F, awaited)
+
+        @functools.wraps(fn)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self._fresh() as span:
+                span.set_input(**_named(fn, args, kwargs))
+                result = fn(*args, **kwargs)
+                span.set_output(result)
+                return result
+
+        return cast(_F, called)
+
+    def _fresh(self) -> OperationContext:
+        return OperationContext(self.name, self._attributes, self._propagate)
+
+    def _entered(self) -> SpanRecordingContext:
+        if self._span is None:
+            raise RuntimeError(f"operation {self.name!r} was not entered; use it as `with operation(...) as op:`")
+        return self._span
+
+
+@overload
+def operation(fn: _F, *, propagate: bool = True, name: str | None = None, **additional_attributes: Any) -> _F: ...
+@overload
+def operation(
+    fn: None = None, *, propagate: bool = True, name: str | None = None, **additional_attributes: Any
+) -> OperationContext: ...
+def operation(
+    fn: _F | None = None, *, propagate: bool = True, name: str | None = None, **additional_attributes: Any
+) -> _F | OperationContext:
+    """A span of the agent's own: ``with operation(name="search") as op:``, ``@operation`` or ``@operation(name=…)``.
+
+    Args:
+        fn: the function, where it decorates one without arguments.
+        propagate: whether the spans get into the trace.
+        name: what is done; default: the name of the function, or ``operation``.
+        additional_attributes: more to say about it; nested values are flattened.
+
+    Raises:
+        TypeError: ``fn`` is no function.
+    """
+    if fn is None:
+        return _Named(name, additional_attributes, propagate)
+    if not callable(fn):
+        raise TypeError(f"{fn!r} is a {type(fn).__name__}; decorate a function, or name the operation by name=")
+    return OperationContext(name or fn.__name__, additional_attributes, propagate)(fn)
+
+
+class _Named(OperationContext):
+    """An operation that takes its name from the function it decorates, if it was given none."""
+
+    def __init__(self, name: str | None, attributes: dict[str, Any], propagate: bool) -> None:
+        super().__init__(name or "operation", attributes, propagate)
+        self._given = name
+
+    def __call__(self, fn: _F) -> _F:
+        return OperationContext(self._given or fn.__name__, self._attributes, self._propagate)(fn)
+
+
+def _named(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the parameters."""
+    try:
+        return dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
+    except TypeError:  # they do not fit: the call itself will say so
+        return {"args": list(args), **kwargs}

@@ -1,0 +1,120 @@
+"""Emit rewards. They are read by `agentlightning.types.rewards`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, TypeVar, cast
+
+from agentlightning.emitter.emitting import as_attributes, emit
+from agentlightning.errors import InvalidValue
+from agentlightning.semconv import AGL_ANNOTATION, LightningSpanAttributes
+from agentlightning.types import SpanCoreFields
+from agentlightning.types.rewards import (
+    PRIMARY_NAME,
+    find_final_reward,
+    find_reward_spans,
+    get_reward_value,
+    get_rewards_from_span,
+    is_reward_span,
+)
+
+__all__ = [
+    "RewardDimension",
+    "emit_reward",
+    "find_final_reward",
+    "find_reward_spans",
+    "get_reward_value",
+    "get_rewards_from_span",
+    "is_reward_span",
+    "reward",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class RewardDimension(TypedDict):
+    """One dimension of a reward."""
+
+    name: str
+    value: float
+
+
+def emit_reward(
+    reward: float | Mapping[str, Any],
+    *,
+    primary_key: str | None = None,
+    attributes: dict[str, Any] | None = None,
+    propagate: bool = True,
+) -> SpanCoreFields:
+    """Say how good the agent was. The last reward of an attempt is its final one.
+
+    Args:
+        reward: a finite number, or one for each dimension by name.
+        primary_key: which dimension counts where one number is wanted; needed if there are several.
+        attributes: more to say beside it; nested values are flattened.
+        propagate: whether it gets into the trace; otherwise it is only returned.
+
+    Raises:
+        TypeError: ``reward`` is neither, or a dimension is no number.
+        InvalidValue: a number is not finite, there is no dimension, or ``primary_key`` is missing or none of them.
+        RuntimeError: no tracer is active.
+    """
+    told = as_attributes(attributes)
+    for position, dimension in enumerate(_dimensions(reward, primary_key)):
+        prefix = f"{LightningSpanAttributes.REWARD.value}.{position}"
+        told[f"{prefix}.name"] = dimension["name"]
+        told[f"{prefix}.value"] = dimension["value"]
+    return emit(AGL_ANNOTATION, told, propagate)
+
+
+def reward(fn: _F) -> _F:
+    """Decorate a function or coroutine function whose result is the reward: each call emits it.
+
+    A call that returns None emits nothing. Raises as ``emit_reward``.
+    """
+    if inspect.iscoroutinefunction(fn):
+
+        @functools.wraps(fn)
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            return _emitted(await fn(*args, **kwargs))
+
+        return cast(_F, awaited)
+
+    @functools.wraps(fn)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return _emitted(fn(*args, **kwargs))
+
+    return cast(_F, called)
+
+
+def _emitted(result: Any) -> Any:
+    if result is not None:
+        emit_reward(result)
+    return result
+
+
+def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> list[RewardDimension]:
+    """All dimensions, the primary one first."""
+    if not isinstance(reward, Mapping):
+        return [RewardDimension(name=primary_key or PRIMARY_NAME, value=_number(reward, "the reward"))]
+    if not reward:
+        raise InvalidValue("the reward has no dimension; give at least one name with a number")
+    if primary_key is None and len(reward) == 1:
+        primary_key = next(iter(reward))
+    if primary_key not in reward:
+        names = ", ".join(map(repr, reward))
+        raise InvalidValue(f"primary_key is {primary_key!r}; say which of the dimensions counts: {names}")
+    names = [primary_key, *(name for name in reward if name != primary_key)]
+    return [RewardDimension(name=name, value=_number(reward[name], f"the reward {name!r}")) for name in names]
+
+
+def _number(value: Any, what: str) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; give a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise InvalidValue(f"{what} is {value!r}; it must be finite (emit none at all if there is no reward)")
+    return number

@@ -1,0 +1,1 @@
+"""Tracers: what happens inside an agent, as spans of its attempt."""

@@ -1,0 +1,253 @@
+"""``OtelTracer``: traces agents by OpenTelemetry."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from opentelemetry import context as otel_context, trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+
+from agentlightning.errors import InvalidValue
+from agentlightning.store.base import LightningStore
+from agentlightning.tracer.active import activated
+from agentlightning.tracer.base import Tracer
+from agentlightning.tracer.processor import LightningSpanProcessor
+from agentlightning.tracer.provider import attach_processor, get_tracer_provider
+from agentlightning.tracer.recording import Recording
+from agentlightning.tracer.sender import SpanSender
+from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
+from agentlightning.types.otel import convert_attributes, convert_timestamp
+
+__all__ = ["OtelSpanRecordingContext", "OtelTracer", "to_otel_status_code"]
+
+_TRACER_NAME = "agentlightning"
+
+
+def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
+    """OpenTelemetry's value for a status code of ours."""
+    return trace.StatusCode[status_code]
+
+
+class _Wiring(NamedTuple):
+    """What a tracer uses in one process."""
+
+    provider: TracerProvider
+    processor: LightningSpanProcessor
+    tracer: trace.Tracer
+
+
+class OtelTracer(Tracer):
+    """Keeps every span that ends in a trace, whoever made it: emitters, the agent, or a library it uses.
+
+    Spans go to the store in bulk, from a thread of their own, while the agent works on; the end of a trace waits
+    until the store has all of them. May be pickled, and used in several processes.
+
+    Args:
+        interval_seconds: how often spans are sent while a trace goes on.
+        patience_seconds: how long the end of a trace waits for a store that takes no spans.
+    """
+
+    def __init__(self, *, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
+        super().__init__()
+        self._times = (interval_seconds, patience_seconds)
+        self._sender: SpanSender | None = None
+        self._wired: _Wiring | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process."""
+        return self.__dict__ | {"_sender": None, "_wired": None, "_store": None, "worker_id": None}
+
+    def init_worker(self, worker_id: int, store: LightningStore | None = None) -> None:
+        """Put our processor on the process's OpenTelemetry provider, and start the thread that sends spans."""
+        super().init_worker(worker_id, store)
+        self._wiring()
+        self._sending().start()
+
+    def teardown_worker(self, worker_id: int) -> None:
+        """Send what is left, and end the thread that sends."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.stop()
+        super().teardown_worker(worker_id)
+
+    def trace_context(
+        self,
+        name: str | None = None,
+        *,
+        store: LightningStore | None = None,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+    ) -> AbstractAsyncContextManager[trace.Tracer]:
+        """See ``Tracer.trace_context``. The block gets an OpenTelemetry tracer; any other will do as well.
+
+        Raises:
+            InvalidValue: one id is given without the other, or both without a store.
+        """
+        return _TraceContext(self, self._scope(name, store or self._store, rollout_id, attempt_id))
+
+    def trace_run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a plain function in a trace without a rollout; ``get_last_trace`` has its spans after."""
+        with self._scope(getattr(func, "__name__", None), None, None, None):
+            return func(*args, **kwargs)
+
+    def get_last_trace(self) -> list[Span]:
+        """The spans of this context's present trace or, outside of any, of its last; in the order they ended in."""
+        return self._wiring().processor.spans()
+
+    def create_span(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        timestamp: float | None = None,
+        status: TraceStatus | None = None,
+    ) -> SpanCoreFields:
+        """Record something that takes no time, as a child of the span that is open here.
+
+        Raises:
+            RuntimeError: several rollouts run, and this thread does not know which one it works for.
+        """
+        wiring = self._wiring()
+        wiring.processor.recording()
+        at = time.time() if timestamp is None else timestamp
+        nanoseconds = int(at * 1e9)
+        status = status or TraceStatus(status_code="OK")
+        span = wiring.tracer.start_span(name, attributes=attributes, start_time=nanoseconds)
+        span.set_status(to_otel_status_code(status.status_code), status.description)
+        span.end(nanoseconds)
+        return SpanCoreFields(name=name, status=status, attributes=dict(attributes or {}), start_time=at, end_time=at)
+
+    @contextmanager
+    def operation_context(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        start_time: float | None = None,
+        end_time: float | None = None,
+    ) -> Generator[OtelSpanRecordingContext]:
+        """Record what happens inside of the block as one span, the parent of all spans made in there.
+
+        Raises:
+            RuntimeError: several rollouts run, and this thread does not know which one it works for.
+        """
+        wiring = self._wiring()
+        wiring.processor.recording()
+        span = wiring.tracer.start_span(name, attributes=attributes, start_time=_nanoseconds(start_time))
+        recording = OtelSpanRecordingContext(span)
+        try:
+            with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+                yield recording
+        except BaseException as error:
+            recording.record_exception(error)
+            raise
+        finally:
+            recording.finish(end_time)
+
+    # --- Inside ----------------------------------------------------------------------------------
+
+    def _wiring(self) -> _Wiring:
+        """What this process has; set up on first use."""
+        if self._wired is None:
+            provider = get_tracer_provider()
+            self._wired = _Wiring(provider, attach_processor(provider), provider.get_tracer(_TRACER_NAME))
+        return self._wired
+
+    def _sending(self) -> SpanSender:
+        if self._sender is None:
+            self._sender = SpanSender(*self._times)
+        return self._sender
+
+    @contextmanager
+    def _scope(
+        self, name: str | None, store: LightningStore | None, rollout_id: str | None, attempt_id: str | None
+    ) -> Generator[Recording]:
+        """A trace, from its first span to its last; who leaves it has still to wait for the sending."""
+        if (rollout_id is None) is not (attempt_id is None):
+            raise InvalidValue(f"rollout_id is {rollout_id!r} and attempt_id {attempt_id!r}; give both, or neither")
+        if rollout_id is not None and store is None:
+            raise InvalidValue(f"there is no store for the spans of {rollout_id!r}; give store=, or call init_worker")
+        processor = self._wiring().processor
+        outside = otel_context.attach(otel_context.Context())  # a span around us is none of this rollout's
+        recording = processor.begin(store, rollout_id, attempt_id, name, self._sending())
+        try:
+            with activated(self):
+                yield recording
+        finally:
+            processor.end(recording)
+            otel_context.detach(outside)
+
+    def _flush(self, recording: Recording) -> Future[None]:
+        return self._sending().flush(recording)
+
+
+class _TraceContext(AbstractAsyncContextManager[trace.Tracer]):
+    """``OtelTracer.trace_context``: a scope that is left only when the store has its spans."""
+
+    def __init__(self, tracer: OtelTracer, scope: Any) -> None:
+        self._tracer = tracer
+        self._scope = scope
+        self._recording: Recording | None = None
+
+    async def __aenter__(self) -> trace.Tracer:
+        self._recording = self._scope.__enter__()
+        return self._tracer._wiring().tracer  # pyright: ignore[reportPrivateUsage]
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
+    ) -> None:
+        self._scope.__exit__(kind, error, trace_back)
+        recording = self._recording
+        if recording is not None and recording.store is not None:
+            await asyncio.wrap_future(self._tracer._flush(recording))  # pyright: ignore[reportPrivateUsage]
+
+
+class OtelSpanRecordingContext:
+    """An open OpenTelemetry span."""
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+        self._failed = False
+
+    def record_exception(self, exception: BaseException) -> None:
+        """Add the exception as an event, and set the status to ``ERROR``."""
+        self._span.record_exception(exception)
+        self.record_status("ERROR", f"{type(exception).__name__}: {exception}")
+
+    def record_attributes(self, attributes: Attributes) -> None:
+        """Add attributes. One of the same name is replaced."""
+        self._span.set_attributes(attributes)
+
+    def record_status(self, status_code: StatusCode, description: str | None = None) -> None:
+        """Set how the work ended. OpenTelemetry never takes back an ``OK``."""
+        self._failed = self._failed or status_code == "ERROR"
+        self._span.set_status(to_otel_status_code(status_code), description if status_code == "ERROR" else None)
+
+    def finish(self, end_time: float | None = None) -> None:
+        """End the span (Unix seconds; default: now), well if nobody said otherwise."""
+        if not self._failed:
+            self._span.set_status(trace.StatusCode.OK)
+        self._span.end(_nanoseconds(end_time))
+
+    def get_recorded_span(self) -> SpanCoreFields:
+        """Return what was recorded up to now."""
+        span = self._span
+        if not isinstance(span, ReadableSpan):  # a sampler decided against it
+            return SpanCoreFields(
+                name="", status=TraceStatus(status_code="UNSET"), attributes={}, start_time=None, end_time=None
+            )
+        return SpanCoreFields(
+            name=span.name,
+            status=TraceStatus.from_opentelemetry(span.status),
+            attributes=convert_attributes(span.attributes),
+            start_time=convert_timestamp(span.start_time),
+            end_time=convert_timestamp(span.end_time),
+        )
+
+
+def _nanoseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e9)

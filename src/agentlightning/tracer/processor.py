@@ -1,0 +1,214 @@
+"""``LightningSpanProcessor``: finds out whose span it is, for each span that ends in this process.
+
+OpenTelemetry has one provider for all the process, and a runner has many rollouts at once. Whose a span is is
+decided when it starts, by the context of the code that starts it; it may well end somewhere else, as the spans of
+streamed replies do. Where the context says nothing (a thread that the agent started by itself), the span's parent
+says it and, if just one trace is open in the process, that one is meant.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span as SdkSpan, SpanProcessor
+
+from agentlightning.store.base import LightningStore
+from agentlightning.tracer.conversion import SpanConverter
+from agentlightning.tracer.recording import Recording, current, last
+from agentlightning.tracer.sender import SpanSender
+from agentlightning.types import Span
+
+__all__ = ["LightningSpanProcessor"]
+
+OPEN_SPANS_LIMIT = 100_000
+"""Spans that were started and never ended are forgotten, oldest first, beyond this many."""
+
+_logger = logging.getLogger(__name__)
+
+
+class LightningSpanProcessor(SpanProcessor):
+    """Keeps the spans of each trace, and has them sent to its store.
+
+    Args:
+        disable_store_submission: keep spans in memory only.
+    """
+
+    def __init__(self, disable_store_submission: bool = False) -> None:
+        self._disable_store_submission = disable_store_submission
+        self._converter = SpanConverter()
+        self._sender = SpanSender()
+        self._starting: dict[int, Recording] = {}
+        self._traces: dict[int, Recording] = {}
+        self._lock = threading.Lock()
+        self._told_of_strays = False
+
+    # --- Traces ----------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        store: LightningStore | None,
+        rollout_id: str | None,
+        attempt_id: str | None,
+        name: str | None = None,
+        sender: SpanSender | None = None,
+    ) -> Recording:
+        """Open a trace, for the running context and those that it starts.
+
+        Args:
+            store: where its spans go; None, or an id missing: nowhere.
+            rollout_id, attempt_id: whose they are.
+            name: what it is called in logs and errors.
+            sender: who sends them; default: the processor's own.
+        """
+        whose = bool(rollout_id and attempt_id) and not self._disable_store_submission
+        recording = Recording(
+            self._converter.convert, store if whose else None, rollout_id or "", attempt_id or "", name
+        )
+        if recording.store is not None:
+            sender = sender or self._sender
+            sender.start()
+            sender.open(recording)
+        self._traces[id(recording)] = recording
+        recording.outer = current.get()
+        current.set(recording)
+        return recording
+
+    def end(self, recording: Recording) -> None:
+        """Close a trace. Spans of it that end later are still sent."""
+        recording.closed = True
+        self._traces.pop(id(recording), None)
+        if current.get() is recording:
+            current.set(recording.outer)
+        last.set(recording)
+
+    def recording(self) -> Recording | None:
+        """The trace that the running code belongs to: that of its context, or else the only one there is.
+
+        Raises:
+            RuntimeError: there are several, and nothing says which is meant.
+        """
+        recording = current.get()
+        if recording is not None or not self._traces:
+            return recording
+        with self._lock:
+            traces = list(self._traces.values())
+        if len(traces) > 1:
+            raise RuntimeError(
+                f"this thread does not know which of {len(traces)} running rollouts it works for; start it with "
+                "asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
+            )
+        return traces[0] if traces else None
+
+    # --- What 0.3 offers -------------------------------------------------------------------------
+
+    @property
+    def store(self) -> LightningStore | None:
+        """Where the spans of the running code go."""
+        recording = current.get()
+        return None if recording is None else recording.store
+
+    @property
+    def rollout_id(self) -> str | None:
+        """The rollout that the running code works on."""
+        recording = current.get()
+        return None if recording is None else recording.rollout_id or None
+
+    @property
+    def attempt_id(self) -> str | None:
+        """The attempt that the running code works on."""
+        recording = current.get()
+        return None if recording is None else recording.attempt_id or None
+
+    @property
+    def disable_store_submission(self) -> bool:
+        """Whether spans stay in memory."""
+        return self._disable_store_submission
+
+    @disable_store_submission.setter
+    def disable_store_submission(self, value: bool) -> None:
+        self._disable_store_submission = value
+
+    def spans(self) -> list[Span]:
+        """The spans of the running code's trace or, outside of any, of its last one."""
+        recording = current.get() or last.get()
+        return [] if recording is None else recording.spans()
+
+    @contextmanager
+    def with_context(
+        self, store: LightningStore, rollout_id: str, attempt_id: str
+    ) -> Generator[LightningSpanProcessor]:
+        """Trace what runs inside of the block, for an attempt. Its spans are in the store after.
+
+        It waits for the store at the end; in a coroutine use ``OtelTracer.trace_context``.
+
+        Raises:
+            StoreUnavailable: at the end of the block, when the store did not take the spans.
+        """
+        recording = self.begin(store, rollout_id, attempt_id)
+        try:
+            yield self
+        finally:
+            self.end(recording)
+            if recording.store is not None:
+                self._sender.flush(recording).result()
+
+    # --- Called by OpenTelemetry -----------------------------------------------------------------
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        """Note whose span it is."""
+        recording = current.get() or self._by_parent(span) or self._only_one()
+        context = span.context
+        if recording is not None and context is not None:
+            starting = self._starting
+            starting[context.span_id] = recording
+            if len(starting) > OPEN_SPANS_LIMIT:
+                self._forget_oldest()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Keep a span for its trace; one that belongs to none is nobody's."""
+        context = span.context
+        if context is not None:
+            recording = self._starting.pop(context.span_id, None)
+            if recording is not None:
+                recording.add(span)
+
+    def shutdown(self) -> None:
+        """Send what is left, and end the thread that sends."""
+        self._sender.stop()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Send what there is now; whether all of it is in its store within the time (milliseconds)."""
+        waiting = [self._sender.flush(each) for each in list(self._traces.values()) if each.store is not None]
+        try:
+            for done in waiting:
+                done.result(timeout_millis / 1000)
+        except Exception as error:  # noqa: BLE001 - OpenTelemetry asks for a yes or no
+            _logger.warning("flush failed: %s: %s", type(error).__name__, error)
+            return False
+        return True
+
+    def _by_parent(self, span: SdkSpan) -> Recording | None:
+        return None if span.parent is None else self._starting.get(span.parent.span_id)
+
+    def _only_one(self) -> Recording | None:
+        traces = self._traces
+        if len(traces) > 1 and not self._told_of_strays:
+            self._told_of_strays = True
+            _logger.warning(
+                "a span was started in a thread that does not know which of %d running rollouts it works for, and is "
+                "not kept; start such threads with asyncio.to_thread or contextvars.copy_context().run",
+                len(traces),
+            )
+        if len(traces) != 1:
+            return None
+        with self._lock:
+            return next(iter(list(traces.values())), None)
+
+    def _forget_oldest(self) -> None:
+        with self._lock:
+            while len(self._starting) > OPEN_SPANS_LIMIT:
+                self._starting.pop(next(iter(self._starting)), None)

@@ -1,0 +1,275 @@
+"""Hands spans to the store, in bulk, from a thread of its own.
+
+The agent's thread only appends to its recording. The sender looks at all open recordings twice a second, and at
+once when a trace has ended and is waited for; whatever has come together by then, of all traces, goes to the store
+in one call. While a call runs the next batch gathers, so the busier the process, the larger the batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    Conflict,
+    InvalidValue,
+    NotAllowed,
+    NotAuthenticated,
+    NotFound,
+    StoreClosed,
+    StoreForked,
+    StoreStopped,
+    StoreUnavailable,
+)
+from agentlightning.semconv import LightningSpanAttributes
+from agentlightning.store.base import LightningStore
+from agentlightning.tracer.recording import Recording
+from agentlightning.types import Span
+
+__all__ = ["SpanSender"]
+
+BATCH_SPANS = 1000
+"""How many spans go into one call."""
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.1, 5.0
+
+_REFUSED = (InvalidValue, NotFound, Conflict)
+"""The store says no to the spans: sending them again, as they are, is useless."""
+_HOPELESS = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
+"""The store says no to everything, and will go on doing so."""
+
+_logger = logging.getLogger(__name__)
+
+
+class _Waiter(NamedTuple):
+    """Somebody who waits until the first ``target`` spans of a trace are in the store."""
+
+    recording: Recording
+    target: int
+    done: Future[None]
+    give_up_at: float
+
+
+class SpanSender:
+    """Sends the spans of one process.
+
+    Args:
+        interval_seconds: how often to look for spans of traces that nobody waits for yet.
+        patience_seconds: how long the end of a trace waits for a store that is not there.
+    """
+
+    def __init__(self, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
+        self.refused = 0
+        """How many spans the store has refused for good; the log has each of them."""
+        self._interval = interval_seconds
+        self._patience = patience_seconds
+        self._open: dict[int, Recording] = {}
+        self._waiters: list[_Waiter] = []
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: asyncio.Event | None = None
+        self._stopping = False
+        self._pid = 0
+        self._failures = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs in this process."""
+        with self._lock:
+            if self._thread is not None and self._pid == os.getpid() and self._thread.is_alive():
+                return
+            self._pid, self._stopping = os.getpid(), False
+            ready = threading.Event()
+            self._thread = threading.Thread(
+                target=lambda: asyncio.run(self._work(ready)), name="agentlightning-spans", daemon=True
+            )
+            self._thread.start()
+            ready.wait()
+
+    def stop(self) -> None:
+        """Hand over what is left (or give up after the patience for it), and end the thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is None or self._pid != os.getpid():
+            return
+        for recording in list(self._open.values()):
+            try:
+                self.flush(recording).result()
+            except AgentLightningError as error:
+                _logger.error("%s", error)
+        self._stopping = True
+        self._notify()
+        thread.join()
+
+    def open(self, recording: Recording) -> None:
+        """Send the spans of this trace from now on, as they come."""
+        self._open[id(recording)] = recording
+        recording.on_late = self._reopen
+
+    def flush(self, recording: Recording) -> Future[None]:
+        """Send what the trace has up to now at once; the future is done when the store has it.
+
+        It fails with ``StoreUnavailable`` when the store has not taken it after ``patience_seconds``, or never will.
+        """
+        done: Future[None] = Future()
+        target = recording.total
+        if recording.handed >= target:
+            self._forget(recording)
+            done.set_result(None)
+            return done
+        with self._lock:
+            self._waiters.append(_Waiter(recording, target, done, time.monotonic() + self._patience))
+        self._notify()
+        return done
+
+    def _reopen(self, recording: Recording) -> None:
+        self._open[id(recording)] = recording
+        self._notify()
+
+    def _forget(self, recording: Recording) -> None:
+        if recording.closed and recording.handed >= recording.total:
+            self._open.pop(id(recording), None)
+
+    def _notify(self) -> None:
+        loop, wake = self._loop, self._wake
+        if loop is not None and wake is not None:
+            loop.call_soon_threadsafe(wake.set)
+
+    # --- In the thread -------------------------------------------------------------------------------
+
+    async def _work(self, ready: threading.Event) -> None:
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        while not self._stopping:
+            try:
+                async with asyncio.timeout(self._pause()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            if self._failures:  # what wakes us while the store is away must not make us run in circles
+                await asyncio.sleep(self._pause() or 0)
+            self._wake.clear()
+            await self._send_all()
+        self._loop = self._wake = None
+
+    def _pause(self) -> float | None:
+        """Seconds until the next look; None: until somebody calls."""
+        if self._failures:
+            return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (self._failures - 1))
+        return self._interval if self._open else None
+
+    async def _send_all(self) -> None:
+        with self._lock:
+            waiters, self._waiters = self._waiters, []
+        recordings = {id(each.recording): each.recording for each in waiters} | self._open
+        by_store: dict[int, list[Recording]] = {}
+        for recording in recordings.values():
+            if recording.store is not None and recording.handed < recording.total:
+                by_store.setdefault(id(recording.store), []).append(recording)
+        trouble: dict[int, Exception] = {}
+        more = False
+        for key, group in by_store.items():
+            try:
+                more |= await self._send_group(group)
+            except Exception as error:  # noqa: BLE001 - a store may fail in any way; each is told to who waits
+                trouble[key] = error
+        self._failures = self._failures + 1 if trouble else 0
+        if self._failures == 1:
+            _logger.warning("the store takes no spans, they wait in memory: %s", next(iter(trouble.values())))
+        for waiter in waiters:
+            self._settle(waiter, trouble.get(id(waiter.recording.store)))
+        for recording in recordings.values():
+            self._forget(recording)
+        if more and not trouble and self._wake is not None:
+            self._wake.set()
+
+    def _settle(self, waiter: _Waiter, error: Exception | None) -> None:
+        """Tell who waits how it ended, or let them wait on."""
+        recording = waiter.recording
+        if recording.handed >= waiter.target:
+            waiter.done.set_result(None)
+        elif error is not None and (isinstance(error, _HOPELESS) or time.monotonic() >= waiter.give_up_at):
+            self._open.pop(id(recording), None)
+            lost = recording.total - recording.handed
+            failure = StoreUnavailable(
+                f"{lost} of {recording.total} spans of {recording.name} are not in the store: "
+                f"{type(error).__name__}: {error}"
+            )
+            failure.__cause__ = error
+            waiter.done.set_exception(failure)
+        else:
+            with self._lock:
+                self._waiters.append(waiter)
+
+    async def _send_group(self, group: Sequence[Recording]) -> bool:
+        """Send what some traces have for one store; whether it was more than goes into one call."""
+        parts: list[tuple[Recording, list[Span]]] = []
+        room = BATCH_SPANS
+        for recording in group:
+            spans = recording.unsent(room)
+            parts.append((recording, spans))
+            room -= len(spans)
+            if not room:
+                break
+        store = group[0].store
+        assert store is not None
+        try:
+            await store.add_many_spans([span for _, spans in parts for span in spans])
+        except _REFUSED:
+            for recording, spans in parts:
+                await self._send_apart(store, spans)
+                recording.hand_over(len(spans))
+        else:
+            for recording, spans in parts:
+                recording.hand_over(len(spans))
+        return not room
+
+    async def _send_apart(self, store: LightningStore, spans: Sequence[Span]) -> None:
+        """Find the spans that the store refuses, by halves, and send the others."""
+        if not spans:
+            return
+        try:
+            await store.add_many_spans(spans)
+        except (NotFound, Conflict) as error:  # the attempt is unknown: none of its spans can be stored
+            self._refuse(spans, error)
+        except InvalidValue as error:
+            middle = len(spans) // 2
+            if middle:
+                await self._send_apart(store, spans[:middle])
+                await self._send_apart(store, spans[middle:])
+            elif _is_husk(spans[0]):
+                self._refuse(spans, error)
+            else:
+                await self._send_apart(store, [_husk(spans[0], error)])
+
+    def _refuse(self, spans: Sequence[Span], error: Exception) -> None:
+        self.refused += len(spans)
+        _logger.error(
+            "the store refuses %d span(s) of attempt %s for good, the first one %r: %s",
+            len(spans),
+            spans[0].attempt_id,
+            spans[0].name,
+            error,
+        )
+
+
+def _husk(span: Span, error: Exception) -> Span:
+    """What is left of a span that the store refuses: its place in the trace, and why it was refused."""
+    why = {
+        LightningSpanAttributes.MENDED.value: ["attributes", "events", "links"],
+        "agentlightning.refused": str(error)[:1000].encode("ascii", "backslashreplace").decode(),
+    }
+    return span.model_copy(
+        update={"attributes": why, "events": list[Any](), "links": list[Any](), "name": span.name[:200]}
+    )
+
+
+def _is_husk(span: Span) -> bool:
+    return "agentlightning.refused" in span.attributes

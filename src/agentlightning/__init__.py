@@ -50,6 +50,12 @@ if TYPE_CHECKING:
         resolve_int_env_var as resolve_int_env_var,
         resolve_str_env_var as resolve_str_env_var,
     )
+    from agentlightning.proxy import (
+        LLMProxy as LLMProxy,
+        ModelConfig as ModelConfig,
+        get_active_llm_proxy as get_active_llm_proxy,
+        set_active_llm_proxy as set_active_llm_proxy,
+    )
     from agentlightning.store.base import (
         LightningStore as LightningStore,
         LightningStoreCapabilities as LightningStoreCapabilities,
@@ -158,6 +164,10 @@ _MODULE_NAMES = {
     "AgentLightningClient": "agentlightning.legacy.client",
     "DevTaskLoader": "agentlightning.legacy.client",
     "AgentLightningServer": "agentlightning.legacy.server",
+    "LLMProxy": "agentlightning.proxy",
+    "ModelConfig": "agentlightning.proxy",
+    "get_active_llm_proxy": "agentlightning.proxy",
+    "set_active_llm_proxy": "agentlightning.proxy",
     "LightningStore": "agentlightning.store.base",
     "LightningStoreCapabilities": "agentlightning.store.base",
     "LightningStoreStatistics": "agentlightning.store.base",

@@ -1,0 +1,82 @@
+"""The routes of the proxy: OpenAI's, at the root and below each attempt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from agentlightning.proxy.calls import ModelCalls
+from agentlightning.proxy.exchange import Exchange
+from agentlightning.proxy.refusals import Refused
+
+__all__ = ["build_app"]
+
+_ATTEMPT = "/rollout/{rollout_id}/attempt/{attempt_id}"
+_PREFIXES = (_ATTEMPT + "/v1", "/v1", _ATTEMPT, "")
+"""Clients have ``/v1`` in their base URL, or not."""
+
+
+def build_app(exchange: Exchange) -> FastAPI:
+    """The ASGI application of a proxy."""
+    app = FastAPI(title="Agent Lightning LLM proxy", openapi_url=None)
+    calls = {
+        "/chat/completions": ModelCalls(exchange, "chat"),
+        "/completions": ModelCalls(exchange, "text_completion"),
+    }
+    listings = _listings(exchange)
+    for prefix in _PREFIXES:
+        # The calls answer in bytes, as they come, and watch for agents that hang up: plain ASGI.
+        app.router.routes.extend(Route(prefix + path, call, methods=["POST"]) for path, call in calls.items())
+        app.include_router(listings, prefix=prefix)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+        """Whether the proxy runs, and how busy it is."""
+        return {
+            "status": "paused" if exchange.gate.is_paused else "ok",
+            "calls_in_flight": exchange.gate.in_flight,
+            "spans_waiting": exchange.delivery.waiting,
+            "spans_lost": exchange.delivery.lost,
+        }
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, refused: Refused) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(refused.body(), refused.status, refused.headers(), "application/json")
+
+    @app.exception_handler(HTTPException)
+    async def explain(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
+        refused = Refused(
+            error.status_code,
+            "unknown_url" if error.status_code == 404 else "wrong_method",
+            f"There is no {request.method} {request.url.path} here; the proxy serves POST /v1/chat/completions, "
+            "POST /v1/completions and GET /v1/models, also below /rollout/ROLLOUT_ID/attempt/ATTEMPT_ID.",
+        )
+        return await refuse(request, refused)
+
+    return app
+
+
+def _listings(exchange: Exchange) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/models")
+    async def models(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        """The models that can be named in a call."""
+        exchange.access.check(request.headers)
+        return JSONResponse({"object": "list", "data": [_model(name) for name in exchange.routing.models()]})
+
+    @router.get("/models/{model:path}")
+    async def model(request: Request, model: str) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        """One model, if it can be named in a call."""
+        exchange.access.check(request.headers)
+        return JSONResponse(_model(exchange.routing.order(model, None)[0].model_name))
+
+    return router
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "agentlightning"}

@@ -1,0 +1,316 @@
+"""One model call from the agent's request to the last byte of its reply.
+
+The agent does not see the end of a call before the store has accepted its span (or a short time has passed), so that
+whoever waits for the agent finds all of its calls in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, cast
+
+import aiohttp
+import msgspec
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from agentlightning.proxy.answers import read_answer
+from agentlightning.proxy.asks import CallKind, without_asked
+from agentlightning.proxy.callers import caller_of
+from agentlightning.proxy.exchange import Exchange
+from agentlightning.proxy.records import CallRecord, read_question
+from agentlightning.proxy.refusals import Refused, error_body
+from agentlightning.proxy.scrubbing import Scrubber
+from agentlightning.proxy.sse import EventTooLarge, event_of
+from agentlightning.proxy.tee import StreamTee
+from agentlightning.proxy.upstream import Reply
+
+__all__ = ["ModelCalls"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_REPLY_BYTES = 64 * 1024 * 1024
+_SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "openai-version")
+_SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
+
+
+class _AgentGone(Exception):
+    """The agent has hung up."""
+
+
+class ModelCalls:
+    """An ASGI application: the calls of one kind.
+
+    Args:
+        exchange: what all calls share.
+        kind: of the calls.
+    """
+
+    def __init__(self, exchange: Exchange, kind: CallKind) -> None:
+        self._exchange = exchange
+        self._kind: CallKind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        try:
+            self._exchange.access.check(request.headers)
+            caller = caller_of(request)
+            self._exchange.check_room_for(caller)
+            async with self._exchange.gate.call():
+                await _Call(self._exchange, CallRecord(self._kind, caller), send).run(request)
+        except Refused as refused:
+            await _send_whole(send, refused.status, refused.headers(), refused.body())
+
+
+class _Call:
+    """One call in progress."""
+
+    def __init__(self, exchange: Exchange, record: CallRecord, send: Send) -> None:
+        self._exchange = exchange
+        self._record = record
+        self._send = send
+        self._has_begun = False
+        """Whether the agent has got the head of a reply, so that no other status can be sent."""
+
+    async def run(self, request: Request) -> None:
+        record = self._record
+        try:
+            record.request = await _read_body(request, self._exchange.max_request_bytes)
+            ending = await self._pass_on(request.receive)
+        except _AgentGone:
+            record.fail("client_disconnected", "the agent hung up before the reply had ended")
+            self._exchange.deliver(record)
+            return
+        except Refused as refused:
+            ending = await self._refuse(refused)
+        except asyncio.CancelledError:
+            if not self._exchange.gate.is_closed:
+                raise
+            _current_task().uncancel()
+            ending = await self._refuse(Refused(503, "proxy_stopped", "The proxy was stopped during the call."))
+        except Exception:
+            _logger.exception("a model call failed in the proxy")
+            ending = await self._refuse(
+                Refused(500, "internal_error", "The proxy failed; its log says why. This is a bug.")
+            )
+        for message in ending:
+            await self._send(message)
+
+    async def _pass_on(self, receive: Receive) -> list[Message]:
+        """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
+        record = self._record
+        question = record.question = read_question(record.request)
+        routing = self._exchange.routing
+        order = routing.order(question.model, record.caller.rollout_id if record.caller else None)
+        record.model_version = self._exchange.version_of(question.model)
+        upstream = self._exchange.upstream
+        async with _cancelled_by_hangup(receive), upstream.call(routing, order, question, record) as reply:
+            if reply.response.content_type == "text/event-stream":
+                return await self._relay_stream(reply)
+            return await self._relay_whole(reply)
+
+    async def _relay_whole(self, reply: Reply) -> list[Message]:
+        record, status = self._record, reply.response.status
+        scrubber = Scrubber(reply.backend)
+        body = scrubber.bytes(await self._read_whole(reply))
+        if status in (401, 403):
+            body = _about_the_proxys_key(reply, status)
+        record.status = status
+        facts = _object_of(body)
+        if facts is not None and status < 400:
+            record.answer = read_answer(facts)
+            if reply.asks:
+                without_asked(facts, reply.asks)
+                body = msgspec.json.encode(facts)
+        record.answer.body = body
+        if status >= 400:
+            record.fail(*_error_of(facts, status), status)
+        await self._exchange.deliver_and_wait(record)
+        return _whole(status, _shown_headers(reply.response), body)
+
+    async def _read_whole(self, reply: Reply) -> bytes:
+        """The body of a reply that is no stream."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in reply.response.content.iter_any():
+                if self._record.first_byte is None:
+                    self._record.first_byte = time.perf_counter()
+                size += len(part)
+                if size > _MAX_REPLY_BYTES:
+                    raise Refused(
+                        502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes."
+                    )
+                parts.append(part)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            _raise_broken(reply, error)
+        return b"".join(parts)
+
+    async def _relay_stream(self, reply: Reply) -> list[Message]:
+        record = self._record
+        scrubber = Scrubber(reply.backend)
+        tee = StreamTee(record.kind, reply.asks, scrubber)
+        record.status = reply.response.status
+        await self._begin(record.status, _shown_headers(reply.response))
+        try:
+            async for data in reply.response.content.iter_any():
+                if record.first_byte is None:
+                    record.first_byte = time.perf_counter()
+                shown = tee.feed(data)
+                if shown:
+                    await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+            if tee.error is None and not tee.is_complete:
+                raise aiohttp.ClientPayloadError("the stream ended in the middle of the reply")
+        except (aiohttp.ClientError, TimeoutError, EventTooLarge) as error:
+            _raise_broken(reply, error)
+        finally:
+            record.answer = tee.answer()
+        if tee.error is not None:
+            code, message = _error_of({"error": tee.error}, record.status)
+            record.fail(code, scrubber.text(message))
+        await self._exchange.deliver_and_wait(record)
+        return [{"type": "http.response.body", "body": tee.ending()}]
+
+    async def _refuse(self, refused: Refused) -> list[Message]:
+        """Record that the call failed; returns what tells the agent."""
+        record = self._record
+        if self._has_begun:
+            record.fail(refused.code, refused.message)
+            await self._exchange.deliver_and_wait(record)
+            return [{"type": "http.response.body", "body": event_of(refused.body())}]
+        record.refuse(refused)
+        await self._exchange.deliver_and_wait(record)
+        return _whole(refused.status, refused.headers(), refused.body())
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self._has_begun = True
+        await self._send(_head(status, headers))
+
+
+@asynccontextmanager
+async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
+    """End the block when the agent hangs up, wherever it waits.
+
+    Raises:
+        _AgentGone: that happened.
+    """
+    task = _current_task()
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+        task.uncancel()
+        raise _AgentGone from None
+    finally:
+        watcher.cancel()
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "calls run in tasks"
+    return task
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    length = request.headers.get("content-length", "0")
+    too_large = Refused(
+        413, "request_too_large", f"The request is larger than {limit:,} bytes, the limit of the proxy."
+    )
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise _AgentGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _raise_broken(reply: Reply, error: Exception) -> NoReturn:
+    """Raise what tells the agent that the backend broke off."""
+    if isinstance(error, TimeoutError):
+        seconds = reply.backend.timeout_seconds
+        raise Refused(
+            504, "backend_timeout", f"The backend {reply.backend.name} was silent for {seconds:g} s."
+        ) from error
+    problem = str(error) if isinstance(error, EventTooLarge) else type(error).__name__
+    raise Refused(
+        502, "backend_broke_off", f"The backend {reply.backend.name} broke off during its reply: {problem}."
+    ) from error
+
+
+def _about_the_proxys_key(reply: Reply, status: int) -> bytes:
+    """Instead of what the backend says of a key that the agent never had, and may quote in part."""
+    return error_body(
+        f"The backend {reply.backend.name} answered {status}: it does not accept the key that the proxy has for it; "
+        "mend api_key in the proxy's model list.",
+        "authentication_error" if status == 401 else "permission_error",
+        "backend_key_refused",
+    )
+
+
+def _object_of(body: bytes) -> dict[str, Any] | None:
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _error_of(facts: dict[str, Any] | None, status: int) -> tuple[str, str]:
+    """Type and text of an error reply."""
+    error = (facts or {}).get("error")
+    known = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
+    kind = known.get("code") or known.get("type")
+    message = known.get("message") or (facts or {}).get("message")
+    return (
+        kind if isinstance(kind, str) else str(status),
+        message if isinstance(message, str) else f"the backend answered with HTTP status {status}",
+    )
+
+
+def _shown_headers(response: aiohttp.ClientResponse) -> dict[str, str]:
+    """The headers of a backend that concern the agent."""
+    return {
+        name.lower(): value
+        for name, value in response.headers.items()
+        if name.lower() in _SHOWN_HEADERS or name.lower().startswith(_SHOWN_PREFIXES)
+    }
+
+
+def _head(status: int, headers: Mapping[str, str]) -> Message:
+    raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": raw}
+
+
+def _whole(status: int, headers: Mapping[str, str], body: bytes) -> list[Message]:
+    told = {"content-type": "application/json", **headers, "content-length": str(len(body))}
+    return [_head(status, told), {"type": "http.response.body", "body": body}]
+
+
+async def _send_whole(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    for message in _whole(status, headers, body):
+        await send(message)

@@ -1,0 +1,231 @@
+"""The model list: which backends stand behind a model's name.
+
+An entry has the shape that agentlightning 0.3 took over from LiteLLM::
+
+    {"model_name": "policy",
+     "litellm_params": {"model": "openai/Qwen/Qwen3-8B", "api_base": "http://gpu:8000/v1", "api_key": "…"}}
+
+Several entries with one ``model_name`` are several backends of one model. Every backend must speak the OpenAI
+protocol itself: nothing is translated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast, get_args
+from urllib.parse import urlsplit
+
+from agentlightning.errors import InvalidValue
+
+__all__ = ["Ask", "Backend", "ModelConfig", "backends_of"]
+
+Ask: TypeAlias = Literal["token_ids", "logprobs", "usage"]
+"""Something that a backend is asked for beyond what the agent asked."""
+
+
+class ModelConfig(TypedDict):
+    """One backend of one model."""
+
+    model_name: str
+    """What agents call the model."""
+
+    litellm_params: dict[str, Any]
+    """``model`` (what the backend calls it, after ``openai/`` or ``hosted_vllm/``), ``api_base`` (its URL, such as
+    ``http://host:8000/v1``), ``api_key`` (or ``os.environ/NAME``), ``timeout`` (seconds without a byte),
+    ``extra_headers``, ``extra_body``; and sampling parameters, sent where the agent gives none."""
+
+    model_info: NotRequired[dict[str, Any]]
+    """``ask_for``: what this backend can be asked for (``token_ids``, ``logprobs``, ``usage``). Not given: found out
+    by asking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One endpoint that answers for one model."""
+
+    name: str
+    """``model@host:port``: what logs and spans call it."""
+    model_name: str
+    upstream_model: str
+    base_url: str
+    """Without a slash at the end."""
+    api_key: str | None = field(repr=False)
+    timeout_seconds: float
+    headers: Mapping[str, str] = field(repr=False)
+    defaults: Mapping[str, Any]
+    """Fields of the request where the agent gives none."""
+    overrides: Mapping[str, Any]
+    """Fields of the request, whatever the agent gives."""
+    ask_for: frozenset[Ask] | None
+    """What it can be asked for; None: nobody said."""
+
+
+_OPENAI_URL = "https://api.openai.com/v1"
+_TIMEOUT_SECONDS = 600.0
+_OPENAI_SHAPED = frozenset({"openai", "hosted_vllm", "vllm", "openai_like", "custom_openai", "litellm_proxy"})
+"""Prefixes of ``model`` that only say that the endpoint speaks OpenAI's protocol."""
+_OTHER_PROTOCOLS = frozenset(
+    {
+        "anthropic",
+        "azure",
+        "bedrock",
+        "cohere",
+        "gemini",
+        "huggingface",
+        "ollama",
+        "replicate",
+        "sagemaker",
+        "vertex_ai",
+    }
+)
+"""Prefixes that stand for other protocols, which LiteLLM translates and this proxy does not."""
+_SAMPLING = frozenset(
+    {
+        "frequency_penalty",
+        "logit_bias",
+        "max_completion_tokens",
+        "max_tokens",
+        "min_p",
+        "n",
+        "presence_penalty",
+        "reasoning_effort",
+        "response_format",
+        "seed",
+        "stop",
+        "temperature",
+        "top_k",
+        "top_p",
+        "user",
+    }
+)
+_KNOWN = _SAMPLING | {"model", "api_base", "base_url", "api_key", "timeout", "extra_headers", "extra_body"}
+
+
+def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[Backend, ...]]:
+    """The backends of each model, by the model's name.
+
+    Raises:
+        InvalidValue: an entry is not understood. The message names it, and never shows a key.
+    """
+    found: dict[str, list[Backend]] = {}
+    names: set[str] = set()
+    for index, entry in enumerate(model_list):
+        backend = _backend_of(entry, f"model_list[{index}]", names)
+        names.add(backend.name)
+        found.setdefault(backend.model_name, []).append(backend)
+    return {name: tuple(backends) for name, backends in found.items()}
+
+
+def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> Backend:
+    _check_keys(entry, {"model_name", "litellm_params", "model_info"}, where)
+    model_name = _text(entry, "model_name", where)
+    if "*" in model_name:
+        raise InvalidValue(f"{where} has the model_name {model_name!r}; name each model, patterns are not understood")
+    params = _table(entry, "litellm_params", where)
+    _check_keys(params, _KNOWN, f"{where}['litellm_params']")
+    upstream_model, provider = _upstream_model(_text(params, "model", where), where)
+    base_url = _base_url(params, provider, where)
+    address = urlsplit(base_url).netloc
+    name = plain = f"{upstream_model}@{address}"
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{plain}#{number}"
+    return Backend(
+        name=name,
+        model_name=model_name,
+        upstream_model=upstream_model,
+        base_url=base_url,
+        api_key=_api_key(params, base_url, where),
+        timeout_seconds=_seconds(params.get("timeout", _TIMEOUT_SECONDS), where),
+        headers={str(key): str(value) for key, value in _table(params, "extra_headers", where, optional=True).items()},
+        defaults={key: value for key, value in params.items() if key in _SAMPLING},
+        overrides=_table(params, "extra_body", where, optional=True),
+        ask_for=_ask_for(_table(entry, "model_info", where, optional=True), where),
+    )
+
+
+def _upstream_model(model: str, where: str) -> tuple[str, str | None]:
+    """What the backend calls the model, and the provider named before it."""
+    provider, slash, rest = model.partition("/")
+    if slash and provider in _OTHER_PROTOCOLS:
+        raise InvalidValue(
+            f"{where} has the model {model!r}: {provider} has a protocol of its own, and this proxy translates none; "
+            "put an OpenAI-compatible endpoint before it and write openai/MODEL with its api_base"
+        )
+    if slash and provider in _OPENAI_SHAPED and rest:
+        return rest, provider
+    return model, None
+
+
+def _base_url(params: Mapping[str, Any], provider: str | None, where: str) -> str:
+    given = params.get("api_base") or params.get("base_url")
+    if given is None and provider == "openai":
+        given = os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL
+    if not isinstance(given, str):
+        raise InvalidValue(f"{where} has no api_base; give the backend's URL, such as http://127.0.0.1:8000/v1")
+    try:
+        parts = urlsplit(given)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError as error:
+        raise InvalidValue(f"{where} has an api_base that is no URL: {error}") from error
+    if parts.username or parts.password:
+        raise InvalidValue(f"{where} has a user or key inside of api_base; give it as api_key")
+    if not usable or parts.query or parts.fragment:
+        raise InvalidValue(f"{where} has the api_base {given!r}; give a URL such as http://127.0.0.1:8000/v1")
+    return given.rstrip("/")
+
+
+def _api_key(params: Mapping[str, Any], base_url: str, where: str) -> str | None:
+    key = params.get("api_key")
+    if isinstance(key, str) and key.startswith("os.environ/"):
+        name = key.removeprefix("os.environ/")
+        key = os.environ.get(name)
+        if not key:
+            raise InvalidValue(f"{where} takes its api_key from the environment variable {name}, which is not set")
+    if key is None and base_url == _OPENAI_URL:
+        key = os.environ.get("OPENAI_API_KEY")
+    if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+        raise InvalidValue(f"{where} has an api_key that no HTTP header can carry")
+    return key or None
+
+
+def _ask_for(info: Mapping[str, Any], where: str) -> frozenset[Ask] | None:
+    asked = info.get("ask_for")
+    if asked is None:
+        return None
+    if not isinstance(asked, (list, tuple, set, frozenset)) or not set(cast("list[Any]", asked)) <= set(get_args(Ask)):
+        raise InvalidValue(f"{where} has ask_for={asked!r}; give a list of {', '.join(get_args(Ask))}")
+    return frozenset(cast("list[Ask]", asked))
+
+
+def _seconds(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InvalidValue(f"{where} has timeout={value!r}; give seconds above 0")
+    return float(value)
+
+
+def _text(table: Mapping[str, Any], key: str, where: str) -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise InvalidValue(f"{where} has {key}={value!r}; give a string")
+    return value
+
+
+def _table(table: Mapping[str, Any], key: str, where: str, *, optional: bool = False) -> dict[str, Any]:
+    value = table.get(key)
+    if value is None and optional:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidValue(f"{where} has {key} of type {type(value).__name__}; give a dict")
+    return cast("dict[str, Any]", value)
+
+
+def _check_keys(table: Any, known: set[str] | frozenset[str], where: str) -> None:
+    if not isinstance(table, dict):
+        raise InvalidValue(f"{where} is a {type(table).__name__}; give a dict")
+    unknown = sorted(str(key) for key in set(cast("dict[Any, Any]", table)) - known)
+    if unknown:
+        raise InvalidValue(f"{where} has {', '.join(unknown)}, which the proxy does not know; it knows {sorted(known)}")

@@ -44,17 +44,17 @@ if TYPE_CHECKING:
         DevTaskLoader as DevTaskLoader,
     )
     from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
-    from agentlightning.settings import (
-        LightningEnvVar as LightningEnvVar,
-        resolve_bool_env_var as resolve_bool_env_var,
-        resolve_int_env_var as resolve_int_env_var,
-        resolve_str_env_var as resolve_str_env_var,
-    )
     from agentlightning.proxy import (
         LLMProxy as LLMProxy,
         ModelConfig as ModelConfig,
         get_active_llm_proxy as get_active_llm_proxy,
         set_active_llm_proxy as set_active_llm_proxy,
+    )
+    from agentlightning.settings import (
+        LightningEnvVar as LightningEnvVar,
+        resolve_bool_env_var as resolve_bool_env_var,
+        resolve_int_env_var as resolve_int_env_var,
+        resolve_str_env_var as resolve_str_env_var,
     )
     from agentlightning.store.base import (
         LightningStore as LightningStore,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agentlightning.cli.exits import ExitCode
 from agentlightning.cli.options import ApiKey, Format, Output, Url
 from agentlightning.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from agentlightning.store.base import LightningStore
 
 __all__ = ["backup"]
 
@@ -35,14 +37,9 @@ def backup(
       agl backup --url agentlightning.db backup.db
       agl backup --url agentlightning.db "nightly-$(date +%F).db"
     """
-    asyncio.run(_backup(target, url, api_key, output))
-
-
-async def _backup(target: Path, url: str | None, api_key: str | None, output: Format) -> None:
     from agentlightning.cli.output import print_json, size
-    from agentlightning.cli.target import Server, locate, open_view
+    from agentlightning.cli.target import Server, locate, look
     from agentlightning.cli.verify import print_report
-    from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
     source = locate(url, api_key)
     if isinstance(source, Server):
@@ -50,11 +47,8 @@ async def _backup(target: Path, url: str | None, api_key: str | None, output: Fo
             f"a backup is made from the file, not through {source}: on the machine of the server, "
             f"run `agl backup --url DATABASE.db {target}` (it may go on serving)"
         )
-    async with open_view(url, api_key) as store:
-        assert isinstance(store, ReadOnlySqliteStore)
-        await store.backup(target)
-    async with ReadOnlySqliteStore(target) as copy:
-        report = await copy.verify()
+    look(str(source.path), None, lambda store: _copy(store, target))
+    report = look(str(target), None, lambda copy: copy.verify())
     number = target.stat().st_size
     if output is Format.JSON:
         print_json({"backup": str(target), "bytes": number, "verification": report})
@@ -63,3 +57,10 @@ async def _backup(target: Path, url: str | None, api_key: str | None, output: Fo
         print_report(report, str(target))
     if not report.ok:
         raise typer.Exit(ExitCode.VIOLATIONS)
+
+
+async def _copy(store: LightningStore, target: Path) -> None:
+    from agentlightning.store.sqlite.store import ReadOnlySqliteStore
+
+    assert isinstance(store, ReadOnlySqliteStore), "a path opens a file"
+    await store.backup(target)

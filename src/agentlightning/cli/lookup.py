@@ -6,8 +6,10 @@ from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Attempt, AttemptedRollout, Rollout
 
-__all__ = ["find_attempt", "find_rollout"]
+__all__ = ["LATEST", "find_attempt", "find_begun_rollout", "find_rollout"]
 
+LATEST = "latest"
+"""Stands for the newest; no id may be this."""
 _CANDIDATES = 5
 
 
@@ -18,7 +20,7 @@ async def find_rollout(store: LightningStore, name: str) -> Rollout:
         NotFound: there is none.
         InvalidValue: there are several.
     """
-    if name == "latest":
+    if name == LATEST:
         page = await store.query_rollouts(sort_order="desc", limit=1)
         if not page.items:
             raise NotFound("the store has no rollouts yet")
@@ -35,13 +37,25 @@ async def find_rollout(store: LightningStore, name: str) -> Rollout:
     return page.items[0]
 
 
+async def find_begun_rollout(store: LightningStore, name: str) -> Rollout:
+    """``find_rollout``, but ``latest`` is the one enqueued last of those that somebody has begun to work on."""
+    if name != LATEST:
+        return await find_rollout(store, name)
+    page = await store.query_rollouts(
+        status_in=["preparing", "running", "succeeded", "failed", "requeuing"], sort_order="desc", limit=1
+    )
+    if not page.items:
+        raise NotFound("nobody has begun to work on any rollout yet; `agl status` says why")
+    return page.items[0]
+
+
 async def find_attempt(store: LightningStore, rollout: Rollout, name: str) -> Attempt:
     """An attempt by its id, its number, or ``latest``.
 
     Raises:
         NotFound: there is none.
     """
-    if name == "latest":
+    if name == LATEST:
         if not isinstance(rollout, AttemptedRollout):
             raise NotFound(f"rollout {rollout.rollout_id} has no attempts yet; it is {rollout.status}")
         return rollout.attempt

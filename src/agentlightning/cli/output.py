@@ -16,6 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from agentlightning.types import PaginatedResult
+
 __all__ = [
     "STATUS_STYLES",
     "Cell",
@@ -28,6 +30,7 @@ __all__ = [
     "plain",
     "print_facts",
     "print_json",
+    "print_rest",
     "print_table",
     "size",
     "table",
@@ -106,6 +109,12 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]],
         typer.echo("\n".join(_plain_lines(columns, rows)))
 
 
+def print_rest(page: PaginatedResult[Any]) -> None:
+    """Say, beside the output, that there is more than this page."""
+    if page.offset + len(page) < page.total:
+        typer.echo(f"{len(page):,} of {page.total:,}; more with --limit and --offset", err=True)
+
+
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> RenderableType:
     """Rows under headings, as rich draws them."""
     from rich.box import SIMPLE_HEAD
@@ -170,6 +179,8 @@ def one_line(value: Any, length: int = 120) -> str:
 
 def duration(seconds: float) -> str:
     """A length of time in the two figures that matter."""
+    if seconds < 0.000_05:
+        return "0 ms"
     if seconds < 0.0995:
         return f"{seconds * 1000:.1f} ms"
     if seconds < 9.95:

@@ -11,7 +11,7 @@ from functools import cached_property
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
 from agentlightning.types import Attempt, AttemptedRollout, Rollout, Worker
 
-__all__ = ["Failures", "Overview", "gather"]
+__all__ = ["Failures", "Overview", "clock_of", "gather", "last_heard", "reason_of"]
 
 RECENT = 200
 """How many of the rollouts that ended last are looked at."""
@@ -97,11 +97,14 @@ class Overview:
 
 
 def reason_of(rollout: Rollout) -> tuple[str, str]:
-    """Why a rollout ended as it did: (code, text). The latest attempt knows more than the rollout."""
+    """Why a rollout, or its latest attempt, ended as it did: (code, text).
+
+    Where a rollout ended with its attempt, the attempt's own words are the ones that say what happened.
+    """
     attempt: Attempt | None = getattr(rollout, "attempt", None)
-    code = rollout.reason_code or (attempt.reason_code if attempt else None) or "no reason given"
-    text = rollout.reason_message or (attempt.reason_message if attempt else None) or ""
-    return code, text
+    if attempt is not None and attempt.reason_code is not None and rollout.reason_code in (None, attempt.reason_code):
+        return attempt.reason_code, attempt.reason_message or ""
+    return rollout.reason_code or "no reason given", rollout.reason_message or ""
 
 
 def last_heard(worker: Worker) -> float | None:
@@ -110,10 +113,14 @@ def last_heard(worker: Worker) -> float | None:
     return max((each for each in times if each is not None), default=None)
 
 
+def clock_of(statistics: LightningStoreStatistics) -> float:
+    """The store's wall clock, which ages of its records are counted by; this machine's if it does not tell."""
+    return statistics.get("host", {}).get("time", time.time())
+
+
 async def gather(store: LightningStore) -> Overview:
     """Ask a store what it is doing."""
     statistics = await store.statistics()
-    host = statistics.get("host", {})
     by_status = statistics.get("rollouts_by_status", {})
 
     def any_in(*states: str) -> bool:
@@ -136,7 +143,7 @@ async def gather(store: LightningStore) -> Overview:
         else ()
     )
     return Overview(
-        now=host.get("time", time.time()),
+        now=clock_of(statistics),
         statistics=statistics,
         workers=list(workers),
         oldest_waiting=next(iter(waiting), None),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from agentlightning.errors import NotFound
 if TYPE_CHECKING:
     from agentlightning.cli.output import Cell
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import ResourcesUpdate
+    from agentlightning.types import PaginatedResult, ResourcesUpdate
 
 __all__ = ["diff", "ls", "rollback", "show"]
 
@@ -45,29 +44,20 @@ def ls(
       agl resources ls
       agl resources ls rs-01a2 --limit 5
     """
-    asyncio.run(_ls(resources_id, url, api_key, limit, offset, show_keys, output))
+    from agentlightning.cli.output import Column, plain, print_json, print_rest, print_table
+    from agentlightning.cli.overview import clock_of
+    from agentlightning.cli.target import look
 
-
-async def _ls(
-    resources_id: str | None,
-    url: str | None,
-    api_key: str | None,
-    limit: int,
-    offset: int,
-    show_keys: bool,
-    output: Format,
-) -> None:
-    from agentlightning.cli.output import Column, plain, print_json, print_table
-    from agentlightning.cli.target import open_view
-
-    async with open_view(url, api_key) as store:
+    async def question(store: LightningStore) -> tuple[PaginatedResult[ResourcesUpdate], float]:
         if resources_id is None:
             page = await store.query_resources(sort_order="desc", limit=limit, offset=offset)
         else:
             page = await store.query_resource_versions(resources_id, sort_order="desc", limit=limit, offset=offset)
             if not page.total:
                 raise _unknown(resources_id)
-        now = (await store.statistics()).get("host", {}).get("time")
+        return page, clock_of(await store.statistics())
+
+    page, now = look(url, api_key, question)
     if output is Format.JSON:
         print_json({**plain(page), "items": [_record(each, show_keys) for each in page]})
         return
@@ -78,11 +68,10 @@ async def _ls(
         Column("content", wide=True),
     )
     print_table(columns, [_row(each, now) for each in page], empty="No resources.")
-    if len(page) < page.total:
-        typer.echo(f"{len(page)} of {page.total:,}; more with --limit and --offset", err=True)
+    print_rest(page)
 
 
-def _row(update: ResourcesUpdate, now: float | None) -> list[Cell | str]:
+def _row(update: ResourcesUpdate, now: float) -> list[Cell | str]:
     from agentlightning.cli.output import ago
 
     content = ", ".join(f"{name}: {each.resource_type}" for name, each in update.resources.items())
@@ -107,35 +96,22 @@ def show(
       agl resources show                       what a rollout enqueued now would get
       agl resources show rs-01a2 --version 3
     """
-    asyncio.run(_show(resources_id, version, url, api_key, show_keys, output))
-
-
-async def _show(
-    resources_id: str | None,
-    version: int | None,
-    url: str | None,
-    api_key: str | None,
-    show_keys: bool,
-    output: Format,
-) -> None:
     from agentlightning.cli.output import ago, clean, print_facts, print_json
-    from agentlightning.cli.target import open_view
+    from agentlightning.cli.overview import clock_of
+    from agentlightning.cli.target import look
 
     if resources_id is None and version is not None:
         raise typer.BadParameter("--version needs the id of resources")
-    async with open_view(url, api_key) as store:
-        update = await _one(store, resources_id, version)
-        now = (await store.statistics()).get("host", {}).get("time")
+
+    async def question(store: LightningStore) -> tuple[ResourcesUpdate, float]:
+        return await _one(store, resources_id, version), clock_of(await store.statistics())
+
+    update, now = look(url, api_key, question)
     if output is Format.JSON:
         print_json(_record(update, show_keys))
         return
-    print_facts(
-        {
-            "resources": update.resources_id,
-            "version": str(update.version),
-            "made": ago(update.update_time, now),
-        }
-    )
+    made = ago(update.update_time, now)
+    print_facts({"resources": update.resources_id, "version": str(update.version), "made": made})
     typer.echo()
     for line in _lines(update, show_keys):
         typer.echo(clean(line))
@@ -159,18 +135,15 @@ def diff(
       agl resources diff rs-01a2          the newest and the one before
       agl resources diff rs-01a2 1 7
     """
-    asyncio.run(_diff(resources_id, old, new, url, api_key))
+    from agentlightning.cli.target import look
 
-
-async def _diff(resources_id: str, old: int | None, new: int | None, url: str | None, api_key: str | None) -> None:
-    from agentlightning.cli.output import clean, console
-    from agentlightning.cli.target import open_view
-
-    async with open_view(url, api_key) as store:
+    async def question(store: LightningStore) -> tuple[ResourcesUpdate, ResourcesUpdate]:
         after = await _one(store, resources_id, new)
         if old is None and after.version == 1:
             raise NotFound(f"{resources_id} has no version before version 1; `agl resources show` shows it")
-        before = await _one(store, resources_id, after.version - 1 if old is None else old)
+        return await _one(store, resources_id, after.version - 1 if old is None else old), after
+
+    before, after = look(url, api_key, question)
     changes = list(
         difflib.unified_diff(
             list(_lines(before, show_keys=False)),
@@ -180,15 +153,20 @@ async def _diff(resources_id: str, old: int | None, new: int | None, url: str | 
             lineterm="",
         )
     )
+    if changes:
+        _print_changes(changes)
+    else:
+        typer.echo("No difference." if before.resources == after.resources else "Only API keys differ.")
+
+
+def _print_changes(changes: Sequence[str]) -> None:
+    from agentlightning.cli.output import clean, console
+
     screen = console()
     for line in changes:
-        style = (
-            {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "") if not line.startswith(("+++", "---")) else "bold"
-        )
+        heading = line.startswith(("+++ ", "--- "))
+        style = "bold" if heading else {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
         screen.print(clean(line), style=style)
-    if not changes:
-        same = before.resources == after.resources
-        typer.echo("No difference." if same else "Only API keys differ.")
 
 
 def rollback(
@@ -205,17 +183,10 @@ def rollback(
 
       agl resources rollback rs-01a2 3
     """
-    asyncio.run(_rollback(resources_id, version, url, api_key, show_keys, output))
-
-
-async def _rollback(
-    resources_id: str, version: int, url: str | None, api_key: str | None, show_keys: bool, output: Format
-) -> None:
     from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import open_store
+    from agentlightning.cli.target import act
 
-    async with open_store(url, api_key) as store:
-        update = await store.rollback_resources(resources_id, version)
+    update = act(url, api_key, lambda store: store.rollback_resources(resources_id, version))
     if output is Format.JSON:
         print_json(_record(update, show_keys))
     else:

@@ -26,16 +26,12 @@ def restore(
       agl restore backup.db agentlightning.db
       agl store --db agentlightning.db
     """
-    asyncio.run(_restore(source, target))
-
-
-async def _restore(source: Path, target: Path) -> None:
     from agentlightning.cli.output import size
-    from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
+    from agentlightning.cli.target import look
+    from agentlightning.store.sqlite.store import SqliteLightningStore
 
-    await SqliteLightningStore.restore(source, target)
-    async with ReadOnlySqliteStore(target) as store:
-        statistics = await store.statistics()
+    asyncio.run(SqliteLightningStore.restore(source, target))
+    statistics = look(str(target), None, lambda store: store.statistics())
     typer.echo(
         f"{target}: {size(target.stat().st_size)}, every rule holds; {statistics.get('total_rollouts', 0):,} rollouts, "
         f"{statistics.get('total_spans', 0):,} spans"

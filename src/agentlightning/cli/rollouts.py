@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,7 +14,7 @@ from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
 if TYPE_CHECKING:
     from agentlightning.cli.output import Cell
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import Attempt, Rollout, RolloutStatus
+    from agentlightning.types import Attempt, PaginatedResult, Rollout, RolloutStatus
 
 __all__ = ["ls", "show"]
 
@@ -61,24 +60,11 @@ def ls(
       agl rollouts ls --sort end_time -n 5
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
-    asyncio.run(_ls(url, api_key, status, match, sort, oldest_first, limit, offset, output))
+    from agentlightning.cli.output import Column, print_json, print_rest, print_table
+    from agentlightning.cli.overview import clock_of
+    from agentlightning.cli.target import look
 
-
-async def _ls(
-    url: str | None,
-    api_key: str | None,
-    status: Sequence[Status] | None,
-    match: str | None,
-    sort: str | None,
-    oldest_first: bool,
-    limit: int,
-    offset: int,
-    output: Format,
-) -> None:
-    from agentlightning.cli.output import Column, print_json, print_table
-    from agentlightning.cli.target import open_view
-
-    async with open_view(url, api_key) as store:
+    async def question(store: LightningStore) -> tuple[PaginatedResult[Rollout], float]:
         page = await store.query_rollouts(
             status_in=cast("list[RolloutStatus]", [each.value for each in status]) if status else None,
             rollout_id_contains=match,
@@ -87,7 +73,9 @@ async def _ls(
             limit=limit,
             offset=offset,
         )
-        now = (await store.statistics()).get("host", {}).get("time")
+        return page, clock_of(await store.statistics())
+
+    page, now = look(url, api_key, question)
     if output is Format.JSON:
         print_json(page)
         return
@@ -102,11 +90,10 @@ async def _ls(
         Column("input", wide=True),
     )
     print_table(columns, [_row(each, now) for each in page], empty="No rollouts.")
-    if len(page) < page.total:
-        typer.echo(f"{len(page)} of {page.total:,}; more with --limit and --offset", err=True)
+    print_rest(page)
 
 
-def _row(rollout: Rollout, now: float | None) -> list[Cell | str]:
+def _row(rollout: Rollout, now: float) -> list[Cell | str]:
     from agentlightning.cli.output import STATUS_STYLES, Cell, ago, duration, one_line
     from agentlightning.cli.overview import reason_of
 
@@ -150,23 +137,22 @@ def show(
       agl rollouts show ro-01a2 --url agentlightning.db
       agl rollouts show latest -o json | jq '.attempts[-1].reward'
     """
-    asyncio.run(_show(rollout, url, api_key, output))
-
-
-async def _show(name: str, url: str | None, api_key: str | None, output: Format) -> None:
     from agentlightning.cli.lookup import find_rollout
     from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import open_view
+    from agentlightning.cli.overview import clock_of
+    from agentlightning.cli.target import look
 
-    async with open_view(url, api_key) as store:
-        rollout = await find_rollout(store, name)
-        attempts = await store.query_attempts(rollout.rollout_id, sort_order="desc", limit=_SHOWN_ATTEMPTS)
+    async def question(store: LightningStore) -> tuple[Rollout, list[_Told], int, float]:
+        found = await find_rollout(store, rollout)
+        attempts = await store.query_attempts(found.rollout_id, sort_order="desc", limit=_SHOWN_ATTEMPTS)
         told = [await _told(store, each) for each in reversed(attempts)]
-        now = (await store.statistics()).get("host", {}).get("time")
+        return found, told, attempts.total, clock_of(await store.statistics())
+
+    found, told, total, now = look(url, api_key, question)
     if output is Format.JSON:
-        print_json({"rollout": rollout, "attempts": [_record(each) for each in told]})
+        print_json({"rollout": found, "attempts": [_record(each) for each in told]})
     else:
-        _print(rollout, told, attempts.total, now)
+        _print(found, told, total, now)
 
 
 async def _told(store: LightningStore, attempt: Attempt) -> _Told:
@@ -183,7 +169,7 @@ def _record(told: _Told) -> dict[str, Any]:
     return {**plain(told.attempt), "spans": told.spans, "span_names": dict(told.names), "reward": told.reward}
 
 
-def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float | None) -> None:
+def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> None:
     from agentlightning.cli.output import Column, ago, duration, one_line, print_facts, print_table
     from agentlightning.cli.overview import reason_of
 
@@ -232,7 +218,7 @@ def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float | Non
         typer.echo(f"Draw them: agl trace {rollout.rollout_id}")
 
 
-def _attempt_row(told: _Told, now: float | None) -> list[Cell | str]:
+def _attempt_row(told: _Told, now: float) -> list[Cell | str]:
     from agentlightning.cli.output import STATUS_STYLES, Cell, duration, one_line
 
     attempt = told.attempt
@@ -243,7 +229,7 @@ def _attempt_row(told: _Told, now: float | None) -> list[Cell | str]:
         attempt.attempt_id,
         Cell(attempt.status, STATUS_STYLES.get(attempt.status, "")),
         attempt.worker_id or "",
-        "" if end is None else duration(max(0.0, end - attempt.start_time)),
+        duration(max(0.0, end - attempt.start_time)),
         f"{told.spans:,}",
         "none" if told.reward is None else f"{told.reward:.4g}",
         "" if attempt.status == "succeeded" else one_line(reason, 300),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
     from agentlightning.cli.findings import Finding
     from agentlightning.cli.output import Cell
     from agentlightning.cli.overview import Overview
+    from agentlightning.store.base import LightningStore
     from agentlightning.types import Worker
 
 __all__ = ["status"]
 
 _SHOWN_WORKERS = 12
 _SHOWN_FAILURES = 5
+_SILENCE_SECONDS = 3.0
+"""Answers come sooner than this; what takes longer is shown as silence."""
 
 
 def status(
@@ -43,48 +48,83 @@ def status(
 
     With --watch and -o json each look is one line of JSON.
     """
-    asyncio.run(_status(url, api_key, watch, interval, output))
-
-
-async def _status(url: str | None, api_key: str | None, watch: bool, interval: float, output: Format) -> None:
     from agentlightning.cli.output import console, print_json
     from agentlightning.cli.overview import gather
-    from agentlightning.cli.target import locate, open_view
+    from agentlightning.cli.target import locate, look
 
     place = str(locate(url, api_key))
-    async with open_view(url, api_key) as store:
-        if watch:
-            await _watch(store, place, interval, output)
-            return
-        overview = await gather(store)
+    if watch:
+        asyncio.run(_watch(url, api_key, place, interval, output))
+        return
+    overview = look(url, api_key, gather)
     if output is Format.JSON:
         print_json(_record(overview, place))
     else:
         console().print(_screen(overview, place))
 
 
-async def _watch(store: Any, place: str, interval: float, output: Format) -> None:
-    """Look until interrupted. A server that is away for a while is waited for: the client tries again."""
-    import json
-
+async def _watch(url: str | None, api_key: str | None, place: str, interval: float, output: Format) -> None:
+    """Look until interrupted."""
     from rich.live import Live
 
     from agentlightning.cli.output import console
-    from agentlightning.cli.overview import gather
+    from agentlightning.cli.target import open_view
 
     screen = console()
-    if output is Format.JSON or not screen.is_terminal:
-        while True:
-            overview = await gather(store)
-            if output is Format.JSON:
-                typer.echo(json.dumps(_record(overview, place), ensure_ascii=False))
-            else:
-                screen.print(_screen(overview, place))
-            await asyncio.sleep(interval)
-    with Live(console=screen, screen=True, auto_refresh=False) as live:
-        while True:
-            live.update(_screen(await gather(store), place), refresh=True)
-            await asyncio.sleep(interval)
+    async with open_view(url, api_key) as store:
+        if output is Format.JSON:
+            async for overview, silence in _looks(store, interval):
+                if overview is not None and not silence:
+                    typer.echo(json.dumps(_record(overview, place), ensure_ascii=False))
+        elif screen.is_terminal:
+            with Live(console=screen, screen=True, auto_refresh=False) as live:
+                async for overview, silence in _looks(store, interval):
+                    live.update(_watched(overview, silence, place), refresh=True)
+        else:
+            async for overview, silence in _looks(store, interval):
+                screen.print(_watched(overview, silence, place))
+
+
+async def _looks(store: LightningStore, interval: float) -> AsyncIterator[tuple[Overview | None, float]]:
+    """One look after the other: (the newest overview, for how many seconds the next one has been awaited).
+
+    A server that is away is waited for: the client tries again by itself, and when it gives up, we do.
+    """
+    from agentlightning.cli.overview import gather
+    from agentlightning.errors import StoreUnavailable
+
+    overview: Overview | None = None
+    silent_since: float | None = None
+    while True:
+        began = time.monotonic()
+        look = asyncio.ensure_future(gather(store))
+        try:
+            while not (await asyncio.wait({look}, timeout=max(interval, _SILENCE_SECONDS)))[0]:
+                silent_since = began if silent_since is None else silent_since
+                yield overview, time.monotonic() - silent_since
+            overview, silent_since = look.result(), None
+            yield overview, 0.0
+        except StoreUnavailable:
+            silent_since = began if silent_since is None else silent_since
+            yield overview, time.monotonic() - silent_since
+        finally:
+            look.cancel()
+        await asyncio.sleep(interval)
+
+
+def _watched(overview: Overview | None, silence: float, place: str) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    from agentlightning.cli.output import duration
+
+    parts: list[RenderableType] = [_screen(overview, place)] if overview is not None else [Text(place, style="bold")]
+    if silence:
+        parts += [
+            Text(),
+            Text(f"✗ No answer for {duration(silence)}; trying on. What is above is old.", style="bold red"),
+        ]
+    return Group(*parts)
 
 
 # --- As a record -----------------------------------------------------------------------------------

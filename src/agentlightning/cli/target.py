@@ -6,12 +6,13 @@ its owner, whoever that is; commands that change something must become the owner
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.errors import InvalidValue, StoreOwned
@@ -20,7 +21,9 @@ from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolv
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
 
-__all__ = ["DEFAULT_PORT", "Database", "Server", "locate", "open_store", "open_view"]
+__all__ = ["DEFAULT_PORT", "Database", "Server", "act", "locate", "look", "open_store", "open_view"]
+
+T = TypeVar("T")
 
 DEFAULT_PORT = 4747
 _ANY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
@@ -120,6 +123,26 @@ async def open_view(url: str | None, api_key: str | None = None) -> AsyncGenerat
         _check_exists(target.path)
         async with ReadOnlySqliteStore(target.path) as store:
             yield store
+
+
+def look(url: str | None, api_key: str | None, question: Callable[[LightningStore], Awaitable[T]]) -> T:
+    """Put a question to the store that ``--url`` names, and wait for the answer. Raises as ``open_store``."""
+
+    async def run() -> T:
+        async with open_view(url, api_key) as store:
+            return await question(store)
+
+    return asyncio.run(run())
+
+
+def act(url: str | None, api_key: str | None, action: Callable[[LightningStore], Awaitable[T]]) -> T:
+    """Do something to the store that ``--url`` names, and wait for the result. Raises as ``open_store``."""
+
+    async def run() -> T:
+        async with open_store(url, api_key) as store:
+            return await action(store)
+
+    return asyncio.run(run())
 
 
 @asynccontextmanager

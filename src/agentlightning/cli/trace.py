@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from agentlightning.cli.waterfall import Line
-    from agentlightning.types import Attempt, Rollout, Span
+    from agentlightning.store.base import LightningStore
+    from agentlightning.types import Attempt, PaginatedResult, Rollout, Span
 
 __all__ = ["trace"]
 
@@ -40,36 +40,26 @@ def trace(
 
     [bold]Examples[/bold]
 
-      agl trace                                    the rollout enqueued last
+      agl trace                                    the newest that has begun
       agl trace ro-01a2 --attempt 1                its first attempt
       agl trace ro-01a2 --name chat --attributes   model calls, whole
       agl trace ro-01a2 -o json | jq '.items[].name'
     """
-    asyncio.run(_trace(rollout, attempt, name, attributes, limit, url, api_key, output))
-
-
-async def _trace(
-    rollout_name: str,
-    attempt_name: str,
-    name: str | None,
-    attributes: bool,
-    limit: int,
-    url: str | None,
-    api_key: str | None,
-    output: Format,
-) -> None:
-    from agentlightning.cli.lookup import find_attempt, find_rollout
+    from agentlightning.cli.lookup import find_attempt, find_begun_rollout
     from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import open_view
+    from agentlightning.cli.target import look
 
-    async with open_view(url, api_key) as store:
-        rollout = await find_rollout(store, rollout_name)
-        attempt = await find_attempt(store, rollout, attempt_name)
-        page = await store.query_spans(rollout.rollout_id, attempt.attempt_id, name_contains=name, limit=limit)
+    async def question(store: LightningStore) -> tuple[Rollout, Attempt, PaginatedResult[Span]]:
+        found = await find_begun_rollout(store, rollout)
+        chosen = await find_attempt(store, found, attempt)
+        page = await store.query_spans(found.rollout_id, chosen.attempt_id, name_contains=name, limit=limit)
+        return found, chosen, page
+
+    found, chosen, page = look(url, api_key, question)
     if output is Format.JSON:
         print_json(page)
         return
-    _print(rollout, attempt, list(page.items), attributes)
+    _print(found, chosen, list(page.items), attributes)
     if len(page) < page.total:
         typer.echo(f"the first {len(page):,} of {page.total:,} spans; more with --limit", err=True)
 

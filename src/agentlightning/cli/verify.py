@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import typer
@@ -30,15 +29,10 @@ def verify(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABL
       agl verify --url agentlightning.db
       agl verify --url backup.db -o json | jq .violations
     """
-    asyncio.run(_verify(url, api_key, output))
-
-
-async def _verify(url: str | None, api_key: str | None, output: Format) -> None:
     from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import locate, open_view
+    from agentlightning.cli.target import locate, look
 
-    async with open_view(url, api_key) as store:
-        report = await store.verify()
+    report = look(url, api_key, lambda store: store.verify())
     if output is Format.JSON:
         print_json(report)
     else:

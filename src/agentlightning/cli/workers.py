@@ -15,13 +15,13 @@ from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
 if TYPE_CHECKING:
     from agentlightning.cli.output import Cell
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import Worker, WorkerDirective
+    from agentlightning.types import PaginatedResult, Worker, WorkerDirective
 
 __all__ = ["drain", "ls", "resume", "stop"]
 
 _LOOK_SECONDS = 0.5
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[WORKER]...", help="Their ids.", show_default=False)]
+Names = Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="Their ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="All workers that the store knows.")]
 Wait = Annotated[
     float | None,
@@ -47,16 +47,11 @@ def ls(
       agl workers ls --alive
       agl workers ls --match gpu-1 -o json | jq -r '.items[].worker_id'
     """
-    asyncio.run(_ls(url, api_key, match, alive, limit, offset, output))
+    from agentlightning.cli.output import Column, print_json, print_rest, print_table
+    from agentlightning.cli.overview import clock_of
+    from agentlightning.cli.target import look
 
-
-async def _ls(
-    url: str | None, api_key: str | None, match: str | None, alive: bool, limit: int, offset: int, output: Format
-) -> None:
-    from agentlightning.cli.output import Column, print_json, print_table
-    from agentlightning.cli.target import open_view
-
-    async with open_view(url, api_key) as store:
+    async def question(store: LightningStore) -> tuple[PaginatedResult[Worker], float]:
         page = await store.query_workers(
             status_in=["idle", "busy"] if alive else None,
             worker_id_contains=match,
@@ -64,7 +59,9 @@ async def _ls(
             limit=limit,
             offset=offset,
         )
-        now = (await store.statistics()).get("host", {}).get("time")
+        return page, clock_of(await store.statistics())
+
+    page, now = look(url, api_key, question)
     if output is Format.JSON:
         print_json(page)
         return
@@ -78,11 +75,10 @@ async def _ls(
         Column("says of itself", wide=True),
     )
     print_table(columns, [_row(each, now) for each in page], empty="No workers.")
-    if len(page) < page.total:
-        typer.echo(f"{len(page)} of {page.total:,}; more with --limit and --offset", err=True)
+    print_rest(page)
 
 
-def _row(worker: Worker, now: float | None) -> list[Cell | str]:
+def _row(worker: Worker, now: float) -> list[Cell | str]:
     from agentlightning.cli.output import STATUS_STYLES, Cell, ago, duration, one_line
     from agentlightning.cli.overview import last_heard
 
@@ -110,7 +106,7 @@ def drain(
       agl workers drain gpu-1-4711-9f2c-0
       agl workers drain --all --wait 600       before the machine goes down
     """
-    asyncio.run(_direct("drain", workers or (), every, wait, url, api_key))
+    _direct("drain", _chosen(workers, every), wait, url, api_key)
 
 
 def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url = None, api_key: ApiKey = None) -> None:
@@ -121,7 +117,7 @@ def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url 
       agl workers stop gpu-1-4711-9f2c-0
       agl workers stop --all --wait 60
     """
-    asyncio.run(_direct("stop", workers or (), every, wait, url, api_key))
+    _direct("stop", _chosen(workers, every), wait, url, api_key)
 
 
 def resume(workers: Names = None, every: All = False, url: Url = None, api_key: ApiKey = None) -> None:
@@ -131,23 +127,27 @@ def resume(workers: Names = None, every: All = False, url: Url = None, api_key: 
 
       agl workers resume --all
     """
-    asyncio.run(_direct(None, workers or (), every, None, url, api_key))
+    _direct(None, _chosen(workers, every), None, url, api_key)
 
 
-async def _direct(
+def _chosen(names: Sequence[str] | None, every: bool) -> Sequence[str] | None:
+    """The workers meant; None: all."""
+    if bool(names) == every:
+        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
+    return None if every else names
+
+
+def _direct(
     directive: WorkerDirective | None,
-    names: Sequence[str],
-    every: bool,
+    names: Sequence[str] | None,
     wait: float | None,
     url: str | None,
     api_key: str | None,
 ) -> None:
-    from agentlightning.cli.target import open_store
+    from agentlightning.cli.target import act
 
-    if bool(names) == every:
-        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
-    async with open_store(url, api_key) as store:
-        directed = await store.direct_workers(directive, worker_ids=None if every else list(names))
+    async def action(store: LightningStore) -> None:
+        directed = await store.direct_workers(directive, worker_ids=names)
         verb = {"drain": "asked to drain", "stop": "asked to stop", None: "free to go on"}[directive]
         if not directed:
             typer.echo("The store knows no workers.")
@@ -156,6 +156,8 @@ async def _direct(
             typer.echo(f"{each.worker_id}  {verb}{holds}")
         if wait is not None:
             await _wait_until_free(store, [each.worker_id for each in directed], wait)
+
+    act(url, api_key, action)
 
 
 async def _wait_until_free(store: LightningStore, names: Sequence[str], seconds: float) -> None:

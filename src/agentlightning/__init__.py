@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         StoreUnavailable as StoreUnavailable,
         StoreUnreachable as StoreUnreachable,
         TooLarge as TooLarge,
+        UnsupportedMedia as UnsupportedMedia,
     )
     from agentlightning.legacy.client import (
         AgentLightningClient as AgentLightningClient,
@@ -157,6 +158,7 @@ _MODULE_NAMES = {
     "StoreUnavailable": "agentlightning.errors",
     "StoreUnreachable": "agentlightning.errors",
     "TooLarge": "agentlightning.errors",
+    "UnsupportedMedia": "agentlightning.errors",
     "LightningEnvVar": "agentlightning.settings",
     "resolve_bool_env_var": "agentlightning.settings",
     "resolve_int_env_var": "agentlightning.settings",

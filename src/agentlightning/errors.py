@@ -41,6 +41,7 @@ __all__ = [
     "StoreUnavailable",
     "StoreUnreachable",
     "TooLarge",
+    "UnsupportedMedia",
     "error_classes",
 ]
 
@@ -129,13 +130,13 @@ class Overloaded(StoreUnavailable):
 
 
 class StoreUnreachable(StoreUnavailable):
-    """No server answered in time. What was asked may have been done all the same; a repeat with the same ids is safe."""
+    """No server answered in time. What was asked may have been done; a repeat with the same ids is safe."""
 
     code = "store_unreachable"
 
 
 class SpoolFull(StoreUnavailable):
-    """The server is out of reach, and the disk space kept for spans that wait for it is used up. Keep them, and wait."""
+    """The server is out of reach, and there is no room left on the disk for spans that wait for it. Wait, then repeat."""
 
     code = "spool_full"
 
@@ -216,6 +217,13 @@ class NoSuchRoute(BadRequest):
 
     code = "no_such_route"
     status = 404
+
+
+class UnsupportedMedia(BadRequest):
+    """The body is of a type, or encoded in a way, that the route does not read."""
+
+    code = "unsupported_media_type"
+    status = 415
 
 
 class MissingExtra(AgentLightningError, ImportError):

@@ -38,12 +38,15 @@ PROBLEM_TYPE = "application/problem+json"
 
 
 def encode_result(route: Route, result: Any) -> bytes:
-    """The body of a reply with the result of the route's method (for spans in bulk: ``sequence_ids_of`` it)."""
+    """The body of a reply with the result of the route's method (for spans in bulk: ``sequence_ids_of`` it).
+
+    Records may be JSON already, as bytes.
+    """
     if route.reply_field is not None:
         return json.dumps({route.reply_field: result}, separators=(",", ":")).encode()
     if isinstance(result, PaginatedResult):
         return b"".join(encode_page_parts(cast("PaginatedResult[BaseModel]", result)))
-    if isinstance(result, Sequence):
+    if isinstance(result, Sequence) and not isinstance(result, bytes):
         return b"[" + b",".join([_record(each) for each in cast("Sequence[BaseModel]", result)]) + b"]"
     return _record(result)
 
@@ -89,6 +92,8 @@ def _adapter(route: Route) -> TypeAdapter[Any]:
 
 def _record(record: Any) -> bytes:
     """One record as JSON. Spans set by themselves how non-finite numbers are written."""
+    if isinstance(record, bytes):
+        return record
     if isinstance(record, BaseModel):
         return record.model_dump_json().encode()
     return json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()

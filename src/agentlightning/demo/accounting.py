@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from agentlightning.lifecycle import reasons
 from agentlightning.store.base import LightningStore, is_finished
-from agentlightning.types import AttemptedRollout, Attempt
+from agentlightning.types import Attempt, AttemptedRollout
 
 __all__ = ["Account", "Retried", "take_account"]
 

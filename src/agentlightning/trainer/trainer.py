@@ -110,7 +110,7 @@ class Trainer:
         self.initial_resources = initial_resources
         self.rollout_config = rollout_config or DEFAULT_ROLLOUT_CONFIG
         self.run_folder = None if run is None else Path(runs_folder) / run
-        self.run = None if self.run_folder is None else Run(self.run_folder.name, self.run_folder)
+        self.run = None if run is None else Run(run, Path(runs_folder) / run)
         self.hooks: Sequence[Any] = () if hooks is None else tuple(hooks) if isinstance(hooks, Sequence) else (hooks,)
         self.progress: ProgressSpec = progress
         make_view(progress)  # a wrong word is told here, not in the middle of things

@@ -1,0 +1,118 @@
+"""``agl demo``: train a policy from nothing, here and now."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agentlightning.cli.exits import ExitCode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentlightning.demo.training import Outcome
+
+__all__ = ["demo"]
+
+_RUNS = Path("agl-runs")
+_NAME = "demo"
+_STEPS = 40
+
+
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of what is left to chance.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="How many times the policy learns.")] = _STEPS,
+    no_kill: Annotated[bool, typer.Option("--no-kill", help="Do not kill a runner half-way.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the database of the last demo, and write a new one beside it.")
+    ] = False,
+) -> None:
+    """Train a policy from nothing, here and now: no GPU, key or network.
+
+    An agent plays a guessing game: find a number from 1 to 15 in four guesses, told "higher" or "lower". Its
+    model is a small table behind an OpenAI-shaped endpoint, which at first guesses blindly, and learns by GRPO from
+    nothing but won or lost. All parts are the real ones: the store on SQLite, the HTTP server, the LLM proxy, and two
+    runner processes, one of which is killed half-way to show that nothing is lost.
+
+    Exit code 0: the policy has learned the game. 1: it has not, or a rollout was lost.
+
+    Examples: [bold]agl demo[/bold]   [bold]agl demo --seed 7 --keep[/bold]
+    """
+    from rich.console import Console
+
+    from agentlightning.demo.show import DemoLines, DemoTable, Notices
+    from agentlightning.demo.training import train
+
+    console, notices = Console(), Notices()
+    name = _free_name() if keep else _cleared(_NAME)
+    console.print(
+        "[bold]A number from 1 to 15, four guesses, told higher or lower.[/bold] The policy begins by guessing blindly."
+    )
+    view = DemoTable(console, notices) if console.is_terminal else DemoLines(console, notices)
+    outcome = train(name, _RUNS, seed=seed, steps=steps, kill=not no_kill, view=view, notices=notices)
+    _tell(console, outcome, wanted_kill=not no_kill)
+    succeeded = outcome.learned and outcome.account.clean
+    raise typer.Exit(ExitCode.OK if succeeded else ExitCode.FAILED)
+
+
+def _cleared(name: str) -> str:
+    """The name, with what an earlier demo left under it deleted."""
+    from agentlightning.cli.owner import find_owner
+    from agentlightning.errors import StoreOwned
+
+    folder = _RUNS / name
+    database = folder / "store.db"
+    owner = find_owner(database) if database.exists() else None
+    if owner is not None:
+        raise StoreOwned(f"another demo (process {owner.pid}) is writing {database}; wait for it, or use --keep")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return name
+
+
+def _free_name() -> str:
+    number = 2
+    while (_RUNS / f"{_NAME}-{number}").exists():
+        number += 1
+    return f"{_NAME}-{number}"
+
+
+def _tell(console: Console, outcome: Outcome, *, wanted_kill: bool) -> None:
+    account = outcome.account
+    console.print()
+    verdict = "[green]The policy has learned the game[/green]" if outcome.learned else "[red]It has not learned[/red]"
+    console.print(
+        f"{verdict}: {outcome.strategy}. With its best guesses it wins {outcome.win_rate:.0%} of all games "
+        f"({outcome.win_rate_before:.0%} before)."
+    )
+    console.print(
+        f"{account.rollouts} rollouts in {outcome.seconds:.0f} s; {account.lost} lost, {account.counted_twice} counted "
+        f"twice, {account.violations} records that break a rule."
+    )
+    if wanted_kill:
+        rescued = [each for each in account.retried if each.lost_its_worker]
+        console.print(
+            f"Runner {outcome.killed} was killed (SIGKILL) in the middle of its work; "
+            f"{len(rescued)} rollouts were with it, were tried again, and "
+            f"{sum(each.status == 'succeeded' for each in rescued)} of them succeeded."
+            if outcome.killed
+            else "No runner was killed: there was none at work at the time."
+        )
+    database = os.path.relpath(outcome.database)
+    example = next((each.rollout_id for each in account.retried if each.lost_its_worker), None)
+    console.print(f"\nEverything is in [bold]{database}[/bold]. Look into it:", highlight=False)
+    rollouts = "rollouts ls" if example is None else f"rollouts show {example}"
+    for command in ("status", rollouts, "verify"):
+        console.print(f"  {_program()} {command} --url {database}", highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """How the user called us, so that the commands can be copied."""
+    called = sys.argv[0]
+    found = shutil.which("agl")
+    return "agl" if found is not None and os.path.samefile(found, called) else os.path.relpath(called)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Conflict as Conflict,
         CorruptStore as CorruptStore,
         DiskFull as DiskFull,
+        ExecutionFailed as ExecutionFailed,
         ForeignFile as ForeignFile,
         IdReused as IdReused,
         IllegalMove as IllegalMove,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         StoreUnreachable as StoreUnreachable,
         TooLarge as TooLarge,
         UnsupportedMedia as UnsupportedMedia,
+        WrongServer as WrongServer,
     )
     from agentlightning.legacy.client import (
         AgentLightningClient as AgentLightningClient,
@@ -136,7 +138,9 @@ _MODULE_NAMES = {
     "Conflict": "agentlightning.errors",
     "CorruptStore": "agentlightning.errors",
     "DiskFull": "agentlightning.errors",
+    "ExecutionFailed": "agentlightning.errors",
     "ForeignFile": "agentlightning.errors",
+    "WrongServer": "agentlightning.errors",
     "IdReused": "agentlightning.errors",
     "IllegalMove": "agentlightning.errors",
     "InvalidId": "agentlightning.errors",

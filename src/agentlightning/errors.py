@@ -19,6 +19,7 @@ __all__ = [
     "Conflict",
     "CorruptStore",
     "DiskFull",
+    "ExecutionFailed",
     "ForeignFile",
     "IdReused",
     "IllegalMove",
@@ -42,6 +43,7 @@ __all__ = [
     "StoreUnreachable",
     "TooLarge",
     "UnsupportedMedia",
+    "WrongServer",
     "error_classes",
 ]
 
@@ -224,6 +226,25 @@ class UnsupportedMedia(BadRequest):
 
     code = "unsupported_media_type"
     status = 415
+
+
+class ExecutionFailed(AgentLightningError, RuntimeError):
+    """A run could not go on. The message says why; ``child_traceback`` is what happened in the process that failed."""
+
+    code = "execution_failed"
+
+    def __init__(self, message: str, child_traceback: str = "") -> None:
+        super().__init__(message)
+        self.child_traceback = child_traceback
+        if child_traceback:
+            self.add_note(f"In the process that failed:\n{child_traceback}")
+
+
+class WrongServer(AgentLightningError):
+    """The server that answers is not the one that was meant: it serves another run, or does not take the key."""
+
+    code = "wrong_server"
+    status = 409
 
 
 class MissingExtra(AgentLightningError, ImportError):

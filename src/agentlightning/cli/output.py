@@ -64,7 +64,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A heading; ``right`` for numbers; ``wide`` for what gives way first when there is no room."""
+    """A heading; ``right`` for numbers; ``wide`` for what is wrapped when there is no room."""
 
     title: str
     right: bool = False
@@ -126,8 +126,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> Re
         drawn.add_column(
             column.title,
             justify="right" if column.right else "left",
-            overflow="ellipsis" if column.wide else "fold",
-            no_wrap=column.wide,
+            overflow="fold",
+            no_wrap=not column.wide,
         )
     for row in rows:
         drawn.add_row(*(Text(clean(each.text), style=each.style) for each in map(_cell, row)))

@@ -215,7 +215,7 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
     yield "rollouts", line
     if overview.oldest_waiting is not None:
         oldest = overview.oldest_waiting
-        yield "oldest waits", Text(f"since {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
+        yield "oldest waiting", Text(f"enqueued {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
     rate = overview.finished_per_minute
     yield "rate", Text("nothing ended within a minute" if rate is None else f"{rate:,.0f} rollouts ended per minute")
     yield "attempts", Text(f"{statistics.get('total_attempts', 0):,}")
@@ -227,7 +227,7 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
 def _fact(name: str, value: Text) -> Text:
     from rich.text import Text
 
-    return Text.assemble((f"{name:<14}", "bold"), value)
+    return Text.assemble((f"{name:<16}", "bold"), value)
 
 
 def _workers(overview: Overview) -> RenderableType | None:

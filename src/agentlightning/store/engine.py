@@ -27,7 +27,6 @@ from agentlightning.store.door import (
     encode_required,
     encode_resources,
     reason_of,
-    shown,
 )
 from agentlightning.store.ids import IdSource
 from agentlightning.store.operations import (
@@ -39,7 +38,16 @@ from agentlightning.store.operations import (
 )
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.reading import ReadingStore
-from agentlightning.store.requests import check_batch, check_pairs, digest_of, draft_of, edit_of, report_of, span_drafts
+from agentlightning.store.requests import (
+    check_batch,
+    check_claim_limit,
+    check_pairs,
+    digest_of,
+    draft_of,
+    edit_of,
+    report_of,
+    span_drafts,
+)
 from agentlightning.types import (
     UNSET,
     Attempt,
@@ -61,7 +69,6 @@ from agentlightning.types import (
 
 __all__ = ["EngineStore"]
 
-_CLAIM_LIMIT = 1_000
 _CONFIRM_SECONDS = 10.0
 
 
@@ -138,8 +145,7 @@ class EngineStore(ReadingStore):
         request_id: str | None = None,
         wait_seconds: float = 0.0,
     ) -> Sequence[AttemptedRollout]:
-        if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
-            raise InvalidValue(f"limit {shown(limit)} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
+        check_claim_limit(limit)
         for what, value in (("worker_id", worker_id), ("request_id", request_id)):
             if value is not None:
                 check_id(value, what)

@@ -35,8 +35,18 @@ from agentlightning.types import (
     Span,
 )
 
-__all__ = ["check_batch", "check_pairs", "digest_of", "draft_of", "edit_of", "report_of", "span_drafts"]
+__all__ = [
+    "check_batch",
+    "check_claim_limit",
+    "check_pairs",
+    "digest_of",
+    "draft_of",
+    "edit_of",
+    "report_of",
+    "span_drafts",
+]
 
+_CLAIM_LIMIT = 1_000
 _MODES = get_args(RolloutMode)
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _ATTEMPT_STATES = get_args(AttemptStatus)
@@ -48,6 +58,12 @@ def check_batch(items: Sequence[Any], what: str) -> None:
         raise InvalidValue(f"{what} is a {type(items).__name__}; give a list")
     if len(items) > MAX_BATCH:
         raise TooLarge(f"{len(items):,} {what} in one call; send at most {MAX_BATCH:,} at a time")
+
+
+def check_claim_limit(limit: object) -> None:
+    """Raise ``InvalidValue`` unless this many rollouts may be claimed at a time."""
+    if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
+        raise InvalidValue(f"limit {shown(limit)} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

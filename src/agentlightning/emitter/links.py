@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from agentlightning.semconv import LightningSpanAttributes, LinkPydanticModel
 from agentlightning.types import Span, SpanLike
@@ -48,7 +48,7 @@ def extract_links_from_attributes(attributes: Mapping[str, Any]) -> list[LinkPyd
     """
     links = filter_and_unflatten_attributes(attributes, _LINK)
     found = links if isinstance(links, list) else list(links.values())
-    return [LinkPydanticModel.model_validate(link) for link in cast("list[Any]", found)]
+    return [LinkPydanticModel.model_validate(link) for link in found]
 
 
 def query_linked_spans(spans: Sequence[_S], links: list[LinkPydanticModel]) -> list[_S]:

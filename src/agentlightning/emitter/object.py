@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from agentlightning.emitter.emitting import as_attributes, emit
 from agentlightning.semconv import AGL_OBJECT, LightningSpanAttributes
@@ -37,10 +37,11 @@ def encode_object(object: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: JSON cannot hold it.
     """
-    kind = {_TYPE: full_qualified_name(type(object))}
-    if type(object) in (str, bool, int, float):
+    cls = cast("type[Any]", type(object))
+    kind = {_TYPE: full_qualified_name(cls)}
+    if cls in (str, bool, int, float):
         return kind | {_LITERAL: object}
-    plain = object.model_dump(mode="json") if hasattr(type(object), "model_dump") else object
+    plain = object.model_dump(mode="json") if hasattr(cls, "model_dump") else object
     try:
         return kind | {_JSON: json.dumps(plain, ensure_ascii=False)}
     except (TypeError, ValueError, RecursionError) as error:

@@ -104,7 +104,7 @@ def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> l
         raise InvalidValue("the reward has no dimension; give at least one name with a number")
     if primary_key is None and len(reward) == 1:
         primary_key = next(iter(reward))
-    if primary_key not in reward:
+    if primary_key is None or primary_key not in reward:
         names = ", ".join(map(repr, reward))
         raise InvalidValue(f"primary_key is {primary_key!r}; say which of the dimensions counts: {names}")
     names = [primary_key, *(name for name in reward if name != primary_key)]

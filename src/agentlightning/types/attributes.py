@@ -146,18 +146,18 @@ def sanitize_attribute_value(object: Any, force: bool = True) -> AttributeValue:
     """
     if type(object) in _SCALARS and not _is_big(object):
         return object
-    if isinstance(object, list | tuple):
+    if issubclass(type(object), list | tuple):
         try:
-            return sanitize_list_attribute_sanity(list(cast("Sequence[Any]", object)))
+            return sanitize_list_attribute_sanity(list(object))
         except TypeError:
             if not force:
                 raise
     if not force:
-        kind = type(object)  # pyright: ignore[reportUnknownVariableType]
-        raise TypeError(f"{object!r} is a {kind.__name__}, which no attribute can be; give a scalar or a list of them")
+        kind = type(object).__name__
+        raise TypeError(f"{object!r} is a {kind}, which no attribute can be; give a scalar or a list of them")
     if isinstance(object, str):
         return str.__str__(object)
-    return json.dumps(object, ensure_ascii=False, default=str)  # pyright: ignore[reportUnknownArgumentType]
+    return json.dumps(object, ensure_ascii=False, default=str)
 
 
 def sanitize_attributes(attributes: Mapping[str, Any], force: bool = True) -> Attributes:

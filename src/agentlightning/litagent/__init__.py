@@ -1,0 +1,1 @@
+"""Agents: what a user writes, and how it is called for a rollout."""

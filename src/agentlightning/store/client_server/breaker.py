@@ -100,13 +100,10 @@ class Breaker:
     @property
     def share(self) -> float:
         """The share of reads that pass now."""
-        match self._state:
-            case BreakerState.CLOSED:
+        with self._lock:
+            if self._state is BreakerState.CLOSED:
                 return 1.0
-            case BreakerState.RETURNING:
-                return _SHARES[self._stage]
-            case _:
-                return 0.0
+            return _SHARES[self._stage] if self._state is BreakerState.RETURNING else 0.0
 
     def admit(self, priority: Priority) -> float:
         """0 if a call may pass: then tell how it ended. Otherwise the seconds after which to ask again."""

@@ -47,6 +47,8 @@ class HealthReport:
 
     state: HealthState
     breaker: BreakerState
+    breaker_share: float
+    """The share of reads that the breaker lets through; other calls follow one stage behind."""
     seconds_since_answer: float | None
     """Since any reply of the server. None: there was none."""
     failures_in_a_row: int
@@ -87,7 +89,7 @@ class Health:
         self._failures = 0
         self._retries = 0
         self._given_up = 0
-        self.cached_resources_age_seconds: float | None = None
+        self._cached_resources_age: float | None = None
 
     def answered(self, status: int) -> None:
         """A try brought a reply."""
@@ -131,13 +133,22 @@ class Health:
         else:
             _logger.debug("circuit breaker for %s: %s, then %s", self._server, before, after)
 
-    def report(self, spool: SpoolReport | None = None) -> HealthReport:
-        """Everything known now."""
+    def cached_resources(self, age_seconds: float | None) -> None:
+        """Resources were read from the disk, where they have this age; or from the server (None)."""
+        if age_seconds is not None and self._cached_resources_age is None:
+            _logger.warning(
+                "%s is out of reach: resources come from this machine's disk, %.0f s old", self._server, age_seconds
+            )
+        self._cached_resources_age = age_seconds
+
+    def report(self, breaker_share: float, spool: SpoolReport | None) -> HealthReport:
+        """Everything known now. Arguments: what breaker and spool say of themselves."""
         with self._lock:
             now = self._monotonic()
             return HealthReport(
                 state=self._state(),
                 breaker=self._breaker,
+                breaker_share=breaker_share,
                 seconds_since_answer=None if self._answered_at is None else now - self._answered_at,
                 failures_in_a_row=self._in_a_row,
                 last_failure=self._last_failure,
@@ -145,7 +156,7 @@ class Health:
                 failures=self._failures,
                 retries=self._retries,
                 given_up=self._given_up,
-                cached_resources_age_seconds=self.cached_resources_age_seconds,
+                cached_resources_age_seconds=self._cached_resources_age,
                 spool=spool,
             )
 

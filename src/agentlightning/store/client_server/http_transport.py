@@ -23,9 +23,14 @@ from agentlightning.store.client_server.transport import WireReply, WireRequest
 __all__ = ["HttpTransport"]
 
 
+_JSON = {"Content-Type": "application/json"}
+
+
 class _Session(NamedTuple):
     loop: asyncio.AbstractEventLoop
     session: aiohttp.ClientSession
+    polls: asyncio.Semaphore
+    """Long polls hold a connection for long; these are the ones that they may hold."""
     lifetime: AsyncGenerator[aiohttp.ClientSession, None]
 
 
@@ -67,13 +72,19 @@ class HttpTransport:
         Raises:
             StoreUnreachable: no connection, or no whole reply.
         """
-        session = await self._session()
+        opened = await self._session()
+        if not request.long_poll:
+            return await self._exchange(opened.session, request)
+        async with opened.polls:
+            return await self._exchange(opened.session, request)
+
+    async def _exchange(self, session: aiohttp.ClientSession, request: WireRequest) -> WireReply:
         try:
             async with session.request(
                 request.method,
                 self._url(request.target),
                 data=request.body,
-                headers=None if request.body is None else {"Content-Type": request.content_type},
+                headers=None if request.body is None else _JSON,
                 allow_redirects=False,
             ) as response:
                 return WireReply(response.status, response.headers, await response.read())
@@ -103,22 +114,23 @@ class HttpTransport:
                 self._urls[target] = url
         return url
 
-    async def _session(self) -> aiohttp.ClientSession:
+    async def _session(self) -> _Session:
         if os.getpid() != self._pid:
             self._forget_inherited()
         loop = asyncio.get_running_loop()
         known = self._sessions.get(loop)
-        return known.session if known is not None else await self._open(loop)
+        return known if known is not None else await self._open(loop)
 
-    async def _open(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+    async def _open(self, loop: asyncio.AbstractEventLoop) -> _Session:
         lifetime = self._lifetime()
         session = await anext(lifetime)  # does not suspend, so no other task of this loop comes between
         with self._lock:
             closed = [self._sessions.pop(other) for other in list(self._sessions) if other.is_closed()]
-            self._sessions[loop] = _Session(loop, session, lifetime)
+            polls = asyncio.Semaphore(max(1, self._max_connections * 3 // 4))
+            opened = self._sessions[loop] = _Session(loop, session, polls, lifetime)
         for each in closed:
             _let_go(each)
-        return session
+        return opened
 
     async def _lifetime(self) -> AsyncGenerator[aiohttp.ClientSession, None]:
         connector = aiohttp.TCPConnector(

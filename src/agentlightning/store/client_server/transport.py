@@ -36,7 +36,8 @@ class WireRequest(NamedTuple):
     """How long all tries together may take."""
     waits_while_shed: bool = True
     """Whether to wait when the circuit breaker holds it back; otherwise that is an error at once."""
-    content_type: str = "application/json"
+    long_poll: bool = False
+    """Whether the server may sit on it until something happens; then it must not use up the connections."""
 
 
 class WireReply(NamedTuple):

@@ -1,0 +1,168 @@
+"""The thread that takes spans from the disk to the server.
+
+It has an event loop of its own, so that spans go on being delivered whatever becomes of the loops of the client's
+callers, and lives only as long as there is something to deliver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+
+from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound
+from agentlightning.store.client_server.spool import Batch, Spool
+from agentlightning.store.client_server.spool_folder import SpoolFolder
+
+__all__ = ["SpoolSender"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_SPANS = 512
+_MAX_BYTES = 2 * 1024 * 1024
+_PAUSES = (0.5, 1.0, 2.0, 5.0)
+"""Seconds between rounds in which the server could not be reached; each round has its own retries."""
+_REFUSED = (InvalidValue, NotFound, Conflict)
+"""What no repeat will change."""
+_INTERNAL_ERROR_ROUNDS = 3
+"""After so many rounds in which one span alone makes the server fail, it counts as refused."""
+
+
+class SpoolSender:
+    """Delivers spools, each in its order, and puts away what is refused.
+
+    Args:
+        folder: where the spools are.
+        send: sends spans in one request; tries for a while, then raises ``StoreUnavailable``.
+        on_delivered: hears, in the sender's thread, of each batch that is done with, and how many spans of it were
+            refused.
+    """
+
+    def __init__(
+        self,
+        folder: SpoolFolder,
+        send: Callable[[Sequence[bytes]], Awaitable[object]],
+        on_delivered: Callable[[Spool, Batch, int], None],
+    ) -> None:
+        self._folder = folder
+        self._send = send
+        self._on_delivered = on_delivered
+        self._lock = threading.Lock()
+        self._own: Spool | None = None
+        self._adopted: list[Spool] = []
+        self._adopted_count = 0
+        self._thread: threading.Thread | None = None
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+
+    @property
+    def adopted(self) -> int:
+        """How many spools of dead processes were taken over."""
+        return self._adopted_count
+
+    def watch(self, own: Spool | None) -> None:
+        """Deliver this spool, and those of dead processes; returns at once.
+
+        Args:
+            own: this process's spool; None if it has none yet.
+        """
+        with self._lock:
+            self._own = own if own is not None else self._own
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="agl-spool", daemon=True)
+                self._thread.start()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Stop delivering, at the latest after so many seconds; what is left stays on the disk. Idempotent."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            await asyncio.to_thread(thread.join, grace_seconds)
+            running = self._running
+            if running is not None and thread.is_alive():
+                loop, task = running
+                loop.call_soon_threadsafe(task.cancel)
+            await asyncio.to_thread(thread.join)
+        with self._lock:
+            self._thread = None
+            for each in self._adopted:
+                each.close()
+            self._adopted = []
+            self._own = None
+
+    def forget(self) -> None:
+        """In a forked child: thread and spools are the parent's."""
+        self._lock = threading.Lock()
+        for each in self._adopted:
+            each.abandon()
+        self._adopted = []
+        self._own = self._thread = self._running = None
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._deliver_all())
+        except asyncio.CancelledError:
+            pass
+        except Exception:
+            _logger.exception("delivering spans from %s has ended; they stay on the disk", self._folder.root)
+        finally:
+            with self._lock:
+                self._running = None
+                if self._thread is threading.current_thread():
+                    self._thread = None
+
+    async def _deliver_all(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running = (asyncio.get_running_loop(), task)
+        found = self._folder.adopt()
+        with self._lock:
+            self._adopted += found
+            self._adopted_count += len(found)
+        if found:
+            _logger.info("%d spools of dead processes were taken over", len(found))
+        while (spool := self._next()) is not None:
+            await self._deliver(spool)
+
+    def _next(self) -> Spool | None:
+        """A spool with something in it; if there is none, the thread ends, and nobody believes it to be there."""
+        with self._lock:
+            for each in [each for each in self._adopted if each.empty]:
+                each.close()
+                self._adopted.remove(each)
+            if self._own is not None and not self._own.empty:
+                return self._own
+            if self._adopted:
+                return self._adopted[0]
+            self._thread = None
+            return None
+
+    async def _deliver(self, spool: Spool) -> None:
+        """Send what the spool holds now."""
+        most = _MAX_SPANS
+        failed_rounds = 0
+        while (batch := spool.next_batch(most, _MAX_BYTES)) is not None:
+            try:
+                await self._send(batch.spans)
+            except AgentLightningError as error:
+                failed_rounds += 1
+                internal = type(error) is AgentLightningError and failed_rounds >= _INTERNAL_ERROR_ROUNDS
+                if not (internal or isinstance(error, _REFUSED)):
+                    _logger.debug("spans wait in %s: %s", spool.folder, error.message)
+                    await asyncio.sleep(_PAUSES[min(failed_rounds, len(_PAUSES)) - 1])
+                    continue
+                failed_rounds = 0
+                if len(batch.spans) > 1:  # one of them is to blame; the others must not suffer for it
+                    most = (len(batch.spans) + 1) // 2
+                    continue
+                self._folder.quarantine(batch.spans[0], error)
+                _logger.error("a span was refused for good, and put into %s: %s", self._folder.quarantine_file, error)
+                self._done(spool, batch, refused=1)
+            else:
+                failed_rounds = 0
+                most = min(_MAX_SPANS, most * 2)
+                self._done(spool, batch, refused=0)
+
+    def _done(self, spool: Spool, batch: Batch, *, refused: int) -> None:
+        spool.acknowledge(batch)
+        self._on_delivered(spool, batch, refused)

@@ -54,6 +54,8 @@ STATUS_STYLES: Mapping[str, str] = {
 
 
 _UNLIMITED = 10_000
+_WIDE = 20
+"""To how many characters a wide column may shrink."""
 
 
 class Cell(NamedTuple):
@@ -104,7 +106,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]],
         return
     screen = console()
     if screen.is_terminal:
-        screen.print(table(columns, rows))
+        screen.print(table(columns, rows), crop=False)
     else:
         typer.echo("\n".join(_plain_lines(columns, rows)))
 
@@ -117,11 +119,10 @@ def print_rest(page: PaginatedResult[Any]) -> None:
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> RenderableType:
     """Rows under headings, as rich draws them."""
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold dim")
     for column in columns:
         drawn.add_column(
             column.title,
@@ -131,7 +132,20 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> Re
         )
     for row in rows:
         drawn.add_row(*(Text(clean(each.text), style=each.style) for each in map(_cell, row)))
+    narrowest = _narrowest(columns, rows)
+    if narrowest > console().width:  # ids are whole, so that they can be copied: the terminal wraps the line
+        drawn.width = narrowest
     return drawn
+
+
+def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> int:
+    """How wide a table is at least, with every column whole but the wide ones."""
+    widths = [
+        max(len(each) for each in (column.title, *(clean(_cell(row[index]).text) for row in rows)))
+        for index, column in enumerate(columns)
+    ]
+    whole = [min(width, _WIDE) if column.wide else width for width, column in zip(widths, columns, strict=True)]
+    return sum(whole) + 2 * (len(columns) - 1)
 
 
 def _plain_lines(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> list[str]:

@@ -82,12 +82,10 @@ def ls(
     columns = (
         Column("rollout"),
         Column("status"),
-        Column("mode"),
         Column("tries", right=True),
-        Column("began", right=True),
+        Column("made", right=True),
         Column("took", right=True),
-        Column("reason"),
-        Column("input", wide=True),
+        Column("reason, or input", wide=True),
     )
     print_table(columns, [_row(each, now) for each in page], empty="No rollouts.")
     print_rest(page)
@@ -102,12 +100,10 @@ def _row(rollout: Rollout, now: float) -> list[Cell | str]:
     return [
         rollout.rollout_id,
         Cell(rollout.status, STATUS_STYLES.get(rollout.status, "")),
-        rollout.mode or "",
         str(attempt.sequence_id if attempt else 0),
         ago(rollout.start_time, now),
         "" if rollout.end_time is None else duration(rollout.end_time - rollout.start_time),
-        reason_of(rollout)[0] if failed else "",
-        one_line(rollout.input, 80),
+        one_line(": ".join(filter(None, reason_of(rollout))) if failed else rollout.input, 80),
     ]
 
 
@@ -202,11 +198,11 @@ def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> N
         Column("#", right=True),
         Column("attempt"),
         Column("status"),
-        Column("worker"),
+        Column("worker", wide=True),
         Column("took", right=True),
         Column("spans", right=True),
         Column("reward", right=True),
-        Column("reason"),
+        Column("reason", wide=True),
     )
     print_table(columns, [_attempt_row(each, now) for each in told], empty="No attempts yet.")
     if total > len(told):

@@ -60,7 +60,7 @@ def status(
     if output is Format.JSON:
         print_json(_record(overview, place))
     else:
-        console().print(_screen(overview, place))
+        console().print(_screen(overview, place), crop=False)
 
 
 async def _watch(url: str | None, api_key: str | None, place: str, interval: float, output: Format) -> None:

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         is_queuing as is_queuing,
         is_running as is_running,
     )
+    from agentlightning.store.client_server.client import LightningStoreClient as LightningStoreClient
     from agentlightning.store.sqlite.store import (
         InMemoryLightningStore as InMemoryLightningStore,
         LightningStoreThreaded as LightningStoreThreaded,
@@ -181,6 +182,7 @@ _MODULE_NAMES = {
     "is_finished": "agentlightning.store.base",
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
+    "LightningStoreClient": "agentlightning.store.client_server.client",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-__all__ = ["BreakOff", "Fail", "Hold", "OpenAIBackend", "Seen"]
+__all__ = ["BreakOff", "Fail", "Hold", "OpenAIBackend", "Say", "Seen"]
 
 WAIT_SECONDS = 20.0
 """The longest that a test waits for something to happen."""
@@ -60,7 +60,14 @@ class Hold:
     hung_up: threading.Event = field(default_factory=threading.Event)
 
 
-Step = Fail | BreakOff | Hold
+@dataclass
+class Say:
+    """Stream these chunks, whatever was asked."""
+
+    chunks: list[dict[str, Any]]
+
+
+Step = Fail | BreakOff | Hold | Say
 
 
 class OpenAIBackend:
@@ -100,9 +107,14 @@ class OpenAIBackend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(WAIT_SECONDS)
+        self.stop()
+
+    def stop(self) -> None:
+        """Nobody listens on the port after. Idempotent."""
+        if self._thread.is_alive():
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join(WAIT_SECONDS)
 
     @property
     def url(self) -> str:
@@ -206,7 +218,7 @@ class OpenAIBackend:
     async def _stream(self, request: web.Request, seen: Seen, step: Step | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for number, chunk in enumerate(self._chunks(seen)):
+        for number, chunk in enumerate(step.chunks if isinstance(step, Say) else self._chunks(seen)):
             if isinstance(step, Hold) and step.words == number:
                 await self._hold(step)
             if isinstance(step, BreakOff) and step.words == number:

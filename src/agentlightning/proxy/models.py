@@ -168,7 +168,7 @@ def _base_url(params: Mapping[str, Any], provider: str | None, where: str) -> st
         raise InvalidValue(f"{where} has no api_base; give the backend's URL, such as http://127.0.0.1:8000/v1")
     try:
         parts = urlsplit(given)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError as error:
         raise InvalidValue(f"{where} has an api_base that is no URL: {error}") from error
     if parts.username or parts.password:

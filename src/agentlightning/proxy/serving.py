@@ -56,6 +56,7 @@ class AppThread:
                 self._loop.call_soon_threadsafe(self._stop.set)
         if self._thread.ident is not None:
             await asyncio.wrap_future(self._ended)
+            self._thread.join()  # it has nothing left to do
 
     def is_alive(self) -> bool:
         """Whether requests are taken."""

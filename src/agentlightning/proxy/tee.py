@@ -51,11 +51,8 @@ class StreamTee:
 
     def _show(self, event: bytes) -> bytes:
         data = data_of(event)
-        if data == DONE:
-            self._is_done = True
-        if self._is_done:
-            self._ending += self._scrubber.bytes(event)
-            return b""
+        if data == DONE or self._is_done:
+            return self._hold(event)
         if not data:
             return self._scrubber.bytes(event)
         try:
@@ -67,10 +64,17 @@ class StreamTee:
         facts = cast("dict[str, Any]", chunk)
         if isinstance(facts.get("error"), dict):
             self.error = cast("dict[str, Any]", facts["error"])
+            return self._hold(event)
         self._assembly.add(facts)
         if not self._asks:
             return self._scrubber.bytes(event)
         return self._scrubber.bytes(event_of(msgspec.json.encode(facts))) if without_asked(facts, self._asks) else b""
+
+    def _hold(self, event: bytes) -> bytes:
+        """The last word has come: this event, and all that follow, wait for the record."""
+        self._is_done = True
+        self._ending += self._scrubber.bytes(event)
+        return b""
 
     @property
     def is_complete(self) -> bool:

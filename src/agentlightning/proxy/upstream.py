@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import aiohttp
@@ -38,6 +39,8 @@ _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _CONNECT_SECONDS = 10.0
 _MAX_ERROR_BYTES = 1024 * 1024
+_LARGE_BYTES = 512 * 1024
+"""Larger bodies are written piece by piece, so that the loop does other things in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,13 @@ class Upstream:
         refused: frozenset[Ask] = frozenset()
         while True:
             response = await self._post(backend, kind, added_to(kind, body, asks))
+            if 300 <= response.status < 400:
+                response.close()
+                raise Refused(
+                    502,
+                    "backend_redirected",
+                    f"The backend {backend.name} answered with a redirect; give the URL that it leads to as api_base.",
+                )
             if response.status in _ABOUT_THE_REQUEST and not self._capabilities.are_known(backend, kind, asks):
                 error = await response.content.read(_MAX_ERROR_BYTES)
                 response.close()
@@ -170,9 +180,10 @@ class Upstream:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **backend.headers}
         if backend.api_key:
             headers["Authorization"] = f"Bearer {backend.api_key}"
+        data = msgspec.json.encode(body)
         return await self._session.post(
             backend.base_url + _PATHS[kind],
-            data=msgspec.json.encode(body),
+            data=BytesIO(data) if len(data) > _LARGE_BYTES else data,
             headers=headers,
             allow_redirects=False,  # a redirect would carry the key elsewhere
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=backend.timeout_seconds),

@@ -1,0 +1,331 @@
+"""Backends that fail, refuse, break off or come in several: what the agent gets, and what is on record."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections import Counter
+from typing import Any
+
+import pytest
+from openai import APIError, APIStatusError, AsyncOpenAI
+
+from agentlightning.proxy import upstream
+from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
+from openai_backend import BreakOff, Fail, Hold, OpenAIBackend, Say
+from proxied import MESSAGES, Proxied, attribute, body_of, proxied
+
+BUSY = Fail(503, headers={"Retry-After": "0"})
+KEY = "sk-upstream-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "_FIRST_PAUSE_SECONDS", 0.01)
+
+
+async def ask(scene: Proxied, **question: Any) -> Any:
+    """The reply to one question; of a stream, its text."""
+    async with scene.client() as agent:
+        reply: Any = await agent.chat.completions.create(**{"model": "policy", "messages": MESSAGES, **question})
+        if not question.get("stream"):
+            return reply
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in reply])
+
+
+# --- Trying again --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [BUSY, Fail(500), Fail(429), BreakOff(0)])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_failed_before_its_first_byte_is_tried_again(step: Any, stream: bool) -> None:
+    backend = OpenAIBackend()
+    backend.plan(step, step)
+    async with proxied(backend) as scene:
+        reply = await ask(scene, stream=stream)
+        assert (reply if stream else reply.choices[0].message.content).startswith("word0")
+        span = await scene.only_span()
+        assert (len(backend.seen), attribute(span, Call.RETRIES), span.status.status_code) == (3, 2, "OK")
+
+
+async def test_the_number_of_retries_is_what_was_asked_for() -> None:
+    backend = OpenAIBackend()
+    backend.plan(BUSY, BUSY)
+    async with proxied(backend, num_retries=0) as scene:
+        with pytest.raises(APIStatusError) as caught:
+            await ask(scene)
+        assert (caught.value.status_code, len(backend.seen)) == (503, 1)
+
+
+async def test_when_all_tries_fail_the_agent_gets_the_last_answer() -> None:
+    backend = OpenAIBackend()
+    backend.plan(BUSY, BUSY, Fail(500, {"error": {"message": "out of memory", "code": "oom"}}))
+    async with proxied(backend) as scene:
+        with pytest.raises(APIStatusError, match="out of memory") as caught:
+            await ask(scene)
+        assert caught.value.status_code == 500
+        span = await scene.only_span()
+        assert (span.status.status_code, span.status.description) == ("ERROR", "out of memory")
+        assert (attribute(span, GenAI.ERROR_TYPE), attribute(span, GenAI.HTTP_STATUS_CODE)) == ("oom", 500)
+
+
+async def test_a_long_retry_after_is_left_to_the_agent() -> None:
+    backend = OpenAIBackend()
+    backend.plan(Fail(429, headers={"Retry-After": "60"}))
+    async with proxied(backend) as scene:
+        with pytest.raises(APIStatusError) as caught:
+            await ask(scene)
+        assert caught.value.response.headers["retry-after"] == "60"
+        assert len(backend.seen) == 1
+
+
+async def test_nothing_is_repeated_after_the_first_byte() -> None:
+    backend = OpenAIBackend()
+    backend.plan(BreakOff(2))
+    async with proxied(backend) as scene:
+        async with scene.client() as agent:
+            stream = await agent.chat.completions.create(model="policy", messages=MESSAGES, stream=True)
+            words = [(await anext(stream)).choices[0].delta.content for _ in range(2)]
+            assert words == ["word0 ", "word1 "]
+            with pytest.raises(APIError, match="broke off"):
+                await anext(stream)
+        assert len(backend.seen) == 1
+        span = await scene.only_span()
+        assert attribute(span, GenAI.ERROR_TYPE) == "backend_broke_off"
+        assert body_of(span, Call.RESPONSE)["choices"][0]["message"]["content"] == "word0 word1 "
+
+
+async def test_a_backend_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    params = {"model": "openai/m", "api_base": f"http://127.0.0.1:{port}/v1"}
+    async with proxied(entries=[{"model_name": "policy", "litellm_params": params}]) as scene:
+        with pytest.raises(APIStatusError, match=r"cannot be reached.*tried 3 times") as caught:
+            await ask(scene)
+        assert (caught.value.status_code, caught.value.code) == (502, "backend_unreachable")
+        assert attribute(await scene.only_span(), GenAI.ERROR_TYPE) == "backend_unreachable"
+
+
+async def test_a_backend_that_says_nothing() -> None:
+    backend, hold = OpenAIBackend(), Hold(0)
+    backend.plan(hold)
+    with backend:
+        async with proxied(entries=[backend.entry(timeout=0.1)]) as scene:
+            with pytest.raises(APIStatusError, match=r"sent nothing for 0.1 s") as caught:
+                await ask(scene)
+            assert (caught.value.status_code, len(backend.seen)) == (504, 1)
+
+
+# --- Several backends ------------------------------------------------------------------------------------
+
+
+async def test_all_calls_of_a_rollout_go_to_one_backend_and_rollouts_spread() -> None:
+    backends = [OpenAIBackend() for _ in range(3)]
+    async with proxied(*backends) as scene:
+        chosen: Counter[str] = Counter()
+        for _ in range(24):
+            rollout = await scene.store.start_rollout({})
+            llm = scene.proxy.as_resource(rollout.rollout_id, rollout.attempt.attempt_id)
+            async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key) as agent:
+                for _ in range(3):
+                    await agent.chat.completions.create(model="policy", messages=MESSAGES)
+            spans = await scene.store.query_spans(rollout.rollout_id)
+            (name,) = {str(attribute(span, Call.BACKEND)) for span in spans}
+            chosen[name] += 1
+        assert len(chosen) == 3
+        assert sum(len(backend.seen) for backend in backends) == 72
+
+
+async def test_another_backend_takes_over_from_one_that_is_down() -> None:
+    backends = [OpenAIBackend() for _ in range(2)]
+    async with proxied(*backends) as scene:
+        await ask(scene)
+        down, other = sorted(backends, key=lambda backend: len(backend.seen), reverse=True)
+        down.stop()
+        await ask(scene)
+        await ask(scene)
+        _, second, third = await scene.spans()
+        assert [attribute(span, Call.RETRIES) for span in (second, third)] == [1, 0], "the third knows better at once"
+        assert len(other.seen) == 2
+
+
+async def test_a_new_model_list_counts_at_once() -> None:
+    first, second = OpenAIBackend(), OpenAIBackend()
+    with second:
+        async with proxied(first) as scene:
+            await ask(scene)
+            scene.proxy.update_model_list([second.entry()])
+            await ask(scene)
+            assert (len(first.seen), len(second.seen)) == (1, 1)
+
+
+# --- What backends are asked for ---------------------------------------------------------------------------
+
+
+async def test_the_backend_is_asked_for_tokens_and_the_agents_wishes_stay() -> None:
+    backend = OpenAIBackend()
+    with backend:
+        entry = backend.entry(temperature=0.1, top_p=0.9, extra_body={"seed": 7}, extra_headers={"x-team": "blue"})
+        async with proxied(entries=[entry]) as scene:
+            await ask(scene, stream=True, temperature=0.7, seed=1)
+            seen = backend.seen[0]
+            assert seen.body == {
+                "model": "upstream-policy",
+                "messages": MESSAGES,
+                "stream": True,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "seed": 7,
+                "return_token_ids": True,
+                "logprobs": True,
+                "stream_options": {"include_usage": True},
+            }
+            assert seen.headers["x-team"] == "blue"
+
+
+async def test_what_is_not_to_be_asked_for_is_not() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend, ask_for=()) as scene:
+        await ask(scene, stream=True)
+        assert backend.seen[0].body.keys() == {"model", "messages", "stream"}
+        span = await scene.only_span()
+        assert attribute(span, Call.RESPONSE_TOKEN_IDS) is None
+        assert attribute(span, GenAI.USAGE_OUTPUT_TOKENS) is None
+
+
+async def test_a_backend_is_asked_once_for_what_it_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    backend = OpenAIBackend(takes=frozenset({"logprobs"}))
+    async with proxied(backend) as scene:
+        await ask(scene)
+        await ask(scene)
+        bodies = [seen.body for seen in backend.seen]
+        assert [body.get("return_token_ids") for body in bodies] == [True, None, None]
+        assert all(body["logprobs"] for body in bodies)
+        for span in await scene.spans():
+            assert span.status.status_code == "OK"
+            assert attribute(span, Call.RESPONSE_LOGPROBS) == [-0.1, -0.2, -0.3, -0.4]
+            assert attribute(span, Call.RESPONSE_TOKEN_IDS) is None
+        assert [record.message for record in caplog.records if "cannot be asked for token_ids" in record.message]
+        await ask(scene, stream=True)
+        assert [seen.body.get("stream_options") for seen in backend.seen[3:]] == [{"include_usage": True}, None]
+
+
+async def test_a_mistake_of_the_agent_teaches_nothing_about_the_backend() -> None:
+    backend = OpenAIBackend()
+    mistake = Fail(400, {"error": {"message": "messages are too long", "code": "context_length_exceeded"}})
+    backend.plan(mistake, mistake)
+    async with proxied(backend) as scene:
+        with pytest.raises(APIStatusError, match="too long"):
+            await ask(scene)
+        await ask(scene)
+        assert backend.seen[-1].body["return_token_ids"] is True
+        backend.plan(mistake)
+        before = len(backend.seen)
+        with pytest.raises(APIStatusError, match="too long"):
+            await ask(scene)
+        assert len(backend.seen) == before + 1, "what it takes is known by now"
+
+
+async def test_what_a_backend_takes_can_be_said() -> None:
+    backend = OpenAIBackend(takes=frozenset())
+    with backend:
+        async with proxied(entries=[backend.entry() | {"model_info": {"ask_for": []}}]) as scene:
+            await ask(scene)
+            assert len(backend.seen) == 1
+
+
+# --- Errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+async def test_a_refusal_of_the_backend_is_the_agents_to_know(status: int) -> None:
+    error = {"message": "no such tool", "type": "invalid_request_error", "param": "tools", "code": "bad_tool"}
+    backend = OpenAIBackend()
+    async with proxied(backend, ask_for=()) as scene:
+        backend.plan(Fail(status, {"error": error}))
+        with pytest.raises(APIStatusError) as caught:
+            await ask(scene)
+        assert (caught.value.status_code, caught.value.body) == (status, error)
+        span = await scene.only_span()
+        assert (span.status.status_code, span.status.description) == ("ERROR", "no such tool")
+        assert attribute(span, GenAI.HTTP_STATUS_CODE) == status
+        assert body_of(span, Call.RESPONSE) == {"error": error}
+        assert len(backend.seen) == 1
+
+
+async def test_an_unknown_model_is_named_and_recorded() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        with pytest.raises(APIStatusError, match="'gpt-9' does not exist here; this proxy serves: policy") as caught:
+            await ask(scene, model="gpt-9")
+        assert (caught.value.status_code, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
+        span = await scene.only_span()
+        assert (span.name, attribute(span, GenAI.ERROR_TYPE)) == ("chat gpt-9", "model_not_found")
+        assert backend.seen == []
+
+
+async def test_an_error_inside_of_a_stream_is_recorded() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        backend.plan(Say([{"error": {"message": "GPU on fire", "code": "fire"}}]))
+        with pytest.raises(APIError, match="GPU on fire"):
+            await ask(scene, stream=True)
+        span = await scene.only_span()
+        assert (attribute(span, GenAI.ERROR_TYPE), span.status.description) == ("fire", "GPU on fire")
+
+
+# --- Keys --------------------------------------------------------------------------------------------------
+
+
+async def test_the_backends_key_goes_to_the_backend_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    backend = OpenAIBackend(key=KEY, says=lambda seen: f"your header was {seen.headers['Authorization']}")
+    leaks = Fail(400, {"error": {"message": f"bad request with {KEY}", "code": KEY}})
+    with backend:
+        entries = [backend.entry(), backend.entry("locked", api_key="sk-another-key-000000")]
+        async with proxied(entries=entries) as scene:
+            seen_by_agent: list[str] = [(await ask(scene)).model_dump_json()]
+            seen_by_agent.append(await ask(scene, stream=True))
+            backend.plan(leaks)
+            for question in ({}, {"model": "locked"}, {"model": "unknown"}):
+                with pytest.raises(APIStatusError) as caught:
+                    await ask(scene, **question)
+                seen_by_agent += [str(caught.value), str(caught.value.response.headers), caught.value.response.text]
+            assert backend.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+            assert "your header was Bearer ***" in seen_by_agent[1]
+            stored = [span.model_dump_json() for span in await scene.spans()]
+            assert len(stored) == 5
+            everything = [*seen_by_agent, *stored, caplog.text, repr(scene.proxy), scene.llm.model_dump_json()]
+            for text in everything:
+                assert KEY not in text
+                assert "sk-another-key" not in text
+            assert "does not accept the key that the proxy has" in seen_by_agent[-4]
+
+
+async def test_the_agents_key_does_not_go_to_the_backend() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend, api_key="key-of-the-proxy") as scene:
+        await ask(scene)
+        assert "key-of-the-proxy" not in json.dumps([seen.headers for seen in backend.seen])
+
+
+async def test_a_redirect_is_not_followed_with_the_key() -> None:
+    backend = OpenAIBackend(key=KEY)
+    backend.plan(Fail(307, {"error": {"message": "elsewhere"}}, {"Location": "http://127.0.0.1:9/"}))
+    async with proxied(backend) as scene:
+        with pytest.raises(APIStatusError, match="a redirect") as caught:
+            await ask(scene)
+        assert (caught.value.status_code, len(backend.seen)) == (502, 1)
+
+
+async def test_a_wrong_key_of_the_proxy_is_explained_and_the_backends_words_are_not_shown() -> None:
+    backend = OpenAIBackend(key=KEY)
+    with backend:
+        async with proxied(entries=[backend.entry(api_key="sk-wrong-wrong")]) as scene:
+            with pytest.raises(APIStatusError, match=r"mend api_key in the proxy's model list") as caught:
+                await ask(scene)
+            assert (caught.value.status_code, caught.value.code) == (401, "backend_key_refused")
+            await asyncio.sleep(0)
+            assert attribute(await scene.only_span(), GenAI.ERROR_TYPE) == "backend_key_refused"

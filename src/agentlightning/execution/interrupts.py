@@ -1,0 +1,83 @@
+"""Ctrl+C, and the request of a system that wants this process to end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
+
+__all__ = ["Interrupted", "Interrupts"]
+
+_log = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt, SystemExit):
+    """The run was stopped by a signal, and everything it had started has ended.
+
+    It is a ``KeyboardInterrupt`` to those who catch one. In a program that lets it pass it ends the process
+    without a traceback, with the exit code that shells give to such an end: 128 and the number of the signal,
+    which makes 130 for Ctrl+C.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the run was stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class Interrupts:
+    """While it is entered, in the main thread, SIGINT and SIGTERM begin an abort; a second one hurries it.
+
+    In another thread, where Python takes no signals, it does nothing. SIGTERM is left to whoever handles it already.
+
+    Args:
+        on_first: called at the first signal, in the main thread, between two steps of whatever runs there.
+    """
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self._on_first = on_first
+        self._before: dict[int, Any] = {}
+        self._count = 0
+        self._force = False
+        self._thread = threading.main_thread().ident
+        self.number: int | None = None
+        """The signal that came first."""
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._take)
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._before.clear()
+
+    def hurry(self) -> bool:
+        """Whether there was a second signal."""
+        return self._count > 1
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if there was a signal."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def force(self) -> None:
+        """Raise ``KeyboardInterrupt`` in the main thread, out of whatever it does or waits for. From any thread."""
+        if self._before and self._thread is not None:
+            self._force = True
+            signal.pthread_kill(self._thread, signal.SIGINT)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        if self._force:
+            self._force = False
+            raise KeyboardInterrupt
+        self._count += 1
+        if self._count == 1:
+            self.number = number
+            _log.warning("%s: stopping; once more to kill what is left", signal.Signals(number).name)
+            self._on_first()

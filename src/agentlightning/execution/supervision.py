@@ -1,0 +1,174 @@
+"""A supervisor in a thread of its own, for a process whose main thread has other things to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from agentlightning.errors import ExecutionFailed
+from agentlightning.execution.abort import Ending, Stage, abort, tell
+from agentlightning.execution.cgroups import Cgroup, make_cgroup
+from agentlightning.execution.kin import MARK, Kin
+from agentlightning.execution.messages import Job, Stop
+from agentlightning.execution.nursery import NurseryLink, StartMethod, choose_start_method, open_nursery
+from agentlightning.execution.slots import Slot
+from agentlightning.execution.supervisor import ReportLost, Supervisor
+
+__all__ = ["Supervision"]
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_START_SECONDS = 5.0
+_COLLECT_SECONDS = 2.0
+
+
+class Supervision:
+    """Starts, watches and stops the processes of a run.
+
+    ``open`` starts the nursery, which must happen before this process has threads, if it is to be forked;
+    ``begin`` starts the processes; ``abort`` stops them; ``close`` leaves nothing behind.
+
+    Args:
+        jobs: what processes do, by name.
+        start_method: how they are started; None: ``fork`` from a process with one thread, else ``forkserver``.
+    """
+
+    def __init__(self, jobs: Mapping[str, Job], start_method: StartMethod | None = None) -> None:
+        self._jobs = jobs
+        self._asked: StartMethod | None = start_method
+        self._mark = secrets.token_hex(8)
+        self._link: NurseryLink | None = None
+        self._kin: Kin | None = None
+        self._cgroup: Cgroup | None = None
+        self._supervisor: Supervisor | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._aborted = False
+
+    def open(self) -> None:
+        """Start the nursery.
+
+        Raises:
+            InvalidValue: a job cannot be sent to another process; named, with the ways out.
+        """
+        self._link = open_nursery(self._jobs, choose_start_method(self._asked, self._jobs), self._mark)
+        self._cgroup = make_cgroup(f"agl-{self._mark}")
+        enrolled = frozenset[int] if self._cgroup is None else self._cgroup.processes
+        self._kin = Kin(self._mark, self._link.pid, enrolled)
+
+    @property
+    def start_method(self) -> StartMethod:
+        """How processes are started."""
+        return self._opened().method
+
+    @property
+    def nursery(self) -> int:
+        """Number of the nursery's process."""
+        return self._opened().pid
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The places that processes fill, for looking at."""
+        return () if self._supervisor is None else self._supervisor.slots
+
+    def begin(
+        self,
+        slots: Sequence[Slot],
+        *,
+        allowed_exit_codes: frozenset[int],
+        report_lost: ReportLost | None,
+        on_over: Callable[[ExecutionFailed | None], None],
+    ) -> None:
+        """Start a process in every slot, and watch them from now on. See ``Supervisor``."""
+        assert self._kin is not None
+        for number, slot in enumerate(slots):
+            slot.environment = {**slot.environment, MARK: self._mark}
+            slot.cgroup = None if self._cgroup is None else self._cgroup.child(f"{slot.job}-{number}")
+        self._run_loop()
+
+        async def begin() -> None:
+            assert self._kin is not None
+            self._supervisor = Supervisor(
+                self._opened(),
+                self._kin,
+                slots,
+                allowed_exit_codes=allowed_exit_codes,
+                report_lost=report_lost,
+                on_over=on_over,
+            )
+            self._supervisor.begin()
+
+        self.call(begin())
+
+    def wait_ready(self, seconds: float) -> None:
+        """Wait until every process has begun with its job, or ended.
+
+        Raises:
+            TimeoutError: one has not.
+        """
+        assert self._supervisor is not None
+        self.call(self._supervisor.ready(), seconds)
+
+    def call(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """Run a coroutine in the supervisor's loop, and wait for it. Raises what it raises, and ``TimeoutError``."""
+        future = asyncio.run_coroutine_threadsafe(work, self._run_loop())
+        try:
+            return future.result(seconds)
+        except BaseException:  # also Ctrl+C: the coroutine must not run on
+            future.cancel()
+            raise
+
+    def abort(self, stages: tuple[Stage, ...], hurry: Callable[[], bool]) -> list[Ending]:
+        """Stop all processes, stage by stage; blocks. One line in the log for each says what ended it. Idempotent.
+
+        Args:
+            stages: what is done.
+            hurry: whether to go on to the last stage at once.
+        """
+        if self._supervisor is None or self._aborted:
+            return []
+        self._aborted = True
+        assert self._kin is not None
+        link = self._opened()
+        try:
+            self.call(self._supervisor.stop_starting(), _START_SECONDS)
+        except TimeoutError:
+            _log.error("the nursery does not answer; what it has started is ended all the same")
+        endings = abort(stages, self._kin.living, self._supervisor.names, lambda: link.send(Stop()), hurry=hurry)
+        tell(endings)
+        try:
+            self.call(self._supervisor.collected(), _COLLECT_SECONDS)
+        except TimeoutError:
+            _log.error("the nursery has not told the end of every process")
+        return endings
+
+    def close(self) -> None:
+        """End the nursery, and with it whatever is left. Idempotent."""
+        if self._link is None:
+            return
+        if self._loop is not None and self._thread is not None:
+            if self._supervisor is not None:
+                self._loop.call_soon_threadsafe(self._supervisor.close)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        self._link.close()
+        if self._cgroup is not None:
+            self._cgroup.remove()
+        self._link = None
+
+    def _opened(self) -> NurseryLink:
+        assert self._link is not None, "open the supervision first"
+        return self._link
+
+    def _run_loop(self) -> asyncio.AbstractEventLoop:
+        """The supervisor's loop; started if it does not run yet."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="agl-supervisor", daemon=True)
+            self._thread.start()
+        return self._loop

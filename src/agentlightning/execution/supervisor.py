@@ -1,0 +1,221 @@
+"""Watching the processes of a run: each is started, and replaced when it crashes, as long as that makes sense."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
+from agentlightning.execution.kin import Kin, send
+from agentlightning.execution.messages import Exited, Ready, Started
+from agentlightning.execution.nursery import NurseryLink
+from agentlightning.execution.slots import Crash, Slot
+
+__all__ = ["ReportLost", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+_REPORT_SECONDS = 10.0
+"""How long a restart waits for the store to take note of the loss; after that, leases must do."""
+_LAST_REPORT_SECONDS = 1.0
+"""The same, when everything is being stopped and nobody waits for a restart."""
+
+
+class ReportLost(Protocol):
+    """Tells the store that a worker is dead."""
+
+    def __call__(self, worker_id: str, *, message: str, reason_code: str | None) -> Awaitable[object]:
+        """End its attempts."""
+        ...
+
+
+class Supervisor:
+    """Keeps the slots of a run filled. It lives in one event loop.
+
+    Args:
+        link: to the nursery that makes the processes.
+        kin: takes note of them.
+        slots: the places.
+        allowed_exit_codes: with which a process may end without having crashed.
+        report_lost: tells the store that a worker is dead; None: nobody needs to know.
+        on_over: called once, when no slot will be filled any more and nobody has asked for that: with the reason,
+            or without one if all have come to their end.
+    """
+
+    def __init__(
+        self,
+        link: NurseryLink,
+        kin: Kin,
+        slots: Sequence[Slot],
+        *,
+        allowed_exit_codes: frozenset[int],
+        report_lost: ReportLost | None,
+        on_over: Callable[[ExecutionFailed | None], None],
+    ) -> None:
+        self._link = link
+        self._kin = kin
+        self._slots = {slot.name: slot for slot in slots}
+        self._allowed_exit_codes = allowed_exit_codes
+        self._report_lost = report_lost
+        self._on_over = on_over
+        self._stop_asked = asyncio.Event()
+        self._over = False
+        self._recoveries: set[asyncio.Task[None]] = set()
+        self._settled = asyncio.Event()
+        self.names: dict[int, str] = {}
+        """Which slot each process fills or filled, by number."""
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The places."""
+        return list(self._slots.values())
+
+    def begin(self) -> None:
+        """Start a process in every slot."""
+        asyncio.get_running_loop().add_reader(self._link.fileno(), self._read)
+        for slot in self._slots.values():
+            self._launch(slot)
+
+    async def ready(self) -> None:
+        """Wait until every process that was ordered has begun with its job, or ended."""
+        while any(slot.state == "starting" for slot in self._slots.values()):
+            self._settled.clear()
+            await self._settled.wait()
+
+    async def stop_starting(self) -> None:
+        """Start no more; return when every process that was ordered is there, and known by its number."""
+        self._stop_asked.set()
+        while any(slot.state == "starting" and not slot.pid for slot in self._slots.values()):
+            self._settled.clear()
+            await self._settled.wait()
+
+    async def collected(self) -> None:
+        """Wait until the nursery has told the end of every process."""
+        while any(slot.state in ("starting", "running") for slot in self._slots.values()):
+            self._settled.clear()
+            await self._settled.wait()
+        await asyncio.gather(*self._recoveries)
+
+    def close(self) -> None:
+        """Listen to the nursery no more."""
+        asyncio.get_running_loop().remove_reader(self._link.fileno())
+
+    # --- What the nursery says -------------------------------------------------------------------
+
+    def _read(self) -> None:
+        messages = self._link.receive()
+        if messages is None:
+            asyncio.get_running_loop().remove_reader(self._link.fileno())
+            self._nursery_lost()
+            return
+        for message in messages:
+            slot = self._slots[message.slot]
+            if message.life == slot.life:
+                self._take_in(slot, message)
+        self._settled.set()
+
+    def _take_in(self, slot: Slot, message: Started | Ready | Exited) -> None:
+        match message:
+            case Started(_, _, pid):
+                slot.pid = pid
+                if pid:
+                    self.names[pid] = slot.name
+                    self._kin.note(pid)
+            case Ready():
+                slot.state = "running"
+            case Exited():
+                crash = slot.ended_as(message, self._allowed_exit_codes)
+                if not self._stop_asked.is_set():  # then the abort sees to what is left, stage by stage
+                    self._clean_up(slot)
+                if crash is not None:
+                    slot.state = "waiting"
+                    self._recover(slot, crash)
+                else:
+                    _log.info("%s (pid %d) has come to its end", slot.name, message.pid)
+                    self._check_over()
+
+    def _nursery_lost(self) -> None:
+        """Without it nothing can be started, and what it had started was ended by the kernel."""
+        for slot in self._slots.values():
+            slot.state = "ended"
+        self._settled.set()
+        self._end(ExecutionFailed("the process that starts and watches all others (the nursery) has died"))
+
+    # --- Crashes ---------------------------------------------------------------------------------
+
+    def _clean_up(self, slot: Slot) -> None:
+        """What a process leaves behind in its session or its cgroup does not outlive it."""
+        enrolled = set[int]() if slot.cgroup is None else slot.cgroup.processes()
+        for process in self._kin.living():
+            if process.session == slot.pid or process.pid in enrolled:
+                send(process, signal.SIGKILL)
+
+    def _recover(self, slot: Slot, crash: Crash) -> None:
+        task = asyncio.get_running_loop().create_task(self._recovery(slot, crash))
+        self._recoveries.add(task)
+        task.add_done_callback(self._recoveries.discard)
+
+    async def _recovery(self, slot: Slot, crash: Crash) -> None:
+        """Tell the store, then start the next process, after a while."""
+        stopped = self._stop_asked.is_set()
+        await self._tell_store(slot, crash)
+        delay = None if stopped else slot.delay(time.monotonic())
+        if delay is not None:
+            _log.warning("%s; it is started again in %.1f s%s", crash, delay, _indented(crash.traceback))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._stop_asked.wait()
+        if self._stop_asked.is_set():
+            slot.state = "ended"
+            if stopped and crash.traceback:
+                _log.error("%s while it was being stopped%s", crash, _indented(crash.traceback))
+        elif delay is None:
+            slot.state = "given up"
+            _log.error("%s; it is not started again%s", crash, _indented(crash.traceback))
+            self._check_over()
+        else:
+            self._launch(slot)
+        self._settled.set()
+
+    async def _tell_store(self, slot: Slot, crash: Crash) -> None:
+        if self._report_lost is None:
+            return
+        reason = "resource_exhausted" if crash.exhausted else None
+        message = f"its process (pid {crash.pid}) {crash.what}"
+        patience = _LAST_REPORT_SECONDS if self._stop_asked.is_set() else _REPORT_SECONDS
+        try:
+            async with asyncio.timeout(patience):
+                await self._report_lost(slot.name, message=message, reason_code=reason)
+        except NotFound:
+            return  # it died before the store had heard of it, so it held nothing
+        except (TimeoutError, AgentLightningError) as error:
+            _log.warning("the store could not be told that %s: its attempts end with its lease (%s)", crash, error)
+
+    def _launch(self, slot: Slot) -> None:
+        self._link.send(slot.begin(time.monotonic()))
+
+    # --- The end ---------------------------------------------------------------------------------
+
+    def _check_over(self) -> None:
+        if any(slot.live for slot in self._slots.values()):
+            return
+        given_up = [slot for slot in self._slots.values() if slot.state == "given up"]
+        if len(given_up) < len(self._slots):
+            self._end(None)
+            return
+        crash = given_up[-1].crash
+        assert crash is not None  # that is why it was given up
+        self._end(ExecutionFailed(f"no process of this run can be kept alive: {crash}", crash.traceback))
+
+    def _end(self, reason: ExecutionFailed | None) -> None:
+        if not self._over and not self._stop_asked.is_set():
+            self._over = True
+            self._on_over(reason)
+
+
+def _indented(traceback: str) -> str:
+    return f"\n{traceback}" if traceback else ""

@@ -27,6 +27,8 @@ _VITAL: frozenset[Priority] = frozenset({"heartbeat", "completion"})
 _SHARES = (0.10, 0.25, 0.50)
 _STAGE_MIN_CALLS = 3
 _ASK_AGAIN_SECONDS = 0.1
+_PROBE_SECONDS = 2.0
+"""A call that probes may be one that the server sits on; after this time another one may find out sooner."""
 
 
 class BreakerState(StrEnum):
@@ -85,7 +87,7 @@ class Breaker:
         self._window = FailureWindow(numbers.window_seconds)
         self._pauses = 0
         self._until = 0.0
-        self._probe_in_flight = False
+        self._probe_until = 0.0
         self._stage = 0
         self._let_reads = 0.0
         self._let_others = 0.0
@@ -118,9 +120,9 @@ class Breaker:
             if self._state is BreakerState.OPEN:
                 return max(self._until - now, 0.001)
             if self._state is BreakerState.PROBING:
-                if self._probe_in_flight:
+                if now < self._probe_until:
                     return _ASK_AGAIN_SECONDS
-                self._probe_in_flight = True
+                self._probe_until = now + _PROBE_SECONDS
                 return 0.0
             self._advance(now)
             return self._let_share(priority)
@@ -153,7 +155,7 @@ class Breaker:
     def abandoned(self) -> None:
         """A call that was let through was given up by its caller; it says nothing about the server."""
         with self._lock:
-            self._probe_in_flight = False
+            self._probe_until = 0.0
 
     def _too_many(self, now: float, min_calls: int) -> bool:
         calls, failures = self._window.totals(now)
@@ -199,8 +201,7 @@ class Breaker:
     def _begin_stage(self, now: float) -> None:
         self._until = now + self._numbers.stage_seconds
         self._window.clear()
-        self._let_reads = 1.0  # the first of a share passes at once
-        self._let_others = 1.0 if self._stage else 0.0
+        self._let_reads = self._let_others = 1.0  # the first of a share passes at once
 
     def _advance(self, now: float) -> None:
         """Go on to the next stage if this one has gone well for long enough."""
@@ -216,7 +217,7 @@ class Breaker:
 
     def _enter(self, state: BreakerState) -> None:
         before, self._state = self._state, state
-        self._probe_in_flight = False
+        self._probe_until = 0.0
         self._on_change(before, state)
 
 
@@ -264,5 +265,6 @@ _TROUBLE = frozenset({500, 502, 503, 504})
 
 def _spread(saved: float, share: float) -> tuple[float, bool]:
     """Whether the next of many calls is among the share that passes, and what is saved up for those after it."""
-    saved += share
-    return (saved - 1.0, True) if saved >= 1.0 else (saved, False)
+    if share == 0.0:
+        return saved, False
+    return (saved - 1.0 + share, True) if saved > 1.0 - share / 2 else (saved + share, False)

@@ -7,8 +7,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
-from agentlightning.errors import StoreUnavailable
-from agentlightning.store.client_server.transport import Transport, WireReply, WireRequest
+from agentlightning.errors import StoreUnreachable
+from agentlightning.store.client_server.transport import RequestShed, Transport, WireReply, WireRequest
 
 __all__ = ["ProbedWhileUsed", "answers_soon"]
 
@@ -78,7 +78,7 @@ class ProbedWhileUsed:
             self._task = asyncio.get_running_loop().create_task(self._ask())
 
     async def _ask(self) -> None:
-        with contextlib.suppress(StoreUnavailable):  # no news is told by the wrappers, like news
+        with contextlib.suppress(StoreUnreachable, RequestShed):  # no news is told by the wrappers, like news
             await self._probed.send(self._probe)
 
 
@@ -86,7 +86,7 @@ async def answers_soon(transport: Transport, probe: WireRequest, delays: Sequenc
     """Whether the server says that it is well, asked once and again after each of these delays in seconds."""
     for delay in (0.0, *delays):
         await asyncio.sleep(delay)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnreachable):
             if (await transport.send(probe)).status == 200:
                 return True
     return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from agentlightning.errors import StoreUnavailable
 from agentlightning.store.client_server.routes import Priority
 
 __all__ = [
@@ -57,22 +56,22 @@ class Transport(Protocol):
 
         Raises:
             StoreUnreachable: there was none. Whether the server did what was asked is unknown.
+            RequestShed: it was held back (only between a breaker and the retries around it).
         """
         ...
 
 
-class RequestShed(StoreUnavailable):
-    """The circuit breaker held a request back; nothing was sent.
+class RequestShed(Exception):
+    """The circuit breaker held a request back; nothing was sent. Retries turn it into ``StoreUnreachable``.
 
     Args:
         message: why.
         retry_after_seconds: when to ask the breaker again.
     """
 
-    code = "request_shed"
-
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
+        self.message = message
         self.retry_after_seconds = retry_after_seconds
 
 

@@ -1,0 +1,157 @@
+"""What a client tells about its server, and the probes that keep it informed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from agentlightning.errors import StoreUnreachable
+from agentlightning.store.client_server.breaker import BreakerNumbers, BreakerState
+from agentlightning.store.client_server.health import Health, HealthReport
+from agentlightning.store.client_server.probe import ProbedWhileUsed, answers_soon
+from agentlightning.store.client_server.resilience import Resilience, Resilient, make_resilient
+from agentlightning.store.client_server.transport import WireRequest
+from scripted_transport import Act, ScriptedTransport, lost, replies, silent
+from virtual_time import in_virtual_time
+
+Clock = Callable[[], float]
+PROBE = WireRequest("GET", "/health", priority="read")
+REQUEST = WireRequest("POST", "/work")
+
+
+def _resilient(acts: Iterable[Act], clock: Clock, numbers: Resilience) -> tuple[ScriptedTransport, Resilient]:
+    http = ScriptedTransport(acts, clock)
+    return http, make_resilient(
+        http, server="http://s", probe=PROBE, numbers=numbers, monotonic=clock, chance=lambda: 0.5
+    )
+
+
+def _now(made: Resilient) -> HealthReport:
+    return made.health.report(made.breaker.share, None)
+
+
+def test_states(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scene(clock: Clock) -> None:
+        numbers = Resilience(breaker=BreakerNumbers(min_calls=5), patience_seconds=1000)
+        http, made = _resilient([*replies(200), *lost(8)], clock, numbers)
+        assert (_now(made).state, _now(made).seconds_since_answer) == ("unknown", None)
+        await made.transport.send(REQUEST)
+        assert _now(made).state == "healthy"
+        waiting = asyncio.ensure_future(made.transport.send(REQUEST))
+        seen: list[str] = []
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            if _now(made).state != (seen or [""])[-1]:
+                seen.append(_now(made).state)
+        assert seen == ["degraded", "unreachable", "degraded"]
+        for _ in range(40):
+            await made.transport.send(REQUEST)
+        report = _now(made)
+        assert (report.state, report.breaker, report.failures_in_a_row) == ("healthy", BreakerState.CLOSED, 0)
+        assert report.seconds_since_answer is not None
+        assert report.seconds_since_answer < 1
+        assert (report.failures, report.retries, report.last_failure) == (8, 8, "the connection was reset")
+        assert report.calls == len(http.tries)
+
+    in_virtual_time(scene)
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "http://s does not answer as it should: the connection was reset",
+        "too many calls to http://s fail; they are held back until it is well",
+        "http://s answers again",
+        "http://s is well again; all calls pass",
+    ]
+
+
+def test_probes_as_long_as_somebody_waits() -> None:
+    async def scene(clock: Clock) -> None:
+        http, made = _resilient([silent(25.0)], clock, Resilience())
+        await made.transport.send(REQUEST)
+        assert http.tries == [0.0, 10.0, 20.0]
+        assert [each.target for each in http.requests] == ["/work", "/health", "/health"]
+        await asyncio.sleep(1000)
+        assert http.tries == [0.0, 10.0, 20.0], "nobody waits any more"
+        await made.transport.send(REQUEST)
+        await asyncio.sleep(100)
+        assert http.tries[3:] == [1025.0, 1035.0], "once, because there was a request since the last time"
+
+    in_virtual_time(scene)
+
+
+def test_a_probe_that_the_server_sits_on_holds_nobody_up() -> None:
+    async def scene(clock: Clock) -> None:
+        numbers = Resilience(breaker=BreakerNumbers(min_calls=2, open_seconds=5.0), patience_seconds=60)
+        http, made = _resilient([*lost(2), silent(29.0)], clock, numbers)
+        calls = [asyncio.ensure_future(made.transport.send(REQUEST)) for _ in range(2)]
+        await asyncio.sleep(6.0)
+        assert made.breaker.state is BreakerState.PROBING
+        await asyncio.wait(calls)
+        assert [each.target for each in http.requests][:5] == ["/work"] * 4 + ["/health"]
+        assert http.tries[3] < 7, "the one that the server answered at once"
+        assert http.tries[2] + 29 <= clock() < 40, "and the one that it did not"
+
+    in_virtual_time(scene)
+
+
+def test_a_loop_that_was_closed_takes_no_probes_along() -> None:
+    now = 0.0
+    http = ScriptedTransport([], lambda: now)
+    probed = ProbedWhileUsed(http, http, PROBE, interval_seconds=10.0, monotonic=lambda: now)
+    asyncio.run(_send(probed))
+    now = 50.0
+
+    async def scene(clock: Clock) -> None:
+        waits = asyncio.ensure_future(_send(probed, seconds=15.0))
+        await waits
+
+    in_virtual_time(scene)
+    assert [each.target for each in http.requests] == ["/work", "/work", "/health"]
+
+
+async def _send(transport: ProbedWhileUsed, seconds: float = 0.0) -> None:
+    await transport.send(REQUEST)
+    transport._begin()  # a request that is under way
+    await asyncio.sleep(seconds)
+
+
+def test_the_gate_of_a_retry() -> None:
+    async def scene(clock: Clock) -> None:
+        http = ScriptedTransport([*lost(2), *replies(503)], clock)
+        assert await answers_soon(http, PROBE, (0.1, 0.2, 0.5))
+        assert http.tries == pytest.approx([0.0, 0.1, 0.3, 0.8])
+        http = ScriptedTransport(lost(4), clock)
+        assert not await answers_soon(http, PROBE, (0.1, 0.2, 0.5))
+
+    in_virtual_time(scene)
+
+
+def test_0_3_style_retries_end_early_when_the_server_is_gone() -> None:
+    async def scene(clock: Clock) -> None:
+        http = ScriptedTransport(lost(100), clock)
+        made = make_resilient(
+            http,
+            server="http://s",
+            probe=PROBE,
+            numbers=Resilience(),
+            retry_delays=(1.0, 2.0, 5.0),
+            health_retry_delays=(0.1, 0.2, 0.5),
+            monotonic=clock,
+        )
+        with pytest.raises(StoreUnreachable):
+            await made.transport.send(REQUEST)
+        assert [each.target for each in http.requests] == ["/work"] + ["/health"] * 4
+        assert clock() == pytest.approx(0.8)
+
+    in_virtual_time(scene)
+
+
+def test_cached_resources_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    health = Health("http://s", lambda: 0.0)
+    for age in (5.0, 6.0, None, 7.0):
+        health.cached_resources(age)
+        assert health.report(1.0, None).cached_resources_age_seconds == age
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

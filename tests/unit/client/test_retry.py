@@ -1,0 +1,278 @@
+"""Retries: what is sent again, when, how often, and what the caller gets in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agentlightning.errors import StoreUnreachable
+from agentlightning.store.client_server.backoff import Backoff, FixedDelays, FullJitter
+from agentlightning.store.client_server.retry import Retrying
+from agentlightning.store.client_server.retry_budget import RetryBudget
+from agentlightning.store.client_server.transport import RequestShed, Transport, WireReply, WireRequest
+from scripted_transport import Act, ScriptedTransport, lost, replies, silent
+from virtual_time import in_virtual_time
+
+Clock = Callable[[], float]
+REQUEST = WireRequest("POST", "/agl/v1/rollouts?secret=1", b"{}", patience_seconds=100.0)
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self.retries: list[tuple[str, float]] = []
+        self.given_up: list[str] = []
+
+    def retried(self, request: WireRequest, why: str, delay_seconds: float) -> None:
+        self.retries.append((why, delay_seconds))
+
+    def gave_up(self, request: WireRequest, why: str) -> None:
+        self.given_up.append(why)
+
+
+def _retrying(
+    inner: Transport,
+    clock: Clock,
+    *,
+    backoff: Backoff | None = None,
+    budget: RetryBudget | None = None,
+    watcher: _Watcher | None = None,
+    gate: Callable[[], Awaitable[bool]] | None = None,
+) -> Retrying:
+    return Retrying(
+        inner,
+        server="http://server",
+        backoff=backoff or FullJitter(0.2, 30.0, lambda: 1.0),
+        budget=budget or RetryBudget(ratio=1, per_second=1000, capacity=1000, monotonic=clock),
+        monotonic=clock,
+        watcher=watcher or _Watcher(),
+        gate=gate,
+    )
+
+
+def _run(scene: Callable[[Clock], Awaitable[Any]]) -> None:
+    async def run(clock: Clock) -> None:
+        await scene(clock)
+
+    in_virtual_time(run)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 507, 520])
+def test_what_may_be_different_later_is_sent_again(status: int) -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(replies(status, status), clock)
+        reply = await _retrying(inner, clock).send(REQUEST)
+        assert (reply.status, len(inner.tries)) == (200, 3)
+        assert inner.requests == [REQUEST] * 3, "the same bytes each time"
+
+    _run(scene)
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 301, 400, 401, 403, 404, 405, 409, 410, 413, 422, 499, 501, 505])
+def test_answers_are_not_asked_for_again(status: int) -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(replies(status), clock)
+        assert (await _retrying(inner, clock).send(REQUEST)).status == status
+        assert len(inner.tries) == 1
+
+    _run(scene)
+
+
+def test_waits_are_those_of_the_backoff() -> None:
+    async def scene(clock: Clock) -> None:
+        watcher = _Watcher()
+        inner = ScriptedTransport([*lost(3), *replies(503)], clock)
+        assert (await _retrying(inner, clock, watcher=watcher).send(REQUEST)).status == 200
+        assert inner.tries == pytest.approx([0.0, 0.2, 0.6, 1.4, 3.0])
+        assert [delay for _, delay in watcher.retries] == pytest.approx([0.2, 0.4, 0.8, 1.6])
+        assert [why for why, _ in watcher.retries] == ["the connection was reset"] * 3 + ["status 503"]
+
+    _run(scene)
+
+
+def test_retry_after_is_the_least_that_is_waited() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(
+            [Act(429, headers={"Retry-After": "7"}), Act(503, headers={"Retry-After": "x"})], clock
+        )
+        await _retrying(inner, clock).send(REQUEST)
+        assert inner.tries == pytest.approx([0.0, 7.2, 7.6])
+
+    _run(scene)
+
+
+def test_a_server_that_is_gone_is_given_up_when_the_patience_has_run_out() -> None:
+    async def scene(clock: Clock) -> None:
+        watcher = _Watcher()
+        inner = ScriptedTransport(lost(1000), clock)
+        with pytest.raises(StoreUnreachable) as caught:
+            await _retrying(inner, clock, watcher=watcher).send(REQUEST)
+        assert 60 < clock() <= 100, "it did not stop early, nor late"
+        assert "http://server did not answer POST /agl/v1/rollouts (" in caught.value.message
+        assert "secret" not in caught.value.message
+        assert watcher.given_up == ["the connection was reset"]
+
+    _run(scene)
+
+
+def test_the_last_no_is_returned_when_the_patience_has_run_out() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(replies(*[503] * 1000), clock)
+        assert (await _retrying(inner, clock).send(REQUEST)).status == 503
+        assert 60 < clock() <= 100
+
+    _run(scene)
+
+
+def test_a_wait_that_would_outlast_the_patience_is_not_begun() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport([Act(503, headers={"Retry-After": "101"})], clock)
+        assert (await _retrying(inner, clock).send(REQUEST)).status == 503
+        assert clock() == 0.0
+
+    _run(scene)
+
+
+def test_a_try_ends_with_the_patience() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport([silent(90), *lost()], clock)
+        await _retrying(inner, clock).send(REQUEST)
+        assert inner.requests[0].timeout_seconds == 30.0
+        inner = ScriptedTransport(lost(3, seconds=29.0), clock)
+        await _retrying(inner, clock).send(REQUEST)
+        assert inner.requests[-1].timeout_seconds == pytest.approx(100 - 3 * 29 - 1.4)
+
+    _run(scene)
+
+
+def test_a_bug_of_the_server_is_not_insisted_on() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(replies(*[500] * 10), clock)
+        assert (await _retrying(inner, clock).send(REQUEST)).status == 500
+        assert len(inner.tries) == 4
+
+    _run(scene)
+
+
+def test_fixed_delays() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport(lost(10), clock)
+        with pytest.raises(StoreUnreachable, match="4 tries in 8"):
+            await _retrying(inner, clock, backoff=FixedDelays((1.0, 2.0, 5.0))).send(REQUEST)
+        assert inner.tries == pytest.approx([0.0, 1.0, 3.0, 8.0])
+
+    _run(scene)
+
+
+def test_no_retry_while_the_server_does_not_say_that_it_is_well() -> None:
+    async def scene(clock: Clock) -> None:
+        asked: list[float] = []
+
+        async def gate() -> bool:
+            asked.append(clock())
+            return len(asked) == 1
+
+        inner = ScriptedTransport(lost(10), clock)
+        with pytest.raises(StoreUnreachable):
+            await _retrying(inner, clock, gate=gate).send(REQUEST)
+        assert len(inner.tries) == 2
+        assert len(asked) == 2
+
+    _run(scene)
+
+
+def test_a_cancelled_call_is_not_tried_again() -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport([*lost(), silent(10.0)], clock)
+        call = asyncio.ensure_future(_retrying(inner, clock).send(REQUEST))
+        await asyncio.sleep(1.0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert (len(inner.tries), inner.cancelled) == (2, 1)
+
+    _run(scene)
+
+
+# --- The budget ------------------------------------------------------------------------------------
+
+
+def test_retries_of_all_calls_together_are_bounded() -> None:
+    """A thousand calls at a dead server: without a budget, each would come back within the first second."""
+
+    async def scene(clock: Clock) -> None:
+        def tries_within_ten_seconds(budget: RetryBudget) -> Awaitable[int]:
+            return _tries_of_many(clock, budget, seconds=10.0)
+
+        bounded = RetryBudget(ratio=0.2, per_second=10, capacity=100, monotonic=clock)
+        assert await tries_within_ten_seconds(bounded) <= 1000 + 300 + 100
+        unbounded = RetryBudget(ratio=1000, per_second=1e6, capacity=1e6, monotonic=clock)
+        assert await tries_within_ten_seconds(unbounded) > 5000
+
+    _run(scene)
+
+
+async def _tries_of_many(clock: Clock, budget: RetryBudget, seconds: float) -> int:
+    inner = ScriptedTransport(lost(1_000_000), clock)
+    transport = _retrying(inner, clock, budget=budget)
+    began = clock()
+    calls = [asyncio.ensure_future(transport.send(REQUEST)) for _ in range(1000)]
+    await asyncio.sleep(seconds)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    return sum(each <= began + seconds for each in inner.tries)
+
+
+def test_a_budget_that_is_used_up_delays_and_refuses_nobody() -> None:
+    async def scene(clock: Clock) -> None:
+        budget = RetryBudget(ratio=0.0, per_second=2.0, capacity=1.0, monotonic=clock)
+        inner = ScriptedTransport(lost(4), clock)
+        assert (
+            await _retrying(inner, clock, backoff=FixedDelays([0.0] * 9), budget=budget).send(REQUEST)
+        ).status == 200
+        assert inner.tries == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.5])
+
+    _run(scene)
+
+
+# --- The breaker's word ----------------------------------------------------------------------------
+
+
+class _Shedding:
+    """Holds requests back until a moment."""
+
+    def __init__(self, until: float, clock: Clock) -> None:
+        self._until = until
+        self._clock = clock
+        self.asked: list[float] = []
+
+    async def send(self, request: WireRequest) -> WireReply:
+        self.asked.append(self._clock())
+        if self._clock() < self._until:
+            raise RequestShed("held back", 2.0)
+        return WireReply(200, {}, b"")
+
+
+@pytest.mark.parametrize("until", [9.0, 99.0])
+def test_a_request_that_is_held_back_waits(until: float) -> None:
+    async def scene(clock: Clock) -> None:
+        shedding = _Shedding(until, clock)
+        budget = RetryBudget(ratio=0, per_second=0.001, capacity=0, monotonic=clock)
+        assert (await _retrying(shedding, clock, budget=budget, backoff=FixedDelays(())).send(REQUEST)).status == 200
+        assert until <= clock() < until + 2.0
+
+    _run(scene)
+
+
+@pytest.mark.parametrize(("waits", "gives_up_after"), [(True, 100.0), (False, 0.0)])
+def test_how_long_a_request_may_be_held_back(waits: bool, gives_up_after: float) -> None:
+    async def scene(clock: Clock) -> None:
+        request = REQUEST._replace(waits_while_shed=waits)
+        with pytest.raises(StoreUnreachable, match=r"0 tries in .* held back"):
+            await _retrying(_Shedding(1e9, clock), clock).send(request)
+        assert clock() == gives_up_after
+
+    _run(scene)

@@ -1,0 +1,35 @@
+"""A reply that does not come is given up after the time that the request allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from agentlightning.errors import StoreUnreachable
+from agentlightning.store.client_server.timeouts import TimeLimited
+from agentlightning.store.client_server.transport import WireRequest
+from scripted_transport import ScriptedTransport, silent
+from virtual_time import in_virtual_time
+
+
+@pytest.mark.parametrize("allowed", [0.5, 30.0, 3600.0])
+def test_a_reply_in_time_is_delivered(allowed: float) -> None:
+    async def scene(clock: Callable[[], float]) -> None:
+        inner = ScriptedTransport([silent(allowed - 0.1)], clock)
+        reply = await TimeLimited(inner).send(WireRequest("GET", "/", timeout_seconds=allowed))
+        assert reply.status == 200
+
+    in_virtual_time(scene)
+
+
+@pytest.mark.parametrize("allowed", [0.5, 30.0, 3600.0])
+def test_a_reply_too_late_is_given_up_at_that_moment(allowed: float) -> None:
+    async def scene(clock: Callable[[], float]) -> None:
+        inner = ScriptedTransport([silent(allowed + 0.1)], clock)
+        with pytest.raises(StoreUnreachable, match=f"no reply to GET /x within {allowed:g} s"):
+            await TimeLimited(inner).send(WireRequest("GET", "/x", timeout_seconds=allowed))
+        assert clock() == pytest.approx(allowed)
+        assert inner.cancelled == 1
+
+    in_virtual_time(scene)

@@ -119,6 +119,7 @@ class SpanSender:
         It fails with ``StoreUnavailable`` when the store has not taken it after ``patience_seconds``, or never will.
         """
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # who no longer waits for it cannot cancel it: it is ours to complete
         target = recording.total
         if recording.handed >= target:
             self._forget(recording)

@@ -1,0 +1,120 @@
+"""Calls the agent, and makes of its result what the store can keep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from agentlightning.litagent.litagent import LitAgent, is_v0_1_rollout_api
+from agentlightning.runner.threads import AgentThreads
+from agentlightning.types import AttemptedRollout, NamedResources, Span, SpanCoreFields
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+__all__ = ["AgentExit", "agents_part", "as_reward", "as_spans", "call_agent"]
+
+_E = TypeVar("_E", bound=BaseException)
+_logger = logging.getLogger(__name__)
+
+
+class AgentExit(RuntimeError):
+    """The agent tried to end the process (``sys.exit``). It ended its attempt instead."""
+
+
+async def call_agent(
+    agent: LitAgent[Any], threads: AgentThreads, resources: NamedResources, rollout: AttemptedRollout
+) -> Any:
+    """Call the method for the rollout's mode: in this loop if it is a coroutine, else in a thread.
+
+    Raises:
+        AgentExit: the agent called ``sys.exit``.
+        Exception: what the agent raises.
+    """
+    training = rollout.mode == "train"
+    try:
+        if agent.is_async():
+            method = agent.training_rollout_async if training else agent.validation_rollout_async
+            return await method(rollout.input, resources, rollout)
+        plain = agent.training_rollout if training else agent.validation_rollout
+        return await asyncio.wrap_future(threads.call(_bound(agent, plain, resources, rollout)))
+    except SystemExit as error:
+        raise AgentExit(f"the agent called sys.exit({error.code!r})") from agents_part(error)
+
+
+def _bound(
+    agent: LitAgent[Any], method: Callable[..., Any], resources: NamedResources, rollout: AttemptedRollout
+) -> Callable[[], Any]:
+    """The call, in the order of arguments that the method has."""
+    if is_v0_1_rollout_api(method):
+        return lambda: method(rollout.input, rollout.rollout_id, resources)
+    if is_v0_1_rollout_api(agent.rollout):
+        old = cast("Callable[..., Any]", agent.rollout)
+        return lambda: old(rollout.input, rollout.rollout_id, resources)
+    return lambda: method(rollout.input, resources, rollout)
+
+
+def agents_part(error: _E) -> _E:
+    """The exception with a traceback that begins where the agent's code does."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith("agentlightning."):
+        frames = frames.tb_next
+    return error if frames is None else error.with_traceback(frames)
+
+
+def as_reward(result: Any) -> float | None:
+    """The reward that an agent returned, of any kind of number; None if it returned something else."""
+    return float(result) if isinstance(result, Real) else None
+
+
+def as_spans(result: Any, rollout: AttemptedRollout) -> list[Span]:
+    """The spans that an agent returned, as spans of its attempt.
+
+    Raises:
+        TypeError: it returned something else; the message names it.
+        ValueError: the list holds spans of several kinds.
+    """
+    rollout_id, attempt_id = rollout.rollout_id, rollout.attempt.attempt_id
+    if not isinstance(result, list):
+        raise TypeError(
+            f"the agent returned {_shown(result)}, a {type(result).__name__}; it must return a number (the final "
+            "reward), a list of spans, or None if it has emitted its rewards"
+        )
+    items = cast("list[Any]", result)
+    if not items:
+        _logger.warning("the agent returned an empty list for rollout %s: no spans, and no reward", rollout_id)
+        return []
+    kinds = {_kind(item) for item in items}
+    if None in kinds:
+        names = ", ".join(sorted({type(item).__name__ for item in items}))
+        raise TypeError(
+            f"the agent returned a list of {names}; it must be of OpenTelemetry spans, Span or SpanCoreFields"
+        )
+    if len(kinds) > 1:
+        raise ValueError(f"the agent returned a list of {' and '.join(sorted(map(str, kinds)))}; use one kind of span")
+    match kinds.pop():
+        case "Span":
+            own = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+            return [item.model_copy(update=own) for item in cast("Sequence[Span]", items)]
+        case "SpanCoreFields":
+            cores = cast("Sequence[SpanCoreFields]", items)
+            return [Span.from_core_fields(item, rollout_id=rollout_id, attempt_id=attempt_id) for item in cores]
+        case _:
+            readable = cast("Sequence[ReadableSpan]", items)
+            return [Span.from_opentelemetry(item, rollout_id, attempt_id, 0) for item in readable]
+
+
+def _kind(item: Any) -> str | None:
+    if isinstance(item, Span):
+        return "Span"
+    if isinstance(item, SpanCoreFields):
+        return "SpanCoreFields"
+    return "ReadableSpan" if hasattr(item, "get_span_context") and hasattr(item, "end_time") else None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -10,6 +10,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agentlightning.emitter.annotation import (
+        OperationContext as OperationContext,
+        emit_annotation as emit_annotation,
+        operation as operation,
+    )
+    from agentlightning.emitter.exception import (
+        emit_exception as emit_exception,
+    )
+    from agentlightning.emitter.links import (
+        extract_links_from_attributes as extract_links_from_attributes,
+        extract_tags_from_attributes as extract_tags_from_attributes,
+        make_link_attributes as make_link_attributes,
+        make_tag_attributes as make_tag_attributes,
+        query_linked_spans as query_linked_spans,
+    )
+    from agentlightning.emitter.message import (
+        emit_message as emit_message,
+        get_message_value as get_message_value,
+    )
+    from agentlightning.emitter.object import (
+        emit_object as emit_object,
+        encode_object as encode_object,
+        get_object_value as get_object_value,
+    )
+    from agentlightning.emitter.reward import (
+        RewardDimension as RewardDimension,
+        emit_reward as emit_reward,
+        find_final_reward as find_final_reward,
+        find_reward_spans as find_reward_spans,
+        get_reward_value as get_reward_value,
+        get_rewards_from_span as get_rewards_from_span,
+        is_reward_span as is_reward_span,
+        reward as reward,
+    )
     from agentlightning.errors import (
         AgentLightningError as AgentLightningError,
         BadRequest as BadRequest,
@@ -47,11 +81,50 @@ if TYPE_CHECKING:
         DevTaskLoader as DevTaskLoader,
     )
     from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
+    from agentlightning.litagent.decorator import (
+        FunctionalLitAgent as FunctionalLitAgent,
+        llm_rollout as llm_rollout,
+        prompt_rollout as prompt_rollout,
+        rollout as rollout,
+    )
+    from agentlightning.litagent.hooks import (
+        Hook as Hook,
+    )
+    from agentlightning.litagent.litagent import (
+        LitAgent as LitAgent,
+        is_v0_1_rollout_api as is_v0_1_rollout_api,
+    )
+    from agentlightning.litagent.program import (
+        ProgramAgent as ProgramAgent,
+    )
     from agentlightning.proxy import (
         LLMProxy as LLMProxy,
         ModelConfig as ModelConfig,
         get_active_llm_proxy as get_active_llm_proxy,
         set_active_llm_proxy as set_active_llm_proxy,
+    )
+    from agentlightning.runner.agent import (
+        LitAgentRunner as LitAgentRunner,
+    )
+    from agentlightning.runner.base import (
+        Runner as Runner,
+    )
+    from agentlightning.semconv import (
+        AGL_ANNOTATION as AGL_ANNOTATION,
+        AGL_EXCEPTION as AGL_EXCEPTION,
+        AGL_MESSAGE as AGL_MESSAGE,
+        AGL_OBJECT as AGL_OBJECT,
+        AGL_OPERATION as AGL_OPERATION,
+        AGL_REWARD as AGL_REWARD,
+        AGL_VIRTUAL as AGL_VIRTUAL,
+        GenAIAttributes as GenAIAttributes,
+        LightningResourceAttributes as LightningResourceAttributes,
+        LightningSpanAttributes as LightningSpanAttributes,
+        LinkAttributes as LinkAttributes,
+        LinkPydanticModel as LinkPydanticModel,
+        LLMCallAttributes as LLMCallAttributes,
+        RewardAttributes as RewardAttributes,
+        RewardPydanticModel as RewardPydanticModel,
     )
     from agentlightning.settings import (
         LightningEnvVar as LightningEnvVar,
@@ -74,6 +147,23 @@ if TYPE_CHECKING:
         LightningStoreThreaded as LightningStoreThreaded,
         ReadOnlySqliteStore as ReadOnlySqliteStore,
         SqliteLightningStore as SqliteLightningStore,
+    )
+    from agentlightning.tracer.active import (
+        clear_active_tracer as clear_active_tracer,
+        get_active_tracer as get_active_tracer,
+        set_active_tracer as set_active_tracer,
+    )
+    from agentlightning.tracer.base import (
+        Tracer as Tracer,
+    )
+    from agentlightning.tracer.dummy import (
+        DummyTracer as DummyTracer,
+    )
+    from agentlightning.tracer.otel import (
+        OtelTracer as OtelTracer,
+    )
+    from agentlightning.tracer.processor import (
+        LightningSpanProcessor as LightningSpanProcessor,
     )
     from agentlightning.types import (
         LLM as LLM,
@@ -129,11 +219,69 @@ if TYPE_CHECKING:
         convert_timestamp as convert_timestamp,
         extract_extra_fields as extract_extra_fields,
     )
+    from agentlightning.types.parallel import (
+        ParallelWorkerBase as ParallelWorkerBase,
+    )
 
     __version__: str
     """The installed version of the package."""
 
 _MODULE_NAMES = {
+    "OperationContext": "agentlightning.emitter.annotation",
+    "emit_annotation": "agentlightning.emitter.annotation",
+    "operation": "agentlightning.emitter.annotation",
+    "emit_exception": "agentlightning.emitter.exception",
+    "extract_links_from_attributes": "agentlightning.emitter.links",
+    "extract_tags_from_attributes": "agentlightning.emitter.links",
+    "make_link_attributes": "agentlightning.emitter.links",
+    "make_tag_attributes": "agentlightning.emitter.links",
+    "query_linked_spans": "agentlightning.emitter.links",
+    "emit_message": "agentlightning.emitter.message",
+    "get_message_value": "agentlightning.emitter.message",
+    "emit_object": "agentlightning.emitter.object",
+    "encode_object": "agentlightning.emitter.object",
+    "get_object_value": "agentlightning.emitter.object",
+    "RewardDimension": "agentlightning.emitter.reward",
+    "emit_reward": "agentlightning.emitter.reward",
+    "find_final_reward": "agentlightning.emitter.reward",
+    "find_reward_spans": "agentlightning.emitter.reward",
+    "get_reward_value": "agentlightning.emitter.reward",
+    "get_rewards_from_span": "agentlightning.emitter.reward",
+    "is_reward_span": "agentlightning.emitter.reward",
+    "reward": "agentlightning.emitter.reward",
+    "FunctionalLitAgent": "agentlightning.litagent.decorator",
+    "llm_rollout": "agentlightning.litagent.decorator",
+    "prompt_rollout": "agentlightning.litagent.decorator",
+    "rollout": "agentlightning.litagent.decorator",
+    "Hook": "agentlightning.litagent.hooks",
+    "LitAgent": "agentlightning.litagent.litagent",
+    "is_v0_1_rollout_api": "agentlightning.litagent.litagent",
+    "ProgramAgent": "agentlightning.litagent.program",
+    "LitAgentRunner": "agentlightning.runner.agent",
+    "Runner": "agentlightning.runner.base",
+    "clear_active_tracer": "agentlightning.tracer.active",
+    "get_active_tracer": "agentlightning.tracer.active",
+    "set_active_tracer": "agentlightning.tracer.active",
+    "Tracer": "agentlightning.tracer.base",
+    "DummyTracer": "agentlightning.tracer.dummy",
+    "OtelTracer": "agentlightning.tracer.otel",
+    "LightningSpanProcessor": "agentlightning.tracer.processor",
+    "ParallelWorkerBase": "agentlightning.types.parallel",
+    "AGL_ANNOTATION": "agentlightning.semconv",
+    "AGL_EXCEPTION": "agentlightning.semconv",
+    "AGL_MESSAGE": "agentlightning.semconv",
+    "AGL_OBJECT": "agentlightning.semconv",
+    "AGL_OPERATION": "agentlightning.semconv",
+    "AGL_REWARD": "agentlightning.semconv",
+    "AGL_VIRTUAL": "agentlightning.semconv",
+    "GenAIAttributes": "agentlightning.semconv",
+    "LLMCallAttributes": "agentlightning.semconv",
+    "LightningResourceAttributes": "agentlightning.semconv",
+    "LightningSpanAttributes": "agentlightning.semconv",
+    "LinkAttributes": "agentlightning.semconv",
+    "LinkPydanticModel": "agentlightning.semconv",
+    "RewardAttributes": "agentlightning.semconv",
+    "RewardPydanticModel": "agentlightning.semconv",
     "AgentLightningError": "agentlightning.errors",
     "BadRequest": "agentlightning.errors",
     "Conflict": "agentlightning.errors",

@@ -31,6 +31,7 @@ __all__ = [
     "Event",
     "Filter",
     "Finished",
+    "Measure",
     "Page",
     "PageQuery",
     "ReadTransaction",
@@ -144,6 +145,16 @@ class Stopped(NamedTuple):
 Event = Finished | Waiting | Deadline | Swept | Directed | Stopped
 
 
+class Measure(NamedTuple):
+    """A number that says how the backend is doing, for metrics."""
+
+    name: str
+    help: str
+    value: float
+    grows: bool = False
+    """Whether it only ever grows."""
+
+
 class Unreadable(NamedTuple):
     """A stored row that is not what its table should hold."""
 
@@ -254,6 +265,10 @@ class Backend(Protocol):
 
     def lease_now(self) -> float:
         """The lease clock of ``now``, outside a transaction."""
+        ...
+
+    def measures(self) -> Sequence[Measure]:
+        """How it is doing; none before it is open."""
         ...
 
     def disk(self) -> tuple[int, int] | None:

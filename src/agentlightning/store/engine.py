@@ -14,7 +14,7 @@ from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
 from agentlightning.store import json_views, views
-from agentlightning.store.backend import Backend
+from agentlightning.store.backend import Backend, Measure
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
 from agentlightning.store.door import (
@@ -105,6 +105,10 @@ class EngineStore(ReadingStore):
         same = copy(self)
         same._shown = json_views
         return same
+
+    def measures(self) -> Sequence[Measure]:
+        """Numbers that say how the backend is doing."""
+        return self._core.backend.measures()
 
     # --- Rollouts and attempts -------------------------------------------------------------------
 

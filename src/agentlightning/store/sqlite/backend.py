@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import apsw
 
 from agentlightning.errors import StoreClosed, StoreForked
 from agentlightning.lifecycle.records import Moment
-from agentlightning.store.backend import Event, ReadTransaction, Transaction
+from agentlightning.store.backend import Event, Measure, ReadTransaction, Transaction
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.committer import CommitThread, commit_here
@@ -81,6 +81,18 @@ class SqliteBackend(ABC):
     @abstractmethod
     def disk(self) -> tuple[int, int] | None:
         """Free and total bytes of the disk that holds the data; None if that is not known here."""
+
+    def measures(self) -> Sequence[Measure]:
+        """How many operations shared how many commits, and how long the log is."""
+        writer = self._writer
+        if writer is None:
+            return ()
+        return (
+            Measure("commits", "Transactions committed.", writer.commits, grows=True),
+            Measure("committed_operations", "Operations that shared them.", writer.operations, grows=True),
+            Measure("last_commit_operations", "Operations in the last transaction.", writer.last_batch),
+            Measure("log_bytes", "Size of the write-ahead log in use.", writer.log_bytes),
+        )
 
     def moment(self) -> Moment:
         """Both clocks."""

@@ -129,6 +129,13 @@ class GroupCommit:
         self._next_checkpoint = checkpoint_pages
         self._next_restart = 4 * checkpoint_pages
         self._log_pages = 0
+        self._page_bytes = int(connection.pragma("page_size"))
+        self.commits = 0
+        """Transactions committed."""
+        self.operations = 0
+        """Operations that they carried."""
+        self.last_batch = 0
+        """How many of them the last one carried."""
         self._cache = RowCache()
         self._lock = threading.Lock()
         self._jobs: deque[_Job[Any]] = deque()
@@ -166,6 +173,11 @@ class GroupCommit:
     def stopped(self) -> bool:
         """Whether a fault has stopped it."""
         return self._fault is not None
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of the write-ahead log that are not in the database yet, or may still be read."""
+        return self._log_pages * self._page_bytes
 
     def exclusively(self, function: Callable[[apsw.Connection], T]) -> T:
         """Call ``function`` with the connection while no batch runs. Blocks."""
@@ -357,6 +369,10 @@ class GroupCommit:
             batch.fail(known)
             self._cache.clear()
             self._roll_back()
+        else:
+            self.commits += 1
+            self.operations += len(batch.jobs)
+            self.last_batch = len(batch.jobs)
         if batch.transaction.events:
             self._tell(batch.transaction.events)
 

@@ -8,7 +8,7 @@ takes the owner's lock, migrates, sweeps, or copies the log into the database.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -16,7 +16,7 @@ import apsw
 
 from agentlightning.errors import InvalidValue, StoreClosed, StoreStopped, StoreUnavailable
 from agentlightning.lifecycle.records import Moment
-from agentlightning.store.backend import Event, ReadTransaction, Stopped, Transaction
+from agentlightning.store.backend import Event, Measure, ReadTransaction, Stopped, Transaction
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.connections import open_reader
@@ -61,6 +61,10 @@ class ViewBackend:
     def forked(self) -> bool:
         """False: each process makes connections of its own."""
         return False
+
+    def measures(self) -> Sequence[Measure]:
+        """None: whoever owns the file has them."""
+        return ()
 
     def open(self, publish: Callable[[list[Event]], None]) -> None:
         """Look whether the file can be read; idempotent.

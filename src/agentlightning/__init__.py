@@ -142,6 +142,8 @@ if TYPE_CHECKING:
         is_running as is_running,
     )
     from agentlightning.store.client_server.client import LightningStoreClient as LightningStoreClient
+    from agentlightning.store.client_server.limits import ServerLimits as ServerLimits
+    from agentlightning.store.client_server.server import LightningStoreServer as LightningStoreServer
     from agentlightning.store.sqlite.store import (
         InMemoryLightningStore as InMemoryLightningStore,
         LightningStoreThreaded as LightningStoreThreaded,
@@ -331,6 +333,8 @@ _MODULE_NAMES = {
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
     "LightningStoreClient": "agentlightning.store.client_server.client",
+    "LightningStoreServer": "agentlightning.store.client_server.server",
+    "ServerLimits": "agentlightning.store.client_server.limits",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",

@@ -114,7 +114,8 @@ class LightningStoreServer(DelegatingStore):
         return {"host": self.host, "port": self.port, "_key": self._key, "_tls": self._tls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         self.store = self.app = self._listener = self._client = None
         self._changing = threading.Lock()
         self._owner = -1

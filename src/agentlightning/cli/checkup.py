@@ -13,16 +13,15 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from agentlightning.cli.findings import Finding, Level, explain
+from agentlightning.cli.findings import Finding, Level
 from agentlightning.cli.output import duration, size
-from agentlightning.cli.overview import Overview
 from agentlightning.cli.probe import Answer, ask
 from agentlightning.cli.target import Database, Server
 from agentlightning.errors import AgentLightningError, BadRequest, NotAllowed, NotAuthenticated, StoreUnreachable
 from agentlightning.types import Span
 from agentlightning.types.rewards import find_final_reward
 
-__all__ = ["Traced", "check_database", "check_disk", "check_server", "check_spans", "check_work", "sentence"]
+__all__ = ["Traced", "check_database", "check_disk", "check_server", "check_spans", "check_spool", "sentence"]
 
 _SKEW_SECONDS: tuple[tuple[float, Level], ...] = ((5.0, "problem"), (1.0, "warning"))
 _SLOW_SECONDS = 0.5
@@ -197,12 +196,42 @@ def check_disk(free: int | None, total: int | None, what: str) -> Iterator[Findi
         yield Finding("disk_has_room", "note", f"{room}.")
 
 
-# --- The work ------------------------------------------------------------------------------------------
+def check_spool(folder: Path) -> Iterator[Finding]:
+    """What runners of this machine have not delivered yet, and what no server would take.
+
+    Args:
+        folder: the spools of all servers, each in a folder of its own.
+    """
+    if not folder.is_dir():
+        return
+    room = os.statvfs(folder)
+    free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
+    yield from (each for each in check_disk(free, total, f"the spool, {folder}") if each.level != "note")
+    for server in sorted(each for each in folder.iterdir() if each.is_dir()):
+        waiting = sum(each.stat().st_size for each in server.glob("*.spool/*.seg"))
+        if waiting:
+            yield Finding(
+                "spans_wait",
+                "warning",
+                f"Up to {size(waiting)} of spans wait on this machine for the server {server.name}.",
+                "The runners here deliver them when it answers; those of dead ones are taken over by the next.",
+            )
+        refused = server / "quarantine.jsonl"
+        if refused.is_file():
+            yield Finding(
+                "spans_refused",
+                "warning",
+                f"Spans that a server refused for good lie in {refused}, each with the reason ({_lines_in(refused)}).",
+                "Mend what makes them, then move the file away.",
+            )
 
 
-def check_work(overview: Overview) -> Iterator[Finding]:
-    """What stands still, what fails."""
-    yield from explain(overview)
+def _lines_in(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+# --- What is left behind ------------------------------------------------------------------------------------------
 
 
 def check_spans(traced: Sequence[Traced]) -> Iterator[Finding]:

@@ -11,6 +11,8 @@ from agentlightning.cli.exits import ExitCode
 from agentlightning.cli.options import ApiKey, Format, Output, Url
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from agentlightning.cli.checkup import Traced
     from agentlightning.cli.findings import Finding
     from agentlightning.cli.overview import Overview
@@ -52,10 +54,8 @@ def doctor(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABL
 
 
 def _examine(url: str | None, api_key: str | None) -> list[Finding]:
-    from agentlightning.cli.checkup import check_database, check_disk, check_server, check_spans, check_work, sentence
-    from agentlightning.cli.findings import Finding
-    from agentlightning.cli.target import Server, locate, look
-    from agentlightning.errors import AgentLightningError
+    from agentlightning.cli.checkup import check_database, check_server, check_spool
+    from agentlightning.cli.target import Server, locate
 
     place = locate(url, api_key)
     if isinstance(place, Server):
@@ -64,17 +64,36 @@ def _examine(url: str | None, api_key: str | None) -> list[Finding]:
     else:
         findings = list(check_database(place))
         usable = all(each.level != "problem" for each in findings)
-    if not usable:
-        return findings
+    if usable:
+        findings += _examine_work(url, api_key)
+    findings += check_spool(_spool_folder())
+    return findings
+
+
+def _examine_work(url: str | None, api_key: str | None) -> list[Finding]:
+    """What can be asked of the store itself."""
+    from agentlightning.cli.checkup import check_disk, check_spans, sentence
+    from agentlightning.cli.findings import Finding, explain
+    from agentlightning.cli.target import look
+    from agentlightning.errors import AgentLightningError
+
     try:
         overview, traced = look(url, api_key, _ask)
     except AgentLightningError as error:
-        return [*findings, Finding(error.code, "problem", sentence(error.message))]
+        return [Finding(error.code, "problem", sentence(error.message))]
     host = overview.statistics.get("host", {})
-    findings += check_disk(host.get("disk_free_bytes"), host.get("disk_total_bytes"), "the database")
-    findings += check_work(overview)
-    findings += check_spans(traced)
-    return findings
+    disk = check_disk(host.get("disk_free_bytes"), host.get("disk_total_bytes"), "the database")
+    return [*disk, *explain(overview), *check_spans(traced)]
+
+
+def _spool_folder() -> Path:
+    from pathlib import Path
+
+    from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+    from agentlightning.store.client_server.span_delivery import default_spool_folder
+
+    chosen = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
+    return Path(chosen) if chosen else default_spool_folder()
 
 
 async def _ask(store: LightningStore) -> tuple[Overview, list[Traced]]:

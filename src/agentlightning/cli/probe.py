@@ -20,7 +20,7 @@ from agentlightning.errors import (
     StoreUnreachable,
 )
 
-__all__ = ["Answer", "ask", "check"]
+__all__ = ["Answer", "ask"]
 
 _SECONDS = 5.0
 _STATISTICS = "/agl/v1/statistics"
@@ -39,11 +39,6 @@ class Answer(NamedTuple):
 class _Reply(NamedTuple):
     status: int
     body: bytes
-
-
-def check(server: Server) -> None:
-    """Return if the server can be used. Raises as ``ask``."""
-    ask(server)
 
 
 def ask(server: Server) -> Answer:
@@ -138,7 +133,10 @@ def _silence(server: Server, error: Exception) -> str:
                 "or the server is stuck"
             )
         case ssl.SSLCertVerificationError():
-            return f"the certificate of {server} is not trusted here: {error.verify_message}"
+            return (
+                f"the certificate of {server} is not trusted here ({error.verify_message}); "
+                "set SSL_CERT_FILE to that of its authority"
+            )
         case ssl.SSLError():
             return f"what answers at {server} speaks no TLS; try http:// instead of https://"
         case http.client.HTTPException() | ConnectionError():

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.errors import InvalidValue, StoreOwned
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
@@ -29,6 +28,8 @@ DEFAULT_PORT = 4747
 _ANY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d{1,5}/?")
 _SERVER_SCHEMES = ("http", "https")
+_PATIENCE_SECONDS = 10.0
+"""For how long a question is asked again, once the server has been seen to answer."""
 
 
 class Server(NamedTuple):
@@ -77,18 +78,11 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
 
 
 def _server(url: str, api_key: str | None) -> Server:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise InvalidValue(f"--url is not a URL: {error}; write http://host:{DEFAULT_PORT}") from error
-    if not parts.hostname:
-        raise InvalidValue(f"--url names no host; write http://host:{DEFAULT_PORT}")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    place = host if port is None else f"{host}:{port}"
-    key = api_key or (unquote(parts.password) if parts.password else None)
-    key = key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY, fallback="") or None
-    return Server(urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", "")), key)
+    from agentlightning.store.client_server.address import parse_address
+
+    address = parse_address(url)
+    key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY, fallback="") or None
+    return Server(address.root, key)
 
 
 @asynccontextmanager
@@ -101,10 +95,13 @@ async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenera
         StoreUnavailable: the server cannot be used; the message says why and what to do.
         NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
     """
+    from agentlightning.store.client_server.client import LightningStoreClient
+
     target = locate(url, api_key)
     if isinstance(target, Server):
-        async with _client(target) as store:
-            yield store
+        _check_answers(target)
+        async with LightningStoreClient(target.url, api_key=target.api_key) as client:
+            yield client
     else:
         async with _owner(target.path) as store:
             yield store
@@ -115,8 +112,17 @@ async def open_view(url: str | None, api_key: str | None = None) -> AsyncGenerat
     """The store that ``--url`` names, for reading only; a file may be in use. Raises as ``open_store``."""
     target = locate(url, api_key)
     if isinstance(target, Server):
-        async with _client(target) as store:
-            yield store
+        from agentlightning.store.client_server.client import LightningStoreClient
+        from agentlightning.store.client_server.resilience import Resilience
+
+        _check_answers(target)
+        async with LightningStoreClient(
+            target.url,
+            api_key=target.api_key,
+            spool_dir=None,
+            resilience=Resilience(patience_seconds=_PATIENCE_SECONDS),
+        ) as client:
+            yield client
     else:
         from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
@@ -145,18 +151,11 @@ def act(url: str | None, api_key: str | None, action: Callable[[LightningStore],
     return asyncio.run(run())
 
 
-@asynccontextmanager
-async def _client(server: Server) -> AsyncGenerator[LightningStore]:
-    """A client, after one request that is not tried again: somebody is waiting at a keyboard."""
-    from agentlightning.cli.probe import check
-    from agentlightning.store.client_server.client import LightningStoreClient
+def _check_answers(server: Server) -> None:
+    """One request that is not tried again: somebody is waiting at a keyboard."""
+    from agentlightning.cli.probe import ask
 
-    check(server)
-    store = LightningStoreClient(server.url, api_key=server.api_key)
-    try:
-        yield store
-    finally:
-        await store.close()
+    ask(server)
 
 
 @asynccontextmanager

@@ -150,6 +150,7 @@ if TYPE_CHECKING:
         ReadOnlySqliteStore as ReadOnlySqliteStore,
         SqliteLightningStore as SqliteLightningStore,
     )
+    from agentlightning.telemetry.logs import setup_logging as setup_logging
     from agentlightning.tracer.active import (
         clear_active_tracer as clear_active_tracer,
         get_active_tracer as get_active_tracer,
@@ -339,6 +340,7 @@ _MODULE_NAMES = {
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",
     "SqliteLightningStore": "agentlightning.store.sqlite.store",
+    "setup_logging": "agentlightning.telemetry.logs",
     "LLM": "agentlightning.types",
     "UNSET": "agentlightning.types",
     "Attempt": "agentlightning.types",

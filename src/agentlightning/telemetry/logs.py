@@ -1,0 +1,134 @@
+"""Log lines: what a program that uses or serves Agent Lightning sees of it.
+
+The library logs through the standard library, under the names of its modules. ``setup_logging`` says how that is
+shown: for people or as JSON, on the console or in files, each line with the ids of the work that it belongs to.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, MutableMapping, Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentlightning.errors import InvalidValue
+from agentlightning.telemetry.context import CURRENT
+
+if TYPE_CHECKING:
+    from structlog.typing import Processor
+
+__all__ = ["LogFormat", "setup_logging"]
+
+LogFormat = Literal["console", "json"]
+"""``console``: for people; ``json``: one object in each line."""
+
+_LOGGERS = ("agentlightning", "uvicorn")
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_MIB = 1024 * 1024
+_OURS = "_agentlightning_handler"
+
+
+def setup_logging(
+    level: str | int = "INFO",
+    *,
+    console: bool = True,
+    format: LogFormat | None = None,
+    files: str | Path | Sequence[str | Path] | None = None,
+    max_file_bytes: int = 64 * _MIB,
+    kept_files: int = 5,
+    propagate: bool = False,
+) -> None:
+    """Show the log lines of Agent Lightning. Called again, it replaces what it set up before.
+
+    Handlers that the program added itself, and the loggers of other libraries, are left alone.
+
+    Args:
+        level: the least important lines to show: DEBUG, INFO, WARNING, ERROR or CRITICAL.
+        console: whether they go to standard error.
+        format: how they look. Default: for people on a terminal, else as JSON. Files are JSON by default.
+        files: where they go besides.
+        max_file_bytes: a file that would grow larger is renamed to ``NAME.1``, and begun anew.
+        kept_files: how many renamed files are kept.
+        propagate: whether lines go to the root logger as well.
+
+    Raises:
+        InvalidValue: the level or the format is none, or a file cannot be written.
+    """
+    number = _level(level)
+    if format not in (None, "console", "json"):
+        raise InvalidValue(f"log format {format!r} is not one of console, json")
+    handlers: list[logging.Handler] = []
+    if console:
+        on_terminal = sys.stderr.isatty()
+        stream = logging.StreamHandler(sys.stderr)
+        stream.setFormatter(_formatter(format or ("console" if on_terminal else "json"), colors=on_terminal))
+        handlers.append(stream)
+    for file in [files] if isinstance(files, (str, Path)) else files or ():
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            rotating = RotatingFileHandler(file, maxBytes=max_file_bytes, backupCount=kept_files, encoding="utf-8")
+        except OSError as error:
+            raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
+        rotating.setFormatter(_formatter(format or "json", colors=False))
+        handlers.append(rotating)
+    _replace_handlers(handlers, number, propagate)
+
+
+def _level(level: str | int) -> int:
+    if isinstance(level, int):
+        return level
+    name = level.upper()
+    if name not in _LEVELS:
+        raise InvalidValue(f"log level {level!r} is not one of {', '.join(_LEVELS)}")
+    return logging.getLevelNamesMapping()[name]
+
+
+def _replace_handlers(handlers: Iterable[logging.Handler], level: int, propagate: bool) -> None:
+    made = list(handlers)
+    for handler in made:
+        setattr(handler, _OURS, True)
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        for old in [each for each in logger.handlers if getattr(each, _OURS, False)]:
+            logger.removeHandler(old)
+            old.close()
+        for handler in made:
+            logger.addHandler(handler)
+        logger.propagate = propagate
+        # uvicorn says in INFO what we say ourselves, and says it of every start and stop.
+        logger.setLevel(level if name == "agentlightning" else max(level, logging.WARNING))
+
+
+def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:
+    import structlog
+
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        _add_work,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Processor]
+    if format == "json":
+        last = [
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+        ]
+    else:
+        last = [structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+    )
+
+
+def _add_work(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Add the ids of the request or attempt that the line belongs to."""
+    work = CURRENT.get()
+    if work is not None:
+        for name, value in work.fields().items():
+            event.setdefault(name, value)
+    return event

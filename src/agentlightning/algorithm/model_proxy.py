@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 from agentlightning.store.base import LightningStore
@@ -14,8 +14,10 @@ __all__ = ["ModelProxy"]
 class ModelProxy(Protocol):
     """Records the model calls of every attempt, and says which backend answers for which model."""
 
-    model_list: list[Any]
-    """The backends, as `update_model_list` was given them."""
+    @property
+    def model_list(self) -> Sequence[Any]:
+        """The backends, as `update_model_list` was given them."""
+        ...
 
     def get_store(self) -> LightningStore | None:
         """Where the calls are recorded."""
@@ -51,7 +53,7 @@ class ModelProxy(Protocol):
         """Return the resource by which an agent reaches it."""
         ...
 
-    def pause(self) -> Awaitable[None]:
+    def pause(self) -> Awaitable[Any]:
         """Take no new calls, and return when those under way are done."""
         ...
 

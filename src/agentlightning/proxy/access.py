@@ -7,42 +7,41 @@ from outside: a web page in a browser on this machine.
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-from collections.abc import Mapping
+from starlette.datastructures import Headers
 
 from agentlightning.proxy.refusals import Refused
+from agentlightning.security.hosts import AllowedHosts
+from agentlightning.security.keys import ApiKey
 
-__all__ = ["Access", "is_loopback"]
+__all__ = ["Access"]
 
 
 class Access:
     """Checks the headers of requests.
 
     Args:
-        api_key: what callers must show as bearer token (or in ``x-api-key``); None: only the browser is kept out.
+        api_key: what callers must show as bearer token; None: only web pages are kept out.
     """
 
-    def __init__(self, api_key: str | None) -> None:
-        self._api_key = None if api_key is None else api_key.encode()
+    def __init__(self, api_key: ApiKey | None) -> None:
+        self._api_key = api_key
+        self._hosts = AllowedHosts()
 
-    def check(self, headers: Mapping[str, str]) -> None:
+    def check(self, headers: Headers) -> None:
         """Let the request pass, or not.
 
         Raises:
-            Refused: 401 without the key; 403 for a browser, if there is no key.
+            Refused: 401 without the key; 403 for a web page, if there is no key.
         """
         if self._api_key is not None:
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            if not hmac.compare_digest(given.encode(), self._api_key):
+            if not self._api_key.opens(_raw(headers, "authorization")):
                 raise Refused(
                     401,
                     "invalid_api_key",
                     "The proxy's API key is missing or wrong; use the api_key of the LLM resource.",
                     kind="authentication_error",
                 )
-        elif "origin" in headers or not is_loopback(_host_of(headers.get("host", ""))):
+        elif "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
             raise Refused(
                 403,
                 "forbidden_origin",
@@ -51,18 +50,6 @@ class Access:
             )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    if host in ("localhost", ""):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_of(header: str) -> str:
-    """The host of a ``Host`` header, without port and brackets."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.rpartition(":")[0] if ":" in header else header
+def _raw(headers: Headers, name: str) -> bytes | None:
+    value = headers.get(name)
+    return None if value is None else value.encode("latin-1")

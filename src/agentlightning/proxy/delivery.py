@@ -31,7 +31,7 @@ __all__ = ["SpanDelivery"]
 _logger = logging.getLogger(__name__)
 
 _MAX_BATCH_SPANS = 500
-_MAX_BATCH_BYTES = 8 * 1024 * 1024
+_MAX_BATCH_BYTES = 4 * 1024 * 1024
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 5.0
 _REFUSED_FOR_GOOD = (InvalidValue, NotFound, Conflict)

@@ -20,6 +20,7 @@ from agentlightning.proxy.records import Caller, CallRecord
 from agentlightning.proxy.refusals import Refused
 from agentlightning.proxy.routing import Routing
 from agentlightning.proxy.upstream import Upstream
+from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
 
 __all__ = ["Exchange", "ProxySettings", "open_exchange"]
@@ -27,7 +28,10 @@ __all__ = ["Exchange", "ProxySettings", "open_exchange"]
 _logger = logging.getLogger(__name__)
 
 _SPAN_OVERHEAD_BYTES = 1_000
-_TOKEN_BYTES = 8
+_TOKEN_BYTES = 36
+"""Of a number in a list, as Python keeps it."""
+_READ_BYTES = 16 * 1024
+"""How much of a reply is read ahead, times two: a thousand streams that come faster than they go must fit."""
 _KEEPALIVE_SECONDS = 4.0
 """Shorter than servers keep connections (uvicorn: 5), so that none is used that is just being closed."""
 _CUT_OFF_SECONDS = 2.0
@@ -65,6 +69,7 @@ class Exchange:
         self._settings = settings
         self._store = store
         self._versions = versions
+        self._is_store_behind = False
         self.access = access
         self.upstream = upstream
         self.routing = routing
@@ -114,11 +119,16 @@ class Exchange:
         if accepted is None:
             return
         done, _ = await asyncio.wait({accepted}, timeout=self._settings.record_wait_seconds)
-        if not done:
-            _logger.warning(
-                "the store has not accepted the span of a model call within %g s; the reply goes out before it",
-                self._settings.record_wait_seconds,
-            )
+        if bool(done) is self._is_store_behind:
+            self._is_store_behind = not done
+            if done:
+                _logger.info("the store accepts spans of model calls in time again")
+            else:
+                _logger.warning(
+                    "the store has not accepted the span of a model call within %g s; until it does, "
+                    "replies go out before they are recorded",
+                    self._settings.record_wait_seconds,
+                )
 
     async def close(self) -> None:
         """Take no new calls, let those in flight end, and bring all spans to the store."""
@@ -134,7 +144,7 @@ class Exchange:
 @asynccontextmanager
 async def open_exchange(
     settings: ProxySettings,
-    api_key: str | None,
+    api_key: ApiKey | None,
     routing: Routing,
     store: Callable[[], LightningStore | None],
     versions: Mapping[str, str],
@@ -150,7 +160,7 @@ async def open_exchange(
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(
-        connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        connector=connector, auto_decompress=False, read_bufsize=_READ_BYTES, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         upstream = Upstream(session, num_retries=settings.num_retries, wanted=settings.ask_for)
         exchange = Exchange(settings, Access(api_key), upstream, routing, store, versions)

@@ -13,7 +13,6 @@ from typing import Any, get_args
 from fastapi import FastAPI
 
 from agentlightning.errors import InvalidValue
-from agentlightning.proxy.access import is_loopback
 from agentlightning.proxy.active import forget_llm_proxy, set_active_llm_proxy
 from agentlightning.proxy.app import build_app
 from agentlightning.proxy.arguments import ask_for_of_callbacks, warn_of_unused
@@ -21,6 +20,8 @@ from agentlightning.proxy.exchange import Exchange, ProxySettings, open_exchange
 from agentlightning.proxy.models import Ask, ModelConfig, backends_of
 from agentlightning.proxy.routing import Routing
 from agentlightning.proxy.serving import AppThread, bound_socket
+from agentlightning.security.hosts import is_loopback
+from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
 
@@ -101,7 +102,8 @@ class LLMProxy:
             record_wait_seconds=_seconds(record_wait_seconds, "record_wait_seconds"),
             grace_seconds=_seconds(grace_seconds, "grace_seconds"),
         )
-        self._api_key = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
+        self._key_text = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
+        self._api_key = None if self._key_text is None else ApiKey(self._key_text)
         self._store = store
         self._model_list = list(model_list or ())
         backends_of(self._model_list)  # refuses what is wrong with it, here rather than at the start
@@ -174,6 +176,11 @@ class LLMProxy:
     def set_store(self, store: LightningStore) -> None:
         """From now on spans go to ``store``, also those that wait."""
         self._store = store
+
+    @property
+    def model_list(self) -> Sequence[ModelConfig]:
+        """The backends, as they were given."""
+        return tuple(self._model_list)
 
     def update_model_list(self, model_list: Sequence[ModelConfig]) -> None:
         """Replace the backends. Calls in flight stay with those they have; no restart is needed.
@@ -284,7 +291,7 @@ class LLMProxy:
         resource = ProxyLLM(
             endpoint=f"{self.url}/v1",
             model=model,
-            api_key=self._api_key or _NO_KEY,
+            api_key=self._key_text or _NO_KEY,
             sampling_parameters=dict(sampling_parameters or {}),
         )
         if rollout_id is None and attempt_id is None:

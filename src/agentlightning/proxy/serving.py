@@ -92,16 +92,25 @@ class AppThread:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # The socket was still open while the application was laid down, so that what came then was told why.
         stopping.cancel()
-        server.should_exit = True
+        server.end()
         await serving
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens."""
+    """uvicorn's server, which says when it listens, and whose end is waited for, not polled for."""
 
     def __init__(self, config: uvicorn.Config, ready: Future[None]) -> None:
         super().__init__(config)
         self._ready = ready
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Let ``serve`` return soon."""
+        self._ending.set()
+
+    @override
+    async def main_loop(self) -> None:
+        await self._ending.wait()
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -118,6 +127,7 @@ def _config_of(app: Any) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        date_header=False,  # it would have to be kept up to date
         timeout_keep_alive=_KEEPALIVE_SECONDS,
         timeout_graceful_shutdown=_STOP_SECONDS,
     )

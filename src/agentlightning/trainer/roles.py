@@ -6,6 +6,7 @@ Both are plain objects, so that they can be sent to another process.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
     from agentlightning.algorithm.base import Algorithm
     from agentlightning.algorithm.run import Run
+    from agentlightning.litagent.hooks import Hook
     from agentlightning.litagent.litagent import LitAgent
     from agentlightning.proxy.llm_proxy import LLMProxy
 
@@ -139,31 +141,34 @@ async def _in_thread(work: Callable[[], Any]) -> None:
 
 @dataclass(frozen=True)
 class RunnerFactory:
-    """Makes a runner for each worker, from specs."""
+    """Makes the runner of each worker, from specs.
+
+    A runner or tracer that was given as an object is the first worker's; others of the same process get copies.
+    """
 
     runner_spec: ComponentSpec[Runner[Any]]
     tracer_spec: ComponentSpec[Tracer]
     max_rollouts: int | None
 
-    def __call__(self) -> Runner[Any]:
-        """A runner.
+    def __call__(self, worker_id: int) -> Runner[Any]:
+        """The runner of a worker, counted from 0.
 
         Raises:
             InvalidValue: a spec that makes none.
         """
         made = build_component(
             self.runner_spec,
-            expected_type=Runner[Any],
+            expected_type=cast("type[Runner[Any]]", Runner),
             spec_name="runner",
-            default_factory=lambda: LitAgentRunner(self.tracer(), max_rollouts=self.max_rollouts),
-            optional_defaults={"tracer": self.tracer, "max_rollouts": lambda: self.max_rollouts},
+            default_factory=lambda: LitAgentRunner(self.tracer(worker_id), max_rollouts=self.max_rollouts),
+            optional_defaults={"tracer": lambda: self.tracer(worker_id), "max_rollouts": lambda: self.max_rollouts},
             dict_default_cls=LitAgentRunner,
         )
         assert made is not None  # there is a default
-        return made
+        return copy.deepcopy(made) if made is self.runner_spec and worker_id else made
 
-    def tracer(self) -> Tracer:
-        """A tracer. Raises as the runner."""
+    def tracer(self, worker_id: int) -> Tracer:
+        """The tracer of a worker. Raises as the runner."""
         made = build_component(
             self.tracer_spec,
             expected_type=Tracer,
@@ -171,20 +176,20 @@ class RunnerFactory:
             default_factory=OtelTracer,
             registry=TracerRegistry,
         )
-        assert made is not None
-        return made
+        assert made is not None  # there is a default
+        return copy.deepcopy(made) if made is self.tracer_spec and worker_id else made
 
 
 @dataclass
 class RunnerRole:
     """Runs the agent on what the store hands out, as one worker."""
 
-    make_runner: Callable[[], Runner[Any]]
+    make_runner: Callable[[int], Runner[Any]]
     agent: LitAgent[Any]
-    hooks: Sequence[Any]
+    hooks: Sequence[Hook]
 
     async def __call__(self, store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
         """Work until the event is set, or the runner has done its share."""
-        runner = self.make_runner()
+        runner = self.make_runner(worker_id)
         with runner.run_context(agent=self.agent, store=store, hooks=self.hooks, worker_id=worker_id):
             await runner.iter(event=event)

@@ -16,6 +16,7 @@ from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
 from agentlightning.execution.client_server import ClientServerExecutionStrategy
+from agentlightning.litagent.hooks import Hook
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
@@ -94,7 +95,7 @@ class Trainer:
         max_tasks: int | None = None,
         daemon: bool = True,
         triplet_exporter: ComponentSpec[TraceAdapter[Any]] = None,
-        hooks: Any = None,
+        hooks: Hook | Sequence[Hook] | None = None,
         run: str | None = None,
         runs_folder: str | Path = "agl-runs",
         rollout_config: RolloutConfig | None = None,
@@ -111,13 +112,13 @@ class Trainer:
         self.rollout_config = rollout_config or DEFAULT_ROLLOUT_CONFIG
         self.run_folder = None if run is None else Path(runs_folder) / run
         self.run = None if run is None else Run(run, Path(runs_folder) / run)
-        self.hooks: Sequence[Any] = () if hooks is None else tuple(hooks) if isinstance(hooks, Sequence) else (hooks,)
+        self.hooks: Sequence[Hook] = (hooks,) if isinstance(hooks, Hook) else tuple(hooks or ())
         self.progress: ProgressSpec = progress
         make_view(progress)  # a wrong word is told here, not in the middle of things
 
         make_runner = RunnerFactory(runner, tracer, self.max_rollouts)
         self._make_runner = make_runner
-        self.tracer, self.runner = make_runner.tracer(), make_runner()
+        self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = _built(
             _one_of("adapter", adapter, "triplet_exporter", triplet_exporter),
             TraceAdapter,

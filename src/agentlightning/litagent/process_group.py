@@ -7,9 +7,8 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
-__all__ = ["Ended", "Output", "run_group"]
+__all__ = ["Output", "run_group"]
 
 _CHUNK_BYTES = 64 * 1024
 _LEFTOVER_SECONDS = 2.0
@@ -62,18 +61,15 @@ class Output:
         return lines[-1].strip() if lines else ""
 
 
-class Ended(NamedTuple):
-    """How a program ended."""
-
-    code: int
-    """Its exit code; if a signal ended it, minus the signal's number."""
-    stdout: Output
-    stderr: Output
-
-
 async def run_group(
-    command: Sequence[str], env: Mapping[str, str], cwd: str | None, *, stop_seconds: float, output_bytes: int
-) -> Ended:
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str | None,
+    stdout: Output,
+    stderr: Output,
+    *,
+    stop_seconds: float,
+) -> int:
     """Run a program in a process group of its own, until it ends.
 
     When this is cancelled, the whole group gets SIGTERM and, ``stop_seconds`` later, SIGKILL. What the program
@@ -83,13 +79,15 @@ async def run_group(
         command: the program and its arguments.
         env: its whole environment.
         cwd: its working directory; None: ours.
+        stdout, stderr: take what it writes.
         stop_seconds: how long it may take to stop.
-        output_bytes: how much is kept of each of its two outputs.
+
+    Returns:
+        Its exit code; if a signal ended it, minus the signal's number.
 
     Raises:
         OSError: it cannot be started.
     """
-    stdout, stderr = Output(output_bytes), Output(output_bytes)
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
@@ -121,7 +119,7 @@ async def run_group(
         await asyncio.wait(readers, timeout=_LEFTOVER_SECONDS)
         for reader in readers:
             reader.cancel()
-    return Ended(code, stdout, stderr)
+    return code
 
 
 async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:

@@ -32,7 +32,7 @@ from agentlightning.emitter.message import emit_message
 from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import LitAgent
-from agentlightning.litagent.process_group import Ended, Output, run_group
+from agentlightning.litagent.process_group import Output, run_group
 from agentlightning.litagent.reward_inbox import RewardInbox
 from agentlightning.litagent.reward_text import WrittenReward, read_reward
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
@@ -93,21 +93,20 @@ class ProgramAgent(LitAgent[Any]):
         """
         context = contextvars.copy_context()  # so that rewards that come by HTTP belong to this rollout
         with tempfile.TemporaryDirectory(prefix="agl-") as folder, operation(name="program", command=self._shown) as op:
+            stdout, stderr = Output(self._output_bytes), Output(self._output_bytes)
             async with RewardInbox(lambda reward: context.run(_emit, reward)) as inbox:
                 env = self._environment(task, resources, rollout, Path(folder)) | {"AGL_REWARD_URL": inbox.url}
-                ended = await run_group(
-                    self._command,
-                    env | self._env,
-                    self._cwd,
-                    stop_seconds=self._stop_seconds,
-                    output_bytes=self._output_bytes,
-                )
-            for stream, output in (("stdout", ended.stdout), ("stderr", ended.stderr)):
-                _keep(stream, output)
-            op.set_output({"exit_code": ended.code})
-            if ended.code != 0:
-                raise ProgramFailed(_failure(self._shown, ended))
-            reward = None if inbox.received else _written(Path(folder) / "reward", ended.stdout)
+                try:
+                    code = await run_group(
+                        self._command, env | self._env, self._cwd, stdout, stderr, stop_seconds=self._stop_seconds
+                    )
+                finally:  # also of a program that was stopped
+                    _keep("stdout", stdout)
+                    _keep("stderr", stderr)
+            op.set_output({"exit_code": code})
+            if code != 0:
+                raise ProgramFailed(_failure(self._shown, code, stderr))
+            reward = None if inbox.received else _written(Path(folder) / "reward", stdout)
             if reward is not None:
                 _emit(reward)
 
@@ -168,9 +167,9 @@ def _keep(stream: str, output: Output) -> None:
         emit_message(output.text(), facts)
 
 
-def _failure(command: str, ended: Ended) -> str:
-    how = f"ended with exit code {ended.code}"
-    if ended.code < 0:
-        how = f"was ended by {signal.Signals(-ended.code).name}"
-    said = ended.stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
+def _failure(command: str, code: int, stderr: Output) -> str:
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    said = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
     return f"{command!r} {how}; its standard error ends with: {said}"

@@ -162,7 +162,7 @@ def check_database(database: Database) -> Iterator[Finding]:
     if owner is None:
         yield Finding("not_served", "note", f"No process has {path} open; what is in it stands still.")
     else:
-        where = f" and serves it at {owner.server_url}" if owner.server_url else ""
+        where = f" and serves it at {' or '.join(owner.server_urls)}" if owner.server_urls else ""
         yield Finding("owned", "note", f"Process {owner.pid} ({owner.command}) has {path} open{where}.")
     if not os.access(path, os.R_OK):
         yield Finding("unreadable", "problem", f"{path} cannot be read by this user.", "Run this as its owner.")

@@ -20,8 +20,8 @@ class Owner(NamedTuple):
     pid: int
     command: str
     """How it was called, cut short."""
-    server_url: str | None
-    """Where it serves a store, if it does."""
+    server_urls: tuple[str, ...]
+    """Where it serves stores; if it serves several, which is which is not known."""
 
 
 def find_owner(path: Path) -> Owner | None:
@@ -38,7 +38,7 @@ def find_owner(path: Path) -> Owner | None:
         return None
     if not _has_open(process, real.with_name(real.name + "-owner")):
         return None
-    return Owner(pid, command if len(command) <= 60 else command[:59] + "…", _server_of(process))
+    return Owner(pid, command if len(command) <= 60 else command[:59] + "…", _servers_of(process))
 
 
 def _has_open(process: psutil.Process, lock: Path) -> bool:
@@ -51,16 +51,17 @@ def _has_open(process: psutil.Process, lock: Path) -> bool:
         return False
 
 
-def _server_of(process: psutil.Process) -> str | None:
+def _servers_of(process: psutil.Process) -> tuple[str, ...]:
     try:
-        listening = [each for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
+        listening = [each.laddr for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
     except psutil.Error:
-        return None
-    for each in listening:
-        host = "127.0.0.1" if each.laddr.ip in ("0.0.0.0", "::") else each.laddr.ip
-        if _serves_a_store(host, each.laddr.port):
-            return f"http://[{host}]:{each.laddr.port}" if ":" in host else f"http://{host}:{each.laddr.port}"
-    return None
+        return ()
+    places = sorted({("127.0.0.1" if each.ip in ("0.0.0.0", "::") else each.ip, each.port) for each in listening})
+    return tuple(
+        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        for host, port in places
+        if _serves_a_store(host, port)
+    )
 
 
 def _serves_a_store(host: str, port: int) -> bool:

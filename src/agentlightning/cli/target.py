@@ -181,8 +181,8 @@ def _owned_elsewhere(path: Path) -> StoreOwned | None:
     if owner is None:
         return None
     way = (
-        f"use --url {owner.server_url} instead"
-        if owner.server_url
+        f"use --url {' or '.join(owner.server_urls)} instead"
+        if owner.server_urls
         else "stop it first, or serve the file with `agl store` and use its URL"
     )
     return StoreOwned(f"process {owner.pid} ({owner.command}) has {str(path)!r} open, and only one may write; {way}")

@@ -90,12 +90,13 @@ def test_orders_go_through_the_server(database: Path) -> None:
 
 
 def test_one_who_writes_to_the_file_is_sent_to_the_server(database: Path) -> None:
-    with served(database, work) as server:
-        done = agl_process("workers", "drain", "--all", "--url", database)
+    with served_elsewhere(database) as (url, pid):
+        agl("status", "--url", database).ok()
+        done = agl("workers", "drain", "--all", "--url", database)
         assert done.code == ExitCode.UNREACHABLE
-        assert f"process {os.getpid()} " in done.err
-        assert f"use --url {server.endpoint} instead" in done.err
-        assert "Traceback" not in done.err
+        assert f"process {pid} " in done.err
+        assert f"use --url {url} instead" in done.err
+        agl("workers", "drain", "--all", "--url", url).ok()
 
 
 @pytest.mark.parametrize("words", [["status"], ["rollouts", "ls"], ["verify"], ["workers", "drain", "--all"]])
@@ -189,7 +190,7 @@ def web_server(answers: dict[str, bytes], context: ssl.SSLContext | None = None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         if context is not None:
             server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"{'http' if context is None else 'https'}://127.0.0.1:{server.server_address[1]}"
@@ -244,38 +245,23 @@ def test_a_clock_that_is_wrong_is_found(database: Path, seconds: float, level: s
     assert words in found["text"]
 
 
-_SERVE = """
-import asyncio, sys
-from agentlightning.store.client_server.server import LightningStoreServer
-from agentlightning.store.sqlite.store import SqliteLightningStore
-
-async def main():
-    async with SqliteLightningStore(sys.argv[1]) as store:
-        server = LightningStoreServer(store, host=sys.argv[2], port=0)
-        await server.start()
-        print(server.endpoint, flush=True)
-        await asyncio.to_thread(sys.stdin.read)
-        await server.stop()
-
-asyncio.run(main())
-"""
-
-
 @contextmanager
-def served_elsewhere(database: Path, host: str = "127.0.0.1", **environment: str) -> Iterator[str]:
-    """A server in a process of its own."""
+def served_elsewhere(database: Path, **environment: str) -> Iterator[tuple[str, int]]:
+    """(URL, process id) of `agl store`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(database), host],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-m", "agentlightning", "store", "--db", str(database), "--port", "0"],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=clean_environment(**environment),
     )
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().split()[-1], process.pid
     finally:
-        process.communicate(timeout=30)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
 
 
 def test_another_version_on_the_other_side_is_found(database: Path, tmp_path: Path) -> None:
@@ -283,7 +269,7 @@ def test_another_version_on_the_other_side_is_found(database: Path, tmp_path: Pa
     metadata = tmp_path / "other" / "agentlightning-0.9.1.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: agentlightning\nVersion: 0.9.1\n")
-    with served_elsewhere(database, PYTHONPATH=str(metadata.parent)) as url:
+    with served_elsewhere(database, PYTHONPATH=str(metadata.parent)) as (url, _):
         found = examine(url)["version_mismatch"]
     assert found["level"] == "problem"
     assert "runs agentlightning 0.9.1" in found["text"]
@@ -428,16 +414,15 @@ def test_a_server_beyond_this_machine_without_tls_is_found(database: Path) -> No
     script = """
         ip link set lo up
         ip addr add 10.86.0.1/32 dev lo
-        mkfifo "$PIPES/in" "$PIPES/out"
-        "$PYTHON" -c "$SERVE" "$DATABASE" 10.86.0.1 < "$PIPES/in" > "$PIPES/out" &
-        exec 3> "$PIPES/in" 4< "$PIPES/out"
-        read -r URL <&4
-        "$PYTHON" -m agentlightning doctor --url "$URL" -o json
-        exec 3>&-
+        mkfifo "$FIFO"
+        "$PYTHON" -m agentlightning store --db "$DATABASE" --host 10.86.0.1 --port 0 > "$FIFO" 2>/dev/null &
+        read -r LINE < "$FIFO"
+        "$PYTHON" -m agentlightning doctor --url "${LINE##* }" -o json
+        kill $!
         wait
     """
     assert shutil.which("ip"), "iproute2 is needed"
-    done = run_apart(script, "--net", DATABASE=str(database), SERVE=_SERVE, PIPES=str(database.parent), AGL_API_KEY=KEY)
+    done = run_apart(script, "--net", DATABASE=str(database), FIFO=str(database.with_name("fifo")), AGL_API_KEY=KEY)
     assert done.code == ExitCode.OK, done
     warnings = {each["code"] for each in done.json["findings"] if each["level"] == "warning"}
     assert warnings == {"no_tls"}

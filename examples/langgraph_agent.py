@@ -34,7 +34,7 @@ async def play(task: dict[str, int], llm: agl.LLM) -> float:
             return {"reply": answer.choices[0].message.content or ""}
 
         def check(state: State) -> dict[str, game.Game]:
-            return {"now": game.step(state["now"], game.parse(state["reply"]))}
+            return {"now": game.step(state["now"], game.parse(state["now"], state["reply"]))}
 
         graph = StateGraph(State)
         graph.add_node("ask", ask)

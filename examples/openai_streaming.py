@@ -26,7 +26,7 @@ async def play(task: dict[str, int], llm: agl.LLM) -> float:
                 model=llm.model, messages=[{"role": "user", "content": game.prompt(now)}], stream=True
             )
             words = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
-            now = game.step(now, game.parse("".join(words)))
+            now = game.step(now, game.parse(now, "".join(words)))
     return now.reward
 
 

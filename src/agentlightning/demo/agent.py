@@ -21,5 +21,5 @@ async def play(task: dict[str, Any], llm: LLM) -> float:
     now = game.start(task["secret"])
     async with ChatClient(llm) as model:
         while now.outcome == "playing":
-            now = game.step(now, game.parse(await model.ask(game.prompt(now))))
+            now = game.step(now, game.parse(now, await model.ask(game.prompt(now))))
     return now.reward

@@ -3,6 +3,9 @@
 The agent is to find a secret number in a few guesses, and is told after each whether the secret is
 higher or lower. Perfect play halves what is left: with 15 numbers the first guess is 8, and four guesses
 are always enough. All here is pure.
+
+The model is not told the numbers but how many are left, and answers with a place among them: "8" of 15
+is the one in the middle. So what it learns of 7 numbers holds for the 7 below the middle and the 7 above.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ LOWEST = 1
 HIGHEST = 15
 GUESSES = 4
 
-VOCABULARY: Sequence[str] = [str(number) for number in range(LOWEST, HIGHEST + 1)]
-"""The words that a policy for this game knows, which are also what it can say."""
+VOCABULARY: Sequence[str] = [str(count) for count in range(1, HIGHEST - LOWEST + 2)]
+"""The words that a policy for this game knows, which are also what it can say: how many, and which place."""
 
 Outcome = Literal["playing", "won", "lost"]
 
@@ -79,12 +82,15 @@ def step(game: Game, guess: int) -> Game:
 
 
 def prompt(game: Game) -> str:
-    """What the model is asked. The only numerals are the two bounds, in the order low, high."""
-    return f"I think of a whole number. It is at least {game.low} and at most {game.high}. What is your guess?"
+    """What the model is asked. The only numeral is how many numbers are left."""
+    left = game.high - game.low + 1
+    return f"One of {left} numbers in a row is the secret. Which one do you guess? Give its place, from the lowest."
 
 
-def parse(reply: str) -> int:
-    """The guess in a model's reply: its first number.
+def parse(game: Game, reply: str) -> int:
+    """The guess that a model's reply means: its first number is the place among those that are left.
+
+    A place beyond them is a guess that could not be right.
 
     Raises:
         InvalidValue: the reply has no number.
@@ -92,7 +98,7 @@ def parse(reply: str) -> int:
     found = re.search(r"\d+", reply)
     if found is None:
         raise InvalidValue(f"the reply {reply!r} has no number in it")
-    return int(found.group())
+    return game.low + int(found.group()) - 1
 
 
 def describe(best_guesses: Mapping[tuple[int, int], int]) -> str:

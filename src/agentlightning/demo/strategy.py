@@ -14,7 +14,7 @@ def best_guess(policy: SoftmaxPolicy, now: game.Game) -> int:
     """The most probable guess (temperature 0) in a situation."""
     context = tuple(policy.encode(game.prompt(now)))
     choice = policy.choose(context, random.Random(0), temperature=0)  # chance has no part in it
-    return game.parse(policy.decode([choice.token_id]))
+    return game.parse(now, policy.decode([choice.token_id]))
 
 
 def win_rate(policy: SoftmaxPolicy) -> float:

@@ -17,11 +17,15 @@ import math
 from collections.abc import Sequence
 
 __all__ = [
-    "choice_gradient",
     "choice_loss",
+    "choice_slope",
+    "entropy",
+    "entropy_gradient",
     "group_advantages",
     "kl_penalty",
+    "kl_slope",
     "log_softmax",
+    "logits_gradient",
     "softmax",
 ]
 
@@ -47,7 +51,7 @@ def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [math.exp(logprob) for logprob in log_softmax(logits, temperature)]
 
 
-def group_advantages(rewards: Sequence[float], scale_by_deviation: bool = True) -> list[float]:
+def group_advantages(rewards: Sequence[float], *, scale_by_deviation: bool) -> list[float]:
     """How much better than its group each attempt did: one advantage for all its choices.
 
     ``A_i = (r_i - mean(r)) / std(r)`` of [1], equation in section 4.1.2, with the population's standard
@@ -90,40 +94,43 @@ def kl_penalty(logprob: float, reference_logprob: float) -> float:
     return math.exp(log_ratio) - log_ratio - 1
 
 
-def choice_gradient(
-    logits: Sequence[float],
-    choice: int,
-    old_logprob: float,
-    advantage: float,
-    clip: float,
-    kl_weight: float = 0.0,
-    reference_logprob: float = 0.0,
-) -> list[float]:
-    """The gradient by the logits of ``choice_loss + kl_weight * kl_penalty`` of one choice.
-
-    By the chain rule through ``logprob = logits[choice] - log Σ exp(logits)``, whose derivative by logit
-    k is ``[k = choice] - π_k``. By ``logprob`` the loss has the derivative ``-ρ A`` while the minimum
-    takes the unclipped term, and 0 otherwise; the penalty has ``1 - q``.
-
-    Args:
-        logits: of the context in which the choice was made, under the policy that is trained.
-        choice: index of the action that was chosen.
-        old_logprob, advantage, clip: as for ``choice_loss``.
-        kl_weight: β of [1]; 0 for no penalty.
-        reference_logprob: of the choice, under the reference; read only when there is a penalty.
-
-    Returns:
-        As many numbers as there are logits. They sum to 0.
-    """
-    logprobs = log_softmax(logits)
-    logprob = logprobs[choice]
+def choice_slope(logprob: float, old_logprob: float, advantage: float, clip: float) -> float:
+    """The derivative of ``choice_loss`` by ``logprob``: ``-ρ A`` where the minimum takes the unclipped term, else 0."""
     ratio = math.exp(logprob - old_logprob)
     clipped_away = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
-    slope = 0.0 if clipped_away else -ratio * advantage
-    if kl_weight:
-        slope += kl_weight * (1 - math.exp(reference_logprob - logprob))
-    if slope == 0:
-        return [0.0] * len(logits)
-    gradient = [-slope * math.exp(each) for each in logprobs]
-    gradient[choice] += slope
-    return gradient
+    return 0.0 if clipped_away else -ratio * advantage
+
+
+def kl_slope(logprob: float, reference_logprob: float) -> float:
+    """The derivative of ``kl_penalty`` by ``logprob``: ``1 - q``."""
+    return 1 - math.exp(reference_logprob - logprob)
+
+
+def logits_gradient(logprobs: Sequence[float], slopes: Sequence[float]) -> list[float]:
+    """What derivatives by log-probabilities come to as derivatives by logits, for one softmax.
+
+    ``g_k = slope_k - π_k Σ_a slope_a``, since ``d logprob_a / d logit_k = [a = k] - π_k``.
+
+    Args:
+        logprobs: of all actions.
+        slopes: for each action, the sum of the derivatives of all choices of it.
+
+    Returns:
+        One number for each action. They sum to 0.
+    """
+    total = math.fsum(slopes)
+    return [slope - math.exp(logprob) * total for logprob, slope in zip(logprobs, slopes, strict=True)]
+
+
+def entropy(logprobs: Sequence[float]) -> float:
+    """``H = -Σ π log π`` in nats: 0 for certainty, the logarithm of their number for equal probabilities."""
+    return -math.fsum(math.exp(logprob) * logprob for logprob in logprobs)
+
+
+def entropy_gradient(logprobs: Sequence[float]) -> list[float]:
+    """The derivatives of ``entropy`` by the logits: ``-π_k (log π_k + H)``. They sum to 0.
+
+    Adding it, weighted, keeps a policy trying what it does not know yet: the bonus S of [2], equation 9.
+    """
+    nats = entropy(logprobs)
+    return [-math.exp(logprob) * (logprob + nats) for logprob in logprobs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -56,6 +57,14 @@ def build_app(exchange: Exchange) -> FastAPI:
             "POST /v1/completions and GET /v1/models, also below /rollout/ROLLOUT_ID/attempt/ATTEMPT_ID.",
         )
         return await refuse(request, refused)
+
+    @app.exception_handler(RequestValidationError)
+    async def name_field(request: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
+        first: Any = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        return await refuse(
+            request, Refused(422, "invalid_value", f"{field or 'the body'}: {first['msg']}", param=field)
+        )
 
     return app
 

@@ -16,6 +16,7 @@ from agentlightning.errors import InvalidValue
 from agentlightning.proxy.active import forget_llm_proxy, set_active_llm_proxy
 from agentlightning.proxy.app import build_app
 from agentlightning.proxy.arguments import ask_for_of_callbacks, warn_of_unused
+from agentlightning.proxy.control import control_routes
 from agentlightning.proxy.exchange import Exchange, ProxySettings, open_exchange
 from agentlightning.proxy.models import Ask, ModelConfig, backends_of
 from agentlightning.proxy.routing import Routing
@@ -55,6 +56,8 @@ class LLMProxy:
             ``logprobs``, ``usage`` (of streams). Default: all. A backend that does not know one is not asked again.
         api_key: what agents must show. Default: none if only this machine can connect, otherwise a random one.
             Either way it is in the resources that ``as_resource`` makes.
+        control_key: opens ``POST /control/pause``, ``/control/resume`` and ``/control/model_version``, for algorithms
+            in other processes. Default: there are no such routes.
         public_url: how agents reach the proxy, if not by its host and port: ``http://name:port``.
         max_calls: how many calls may be in flight; more get 503.
         record_wait_seconds: how long the end of a reply waits for the store to accept the span, at most.
@@ -80,6 +83,7 @@ class LLMProxy:
         *,
         ask_for: Collection[Ask] | None = None,
         api_key: str | None = None,
+        control_key: str | None = None,
         public_url: str | None = None,
         max_calls: int = 4_096,
         record_wait_seconds: float = 5.0,
@@ -104,6 +108,7 @@ class LLMProxy:
         )
         self._key_text = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
         self._api_key = None if self._key_text is None else ApiKey(self._key_text)
+        self._control_key = None if control_key is None else ApiKey(control_key)
         self._store = store
         self._model_list = list(model_list or ())
         backends_of(self._model_list)  # refuses what is wrong with it, here rather than at the start
@@ -165,7 +170,10 @@ class LLMProxy:
             self._settings, self._api_key, routing, store=self.get_store, versions=self._versions
         ) as exchange:
             self._exchange = exchange
-            yield build_app(exchange)
+            app = build_app(exchange)
+            if self._control_key is not None:
+                app.include_router(control_routes(exchange, self._control_key, self._versions))
+            yield app
 
     # --- What it works with ----------------------------------------------------------------------
 
@@ -249,6 +257,16 @@ class LLMProxy:
     # --- How agents reach it ---------------------------------------------------------------------
 
     @property
+    def models(self) -> list[str]:
+        """The names of the models, in the order of the model list."""
+        return list(dict.fromkeys(entry["model_name"] for entry in self._model_list))
+
+    @property
+    def api_key(self) -> str | None:
+        """What agents have to show; None: nothing."""
+        return self._key_text
+
+    @property
     def url(self) -> str:
         """Where the proxy is, without ``/v1``.
 
@@ -281,7 +299,7 @@ class LLMProxy:
         Raises:
             InvalidValue: the model is unknown or must be named, one id is missing, or the port is not known yet.
         """
-        names = list(dict.fromkeys(entry["model_name"] for entry in self._model_list))
+        names = self.models
         if model is None:
             if len(names) != 1:
                 raise InvalidValue(f"the proxy serves {names}; say which model the resource is for")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -46,6 +47,7 @@ class AppThread:
 
     async def start(self) -> None:
         """Begin; the application takes requests after. Raises what went wrong in the thread."""
+        _allow_many_files()
         self._thread.start()
         await asyncio.wrap_future(self._ready)
 
@@ -94,6 +96,13 @@ class AppThread:
         stopping.cancel()
         server.end()
         await serving
+
+
+def _allow_many_files() -> None:
+    """Let this process have as many connections as the system allows: a stream takes two, often of 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # then as many as it has now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,140 @@
+"""`agl proxy`: serve models in a process of its own, and record every call of an attempt."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agentlightning.cli.options import ApiKey, Url
+
+if TYPE_CHECKING:
+    from agentlightning.proxy import LLMProxy, ModelConfig
+
+__all__ = ["proxy"]
+
+
+class _Level(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+_MODELS = "Models"
+_STORE = "The record"
+_SERVE = "Serving"
+
+
+def proxy(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", metavar="NAME=URL", help="A backend; again for more.", rich_help_panel=_MODELS),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="File with a model_list, .toml or .json.", rich_help_panel=_MODELS),
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE", help="Where the key for the backends of --model stands.", rich_help_panel=_MODELS
+        ),
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a call is tried again.", rich_help_panel=_MODELS)] = 2,
+    url: Url = None,
+    api_key: ApiKey = None,
+    no_record: Annotated[
+        bool, typer.Option("--no-record", help="Pass calls on and record none: no store.", rich_help_panel=_STORE)
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVE)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.", rich_help_panel=_SERVE)] = 4748,
+    public_url: Annotated[
+        str | None, typer.Option(help="How agents reach it, if not by host and port.", rich_help_panel=_SERVE)
+    ] = None,
+    proxy_key: Annotated[
+        str | None,
+        typer.Option(envvar="AGL_PROXY_KEY", help="Secret that agents have to show.", rich_help_panel=_SERVE),
+    ] = None,
+    control_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="AGL_PROXY_CONTROL_KEY", help="Secret that opens /control (pause, resume).", rich_help_panel=_SERVE
+        ),
+    ] = None,
+    log_level: Annotated[_Level, typer.Option(case_sensitive=False, help="Least important lines.")] = _Level.INFO,
+) -> None:
+    """Serve models under OpenAI's protocol, and record every call of an attempt.
+
+    Agents call URL/rollout/ROLLOUT_ID/attempt/ATTEMPT_ID/v1. Prints one line, 'serving … at URL', when it answers.
+    SIGTERM or Ctrl+C: lets calls end, brings their spans to the store, then ends.
+
+    Examples:
+
+      agl proxy --model policy=http://gpu:8000/v1
+
+      agl proxy --config models.toml --url http://lab:4747 --host 0.0.0.0
+
+      agl proxy --model policy=http://a:8000/v1 --model policy=http://b:8000/v1 --no-record
+    """
+    import asyncio
+
+    from agentlightning.proxy import LLMProxy
+    from agentlightning.telemetry.logs import setup_logging
+
+    setup_logging(log_level.value)
+    served = LLMProxy(
+        port,
+        _model_list(model or [], config, upstream_key_env),
+        host=host,
+        num_retries=retries,
+        api_key=proxy_key,
+        control_key=control_key,
+        public_url=public_url,
+    )
+    asyncio.run(_serve(served, None if no_record else (url, api_key), shows_key=proxy_key is None))
+
+
+def _model_list(words: list[str], config: Path | None, upstream_key_env: str | None) -> list[ModelConfig]:
+    from agentlightning.errors import InvalidValue
+    from agentlightning.proxy.config_file import model_of_word, read_model_list
+
+    key = None if upstream_key_env is None else f"os.environ/{upstream_key_env}"
+    models = [model_of_word(word, key) for word in words]
+    if config is not None:
+        models += read_model_list(config)
+    if not models:
+        raise InvalidValue("there is no model to serve; give --model NAME=URL, or --config FILE")
+    return models
+
+
+async def _serve(served: LLMProxy, target: tuple[str | None, str | None] | None, *, shows_key: bool) -> None:
+    """Serve until a signal comes; a second one ends the process at once."""
+    import asyncio
+    import signal
+    from contextlib import AsyncExitStack
+
+    from agentlightning.cli.target import open_store
+
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        ended.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    async with AsyncExitStack() as stack:
+        if target is not None:
+            served.set_store(await stack.enter_async_context(open_store(*target)))
+        await served.start()
+        stack.push_async_callback(served.stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end)
+        typer.echo(f"serving {', '.join(served.models)} at {served.url}/v1")
+        if shows_key and served.api_key is not None:
+            typer.echo(f"agents have to show the key {served.api_key} (choose one with --proxy-key)")
+        await ended.wait()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stores import MemoryStores, SqliteStores, Stores
+from stores import HttpStores, MemoryStores, SqliteStores, Stores
 
-KINDS = ("memory", "sqlite")
+KINDS = ("memory", "sqlite", "http", "http_0_3")
 
 
 @pytest.fixture(params=KINDS)
@@ -25,3 +25,14 @@ def memory_stores() -> Stores:
 @pytest.fixture
 def sqlite_stores(tmp_path: Path) -> Stores:
     return SqliteStores(tmp_path)
+
+
+@pytest.fixture
+def http_stores() -> Stores:
+    return HttpStores(MemoryStores(), "/agl/v1")
+
+
+@pytest.fixture
+def http_0_3_stores(tmp_path: Path) -> Stores:
+    """Under the prefix that clients of agentlightning 0.3 use."""
+    return HttpStores(SqliteStores(tmp_path), "/v1/agl")

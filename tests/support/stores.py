@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from agentlightning.store.base import LightningStore
+from agentlightning.store.client_server.client import LightningStoreClient
+from agentlightning.store.client_server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from clocks import ManualClock
 from store_state import assert_sound
 
-__all__ = ["MemoryStores", "Opened", "SqliteStores", "StoreClock", "Stores"]
+__all__ = ["HttpStores", "MemoryStores", "Opened", "SqliteStores", "StoreClock", "Stores"]
 
 
 class StoreClock(Protocol):
@@ -105,3 +107,33 @@ class SqliteStores(Stores):
     def _new_file(self) -> Path:
         self._made += 1
         return self._folder / f"store-{self._made}.db"
+
+
+class HttpStores(Stores):
+    """Stores of another kind behind a server in this process, as a client sees them.
+
+    Args:
+        served: makes the stores that are served.
+        prefix: the prefix under which the client finds the routes.
+    """
+
+    def __init__(self, served: Stores, prefix: str) -> None:
+        self._served = served
+        self._prefix = prefix
+
+    @asynccontextmanager
+    async def open_controlled(self) -> AsyncIterator[Opened]:
+        async with self._served.open_controlled() as (store, clock), self._client_of(store) as client:
+            yield Opened(client, clock)
+
+    @asynccontextmanager
+    async def open_plain(self) -> AsyncIterator[LightningStore]:
+        async with self._served.open_plain() as store, self._client_of(store) as client:
+            yield client
+
+    @asynccontextmanager
+    async def _client_of(self, store: LightningStore) -> AsyncIterator[LightningStoreClient]:
+        async with LightningStoreServer(store, port=0) as server:
+            client = LightningStoreClient(server.endpoint + self._prefix, spool_dir=None)
+            async with client:
+                yield client

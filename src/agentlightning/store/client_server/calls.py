@@ -90,8 +90,9 @@ class Caller:
             target = f"{target}?{urlencode(asked)}"
         if route.body_argument is not None:
             return target, bytes(arguments[route.body_argument])
-        said = {name: value for name, value in arguments.items() if name in shape.body}
-        return target, _encode(said) if said else None
+        if route.body is None:
+            return target, None
+        return target, _encode({name: value for name, value in arguments.items() if name in shape.body})
 
 
 def result_of(route: Route, reply: WireReply) -> Any:

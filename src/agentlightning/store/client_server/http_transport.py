@@ -8,6 +8,7 @@ loop that was closed without that is let go of by hand.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import ssl
 import threading
@@ -83,7 +84,7 @@ class HttpTransport:
             async with session.request(
                 request.method,
                 self._url(request.target),
-                data=request.body,
+                data=_payload(request.body),
                 headers=None if request.body is None else _JSON,
                 allow_redirects=False,
             ) as response:
@@ -158,6 +159,11 @@ class HttpTransport:
         self._inherited.extend(self._sessions.values())
         self._sessions = {}
         self._pid = os.getpid()
+
+
+def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
+    """A large body is sent in pieces, between which the event loop can do other things."""
+    return io.BytesIO(body) if body is not None and len(body) > 2**18 else body
 
 
 async def _close(each: _Session) -> None:

@@ -29,6 +29,7 @@ from agentlightning.store.client_server.arguments import (
 )
 from agentlightning.store.client_server.calls import Caller, result_of
 from agentlightning.store.client_server.client_reads import LONGEST_SLICE_SECONDS, ReadingClient, ended_early
+from agentlightning.store.client_server.closing import Interruptible
 from agentlightning.store.client_server.health import HealthReport
 from agentlightning.store.client_server.http_transport import HttpTransport
 from agentlightning.store.client_server.open_claims import OpenClaims
@@ -146,7 +147,7 @@ class LightningStoreClient(ReadingClient):
             timeout_seconds=min(connection_timeout, request_timeout),
             patience_seconds=request_timeout,
         )
-        transport, self._health, self._breaker = make_resilient(
+        resilient, self._health, self._breaker = make_resilient(
             self._http,
             server=address.root,
             probe=probe,
@@ -154,9 +155,10 @@ class LightningStoreClient(ReadingClient):
             retry_delays=retry_delays,
             health_retry_delays=health_retry_delays,
         )
+        self._calls = Interruptible(resilient)
         self._ids = TimeOrderedIds()
         caller = Caller(
-            transport,
+            self._calls,
             address.dialect.prefix,
             self._ids,
             timeout_seconds=request_timeout,
@@ -189,13 +191,14 @@ class LightningStoreClient(ReadingClient):
         await self.close()
 
     async def close(self, *, grace_seconds: float = 2.0) -> None:
-        """Let go of connections, threads and files; idempotent.
+        """Let go of connections, threads and files; calls that are under way raise ``StoreClosed``. Idempotent.
 
         Args:
             grace_seconds: how long spans that wait on the disk may still be sent. What is left is delivered by the
                 next client on this machine.
         """
         await self._spans.close(grace_seconds)
+        self._calls.interrupt()
         await self._http.close()
 
     @property

@@ -168,6 +168,7 @@ if TYPE_CHECKING:
     from agentlightning.tracer.processor import (
         LightningSpanProcessor as LightningSpanProcessor,
     )
+    from agentlightning.trainer.trainer import Trainer as Trainer
     from agentlightning.types import (
         LLM as LLM,
         UNSET as UNSET,
@@ -341,6 +342,7 @@ _MODULE_NAMES = {
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",
     "SqliteLightningStore": "agentlightning.store.sqlite.store",
     "setup_logging": "agentlightning.telemetry.logs",
+    "Trainer": "agentlightning.trainer.trainer",
     "LLM": "agentlightning.types",
     "UNSET": "agentlightning.types",
     "Attempt": "agentlightning.types",

@@ -96,16 +96,11 @@ class StoreApp:
             if preflight is not None:
                 status = await exchange.send(preflight)
                 return
-            found = self._table.find(exchange.path)
+            found = self._table.find(exchange.method, exchange.path)
             if found is None:
-                status = await self._pass_on(exchange)
+                status = await self._elsewhere(exchange)
                 return
-            bound = found.by_verb.get(exchange.method)
-            if bound is None:
-                allowed = ", ".join(sorted(found.by_verb)).encode()
-                refused = BadRequest(f"{exchange.method} is not possible on this path; it takes {allowed.decode()}")
-                status = await exchange.send(self._problem(exchange, refused, 405, [(b"allow", allowed)]))
-                return
+            bound = found.bound
             label, dialect = bound.label, bound.dialect
             context.ids = dict(zip(bound.names, found.values, strict=True))
             status = await exchange.send(await self._answer(exchange, bound, found.values))
@@ -164,6 +159,15 @@ class StoreApp:
             raise ClientGone from None
         finally:
             watch.stop()
+
+    async def _elsewhere(self, exchange: Exchange) -> int:
+        """Answer what is not in the table; returns the status."""
+        verbs = self._table.verbs(exchange.path)
+        if not verbs:
+            return await self._pass_on(exchange)
+        allowed = ", ".join(verbs)
+        refused = BadRequest(f"{exchange.method} is not possible on this path; it takes {allowed}")
+        return await exchange.send(self._problem(exchange, refused, 405, [(b"allow", allowed.encode())]))
 
     async def _pass_on(self, exchange: Exchange) -> int:
         """Let the other application answer; returns the status."""

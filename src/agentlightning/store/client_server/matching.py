@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from agentlightning.store.client_server.routes import DIALECTS, ROUTES, Dialect, Route
@@ -22,9 +22,9 @@ class Bound(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What a path leads to."""
+    """What a request leads to."""
 
-    by_verb: Mapping[str, Bound]
+    bound: Bound
     values: Sequence[str]
     """The arguments in the path, in order."""
 
@@ -39,11 +39,24 @@ class RouteTable:
             for route in ROUTES:
                 self._add(dialect, route)
 
-    def find(self, path: str) -> Match | None:
-        """What is under ``path``, None if nothing is."""
+    def find(self, verb: str, path: str) -> Match | None:
+        """The route for ``verb`` and ``path``; None if there is none. One that is written out goes first."""
         whole = self._whole.get(path)
-        if whole is not None:
-            return Match(whole, ())
+        if whole is not None and verb in whole:
+            return Match(whole[verb], ())
+        for by_verb, values in self._fitting(path):
+            if verb in by_verb:
+                return Match(by_verb[verb], values)
+        return None
+
+    def verbs(self, path: str) -> list[str]:
+        """The verbs that ``path`` takes; none if there is nothing under it."""
+        found = set(self._whole.get(path, ()))
+        for by_verb, _ in self._fitting(path):
+            found.update(by_verb)
+        return sorted(found)
+
+    def _fitting(self, path: str) -> Iterator[tuple[Mapping[str, Bound], Sequence[str]]]:
         parts = path.split("/")
         for shape, by_verb in self._shapes.get(len(parts), ()):
             values: list[str] = []
@@ -53,8 +66,7 @@ class RouteTable:
                 elif expected != part:
                     break
             else:
-                return Match(by_verb, values)
-        return None
+                yield by_verb, values
 
     def _add(self, dialect: Dialect, route: Route) -> None:
         path = dialect.prefix + route.path

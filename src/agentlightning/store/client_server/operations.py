@@ -54,18 +54,21 @@ class Serving(Protocol):
     def open_connections(self) -> int: ...
 
 
-def build_operations(store: LightningStore, limits: ServerLimits, serving: Callable[[], Serving]) -> FastAPI:
+def build_operations(
+    store: LightningStore, limits: ServerLimits, serving: Callable[[], Serving], run_id: str | None = None
+) -> FastAPI:
     """The application.
 
     Args:
         store: what is served.
         limits: bounds on bodies.
         serving: the server, once it runs.
+        run_id: the run that is served, which runners ask for before they join it.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(AgentLightningError, _refuse)
-    health = _HealthRoutes(store, serving)
+    health = _HealthRoutes(store, serving, run_id)
     for dialect in DIALECTS:
         app.add_route(f"{dialect.prefix}/health", health.live, ["GET"])
         app.add_route(f"{dialect.prefix}/health/live", health.live, ["GET"])
@@ -81,9 +84,10 @@ def build_operations(store: LightningStore, limits: ServerLimits, serving: Calla
 class _HealthRoutes:
     """How the server and its store are."""
 
-    def __init__(self, store: LightningStore, serving: Callable[[], Serving]) -> None:
+    def __init__(self, store: LightningStore, serving: Callable[[], Serving], run_id: str | None) -> None:
         self._store = store
         self._serving = serving
+        self._run_id = run_id
         self._since = time.monotonic()
 
     async def live(self, _: Request) -> Response:
@@ -103,6 +107,7 @@ class _HealthRoutes:
         return _json(
             {
                 "version": version("agentlightning"),
+                "run_id": self._run_id,
                 "status": readiness.model_dump(exclude_none=True),
                 "uptime_seconds": time.monotonic() - self._since,
                 "requests_in_progress": serving.load.requests,

@@ -57,6 +57,7 @@ class LightningStoreServer(DelegatingStore):
         api_key: what every request has to show. Default: ``AGL_API_KEY``. Without one, only loopback is served.
         allowed_hosts: names under which the server is reached, besides its addresses and ``localhost``.
         tls_certificate, tls_key: files in PEM, for HTTPS.
+        run_id: the run that is served, if it is one; runners of another one stay away.
         limits: bounds on everything that a client can make the server hold.
         replaced: other arguments of 0.3: accepted, with a warning that says what came in their place.
 
@@ -76,6 +77,7 @@ class LightningStoreServer(DelegatingStore):
         allowed_hosts: Sequence[str] = (),
         tls_certificate: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
+        run_id: str | None = None,
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - a value that cannot change
         **replaced: Any,
     ) -> None:
@@ -93,6 +95,7 @@ class LightningStoreServer(DelegatingStore):
         """What is served; None in another process."""
         self.host = DEFAULT_HOST if host is None else host
         self.port = DEFAULT_PORT if port is None else port
+        self.run_id = run_id
         self.app: StoreApp | None = None
         """The ASGI application, while the server runs."""
         self._key = api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
@@ -111,7 +114,7 @@ class LightningStoreServer(DelegatingStore):
         self._client: LightningStoreClient | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": self.host, "port": self.port, "_key": self._key, "_tls": self._tls}
+        return {"host": self.host, "port": self.port, "run_id": self.run_id, "_key": self._key, "_tls": self._tls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -191,7 +194,7 @@ class LightningStoreServer(DelegatingStore):
 
     def _build(self, store: LightningStore) -> Listener:
         """Put the parts together: the composition root of a server."""
-        operations = build_operations(store, self._limits, lambda: serving)
+        operations = build_operations(store, self._limits, lambda: serving, self.run_id)
         app = StoreApp(Answerer(store), self._gate, self._limits, operations)
         listener = Listener(app, self.host, self.port, self._limits, self._tls, app.drain)
         serving = _Serving(app, listener)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-__all__ = ["Answer", "read_answer"]
+__all__ = ["Answer", "choices_of", "integers", "logprobs_of", "read_answer", "read_head", "read_usage"]
 
 
 @dataclass(slots=True)
@@ -35,11 +35,7 @@ def read_answer(reply: dict[str, Any]) -> Answer:
     read_head(reply, answer)
     read_usage(reply.get("usage"), answer)
     answer.prompt_token_ids = integers(reply.get("prompt_token_ids"))
-    choices = reply.get("choices")
-    for number, choice in enumerate(cast("list[Any]", choices) if isinstance(choices, list) else []):
-        if not isinstance(choice, dict):
-            continue
-        facts = cast("dict[str, Any]", choice)
+    for number, facts in enumerate(choices_of(reply)):
         reason = facts.get("finish_reason")
         if isinstance(reason, str):
             answer.finish_reasons.append(reason)
@@ -49,6 +45,14 @@ def read_answer(reply: dict[str, Any]) -> Answer:
             if answer.prompt_token_ids is None:  # where vLLM puts them in text completions
                 answer.prompt_token_ids = integers(facts.get("prompt_token_ids"))
     return answer
+
+
+def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    """The choices of a reply or of a chunk of one, as far as they are objects."""
+    choices = reply.get("choices")
+    if not isinstance(choices, list):
+        return []
+    return [cast("dict[str, Any]", choice) for choice in cast("list[Any]", choices) if isinstance(choice, dict)]
 
 
 def read_head(reply: dict[str, Any], answer: Answer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, cast
 
+from agentlightning.proxy.answers import choices_of
 from agentlightning.proxy.models import Ask, Backend
 
 __all__ = ["CallKind", "Capabilities", "added_to", "missing_asks", "refused_in", "without_asked"]
@@ -56,10 +57,16 @@ def missing_asks(kind: CallKind, body: Mapping[str, Any], wanted: Iterable[Ask])
     logprobs = body.get("logprobs")
     if logprobs or (kind == "text_completion" and type(logprobs) is int):
         missing.discard("logprobs")
-    options = body.get("stream_options")
-    if not body.get("stream") or (isinstance(options, dict) and cast("dict[str, Any]", options).get("include_usage")):
+    if not body.get("stream") or _has_usage(body.get("stream_options")):
         missing.discard("usage")
     return frozenset(missing)
+
+
+def _has_usage(options: object) -> bool:
+    """Whether ``stream_options`` asks for usage, or is nothing that could: then it is the backend's to refuse."""
+    if not isinstance(options, dict):
+        return options is not None
+    return bool(cast("dict[str, Any]", options).get("include_usage"))
 
 
 def added_to(kind: CallKind, body: dict[str, Any], asks: frozenset[Ask]) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def without_asked(reply: dict[str, Any], asks: frozenset[Ask]) -> bool:
     Returns:
         Whether anything is left for the agent: a chunk that only carried the usage is nothing.
     """
-    choices = cast("list[dict[str, Any]]", reply.get("choices") or [])
+    choices = choices_of(reply)
     if "token_ids" in asks:
         reply.pop("prompt_token_ids", None)
         for choice in choices:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import msgspec
 
-from agentlightning.proxy.answers import Answer, integers, logprobs_of, read_head, read_usage
+from agentlightning.proxy.answers import Answer, choices_of, integers, logprobs_of, read_head, read_usage
 from agentlightning.proxy.asks import CallKind
 from agentlightning.proxy.models import Ask
 
@@ -49,9 +49,8 @@ class ReplyAssembly:
             self._usage = chunk["usage"]
         if self._prompt_token_ids is None:
             self._prompt_token_ids = cast("list[int] | None", integers(chunk.get("prompt_token_ids")))
-        for given in cast("list[Any]", chunk.get("choices") or []):
-            if isinstance(given, dict):
-                self._add_choice(cast("dict[str, Any]", given))
+        for given in choices_of(chunk):
+            self._add_choice(given)
 
     def _add_choice(self, given: dict[str, Any]) -> None:
         index = given.get("index")

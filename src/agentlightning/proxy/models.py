@@ -173,7 +173,9 @@ def _base_url(params: Mapping[str, Any], provider: str | None, where: str) -> st
         raise InvalidValue(f"{where} has an api_base that is no URL: {error}") from error
     if parts.username or parts.password:
         raise InvalidValue(f"{where} has a user or key inside of api_base; give it as api_key")
-    if not usable or parts.query or parts.fragment:
+    if parts.query or parts.fragment:
+        raise InvalidValue(f"{where} has a query or fragment inside of api_base; give the URL without")
+    if not usable:
         raise InvalidValue(f"{where} has the api_base {given!r}; give a URL such as http://127.0.0.1:8000/v1")
     return given.rstrip("/")
 

@@ -1,0 +1,121 @@
+"""Spans on their way to the store: in bulk, in order, never too many, none twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from agentlightning import InMemoryLightningStore, Span
+from agentlightning.errors import StoreUnavailable
+from agentlightning.proxy.access import Access
+from agentlightning.proxy.delivery import SpanDelivery
+from agentlightning.proxy.exchange import Exchange, ProxySettings
+from agentlightning.proxy.recording import span_of
+from agentlightning.proxy.records import Caller, CallRecord, read_question
+from agentlightning.proxy.refusals import Refused
+from agentlightning.proxy.routing import Routing
+
+WAIT_SECONDS = 20.0
+
+
+class GatedStore(InMemoryLightningStore):
+    """A store that takes spans while its gate is open, and says with which calls they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = asyncio.Event()
+        self.open.set()
+        self.batches: list[int] = []
+        self.failures: list[Exception] = []
+
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        await self.open.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        stored = await super().add_many_spans(spans)
+        self.batches.append(len(spans))
+        return stored
+
+
+@asynccontextmanager
+async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, SpanDelivery, Caller]]:
+    """A store with an attempt, and a delivery to it."""
+    async with GatedStore() as store:
+        rollout = await store.start_rollout({})
+        delivery = SpanDelivery(lambda: store, **{"max_waiting_bytes": 10_000, **options})
+        delivery.start()
+        try:
+            yield store, delivery, Caller(rollout.rollout_id, rollout.attempt.attempt_id)
+        finally:
+            await delivery.close(0)
+
+
+def span_for(caller: Caller) -> Span:
+    return span_of(CallRecord("chat", caller))
+
+
+async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
+    async with delivering() as (store, delivery, caller):
+        store.open.clear()
+        spans = [span_for(caller) for _ in range(10)]
+        accepted = [delivery.put(spans[0], 1)]
+        await asyncio.sleep(0)  # the first is on its way
+        accepted += [delivery.put(span, 1) for span in spans[1:]]
+        assert (delivery.waiting, any(each.done() for each in accepted)) == (10, False)
+        store.open.set()
+        assert await asyncio.gather(*accepted) == [True] * 10
+        assert store.batches == [1, 9]
+        stored = list(await store.query_spans(caller.rollout_id))
+        assert [span.span_id for span in stored] == [span.span_id for span in spans]
+
+
+async def test_a_store_that_failed_gets_the_same_spans_again_and_keeps_each_once() -> None:
+    async with delivering() as (store, delivery, caller):
+        store.failures = [StoreUnavailable("away"), OSError("cable"), RuntimeError("what?")]
+        assert await delivery.put(span_for(caller), 1)
+        assert await delivery.put(span_for(caller), 1)
+        assert len(list(await store.query_spans(caller.rollout_id))) == 2
+        assert await delivery.close(0) == 0
+
+
+async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
+    async with GatedStore() as store:
+        rollout = await store.start_rollout({})
+        caller = Caller(rollout.rollout_id, rollout.attempt.attempt_id)
+        no_upstream = cast("Any", None)
+        settings = ProxySettings(max_waiting_bytes=1, record_wait_seconds=WAIT_SECONDS)
+        exchange = Exchange(settings, Access(None), no_upstream, Routing({}), lambda: store, {})
+        exchange.delivery.start()
+        store.open.clear()
+        exchange.check_room_for(caller)
+        recording = asyncio.create_task(exchange.deliver_and_wait(CallRecord("chat", caller)))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="1 recorded calls wait") as caught:
+            exchange.check_room_for(caller)
+        assert (caught.value.status, caught.value.headers()["retry-after"]) == (503, "1")
+        exchange.check_room_for(None)
+        store.open.set()
+        await recording
+        exchange.check_room_for(caller)
+        await exchange.close()
+
+
+async def test_a_call_of_nobody_has_no_span() -> None:
+    with pytest.raises(ValueError, match="belongs to no attempt"):
+        span_of(CallRecord("chat", None))
+
+
+def test_a_request_of_odd_numbers_is_recorded_as_text_only() -> None:
+    record = CallRecord("chat", Caller("ro-1", "at-1"), request=b'{"model":"m","seed":1e999,"max_tokens":"9"}')
+    with pytest.raises(Refused):
+        read_question(record.request)
+    huge = b'{"model":"m","seed":123456789012345678901234567890,"temperature":true}'
+    record = CallRecord("chat", Caller("ro-1", "at-1"), request=huge, question=read_question(huge))
+    attributes = span_of(record).attributes
+    assert "gen_ai.request.seed" not in attributes
+    assert "gen_ai.request.temperature" not in attributes
+    assert attributes["agentlightning.llm.request"] == huge.decode()

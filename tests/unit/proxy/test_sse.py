@@ -1,0 +1,108 @@
+"""Streams of events, cut wherever the network cuts them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, strategies as st
+
+from agentlightning.proxy.models import Backend
+from agentlightning.proxy.scrubbing import Scrubber
+from agentlightning.proxy.sse import EventSplitter, EventTooLarge, data_of, event_of
+from agentlightning.proxy.tee import StreamTee
+
+_LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
+_EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from([b'data: {"a": "\xc3\xa9"}', b": ping", b"data: x\ndata: y", b"id: 1\ndata:z"]), _LINE_ENDS
+    )
+)
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    """``data`` in pieces."""
+    edges = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
+
+
+@given(_EVENTS, st.lists(st.integers(min_value=0, max_value=10_000)), st.sampled_from([b"", b"data: half"]))
+def test_events_are_the_same_however_the_stream_is_cut(
+    events: list[tuple[bytes, bytes]], places: list[int], rest: bytes
+) -> None:
+    whole = [text + end for text, end in events]
+    splitter = EventSplitter(1000)
+    found = [event for piece in cut(b"".join(whole) + rest, places) for event in splitter.feed(piece)]
+    assert found == whole
+    assert splitter.rest() == rest
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        (b"data: {}\n\n", b"{}"),
+        (b"data:{}\r\n\r\n", b"{}"),
+        (b"data: a\ndata: b\n\n", b"a\nb"),
+        (b"event: x\nid: 3\ndata: {}\n\n", b"{}"),
+        (b": ping\n\n", None),
+        (b"data:\n\n", b""),
+        (b"\n\n", None),
+    ],
+)
+def test_the_data_of_an_event(event: bytes, data: bytes | None) -> None:
+    assert data_of(event) == data
+
+
+def test_an_event_that_never_ends_is_given_up() -> None:
+    splitter = EventSplitter(100)
+    splitter.feed(b"data: " + b"x" * 90)
+    with pytest.raises(EventTooLarge):
+        splitter.feed(b"x" * 20)
+
+
+# --- The tee ---------------------------------------------------------------------------------------------
+
+KEY = "sk-key-of-the-backend"
+BACKEND = Backend(
+    "m@host", "m", "m", "http://host/v1", KEY, 1.0, {"X-Auth-Token": "Token tok-0123456789"}, {}, {}, None
+)
+
+
+def chunk(text: str, **more: object) -> bytes:
+    """A chunk of a streamed chat, as an event."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None, **more}
+    return event_of(json.dumps({"id": "c", "choices": [choice]}).encode())
+
+
+@given(st.lists(st.integers(min_value=0, max_value=10_000)))
+def test_what_the_agent_sees_is_the_same_however_the_stream_is_cut(places: list[int]) -> None:
+    stream = (
+        chunk("Hello ") + b": ping\r\n\r\n" + chunk("wörld") + chunk("", finish_reason="stop") + b"data: [DONE]\n\nrest"
+    )
+    tee = StreamTee("chat", frozenset(), Scrubber(None))
+    shown = b"".join(tee.feed(piece) for piece in cut(stream, places))
+    assert shown + tee.ending() == stream
+    assert tee.ending() == b"data: [DONE]\n\nrest", "the end is held back"
+    assert tee.is_complete
+    assert json.loads(tee.answer().body)["choices"][0]["message"]["content"] == "Hello wörld"
+
+
+def test_a_stream_that_is_none_passes_as_it_is() -> None:
+    stream = b"data: no json\n\ndata: [1]\n\ndata: 3\n\nevent: x\n\n" + event_of(b'{"choices": 3}')
+    tee = StreamTee("chat", frozenset({"token_ids", "logprobs", "usage"}), Scrubber(None))
+    assert tee.feed(stream).startswith(b"data: no json\n\ndata: [1]\n\ndata: 3\n\nevent: x\n\n")
+    assert not tee.is_complete
+    assert tee.ending() == b""
+
+
+def test_secrets_are_taken_out_of_streams() -> None:
+    tee = StreamTee("chat", frozenset(), Scrubber(BACKEND))
+    shown = tee.feed(chunk(f"{KEY} and tok-0123456789")) + tee.feed(b"data: [DONE] " + KEY.encode())
+    assert b"*** and ***" in shown
+    assert KEY.encode() not in shown + tee.ending() + tee.answer().body
+
+
+def test_words_that_are_no_secrets_stay() -> None:
+    backend = Backend("m@host", "m", "m", "http://host/v1", "EMPTY", 1.0, {"X-Team": "blue-team"}, {}, {}, None)
+    assert Scrubber(backend).text("the blue-team is EMPTY") == "the blue-team is EMPTY"

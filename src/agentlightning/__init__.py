@@ -76,6 +76,31 @@ if TYPE_CHECKING:
         UnsupportedMedia as UnsupportedMedia,
         WrongServer as WrongServer,
     )
+    from agentlightning.execution.base import (
+        AlgorithmBundle as AlgorithmBundle,
+        ExecutionStrategy as ExecutionStrategy,
+        RunnerBundle as RunnerBundle,
+    )
+    from agentlightning.execution.client_server import (
+        ClientServerExecutionStrategy as ClientServerExecutionStrategy,
+    )
+    from agentlightning.execution.events import (
+        ExecutionEvent as ExecutionEvent,
+        MultiprocessingEvent as MultiprocessingEvent,
+        ThreadingEvent as ThreadingEvent,
+    )
+    from agentlightning.execution.interrupts import (
+        Interrupted as Interrupted,
+    )
+    from agentlightning.execution.quotas import (
+        Quotas as Quotas,
+    )
+    from agentlightning.execution.restarts import (
+        RestartPolicy as RestartPolicy,
+    )
+    from agentlightning.execution.shared_memory import (
+        SharedMemoryExecutionStrategy as SharedMemoryExecutionStrategy,
+    )
     from agentlightning.legacy.client import (
         AgentLightningClient as AgentLightningClient,
         DevTaskLoader as DevTaskLoader,
@@ -316,6 +341,17 @@ _MODULE_NAMES = {
     "StoreUnreachable": "agentlightning.errors",
     "TooLarge": "agentlightning.errors",
     "UnsupportedMedia": "agentlightning.errors",
+    "AlgorithmBundle": "agentlightning.execution.base",
+    "ExecutionStrategy": "agentlightning.execution.base",
+    "RunnerBundle": "agentlightning.execution.base",
+    "ClientServerExecutionStrategy": "agentlightning.execution.client_server",
+    "ExecutionEvent": "agentlightning.execution.events",
+    "MultiprocessingEvent": "agentlightning.execution.events",
+    "ThreadingEvent": "agentlightning.execution.events",
+    "Interrupted": "agentlightning.execution.interrupts",
+    "Quotas": "agentlightning.execution.quotas",
+    "RestartPolicy": "agentlightning.execution.restarts",
+    "SharedMemoryExecutionStrategy": "agentlightning.execution.shared_memory",
     "LightningEnvVar": "agentlightning.settings",
     "resolve_bool_env_var": "agentlightning.settings",
     "resolve_int_env_var": "agentlightning.settings",

@@ -34,10 +34,12 @@ class Interrupts:
 
     Args:
         on_first: called at the first signal, in the main thread, between two steps of whatever runs there.
+        on_second: the same for every signal after; what it raises is raised there.
     """
 
-    def __init__(self, on_first: Callable[[], None]) -> None:
+    def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None] = lambda: None) -> None:
         self._on_first = on_first
+        self._on_second = on_second
         self._before: dict[int, Any] = {}
         self._count = 0
         self._force = False
@@ -81,3 +83,5 @@ class Interrupts:
             self.number = number
             _log.warning("%s: stopping; once more to kill what is left", signal.Signals(number).name)
             self._on_first()
+        else:
+            self._on_second()

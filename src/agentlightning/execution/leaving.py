@@ -52,7 +52,7 @@ async def say_goodbye(store: LightningStore, worker_id: str) -> None:
             await store.report_worker_lost(worker_id, message="its runner has ended")
     except NotFound:
         return  # it never came to introduce itself
-    except (TimeoutError, AgentLightningError) as error:
+    except (TimeoutError, AgentLightningError, NotImplementedError) as error:
         _log.debug("%s could not say goodbye: %s", worker_id, error)
 
 

@@ -1,18 +1,16 @@
-"""A supervisor in a thread of its own, for a process whose main thread has other things to do."""
+"""A supervisor as other threads see it: it lives in a loop of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 from agentlightning.errors import ExecutionFailed
 from agentlightning.execution.abort import Ending, Stage, abort, tell
 from agentlightning.execution.cgroups import Cgroup, make_cgroup
 from agentlightning.execution.kin import MARK, Kin
+from agentlightning.execution.loop_thread import LoopThread
 from agentlightning.execution.messages import Job, Stop
 from agentlightning.execution.nursery import NurseryLink, StartMethod, choose_start_method, open_nursery
 from agentlightning.execution.slots import Slot
@@ -20,7 +18,6 @@ from agentlightning.execution.supervisor import ReportLost, Supervisor
 
 __all__ = ["Supervision"]
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _START_SECONDS = 5.0
 _COLLECT_SECONDS = 2.0
@@ -35,9 +32,11 @@ class Supervision:
     Args:
         jobs: what processes do, by name.
         start_method: how they are started; None: ``fork`` from a process with one thread, else ``forkserver``.
+        thread: where the supervisor lives. It outlives this.
     """
 
-    def __init__(self, jobs: Mapping[str, Job], start_method: StartMethod | None = None) -> None:
+    def __init__(self, jobs: Mapping[str, Job], start_method: StartMethod | None, thread: LoopThread) -> None:
+        self._thread = thread
         self._jobs = jobs
         self._asked: StartMethod | None = start_method
         self._mark = secrets.token_hex(8)
@@ -45,8 +44,6 @@ class Supervision:
         self._kin: Kin | None = None
         self._cgroup: Cgroup | None = None
         self._supervisor: Supervisor | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._aborted = False
 
     def open(self) -> None:
@@ -88,7 +85,6 @@ class Supervision:
         for number, slot in enumerate(slots):
             slot.environment = {**slot.environment, MARK: self._mark}
             slot.cgroup = None if self._cgroup is None else self._cgroup.child(f"{slot.job}-{number}")
-        self._run_loop()
 
         async def begin() -> None:
             assert self._kin is not None
@@ -102,7 +98,7 @@ class Supervision:
             )
             self._supervisor.begin()
 
-        self.call(begin())
+        self._thread.call(begin())
 
     def wait_ready(self, seconds: float) -> None:
         """Wait until every process has begun with its job, or ended.
@@ -111,16 +107,12 @@ class Supervision:
             TimeoutError: one has not.
         """
         assert self._supervisor is not None
-        self.call(self._supervisor.ready(), seconds)
+        self._thread.call(self._supervisor.ready(), seconds)
 
-    def call(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-        """Run a coroutine in the supervisor's loop, and wait for it. Raises what it raises, and ``TimeoutError``."""
-        future = asyncio.run_coroutine_threadsafe(work, self._run_loop())
-        try:
-            return future.result(seconds)
-        except BaseException:  # also Ctrl+C: the coroutine must not run on
-            future.cancel()
-            raise
+    def begin_again(self) -> None:
+        """Start a process in every slot whose last one has come to its end."""
+        assert self._supervisor is not None
+        self._thread.loop.call_soon_threadsafe(self._supervisor.begin_again)
 
     def abort(self, stages: tuple[Stage, ...], hurry: Callable[[], bool]) -> list[Ending]:
         """Stop all processes, stage by stage; blocks. One line in the log for each says what ended it. Idempotent.
@@ -135,13 +127,13 @@ class Supervision:
         assert self._kin is not None
         link = self._opened()
         try:
-            self.call(self._supervisor.stop_starting(), _START_SECONDS)
+            self._thread.call(self._supervisor.stop_starting(), _START_SECONDS)
         except TimeoutError:
             _log.error("the nursery does not answer; what it has started is ended all the same")
         endings = abort(stages, self._kin.living, self._supervisor.names, lambda: link.send(Stop()), hurry=hurry)
         tell(endings)
         try:
-            self.call(self._supervisor.collected(), _COLLECT_SECONDS)
+            self._thread.call(self._supervisor.collected(), _COLLECT_SECONDS)
         except TimeoutError:
             _log.error("the nursery has not told the end of every process")
         return endings
@@ -150,12 +142,8 @@ class Supervision:
         """End the nursery, and with it whatever is left. Idempotent."""
         if self._link is None:
             return
-        if self._loop is not None and self._thread is not None:
-            if self._supervisor is not None:
-                self._loop.call_soon_threadsafe(self._supervisor.close)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        if self._supervisor is not None:
+            self._thread.call(self._supervisor.close())
         self._link.close()
         if self._cgroup is not None:
             self._cgroup.remove()
@@ -164,11 +152,3 @@ class Supervision:
     def _opened(self) -> NurseryLink:
         assert self._link is not None, "open the supervision first"
         return self._link
-
-    def _run_loop(self) -> asyncio.AbstractEventLoop:
-        """The supervisor's loop; started if it does not run yet."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="agl-supervisor", daemon=True)
-            self._thread.start()
-        return self._loop

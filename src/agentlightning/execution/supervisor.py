@@ -80,6 +80,13 @@ class Supervisor:
         for slot in self._slots.values():
             self._launch(slot)
 
+    def begin_again(self) -> None:
+        """Start a process in every slot whose last one has come to its end."""
+        self._over = False
+        for slot in self._slots.values():
+            if slot.state == "ended":
+                self._launch(slot)
+
     async def ready(self) -> None:
         """Wait until every process that was ordered has begun with its job, or ended."""
         while any(slot.state == "starting" for slot in self._slots.values()):
@@ -100,7 +107,7 @@ class Supervisor:
             await self._settled.wait()
         await asyncio.gather(*self._recoveries)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Listen to the nursery no more."""
         asyncio.get_running_loop().remove_reader(self._link.fileno())
 
@@ -192,7 +199,7 @@ class Supervisor:
                 await self._report_lost(slot.name, message=message, reason_code=reason)
         except NotFound:
             return  # it died before the store had heard of it, so it held nothing
-        except (TimeoutError, AgentLightningError) as error:
+        except (TimeoutError, AgentLightningError, NotImplementedError) as error:
             _log.warning("the store could not be told that %s: its attempts end with its lease (%s)", crash, error)
 
     def _launch(self, slot: Slot) -> None:
@@ -209,7 +216,8 @@ class Supervisor:
             return
         crash = given_up[-1].crash
         assert crash is not None  # that is why it was given up
-        self._end(ExecutionFailed(f"no process of this run can be kept alive: {crash}", crash.traceback))
+        why = str(crash) if given_up[-1].restart is None else f"no runner can be kept alive; at last {crash}"
+        self._end(ExecutionFailed(why, crash.traceback))
 
     def _end(self, reason: ExecutionFailed | None) -> None:
         if not self._over and not self._stop_asked.is_set():

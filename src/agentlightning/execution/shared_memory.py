@@ -1,0 +1,219 @@
+"""``SharedMemoryExecutionStrategy``: both sides in one process, on one store, each in a thread with a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from agentlightning.errors import ExecutionFailed, InvalidValue
+from agentlightning.execution.base import (
+    AlgorithmBundle,
+    ExecutionStrategy,
+    RunnerBundle,
+    resolve_managed_store_flag,
+)
+from agentlightning.execution.events import ExecutionEvent, ThreadingEvent
+from agentlightning.execution.interrupts import Interrupts
+from agentlightning.store.base import LightningStore
+
+__all__ = ["SharedMemoryExecutionStrategy"]
+
+_log = logging.getLogger(__name__)
+_SIGNAL_SECONDS = 0.1
+_STRANDED_LOOK_SECONDS = 1.0
+_STRANDED_LOOKS = 3
+
+
+class SharedMemoryExecutionStrategy(ExecutionStrategy):
+    """Runs the algorithm and the runners in threads of this process: the quickest way to try something out.
+
+    Nothing is pickled and nothing is served; but an agent that crashes the interpreter ends all, and Python code
+    of all threads shares one processor. Every store of this package is safe across threads and loops.
+
+    Args:
+        n_runners: how many runners there are.
+        main_thread: which side runs in the thread that calls ``execute``; ``runner`` needs ``n_runners=1``.
+        join_timeout: seconds that threads get to end after everything in them was cancelled; one that blocks for
+            longer is left behind, with a warning.
+        graceful_delay: seconds that a side may run on after the stop event, before it is cancelled.
+        poll_interval: how often, in seconds, each side looks whether it shall stop.
+        managed_store: of 0.3, which wrapped stores to make them safe for threads. Nothing needs that any more, so
+            both values mean the same. Default: ``AGL_MANAGED_STORE``, else True.
+
+    Raises:
+        InvalidValue: an argument is not valid. (It is a ``ValueError``, too.)
+    """
+
+    alias: ClassVar[str] = "shm"
+
+    def __init__(
+        self,
+        n_runners: int = 1,
+        main_thread: Literal["algorithm", "runner"] = "runner",
+        join_timeout: float = 15.0,
+        graceful_delay: float = 5.0,
+        poll_interval: float = 0.05,
+        managed_store: bool | None = None,
+    ) -> None:
+        if n_runners < 1:
+            raise InvalidValue(f"n_runners {n_runners} is not valid; give at least 1")
+        if main_thread not in ("algorithm", "runner"):
+            raise InvalidValue(f"main_thread {main_thread!r} is neither 'algorithm' nor 'runner'")
+        if main_thread == "runner" and n_runners != 1:
+            raise InvalidValue(
+                f"main_thread='runner' keeps the one runner in this thread, and n_runners is {n_runners}; "
+                "for more runners give main_thread='algorithm'"
+            )
+        if poll_interval <= 0 or join_timeout < 0 or graceful_delay < 0:
+            raise InvalidValue("join_timeout and graceful_delay are seconds, 0 or more; poll_interval is above 0")
+        self.n_runners = n_runners
+        self.main_thread: Literal["algorithm", "runner"] = main_thread
+        self.join_timeout = join_timeout
+        self.graceful_delay = graceful_delay
+        self.poll_interval = poll_interval
+        self.managed_store = resolve_managed_store_flag(managed_store)
+
+    def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
+        sides = _Sides(store, self)
+        sides_of_runners = [_runner_side(runner, store, index) for index in range(self.n_runners)]
+        works: list[Side] = [Side("algorithm", lambda event: algorithm(store, event)), *sides_of_runners]
+        if self.main_thread == "runner":
+            works.reverse()
+        with Interrupts(sides.event.set, sides.hurry) as interrupts:
+            threads = [_start(sides, side) for side in works[1:]]
+            sides.run(works[0])
+            sides.event.set()
+            self._wait_for(threads)
+            interrupts.check()
+        if sides.failure is not None:
+            raise sides.failure
+
+    def _wait_for(self, threads: list[threading.Thread]) -> None:
+        until = time.monotonic() + self.graceful_delay + self.join_timeout
+        for thread in threads:
+            while thread.is_alive() and time.monotonic() < until:
+                thread.join(_SIGNAL_SECONDS)  # no longer, so that signals are attended to
+            if thread.is_alive():
+                _log.warning("%s blocks and does not end; its thread is left behind", thread.name)
+
+
+class Side(NamedTuple):
+    """One of those that work on the store."""
+
+    name: str
+    work: Callable[[ExecutionEvent], Coroutine[Any, Any, None]]
+
+
+def _runner_side(runner: RunnerBundle, store: LightningStore, index: int) -> Side:
+    return Side(f"runner {index}", lambda event: runner(store, index, event))
+
+
+def _start(sides: _Sides, side: Side) -> threading.Thread:
+    thread = threading.Thread(target=sides.run, args=(side,), name=f"agl-{side.name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class _Sides:
+    """What the threads of one run share.
+
+    Args:
+        store: what they work on.
+        limits: the strategy, which says how long each step may take.
+    """
+
+    def __init__(self, store: LightningStore, limits: SharedMemoryExecutionStrategy) -> None:
+        self.event = ThreadingEvent()
+        self.failure: BaseException | None = None
+        """What the first side that failed raised."""
+        self._store = store
+        self._limits = limits
+        self._runners_left = limits.n_runners
+        self._lock = threading.Lock()
+        self._hurry = False
+
+    def hurry(self) -> None:
+        """Cancel at once, whatever ``graceful_delay`` says; and interrupt what blocks the main thread."""
+        self._hurry = True
+        raise KeyboardInterrupt
+
+    def run(self, side: Side) -> None:
+        """Run one side to its end, in this thread. What it raises stops the others, and is kept."""
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            ended = loop.run_until_complete(self._watched(side))
+            if ended:
+                _wind_up(loop)
+        except BaseException as error:  # noqa: BLE001 - the boundary of a side: raised by `execute`
+            self._fail(side.name, error)
+        finally:
+            asyncio.set_event_loop(None)
+            if side.name == "algorithm":
+                self.event.set()
+
+    async def _watched(self, side: Side) -> bool:
+        """Run it, and stop it when that is asked; whether it has ended."""
+        task = asyncio.ensure_future(side.work(self.event))
+        await self._until(task, lambda: self.event.is_set())
+        await self._until(task, lambda: self._hurry, self._limits.graceful_delay)
+        if not task.done():
+            task.cancel()
+            await self._until(task, lambda: False, self._limits.join_timeout)
+        if not task.done():
+            _log.error("%s was cancelled and goes on all the same; it is left behind", side.name)
+            return False
+        with contextlib.suppress(asyncio.CancelledError):
+            task.result()
+        if side.name != "algorithm":
+            await self._when_a_runner_has_ended()
+        return True
+
+    async def _until(self, task: asyncio.Future[None], met: Callable[[], bool], seconds: float = math.inf) -> None:
+        """Wait until the task is done, or the condition is met, or the time is up."""
+        until = time.monotonic() + seconds
+        while not task.done() and not met() and time.monotonic() < until:
+            await asyncio.wait([task], timeout=self._limits.poll_interval)
+
+    async def _when_a_runner_has_ended(self) -> None:
+        """The last one stays, to see that the algorithm does not wait for ever for what nobody will run."""
+        with self._lock:
+            self._runners_left -= 1
+            last = self._runners_left == 0
+        looks, before = 0, -1
+        while last and not self.event.is_set():
+            await asyncio.sleep(self._limits.poll_interval if looks == 0 else _STRANDED_LOOK_SECONDS)
+            by_status = (await self._store.statistics()).get("rollouts_by_status", {})
+            waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
+            looks = looks + 1 if waiting and waiting == before else 1
+            before = waiting
+            if looks > _STRANDED_LOOKS and waiting:
+                raise ExecutionFailed(
+                    f"all runners have come to their end, and {waiting} rollouts wait that nobody will run; "
+                    "give max_rollouts more, or none"
+                )
+
+    def _fail(self, name: str, error: BaseException) -> None:
+        with self._lock:
+            first = self.failure is None
+            if first:
+                self.failure = error
+        if not first:
+            _log.error("%s failed, too", name, exc_info=error)
+        self.event.set()
+
+
+def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what a side has left running in its loop, and close that."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()

@@ -190,6 +190,11 @@ class LLMProxy:
         """The backends, as they were given."""
         return tuple(self._model_list)
 
+    @property
+    def model_list(self) -> list[ModelConfig]:
+        """The backends, as they were given, with their keys."""
+        return list(self._model_list)
+
     def update_model_list(self, model_list: Sequence[ModelConfig]) -> None:
         """Replace the backends. Calls in flight stay with those they have; no restart is needed.
 

@@ -1,4 +1,4 @@
-"""``SharedMemoryExecutionStrategy``: both sides in one process, on one store, each in a thread with a loop of its own."""
+"""``SharedMemoryExecutionStrategy``: both sides in one process, on one store, each in a thread with its own loop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from agentlightning.errors import ExecutionFailed, InvalidValue
@@ -81,8 +82,8 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
         sides = _Sides(store, self)
-        sides_of_runners = [_runner_side(runner, store, index) for index in range(self.n_runners)]
-        works: list[Side] = [Side("algorithm", lambda event: algorithm(store, event)), *sides_of_runners]
+        runners = [Side(f"runner {index}", partial(runner, store, index)) for index in range(self.n_runners)]
+        works = [Side("algorithm", partial(algorithm, store)), *runners]
         if self.main_thread == "runner":
             works.reverse()
         with Interrupts(sides.event.set, sides.hurry) as interrupts:
@@ -108,10 +109,6 @@ class Side(NamedTuple):
 
     name: str
     work: Callable[[ExecutionEvent], Coroutine[Any, Any, None]]
-
-
-def _runner_side(runner: RunnerBundle, store: LightningStore, index: int) -> Side:
-    return Side(f"runner {index}", lambda event: runner(store, index, event))
 
 
 def _start(sides: _Sides, side: Side) -> threading.Thread:

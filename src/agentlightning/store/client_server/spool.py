@@ -275,13 +275,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
-    """How far the server has them; the beginning, if that is not known."""
+    """How far the server has them; the beginning, if that is not known or cannot be."""
     beginning = _Place(segments[0], 0) if segments else _Place(0, 0)
     try:
-        segment, offset = (folder / _CURSOR).read_text(encoding="ascii").split()
-        return max(beginning, _Place(int(segment), int(offset)))
+        segment, offset = map(int, (folder / _CURSOR).read_text(encoding="ascii").split())
     except (OSError, ValueError):
         return beginning
+    possible = segment not in segments or offset <= _size_of(folder / f"{segment:08d}.seg")
+    return max(beginning, _Place(segment, offset)) if possible else beginning
 
 
 def _write_cursor(folder: Path, place: _Place) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import json
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -97,6 +99,23 @@ def test_one_who_writes_to_the_file_is_sent_to_the_server(database: Path) -> Non
         assert f"process {pid} " in done.err
         assert f"use --url {url} instead" in done.err
         agl("workers", "drain", "--all", "--url", url).ok()
+
+
+def test_a_watch_rides_out_a_server_that_is_killed_and_started_again(database: Path) -> None:
+    words = [sys.executable, "-m", "agentlightning", "status", "--watch", "--interval", "0.2", "-o", "json"]
+    with served_elsewhere(database) as (url, pid):
+        watch = subprocess.Popen(
+            [*words, "--url", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+        )
+        assert watch.stdout is not None
+        started = json.loads(watch.stdout.readline())["time"]
+        os.kill(pid, signal.SIGKILL)
+    with served_elsewhere(database, port=int(url.rpartition(":")[2])):
+        while (look := json.loads(watch.stdout.readline()))["uptime_seconds"] > look["time"] - started:
+            pass  # said before the server was killed
+        watch.send_signal(signal.SIGINT)
+        _, err = watch.communicate(timeout=20)
+    assert (watch.returncode, err) == (ExitCode.INTERRUPTED, "")
 
 
 @pytest.mark.parametrize("words", [["status"], ["rollouts", "ls"], ["verify"], ["workers", "drain", "--all"]])
@@ -246,10 +265,10 @@ def test_a_clock_that_is_wrong_is_found(database: Path, seconds: float, level: s
 
 
 @contextmanager
-def served_elsewhere(database: Path, **environment: str) -> Iterator[tuple[str, int]]:
-    """(URL, process id) of `agl store`."""
+def served_elsewhere(database: Path, port: int = 0, **environment: str) -> Iterator[tuple[str, int]]:
+    """(URL, process id) of `agl store`, which is stopped at the end if it has not been killed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "agentlightning", "store", "--db", str(database), "--port", "0"],
+        [sys.executable, "-m", "agentlightning", "store", "--db", str(database), "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -261,7 +280,7 @@ def served_elsewhere(database: Path, **environment: str) -> Iterator[tuple[str, 
     finally:
         process.terminate()
         _, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
+    assert process.returncode in (0, -signal.SIGKILL), err
 
 
 def test_another_version_on_the_other_side_is_found(database: Path, tmp_path: Path) -> None:

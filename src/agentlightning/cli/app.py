@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -74,7 +75,7 @@ def _version(wanted: bool) -> None:
 
 def _root(
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="AGL_DEBUG", help="Show tracebacks instead of one-line errors.")
+        bool, typer.Option("--debug", envvar="AGL_DEBUG", help="Show tracebacks and logs instead of one-line errors.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
@@ -87,9 +88,13 @@ def _root(
 
     Commands that ask a store take [bold]--url[/bold]: a server (http://host:4747), or a database file.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 store not reachable, 5 violations found,
-    130 Ctrl+C.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found,
+    4 store not reachable, 5 violations found, 130 Ctrl+C.
     """
+    if debug:
+        logging.basicConfig(level=logging.DEBUG)
+    else:  # a command says by itself what its user has to know; those that serve set up a log of their own
+        logging.getLogger("agentlightning").addHandler(logging.NullHandler())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -117,7 +117,8 @@ def _print(findings: Sequence[Finding], place: str) -> None:
     screen = console()
     marks = {"problem": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("✓", "green")}
     for each in findings:
-        screen.print(Text.assemble(marks[each.level], " ", clean(each.text)))
+        mark = ("·", "dim") if each.level == "note" and each.fix else marks[each.level]
+        screen.print(Text.assemble(mark, " ", clean(each.text)))
         if each.fix:
             screen.print(Text.assemble("  → ", clean(each.fix)))
     counts = {level: sum(each.level == level for each in findings) for level in marks}

@@ -37,6 +37,8 @@ class Overview:
 
     now: float
     """The store's wall clock."""
+    answer_seconds: float
+    """How long the store took for the simplest question."""
     statistics: LightningStoreStatistics
     workers: Sequence[Worker]
     oldest_waiting: Rollout | None
@@ -120,7 +122,9 @@ def clock_of(statistics: LightningStoreStatistics) -> float:
 
 async def gather(store: LightningStore) -> Overview:
     """Ask a store what it is doing."""
+    asked = time.monotonic()
     statistics = await store.statistics()
+    answer_seconds = time.monotonic() - asked
     by_status = statistics.get("rollouts_by_status", {})
 
     def any_in(*states: str) -> bool:
@@ -144,6 +148,7 @@ async def gather(store: LightningStore) -> Overview:
     )
     return Overview(
         now=clock_of(statistics),
+        answer_seconds=answer_seconds,
         statistics=statistics,
         workers=list(workers),
         oldest_waiting=next(iter(waiting), None),

@@ -141,6 +141,7 @@ def _record(overview: Overview, place: str) -> dict[str, Any]:
         "time": overview.now,
         "version": statistics.get("host", {}).get("version"),
         "uptime_seconds": statistics.get("uptime"),
+        "answer_seconds": overview.answer_seconds,
         "rollouts": statistics.get("rollouts_by_status", {}),
         "attempts": statistics.get("total_attempts", 0),
         "spans": statistics.get("total_spans", 0),
@@ -197,6 +198,7 @@ def _headline(overview: Overview, place: str) -> Text:
     more = [statistics.get("name", "store"), version]
     if place.startswith("http"):
         more.append(f"up {duration(statistics.get('uptime', 0.0))}")
+        more.append(f"answers within {duration(overview.answer_seconds)}")
     return Text.assemble((clean(place), "bold"), ("  " + ", ".join(more), "dim"))
 
 

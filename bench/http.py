@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +81,7 @@ def started(command: Sequence[object], port: int, prefix: str) -> Iterator[Servi
     )
     try:
         until = time.monotonic() + PATIENCE_SECONDS
-        while not answers(f"http://127.0.0.1:{port}{prefix}/health"):
+        while not answers(port, f"{prefix}/health"):
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{' '.join(map(str, command))} does not answer (exit code {process.poll()})")
             time.sleep(0.1)
@@ -96,10 +95,12 @@ def started(command: Sequence[object], port: int, prefix: str) -> Iterator[Servi
             process.wait()
 
 
-def answers(url: str) -> bool:
+def answers(port: int, path: str) -> bool:
+    """Whether ``path`` is answered by 200. By hand: this file hides the standard library's ``http``."""
     try:
-        with urllib.request.urlopen(url, timeout=1) as reply:
-            return reply.status == 200
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
+            return connection.recv(64).split()[1:2] == [b"200"]
     except OSError:
         return False
 
@@ -118,7 +119,7 @@ def load(scenario: str, port: int, **options: object) -> dict[str, Any]:
 
 def load_command(scenario: str, port: int, **options: object) -> list[str]:
     chosen = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return ["taskset", "-c", str(LOAD_CORE), sys.executable, str(LOAD), scenario, "--port", str(port), *chosen]
+    return ["taskset", "-c", str(LOAD_CORE), sys.executable, "-P", str(LOAD), scenario, "--port", str(port), *chosen]
 
 
 def throughput(folder: Path, arguments: argparse.Namespace, spans: str) -> dict[str, float]:

@@ -187,13 +187,8 @@ class LLMProxy:
 
     @property
     def model_list(self) -> Sequence[ModelConfig]:
-        """The backends, as they were given."""
-        return tuple(self._model_list)
-
-    @property
-    def model_list(self) -> list[ModelConfig]:
         """The backends, as they were given, with their keys."""
-        return list(self._model_list)
+        return tuple(self._model_list)
 
     def update_model_list(self, model_list: Sequence[ModelConfig]) -> None:
         """Replace the backends. Calls in flight stay with those they have; no restart is needed.

@@ -32,6 +32,7 @@ __all__ = [
     "NotAuthenticated",
     "NotFound",
     "NotJson",
+    "NothingToLearn",
     "Overloaded",
     "SpoolFull",
     "StaleAttempt",
@@ -245,6 +246,12 @@ class WrongServer(AgentLightningError):
 
     code = "wrong_server"
     status = 409
+
+
+class NothingToLearn(AgentLightningError):
+    """Rollouts came back, and none that an algorithm can learn from. The agent, or what records it, needs mending."""
+
+    code = "nothing_to_learn"
 
 
 class MissingExtra(AgentLightningError, ImportError):

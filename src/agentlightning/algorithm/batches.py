@@ -82,8 +82,8 @@ async def spans_of(store: LightningStore, rollouts: Sequence[Rollout]) -> list[l
 async def _take_up(store: LightningStore, rollout: Rollout, request: EnqueueRolloutRequest) -> None:
     if rollout.input != request.input:
         raise IdReused(
-            f"rollout {rollout.rollout_id!r} exists with the input {_short(rollout.input)}, not {_short(request.input)}; "
-            "the run of that name was started with another dataset or other settings: give it another name"
+            f"rollout {rollout.rollout_id!r} exists with the input {_short(rollout.input)}, not "
+            f"{_short(request.input)}; the run of that name was begun with other tasks: give this one another name"
         )
     if not is_finished(rollout) and request.resources_id is not None:
         await _repoint(store, rollout.rollout_id, request.resources_id)

@@ -98,7 +98,8 @@ class Baseline(FastAlgorithm):
         else:
             border = round(len(inputs) * self._train_split)
             inputs, checks = inputs[:border], inputs[border:]
-        return [("train", each) for each in inputs] + [("val", each) for each in checks]
+        train_work: list[_Work] = [("train", each) for each in inputs]
+        return [*train_work, *(("val", each) for each in checks)]
 
     async def _run_epoch(
         self, store: LightningStore, epoch: int, work: Sequence[_Work], resources_id: str | None
@@ -151,7 +152,13 @@ class Baseline(FastAlgorithm):
         reward = find_final_reward(spans) if rollout.status == "succeeded" else None
         why = f", {rollout.reason_code}: {rollout.reason_message}" if rollout.reason_code else ""
         _logger.info(
-            "rollout %s (%s) %s%s; reward %s, %d spans", rollout_id, rollout.mode, rollout.status, why, reward, len(spans)
+            "rollout %s (%s) %s%s; reward %s, %d spans",
+            rollout_id,
+            rollout.mode,
+            rollout.status,
+            why,
+            reward,
+            len(spans),
         )
         for span in spans:
             _logger.info("  %s", self._describe(span))
@@ -159,10 +166,8 @@ class Baseline(FastAlgorithm):
 
     def _describe(self, span: Span) -> str:
         head = f"span {span.sequence_id} {span.name!r} {span.status.status_code}"
-        match self._span_verbosity:
-            case "none":
-                return head
-            case "keys":
-                return f"{head}: {', '.join(sorted(span.attributes))}"
-            case "key_values":
-                return f"{head}: {dict(sorted(span.attributes.items()))}"
+        if self._span_verbosity == "keys":
+            return f"{head}: {', '.join(sorted(span.attributes))}"
+        if self._span_verbosity == "key_values":
+            return f"{head}: {dict(sorted(span.attributes.items()))}"
+        return head

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -101,6 +101,14 @@ class Answer:
             yield {**head, "choices": [], "usage": usage}
 
 
+class _Written(NamedTuple):
+    """The choices of a reply, whole and as a stream has them: the word, then the end."""
+
+    choices: list[dict[str, Any]]
+    chunks: list[dict[str, Any]]
+    lasts: list[dict[str, Any]]
+
+
 def list_models(model: str) -> dict[str, Any]:
     """The reply to ``GET /v1/models``."""
     entry = {"id": model, "object": "model", "created": 0, "owned_by": "agentlightning"}
@@ -128,15 +136,15 @@ def answer_chat(
     request = _read(_ChatRequest, fields, model)
     text = "\n".join(_text_of(message) for message in request.messages)
     spoken = _Spoken.by(policy, policy.encode(text), request, rng)
-    choices, chunks, lasts = [], [], []
+    written = _Written([], [], [])
     for index, choice in enumerate(spoken.choices):
         word = policy.decode([choice.token_id])
         shared = {"index": index, "logprobs": spoken.chat_logprobs(choice, request), **spoken.token_ids(choice)}
-        choices.append({**shared, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"})
-        chunks.append({**shared, "delta": {"role": "assistant", "content": word}, "finish_reason": None})
-        lasts.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": "stop"})
-    body = spoken.body("chat.completion", "chatcmpl-", model, version, choices)
-    return Answer(body, request.stream, _wants_usage(request), chunks, lasts)
+        written.choices.append({**shared, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"})
+        written.chunks.append({**shared, "delta": {"role": "assistant", "content": word}, "finish_reason": None})
+        written.lasts.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": "stop"})
+    body = spoken.body("chat.completion", "chatcmpl-", model, version, written.choices)
+    return Answer(body, request.stream, _wants_usage(request), written.chunks, written.lasts)
 
 
 def answer_completion(
@@ -151,18 +159,18 @@ def answer_completion(
         prompt_ids = cast("list[int]", prompt)
         policy.decode(prompt_ids)  # refuses ids that are no tokens
     spoken = _Spoken.by(policy, prompt_ids, request, rng)
-    choices, chunks, lasts = [], [], []
+    written = _Written([], [], [])
     for index, choice in enumerate(spoken.choices):
         ids = spoken.token_ids(choice)
         if ids:  # vLLM has the prompt's ids in each choice here, and at the top for chats
             ids["prompt_token_ids"] = prompt_ids
         shared = {"index": index, "logprobs": spoken.text_logprobs(choice, request), **ids}
         text = policy.decode([choice.token_id])
-        choices.append({**shared, "text": text, "finish_reason": "stop"})
-        chunks.append({**shared, "text": text, "finish_reason": None})
-        lasts.append({"index": index, "text": "", "logprobs": None, "finish_reason": "stop"})
-    body = spoken.body("text_completion", "cmpl-", model, version, choices)
-    return Answer(body, request.stream, _wants_usage(request), chunks, lasts)
+        written.choices.append({**shared, "text": text, "finish_reason": "stop"})
+        written.chunks.append({**shared, "text": text, "finish_reason": None})
+        written.lasts.append({"index": index, "text": "", "logprobs": None, "finish_reason": "stop"})
+    body = spoken.body("text_completion", "cmpl-", model, version, written.choices)
+    return Answer(body, request.stream, _wants_usage(request), written.chunks, written.lasts)
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,7 @@ class _Spoken:
     def token_ids(self, choice: WordChoice) -> dict[str, Any]:
         return {"token_ids": [choice.token_id]} if self.shows_ids else {}
 
-    def body(
-        self, kind: str, prefix: str, model: str, version: str, choices: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def body(self, kind: str, prefix: str, model: str, version: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         said = len(self.choices)
         usage = {
             "prompt_tokens": len(self.prompt_ids),

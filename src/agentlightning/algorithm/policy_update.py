@@ -60,7 +60,7 @@ class PolicyUpdate:
     """How often to go over the same groups."""
 
     entropy_weight: float = 0.15
-    """What one nat of entropy is worth at the beginning, in advantages; goes down to 0 in a line until the last step."""
+    """What one nat of entropy is worth, in advantages, at the beginning; it goes down to 0 at the end in a line."""
 
     kl_weight: float = 0.0
     """What one nat of distance from the policy at the beginning of the run costs, in advantages."""
@@ -157,7 +157,11 @@ class _Totals:
 
 
 def _row_gradient(
-    logprobs: Sequence[float], samples: Sequence[_Sample], settings: PolicyUpdate, entropy_weight: float, totals: _Totals
+    logprobs: Sequence[float],
+    samples: Sequence[_Sample],
+    settings: PolicyUpdate,
+    entropy_weight: float,
+    totals: _Totals,
 ) -> list[float]:
     """The gradient of the mean loss of one context's choices by its row of logits."""
     slopes = [0.0] * len(logprobs)

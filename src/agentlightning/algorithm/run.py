@@ -51,9 +51,14 @@ class Run:
         """The file that the checkpoint is in, if one was saved."""
         return self._path
 
-    def rollout_id(self, step: int, index: int) -> str:
-        """The id of the rollout at this place of the run: always the same one."""
-        return f"{self._name}:{step}:{index}"
+    def rollout_id(self, step: int, index: int, kind: str = "") -> str:
+        """The id of the rollout at this place of the run: always the same one.
+
+        Args:
+            step, index: where it is; numbers of at most 15 digits.
+            kind: tells rollouts of one step apart that are counted each for themselves, such as ``val``.
+        """
+        return f"{self._name}:{kind}{step}:{index}"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return what was saved last; None if nothing was.

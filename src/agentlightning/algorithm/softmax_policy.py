@@ -113,9 +113,7 @@ class SoftmaxPolicy:
         """Natural logarithms of the probabilities of `action_ids`, at temperature 1."""
         return log_softmax(self.logits(context))
 
-    def choose(
-        self, context: Context, rng: random.Random, temperature: float = 1.0, top_p: float = 1.0
-    ) -> WordChoice:
+    def choose(self, context: Context, rng: random.Random, temperature: float = 1.0, top_p: float = 1.0) -> WordChoice:
         """Say one word.
 
         Args:
@@ -172,6 +170,17 @@ class SoftmaxPolicy:
             return cls(data["vocabulary"], data["actions"], rows)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidValue(f"this is no saved policy: {error!r}") from error
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        """Become the policy that `to_json` made this of.
+
+        Raises:
+            InvalidValue: it is no such object, or of a policy with other words.
+        """
+        other = SoftmaxPolicy.from_json(data)
+        if other._vocabulary != self._vocabulary or other._action_ids != self._action_ids:
+            raise InvalidValue("the saved policy has another vocabulary, or other actions")
+        self._rows = other._rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy to a file, which is replaced as a whole or not at all."""

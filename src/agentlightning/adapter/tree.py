@@ -1,0 +1,327 @@
+"""`TraceTree`: the spans of an attempt as the tree that they are."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from agentlightning.adapter.model_calls import has_token_ids, read_model_call
+from agentlightning.adapter.same_call import FoundCall, one_for_each_reply, one_of_each_nest
+from agentlightning.semconv import GenAIAttributes
+from agentlightning.types import Span, Triplet
+from agentlightning.types.rewards import get_reward_value
+
+__all__ = ["LLM_CALL_MATCH", "RewardMatchPolicy", "TraceTree"]
+
+LLM_CALL_MATCH = r"openai\.chat|openai\.completion|^(chat|text_completion|generate_content)( |$)"
+"""Names of the spans of model calls: AgentOps' and OpenLLMetry's, and those by OpenTelemetry's conventions."""
+
+_AGENT_NAMES = (GenAIAttributes.AGENT_NAME.value, "agent.name")
+
+
+class RewardMatchPolicy(StrEnum):
+    """Which reward belongs to a model call."""
+
+    FIRST_SIBLING = "first_sibling"
+    """The first reward after it below the same parent, unless another call comes between."""
+
+    FIRST_OCCURRENCE = "first_occurrence"
+    """The first reward after it in time, wherever it is."""
+
+
+class TraceTree:
+    """A span and what happened inside of it.
+
+    Args:
+        id: of the span.
+        span: itself.
+        children: trees of the spans whose parent it is.
+    """
+
+    def __init__(self, id: str, span: Span, children: list[TraceTree] | None = None) -> None:
+        self.id = id
+        self.span = span
+        self.children = children if children is not None else []
+
+    # --- Making ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_spans(cls, spans: Sequence[Span]) -> TraceTree:
+        """The tree of some spans, children in the order of their times.
+
+        A span whose parent is not there, or that is its own ancestor, counts as one without a parent. If
+        there are several of those, a root is made up for them.
+
+        Raises:
+            ValueError: there are no spans.
+        """
+        nodes = {span.span_id: cls(span.span_id, span) for span in spans}
+        if not nodes:
+            raise ValueError("a tree cannot be made of no spans")
+        roots: list[TraceTree] = []
+        top = _spans_without_parent({node.id: node.span.parent_id for node in nodes.values()})
+        for node in nodes.values():
+            (roots if node.id in top else nodes[str(node.span.parent_id)].children).append(node)
+        for node in nodes.values():
+            node.children.sort(key=_when)
+        if len(roots) == 1:
+            return roots[0]
+        roots.sort(key=_when)
+        first = roots[0].span
+        made_up = Span.from_attributes(
+            attributes={},
+            rollout_id=first.rollout_id,
+            attempt_id=first.attempt_id,
+            trace_id=first.trace_id,
+            start_time=min(node.start_time for node in roots),
+            end_time=max(node.end_time for node in nodes.values()),
+        )
+        return cls(made_up.span_id, made_up, roots)
+
+    def add_child(self, child: TraceTree) -> None:
+        """Put a tree below this span, after those that are there."""
+        self.children.append(child)
+
+    def repair_hierarchy(self) -> None:
+        """Move spans that lost their parent below the span that they happened in.
+
+        Instrumentations that know nothing of each other make spans side by side where one contains the
+        other. A direct child of this tree moves below the shortest other span that was open all its time.
+        """
+        inside = {child.id: {node.id for node in child.traverse()} for child in self.children}
+        everyone = [node for node in self.traverse() if node is not self]
+        for child in list(self.children):
+            around = [
+                node
+                for node in everyone
+                if node.id not in inside[child.id]
+                and node.start_time <= child.start_time
+                and child.end_time <= node.end_time
+                and (node.start_time, node.end_time) != (child.start_time, child.end_time)
+            ]
+            if not around:
+                continue
+            parent = min(around, key=lambda node: node.end_time - node.start_time)
+            self.children.remove(child)
+            parent.children.append(child)
+            parent.children.sort(key=_when)
+            for members in inside.values():
+                if parent.id in members:
+                    members |= inside[child.id]
+
+    # --- Looking ---------------------------------------------------------------------------------
+
+    @property
+    def start_time(self) -> float:
+        """When the span began; 0 if nobody knows."""
+        return self.span.start_time or 0.0
+
+    @property
+    def end_time(self) -> float:
+        """When the span ended; its begin if nobody knows."""
+        return self.start_time if self.span.end_time is None else self.span.end_time
+
+    def traverse(self) -> list[TraceTree]:
+        """All spans of the tree, each before its children."""
+        found: list[TraceTree] = []
+        pending: list[TraceTree] = [self]
+        while pending:
+            node = pending.pop()
+            found.append(node)
+            pending.extend(reversed(node.children))
+        return found
+
+    def find_id(self, id: str) -> TraceTree | None:
+        """The tree of the span with this id, if it is here."""
+        return next((node for node in self.traverse() if node.id == id), None)
+
+    def names_tuple(self) -> tuple[str, list[Any]]:
+        """The names alone: that of the span, and the same of each child."""
+        made: dict[str, tuple[str, list[Any]]] = {}
+        for node in reversed(self.traverse()):
+            made[node.id] = (node.span.name, [made[child.id] for child in node.children])
+        return made[self.id]
+
+    def to_json(self) -> dict[str, Any]:
+        """The tree as a JSON object: ``id``, ``span`` and ``children``."""
+        made: dict[str, dict[str, Any]] = {}
+        for node in reversed(self.traverse()):
+            children = [made[child.id] for child in node.children]
+            made[node.id] = {"id": node.id, "span": node.span.model_dump(mode="json"), "children": children}
+        return made[self.id]
+
+    def visualize(self, filename: str, interested_span_match: str | None = None) -> None:
+        """Write the tree to ``FILENAME.dot``, in the language of Graphviz (https://graphviz.org/doc/info/lang.html).
+
+        Args:
+            filename: without the ending.
+            interested_span_match: spans whose names match this somewhere are filled with colour.
+        """
+        lines = ["digraph trace {", "  node [shape=box];"]
+        for node in self.traverse():
+            marked = interested_span_match is not None and re.search(interested_span_match, node.span.name)
+            label = f"{node.span.name}\n{node.end_time - node.start_time:.3f} s".replace("\\", "\\\\")
+            quoted = label.replace('"', '\\"').replace("\n", "\\n")
+            style = ' style=filled fillcolor="lightblue"' if marked else ""
+            lines.append(f'  "{node.id}" [label="{quoted}"{style}];')
+            lines.extend(f'  "{node.id}" -> "{child.id}";' for child in node.children)
+        Path(f"{filename}.dot").write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
+
+    def agent_name(self) -> str | None:
+        """The agent that the span is about, if it names one."""
+        attributes = self.span.attributes
+        named = next((attributes[name] for name in _AGENT_NAMES if attributes.get(name)), None)
+        return None if named is None else str(named)
+
+    def maybe_reward_dict(self) -> dict[str, Any]:
+        """``{"type": "reward", "value": …}`` if the span carries a reward, else empty."""
+        value = get_reward_value(self.span)
+        return {} if value is None else {"type": "reward", "value": value}
+
+    def is_reward_span(self) -> bool:
+        """Whether the span carries a reward."""
+        return get_reward_value(self.span) is not None
+
+    # --- Model calls and rewards -----------------------------------------------------------------
+
+    def find_llm_calls(
+        self,
+        *,
+        llm_call_match: str,
+        agent_match: str | None,
+        within_matching_subtree: str | None = None,
+        within_reward: bool | None = None,
+        within_llm_call: bool | None = None,
+        existing_llm_call_response_ids: set[str] | None = None,
+    ) -> list[tuple[TraceTree, str]]:
+        """The spans of model calls in the order of their times, each with the name of its agent.
+
+        Args:
+            llm_call_match: regular expression that their names match somewhere.
+            agent_match: only calls of agents whose name matches this; None for all.
+            within_matching_subtree: the agent that this tree is part of; None for none.
+            within_reward: whether this tree is part of a reward; its calls are left out then. None takes all.
+            within_llm_call: whether this tree is part of a model call. Of calls inside of each other one is
+                kept: the outermost, unless only an inner one has token ids. None takes all.
+            existing_llm_call_response_ids: ids of replies that were seen before; grows by those found. Of
+                several calls with the same reply one is kept, rather one with token ids. None takes all.
+        """
+        is_call = re.compile(llm_call_match)
+        found: list[FoundCall[TraceTree]] = []
+        pending: list[tuple[TraceTree, str | None, bool, FoundCall[TraceTree] | None]] = [
+            (self, within_matching_subtree, bool(within_reward), None)
+        ]
+        while pending:
+            node, agent, in_reward, outer = pending.pop()
+            name = node.agent_name()
+            if name is not None and (agent_match is None or re.search(agent_match, name)):
+                agent = name
+            in_reward = in_reward or (within_reward is not None and node.is_reward_span())
+            if is_call.search(node.span.name) and not in_reward and (agent_match is None or agent is not None):
+                outer = FoundCall(node, node.span, agent or "", outer)
+                found.append(outer)
+            pending.extend((child, agent, in_reward, outer) for child in node.children)
+        if within_llm_call is not None:
+            found = [] if within_llm_call else one_of_each_nest(found)
+        if existing_llm_call_response_ids is not None:
+            found = one_for_each_reply(found, existing_llm_call_response_ids)
+        return [(call.node, call.agent) for call in sorted(found, key=lambda call: _when(call.node))]
+
+    def match_rewards(
+        self, reward_match: RewardMatchPolicy | str, llm_calls: Sequence[TraceTree]
+    ) -> dict[str, float | None]:
+        """The reward of each call, by the id of its span; None for a call without one."""
+        calls = {call.id for call in llm_calls}
+        if RewardMatchPolicy(reward_match) is RewardMatchPolicy.FIRST_SIBLING:
+            matched = dict[str, float | None].fromkeys(calls)
+            for node in self.traverse():
+                matched |= _sibling_rewards(node.children, calls)
+            return matched
+        rewards = sorted((node for node in self.traverse() if node.is_reward_span()), key=_when)
+        times = [_when(node) for node in rewards]
+        following = {call.id: bisect_right(times, _when(call)) for call in llm_calls}
+        return {
+            id: get_reward_value(rewards[place].span) if place < len(rewards) else None
+            for id, place in following.items()
+        }
+
+    def span_to_triplet(self, span: Span, agent_name: str) -> Triplet:
+        """One model call as a training example, without a reward. See ``ModelCall.triplet``."""
+        return read_model_call(span).triplet(agent_name, None)
+
+    def to_trajectory(
+        self,
+        llm_call_match: str = LLM_CALL_MATCH,
+        agent_match: str | None = None,
+        exclude_llm_call_in_reward: bool = True,
+        dedup_llm_call: bool = True,
+        reward_match: RewardMatchPolicy = RewardMatchPolicy.FIRST_OCCURRENCE,
+        final_reward: float | None = None,
+        _skip_empty_token_spans: bool = False,
+    ) -> list[Triplet]:
+        """The model calls as training examples, in the order of their times.
+
+        Args:
+            llm_call_match, agent_match: see ``find_llm_calls``.
+            exclude_llm_call_in_reward: leave out calls that a reward function made.
+            dedup_llm_call: take each call once, however many instrumentations recorded it.
+            reward_match: which reward belongs to which call.
+            final_reward: the reward of the last call, if it has none of its own.
+            _skip_empty_token_spans: leave out calls without token ids.
+        """
+        calls = self.find_llm_calls(
+            llm_call_match=llm_call_match,
+            agent_match=agent_match,
+            within_reward=False if exclude_llm_call_in_reward else None,
+            within_llm_call=False if dedup_llm_call else None,
+            existing_llm_call_response_ids=set() if dedup_llm_call else None,
+        )
+        kept = [(call, agent) for call, agent in calls if not _skip_empty_token_spans or has_token_ids(call.span)]
+        rewards = self.match_rewards(reward_match, [call for call, _ in kept])
+        triplets = [read_model_call(call.span).triplet(agent, rewards[call.id]) for call, agent in kept]
+        if triplets and triplets[-1].reward is None:
+            triplets[-1].reward = final_reward
+        return triplets
+
+
+def _when(node: TraceTree) -> tuple[float, int]:
+    return node.start_time, node.span.sequence_id
+
+
+def _spans_without_parent(parents: dict[str, str | None]) -> set[str]:
+    """Ids of the spans that nothing is above of: without a parent here, or the first seen of a circle."""
+    top: set[str] = set()
+    settled: set[str] = set()
+    for start in parents:
+        path: list[str] = []
+        on_path: set[str] = set()
+        current = start
+        while current not in settled and current not in on_path:
+            path.append(current)
+            on_path.add(current)
+            parent = parents[current]
+            if parent is None or parent not in parents:
+                top.add(current)
+                break
+            current = parent
+        else:
+            if current in on_path:
+                top.add(current)
+        settled.update(path)
+    return top
+
+
+def _sibling_rewards(siblings: Sequence[TraceTree], calls: set[str]) -> dict[str, float | None]:
+    matched: dict[str, float | None] = {}
+    waiting: str | None = None
+    for node in siblings:
+        if node.id in calls:
+            waiting = node.id
+        elif waiting is not None and node.is_reward_span():
+            matched[waiting] = get_reward_value(node.span)
+            waiting = None
+    return matched

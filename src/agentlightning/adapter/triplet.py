@@ -1,0 +1,151 @@
+"""Adapters that make training examples (triplets) of the spans of an attempt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from agentlightning.adapter.base import TraceAdapter
+from agentlightning.adapter.model_calls import has_token_ids, read_model_call
+from agentlightning.adapter.tree import LLM_CALL_MATCH, RewardMatchPolicy, TraceTree
+from agentlightning.adapter.usable import Adapted, UnusableSpan, log_unusable
+from agentlightning.semconv import LLMCallAttributes
+from agentlightning.types import Span, Triplet
+from agentlightning.types.rewards import get_reward_value
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+__all__ = [
+    "LlmProxyTraceToTriplet",
+    "RewardMatchPolicy",
+    "TraceToTripletBase",
+    "TraceTree",
+    "TracerTraceToTriplet",
+]
+
+_logger = logging.getLogger(__name__)
+
+_NO_TOKEN_IDS = "token ids of prompt or response were not recorded; does the backend know return_token_ids?"
+
+
+class TraceToTripletBase(TraceAdapter[list[Triplet]]):
+    """Makes one triplet of each model call that something can be learned from. A subclass writes `examine`."""
+
+    def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
+        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
+        raise NotImplementedError(f"{type(self).__name__} has no examine method")
+
+    def adapt(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> list[Triplet]:
+        """The triplets in the order of the calls. Spans that cannot be used are logged; `examine` returns them."""
+        adapted = self.examine(source)
+        log_unusable(_logger, adapted.unusable)
+        return adapted.made
+
+
+class TracerTraceToTriplet(TraceToTripletBase):
+    """Makes triplets of whatever recorded the calls: a tracer with any instrumentation, the proxy, or both.
+
+    A call without token ids still makes a triplet, if its messages were recorded: ``token_ids`` are empty.
+
+    Args:
+        repair_hierarchy: put spans that lost their parent below the span that they happened in.
+        llm_call_match: regular expression that the names of the spans of model calls match somewhere.
+        agent_match: only calls of agents whose name matches this; None for all.
+        exclude_llm_call_in_reward: leave out calls that a reward function made.
+        reward_match: which reward belongs to which call.
+        _skip_empty_token_spans: calls without token ids are unusable.
+    """
+
+    def __init__(
+        self,
+        repair_hierarchy: bool = True,
+        llm_call_match: str = LLM_CALL_MATCH,
+        agent_match: str | None = None,
+        exclude_llm_call_in_reward: bool = True,
+        reward_match: RewardMatchPolicy = RewardMatchPolicy.FIRST_OCCURRENCE,
+        _skip_empty_token_spans: bool = False,
+    ) -> None:
+        self._repair_hierarchy = repair_hierarchy
+        self._llm_call_match = llm_call_match
+        self._agent_match = agent_match
+        self._exclude_llm_call_in_reward = exclude_llm_call_in_reward
+        self._reward_match = RewardMatchPolicy(reward_match)
+        self._skip_empty_token_spans = _skip_empty_token_spans
+
+    def visualize(
+        self,
+        source: Sequence[Span] | Sequence[ReadableSpan],
+        /,
+        filename: str = "trace_tree",
+        interested_span_match: str | None = None,
+    ) -> TraceTree:
+        """Write the tree of the spans to ``FILENAME.dot``, and return it. See ``TraceTree.visualize``."""
+        tree = self._tree(source)
+        tree.visualize(filename, interested_span_match)
+        return tree
+
+    def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
+        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
+        if not source:
+            return Adapted([], [])
+        tree = self._tree(source)
+        calls = tree.find_llm_calls(
+            llm_call_match=self._llm_call_match,
+            agent_match=self._agent_match,
+            within_reward=False if self._exclude_llm_call_in_reward else None,
+            within_llm_call=False,
+            existing_llm_call_response_ids=set(),
+        )
+        rewards = tree.match_rewards(self._reward_match, [call for call, _ in calls])
+        made: list[Triplet] = []
+        unusable: list[UnusableSpan] = []
+        for call, agent in calls:
+            read = read_model_call(call.span)
+            problem = read.problem
+            if problem is None and self._skip_empty_token_spans and not has_token_ids(call.span):
+                problem = _NO_TOKEN_IDS
+            if problem is None:
+                made.append(read.triplet(agent, rewards[call.id]))
+            else:
+                unusable.append(UnusableSpan.of(call.span, problem))
+        return Adapted(made, unusable)
+
+    def _tree(self, source: Sequence[Span] | Sequence[ReadableSpan]) -> TraceTree:
+        tree = TraceTree.from_spans(_as_ours(source))
+        if self._repair_hierarchy:
+            tree.repair_hierarchy()
+        return tree
+
+
+class LlmProxyTraceToTriplet(TraceToTripletBase):
+    """Makes triplets of the calls that the LLM proxy recorded, and of nothing else.
+
+    Calls must have token ids. A call's reward is the first one that was emitted after it began. The spans
+    need not hang together: the proxy knows the attempt of a call, and no more.
+    """
+
+    def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
+        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
+        spans = sorted(_as_ours(source), key=lambda span: (span.start_time or 0.0, span.sequence_id))
+        made: list[Triplet] = []
+        unusable: list[UnusableSpan] = []
+        reward: float | None = None
+        for span in reversed(spans):
+            value = get_reward_value(span)
+            if value is not None:
+                reward = value
+            elif LLMCallAttributes.REQUEST.value in span.attributes or has_token_ids(span):
+                read = read_model_call(span)
+                problem = read.problem or (None if read.prompt_token_ids and read.response_token_ids else _NO_TOKEN_IDS)
+                if problem is None:
+                    made.append(read.triplet("", reward))
+                else:
+                    unusable.append(UnusableSpan.of(span, problem))
+        return Adapted(made[::-1], unusable[::-1])
+
+
+def _as_ours(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
+    """The spans as ours, where they came from the OpenTelemetry SDK."""
+    return [span if isinstance(span, Span) else Span.from_opentelemetry(span, "", "", 0) for span in source]

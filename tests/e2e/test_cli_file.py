@@ -133,6 +133,29 @@ def test_a_name_that_is_not_clear_or_not_there_is_refused(worked: Path) -> None:
     assert nothing == (ExitCode.NOT_FOUND, "", "error: there is no rollout 'ro-nobody'; `agl rollouts ls` lists them\n")
 
 
+def test_rollouts_are_cancelled_all_or_none_of_those_named(database: Path) -> None:
+    unknown = agl("rollouts", "cancel", "ro-task-7", "ro-nobody", "--url", database)
+    assert unknown.code == ExitCode.NOT_FOUND
+    done = agl("rollouts", "cancel", "task-6", "ro-task-7", "-m", "wrong prompt", "--url", database).ok()
+    assert done.out == "ro-task-6  cancelled\nro-task-7  cancelled\n"
+    assert "cancelled: wrong prompt" in agl("rollouts", "show", "ro-task-7", "--url", database).ok().out
+    agl("rollouts", "cancel", "ro-task-7", "--url", database).ok()  # a repeat changes nothing
+    ended = agl("rollouts", "cancel", "ro-task-0", "--url", database)
+    assert ended.code == ExitCode.FAILED
+    assert "succeeded" in ended.err
+
+
+def test_old_rollouts_are_deleted_when_that_is_wanted(database: Path) -> None:
+    asked = agl_process("rollouts", "prune", "--older-than", "0s", "--url", database, stdin=subprocess.DEVNULL)
+    assert asked.code == ExitCode.FAILED
+    assert "Delete all rollouts" in asked.out + asked.err
+    assert agl("rollouts", "prune", "--older-than", "1d", "-y", "--url", database).ok().out == "0 rollouts deleted\n"
+    assert agl("rollouts", "prune", "--older-than", "0s", "-y", "--url", database).ok().out == "6 rollouts deleted\n"
+    assert ids("--url", database) == ["ro-task-7", "ro-task-6"]
+    assert agl("rollouts", "prune", "--older-than", "soon", "-y", "--url", database).code == ExitCode.USAGE
+    agl("verify", "--url", database).ok()
+
+
 # --- Traces ------------------------------------------------------------------------------------------
 
 

@@ -27,10 +27,12 @@ COMMANDS: dict[str, Command | Group] = {
     "proxy": Command("agentlightning.cli.proxy:proxy", "Serve models, and record every call of an attempt.", _RUN),
     "status": Command("agentlightning.cli.status:status", "One screen: what goes on, what stands still, why.", _LOOK),
     "rollouts": Group(
-        "List rollouts, or show one with its attempts.",
+        "List rollouts, show, cancel or delete them.",
         {
             "ls": Command("agentlightning.cli.rollouts:ls", "List rollouts, the newest first."),
             "show": Command("agentlightning.cli.rollouts:show", "Show one rollout: input, attempts, spans, reward."),
+            "cancel": Command("agentlightning.cli.rollout_orders:cancel", "End rollouts that nobody wants any more."),
+            "prune": Command("agentlightning.cli.rollout_orders:prune", "Delete rollouts that ended long ago."),
         },
         _LOOK,
     ),

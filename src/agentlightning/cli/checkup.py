@@ -188,7 +188,7 @@ def check_disk(free: int | None, total: int | None, what: str) -> Iterator[Findi
     if free is None or total is None:
         return
     room = f"{size(free)} of {size(total)} free on the disk of {what}"
-    fix = "Make room: delete_finished_rollouts() in the API frees old ones, backups may move elsewhere."
+    fix = "Make room: `agl rollouts prune` deletes old ones, and their room is used again; move backups elsewhere."
     if free < _FULL_BYTES:
         yield Finding("disk_almost_full", "problem", f"{room}. When it is full, writes are refused.", fix)
     elif free < _LOW_BYTES and free < total * _LOW_SHARE:

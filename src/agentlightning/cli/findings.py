@@ -140,7 +140,7 @@ def _held(overview: Overview) -> Iterator[Finding]:
             "problem",
             f"{_count(len(stuck), 'rollout')} held by a silent attempt that nothing ends: {first.rollout_id}, last "
             f"heard of {ago(heard, overview.now)}, has no time limit, and its worker no lease.",
-            "Give rollouts timeout_seconds or unresponsive_seconds (RolloutConfig); end these with cancel_rollout.",
+            "Give rollouts a limit (timeout_seconds, unresponsive_seconds); end these with `agl rollouts cancel`.",
         )
 
 

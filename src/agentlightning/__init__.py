@@ -10,6 +10,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agentlightning.adapter.base import (
+        Adapter as Adapter,
+        OtelTraceAdapter as OtelTraceAdapter,
+        TraceAdapter as TraceAdapter,
+    )
+    from agentlightning.adapter.messages import (
+        OpenAIMessages as OpenAIMessages,
+        TraceToMessages as TraceToMessages,
+    )
+    from agentlightning.adapter.tree import (
+        RewardMatchPolicy as RewardMatchPolicy,
+        TraceTree as TraceTree,
+    )
+    from agentlightning.adapter.triplet import (
+        LlmProxyTraceToTriplet as LlmProxyTraceToTriplet,
+        TracerTraceToTriplet as TracerTraceToTriplet,
+        TraceToTripletBase as TraceToTripletBase,
+    )
+    from agentlightning.adapter.usable import (
+        Adapted as Adapted,
+        UnusableSpan as UnusableSpan,
+    )
+    from agentlightning.algorithm.base import (
+        Algorithm as Algorithm,
+    )
+    from agentlightning.algorithm.batches import (
+        batch_iter_over_dataset as batch_iter_over_dataset,
+    )
+    from agentlightning.algorithm.decorator import (
+        FunctionalAlgorithm as FunctionalAlgorithm,
+        algo as algo,
+    )
+    from agentlightning.algorithm.fast import (
+        Baseline as Baseline,
+        FastAlgorithm as FastAlgorithm,
+    )
+    from agentlightning.algorithm.grpo import (
+        GRPO as GRPO,
+    )
+    from agentlightning.algorithm.policy_endpoint import (
+        PolicyEndpoint as PolicyEndpoint,
+    )
+    from agentlightning.algorithm.policy_update import (
+        PolicyUpdate as PolicyUpdate,
+    )
+    from agentlightning.algorithm.run import (
+        Run as Run,
+    )
+    from agentlightning.algorithm.softmax_policy import (
+        SoftmaxPolicy as SoftmaxPolicy,
+    )
+    from agentlightning.algorithm.wiring import (
+        with_llm_proxy as with_llm_proxy,
+        with_store as with_store,
+    )
     from agentlightning.emitter.annotation import (
         OperationContext as OperationContext,
         emit_annotation as emit_annotation,
@@ -62,6 +117,7 @@ if TYPE_CHECKING:
         NotAllowed as NotAllowed,
         NotAuthenticated as NotAuthenticated,
         NotFound as NotFound,
+        NothingToLearn as NothingToLearn,
         NotJson as NotJson,
         Overloaded as Overloaded,
         SpoolFull as SpoolFull,
@@ -105,7 +161,9 @@ if TYPE_CHECKING:
         AgentLightningClient as AgentLightningClient,
         DevTaskLoader as DevTaskLoader,
     )
-    from agentlightning.legacy.server import AgentLightningServer as AgentLightningServer
+    from agentlightning.legacy.server import (
+        AgentLightningServer as AgentLightningServer,
+    )
     from agentlightning.litagent.decorator import (
         FunctionalLitAgent as FunctionalLitAgent,
         llm_rollout as llm_rollout,
@@ -166,16 +224,24 @@ if TYPE_CHECKING:
         is_queuing as is_queuing,
         is_running as is_running,
     )
-    from agentlightning.store.client_server.client import LightningStoreClient as LightningStoreClient
-    from agentlightning.store.client_server.limits import ServerLimits as ServerLimits
-    from agentlightning.store.client_server.server import LightningStoreServer as LightningStoreServer
+    from agentlightning.store.client_server.client import (
+        LightningStoreClient as LightningStoreClient,
+    )
+    from agentlightning.store.client_server.limits import (
+        ServerLimits as ServerLimits,
+    )
+    from agentlightning.store.client_server.server import (
+        LightningStoreServer as LightningStoreServer,
+    )
     from agentlightning.store.sqlite.store import (
         InMemoryLightningStore as InMemoryLightningStore,
         LightningStoreThreaded as LightningStoreThreaded,
         ReadOnlySqliteStore as ReadOnlySqliteStore,
         SqliteLightningStore as SqliteLightningStore,
     )
-    from agentlightning.telemetry.logs import setup_logging as setup_logging
+    from agentlightning.telemetry.logs import (
+        setup_logging as setup_logging,
+    )
     from agentlightning.tracer.active import (
         clear_active_tracer as clear_active_tracer,
         get_active_tracer as get_active_tracer,
@@ -193,7 +259,9 @@ if TYPE_CHECKING:
     from agentlightning.tracer.processor import (
         LightningSpanProcessor as LightningSpanProcessor,
     )
-    from agentlightning.trainer.trainer import Trainer as Trainer
+    from agentlightning.trainer.trainer import (
+        Trainer as Trainer,
+    )
     from agentlightning.types import (
         LLM as LLM,
         UNSET as UNSET,
@@ -256,6 +324,31 @@ if TYPE_CHECKING:
     """The installed version of the package."""
 
 _MODULE_NAMES = {
+    "Adapter": "agentlightning.adapter.base",
+    "OtelTraceAdapter": "agentlightning.adapter.base",
+    "TraceAdapter": "agentlightning.adapter.base",
+    "OpenAIMessages": "agentlightning.adapter.messages",
+    "TraceToMessages": "agentlightning.adapter.messages",
+    "RewardMatchPolicy": "agentlightning.adapter.tree",
+    "TraceTree": "agentlightning.adapter.tree",
+    "LlmProxyTraceToTriplet": "agentlightning.adapter.triplet",
+    "TracerTraceToTriplet": "agentlightning.adapter.triplet",
+    "TraceToTripletBase": "agentlightning.adapter.triplet",
+    "Adapted": "agentlightning.adapter.usable",
+    "UnusableSpan": "agentlightning.adapter.usable",
+    "Algorithm": "agentlightning.algorithm.base",
+    "batch_iter_over_dataset": "agentlightning.algorithm.batches",
+    "FunctionalAlgorithm": "agentlightning.algorithm.decorator",
+    "algo": "agentlightning.algorithm.decorator",
+    "Baseline": "agentlightning.algorithm.fast",
+    "FastAlgorithm": "agentlightning.algorithm.fast",
+    "GRPO": "agentlightning.algorithm.grpo",
+    "PolicyEndpoint": "agentlightning.algorithm.policy_endpoint",
+    "PolicyUpdate": "agentlightning.algorithm.policy_update",
+    "Run": "agentlightning.algorithm.run",
+    "SoftmaxPolicy": "agentlightning.algorithm.softmax_policy",
+    "with_llm_proxy": "agentlightning.algorithm.wiring",
+    "with_store": "agentlightning.algorithm.wiring",
     "OperationContext": "agentlightning.emitter.annotation",
     "emit_annotation": "agentlightning.emitter.annotation",
     "operation": "agentlightning.emitter.annotation",
@@ -278,39 +371,6 @@ _MODULE_NAMES = {
     "get_rewards_from_span": "agentlightning.emitter.reward",
     "is_reward_span": "agentlightning.emitter.reward",
     "reward": "agentlightning.emitter.reward",
-    "FunctionalLitAgent": "agentlightning.litagent.decorator",
-    "llm_rollout": "agentlightning.litagent.decorator",
-    "prompt_rollout": "agentlightning.litagent.decorator",
-    "rollout": "agentlightning.litagent.decorator",
-    "Hook": "agentlightning.litagent.hooks",
-    "LitAgent": "agentlightning.litagent.litagent",
-    "is_v0_1_rollout_api": "agentlightning.litagent.litagent",
-    "ProgramAgent": "agentlightning.litagent.program",
-    "LitAgentRunner": "agentlightning.runner.agent",
-    "Runner": "agentlightning.runner.base",
-    "clear_active_tracer": "agentlightning.tracer.active",
-    "get_active_tracer": "agentlightning.tracer.active",
-    "set_active_tracer": "agentlightning.tracer.active",
-    "Tracer": "agentlightning.tracer.base",
-    "DummyTracer": "agentlightning.tracer.dummy",
-    "OtelTracer": "agentlightning.tracer.otel",
-    "LightningSpanProcessor": "agentlightning.tracer.processor",
-    "ParallelWorkerBase": "agentlightning.types.parallel",
-    "AGL_ANNOTATION": "agentlightning.semconv",
-    "AGL_EXCEPTION": "agentlightning.semconv",
-    "AGL_MESSAGE": "agentlightning.semconv",
-    "AGL_OBJECT": "agentlightning.semconv",
-    "AGL_OPERATION": "agentlightning.semconv",
-    "AGL_REWARD": "agentlightning.semconv",
-    "AGL_VIRTUAL": "agentlightning.semconv",
-    "GenAIAttributes": "agentlightning.semconv",
-    "LLMCallAttributes": "agentlightning.semconv",
-    "LightningResourceAttributes": "agentlightning.semconv",
-    "LightningSpanAttributes": "agentlightning.semconv",
-    "LinkAttributes": "agentlightning.semconv",
-    "LinkPydanticModel": "agentlightning.semconv",
-    "RewardAttributes": "agentlightning.semconv",
-    "RewardPydanticModel": "agentlightning.semconv",
     "AgentLightningError": "agentlightning.errors",
     "BadRequest": "agentlightning.errors",
     "Conflict": "agentlightning.errors",
@@ -341,6 +401,7 @@ _MODULE_NAMES = {
     "StoreUnreachable": "agentlightning.errors",
     "TooLarge": "agentlightning.errors",
     "UnsupportedMedia": "agentlightning.errors",
+    "NothingToLearn": "agentlightning.errors",
     "AlgorithmBundle": "agentlightning.execution.base",
     "ExecutionStrategy": "agentlightning.execution.base",
     "RunnerBundle": "agentlightning.execution.base",
@@ -352,17 +413,42 @@ _MODULE_NAMES = {
     "Quotas": "agentlightning.execution.quotas",
     "RestartPolicy": "agentlightning.execution.restarts",
     "SharedMemoryExecutionStrategy": "agentlightning.execution.shared_memory",
-    "LightningEnvVar": "agentlightning.settings",
-    "resolve_bool_env_var": "agentlightning.settings",
-    "resolve_int_env_var": "agentlightning.settings",
-    "resolve_str_env_var": "agentlightning.settings",
     "AgentLightningClient": "agentlightning.legacy.client",
     "DevTaskLoader": "agentlightning.legacy.client",
     "AgentLightningServer": "agentlightning.legacy.server",
+    "FunctionalLitAgent": "agentlightning.litagent.decorator",
+    "llm_rollout": "agentlightning.litagent.decorator",
+    "prompt_rollout": "agentlightning.litagent.decorator",
+    "rollout": "agentlightning.litagent.decorator",
+    "Hook": "agentlightning.litagent.hooks",
+    "LitAgent": "agentlightning.litagent.litagent",
+    "is_v0_1_rollout_api": "agentlightning.litagent.litagent",
+    "ProgramAgent": "agentlightning.litagent.program",
     "LLMProxy": "agentlightning.proxy",
     "ModelConfig": "agentlightning.proxy",
     "get_active_llm_proxy": "agentlightning.proxy",
     "set_active_llm_proxy": "agentlightning.proxy",
+    "LitAgentRunner": "agentlightning.runner.agent",
+    "Runner": "agentlightning.runner.base",
+    "AGL_ANNOTATION": "agentlightning.semconv",
+    "AGL_EXCEPTION": "agentlightning.semconv",
+    "AGL_MESSAGE": "agentlightning.semconv",
+    "AGL_OBJECT": "agentlightning.semconv",
+    "AGL_OPERATION": "agentlightning.semconv",
+    "AGL_REWARD": "agentlightning.semconv",
+    "AGL_VIRTUAL": "agentlightning.semconv",
+    "GenAIAttributes": "agentlightning.semconv",
+    "LLMCallAttributes": "agentlightning.semconv",
+    "LightningResourceAttributes": "agentlightning.semconv",
+    "LightningSpanAttributes": "agentlightning.semconv",
+    "LinkAttributes": "agentlightning.semconv",
+    "LinkPydanticModel": "agentlightning.semconv",
+    "RewardAttributes": "agentlightning.semconv",
+    "RewardPydanticModel": "agentlightning.semconv",
+    "LightningEnvVar": "agentlightning.settings",
+    "resolve_bool_env_var": "agentlightning.settings",
+    "resolve_int_env_var": "agentlightning.settings",
+    "resolve_str_env_var": "agentlightning.settings",
     "LightningStore": "agentlightning.store.base",
     "LightningStoreCapabilities": "agentlightning.store.base",
     "LightningStoreStatistics": "agentlightning.store.base",
@@ -371,13 +457,20 @@ _MODULE_NAMES = {
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
     "LightningStoreClient": "agentlightning.store.client_server.client",
-    "LightningStoreServer": "agentlightning.store.client_server.server",
     "ServerLimits": "agentlightning.store.client_server.limits",
+    "LightningStoreServer": "agentlightning.store.client_server.server",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",
     "SqliteLightningStore": "agentlightning.store.sqlite.store",
     "setup_logging": "agentlightning.telemetry.logs",
+    "clear_active_tracer": "agentlightning.tracer.active",
+    "get_active_tracer": "agentlightning.tracer.active",
+    "set_active_tracer": "agentlightning.tracer.active",
+    "Tracer": "agentlightning.tracer.base",
+    "DummyTracer": "agentlightning.tracer.dummy",
+    "OtelTracer": "agentlightning.tracer.otel",
+    "LightningSpanProcessor": "agentlightning.tracer.processor",
     "Trainer": "agentlightning.trainer.trainer",
     "LLM": "agentlightning.types",
     "UNSET": "agentlightning.types",
@@ -431,6 +524,7 @@ _MODULE_NAMES = {
     "WorkerStatus": "agentlightning.types",
     "convert_timestamp": "agentlightning.types",
     "extract_extra_fields": "agentlightning.types",
+    "ParallelWorkerBase": "agentlightning.types.parallel",
 }
 """Every exported name, and the module that defines it."""
 

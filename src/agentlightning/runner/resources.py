@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 
 from agentlightning.store.base import LightningStore
@@ -11,6 +12,9 @@ __all__ = ["CachedResources"]
 
 _KEPT = 16
 """Versions in memory. Rollouts that run at the same time were mostly enqueued with the same one."""
+
+_LATEST_SECONDS = 1.0
+"""How long the latest resources count as such, for rollouts that were enqueued without any."""
 
 
 class CachedResources:
@@ -22,17 +26,19 @@ class CachedResources:
 
     def __init__(self, store: LightningStore) -> None:
         self._store = store
+        self._latest: NamedResources = {}
+        self._latest_until = 0.0
         self._known: OrderedDict[tuple[str, int], NamedResources] = OrderedDict()
 
     async def of(self, rollout: AttemptedRollout) -> NamedResources | None:
         """The resources that the rollout was enqueued with; None if they are not in the store.
 
-        A rollout that was enqueued when there were none gets the latest there are now, or an empty dict.
+        A rollout that was enqueued when there were none gets the latest there are now (or were a second ago), or an
+        empty dict.
         """
         resources_id, version = rollout.resources_id, rollout.resources_version
         if resources_id is None:
-            latest = await self._store.get_latest_resources()
-            return {} if latest is None else latest.resources
+            return await self._of_now()
         if version is None:  # a store that does not say which one: then what it has now
             return _content(await self._store.get_resources_by_id(resources_id))
         key = (resources_id, version)
@@ -46,6 +52,12 @@ class CachedResources:
                 self._known.popitem(last=False)
             return dict(found)
         return None
+
+    async def _of_now(self) -> NamedResources:
+        if time.monotonic() >= self._latest_until:
+            self._latest = _content(await self._store.get_latest_resources()) or {}
+            self._latest_until = time.monotonic() + _LATEST_SECONDS
+        return dict(self._latest)
 
 
 def _content(update: ResourcesUpdate | None) -> NamedResources | None:

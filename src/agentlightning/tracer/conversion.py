@@ -96,7 +96,7 @@ class SpanConverter:
                 "resource": self._resource_of(src.resource),
             },
         )
-        if odd or not mending.fits(src.name) or status.description is not None or span.events or span.links:
+        if odd or mending.is_odd_name(src.name) or status.description is not None or span.events or span.links:
             _mend(span)
         return span
 
@@ -165,13 +165,12 @@ def _mend(span: Span) -> None:
 
 def _mend_size(span: Span) -> list[str]:
     parts = [span.attributes, *(event.attributes for event in span.events)]
-    size = len(span.name) + sum(mending.sizeable(part) for part in parts)
-    if size <= mending.CHARACTERS_LIMIT:
-        return []
     changed: list[str] = []
-    if len(span.name) > mending.CHARACTERS_LIMIT // 100:
-        span.name = span.name[: mending.CHARACTERS_LIMIT // 100] + "… (cut)"
+    if len(span.name) > mending.NAME_CHARACTERS:
+        span.name = span.name[: mending.NAME_CHARACTERS] + "… (cut)"
         changed.append("name")
+    if sum(mending.sizeable(part) for part in parts) <= mending.CHARACTERS_LIMIT:
+        return changed
     share = mending.SPAN_BYTES // (1 + len(span.events))
     for position, event in enumerate(span.events):
         cut = mending.mend_size(event.attributes, share)

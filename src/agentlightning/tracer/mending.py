@@ -15,13 +15,27 @@ import msgspec
 
 from agentlightning.semconv import LightningSpanAttributes
 
-__all__ = ["CHARACTERS_LIMIT", "fits", "mend_attributes", "mend_size", "mend_text", "sizeable"]
+__all__ = [
+    "CHARACTERS_LIMIT",
+    "NAME_CHARACTERS",
+    "SPAN_BYTES",
+    "fits",
+    "is_odd_name",
+    "mark",
+    "mend_attributes",
+    "mend_size",
+    "mend_text",
+    "sizeable",
+]
 
 CHARACTERS_LIMIT = 600_000
 """A span with fewer characters of text fits into 4 MiB, however JSON has to escape them (6 bytes for one)."""
 
 SPAN_BYTES = 3 * 1024 * 1024
 """What the attributes of one span may take as JSON, which leaves room for its other parts."""
+
+NAME_CHARACTERS = 5000
+"""Of a longer name of a span the beginning is kept."""
 
 _REWARDS = ("agentlightning.reward", "reward")
 _INT64_END = 2**63
@@ -41,6 +55,11 @@ def fits(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_odd_name(name: str) -> bool:
+    """Whether the name of a span has to be mended."""
+    return len(name) > NAME_CHARACTERS or not fits(name)
 
 
 def mend_text(text: str) -> str:

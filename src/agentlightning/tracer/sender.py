@@ -155,16 +155,16 @@ class SpanSender:
             except TimeoutError:
                 pass
             if self._failures:  # what wakes us while the store is away must not make us run in circles
-                await asyncio.sleep(self._pause() or 0)
+                await asyncio.sleep(self._pause())
             self._wake.clear()
             await self._send_all()
         self._loop = self._wake = None
 
-    def _pause(self) -> float | None:
-        """Seconds until the next look; None: until somebody calls."""
+    def _pause(self) -> float:
+        """Seconds until the next look."""
         if self._failures:
             return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (self._failures - 1))
-        return self._interval if self._open else None
+        return self._interval
 
     async def _send_all(self) -> None:
         with self._lock:

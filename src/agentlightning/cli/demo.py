@@ -21,7 +21,7 @@ __all__ = ["demo"]
 
 _RUNS = Path("agl-runs")
 _NAME = "demo"
-_STEPS = 40
+_STEPS = 26
 
 
 def demo(
@@ -98,8 +98,8 @@ def _tell(console: Console, outcome: Outcome, *, wanted_kill: bool) -> None:
         rescued = [each for each in account.retried if each.lost_its_worker]
         console.print(
             f"Runner {outcome.killed} was killed (SIGKILL) in the middle of its work; "
-            f"{len(rescued)} rollouts were with it, were tried again, and "
-            f"{sum(each.status == 'succeeded' for each in rescued)} of them succeeded."
+            f"{_count(len(rescued), 'game')} it was playing went to the other one, and "
+            f"{sum(each.status == 'succeeded' for each in rescued)} succeeded."
             if outcome.killed
             else "No runner was killed: there was none at work at the time."
         )
@@ -109,6 +109,10 @@ def _tell(console: Console, outcome: Outcome, *, wanted_kill: bool) -> None:
     rollouts = "rollouts ls" if example is None else f"rollouts show {example}"
     for command in ("status", rollouts, "verify"):
         console.print(f"  {_program()} {command} --url {database}", highlight=False, soft_wrap=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"the {noun}" if number == 1 else f"the {number} {noun}s"
 
 
 def _program() -> str:

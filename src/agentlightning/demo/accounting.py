@@ -21,8 +21,8 @@ class Retried:
 
     @property
     def lost_its_worker(self) -> bool:
-        """Whether an attempt ended because its worker died."""
-        return any(attempt.reason_code == reasons.WORKER_LOST for attempt in self.attempts)
+        """Whether an attempt ended because its worker died, after it had begun or before."""
+        return any(attempt.reason_code in (reasons.WORKER_LOST, reasons.UNCONFIRMED) for attempt in self.attempts)
 
 
 @dataclass(frozen=True)

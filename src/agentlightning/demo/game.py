@@ -17,7 +17,19 @@ from typing import Literal
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["GUESSES", "HIGHEST", "LOWEST", "VOCABULARY", "Game", "Outcome", "describe", "parse", "prompt", "start", "step"]
+__all__ = [
+    "GUESSES",
+    "HIGHEST",
+    "LOWEST",
+    "VOCABULARY",
+    "Game",
+    "Outcome",
+    "describe",
+    "parse",
+    "prompt",
+    "start",
+    "step",
+]
 
 LOWEST = 1
 HIGHEST = 15

@@ -43,14 +43,23 @@ class Sabotage:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
                 await asyncio.sleep(_SETTLE_SECONDS)
-                halted = await self._store.get_worker_by_id(worker.worker_id)
-                if halted is None or halted.current_rollout_id is None:
+                rollout_id = await self._working_on(worker.worker_id)
+                if rollout_id is None:
                     os.kill(pid, signal.SIGCONT)
                     continue
                 os.kill(pid, signal.SIGKILL)
-                self.worker_id, self.rollout_id = worker.worker_id, halted.current_rollout_id
+                self.worker_id, self.rollout_id = worker.worker_id, rollout_id
                 return True
         return False
+
+    async def _working_on(self, worker_id: str) -> str | None:
+        """A rollout that the worker has begun and not ended."""
+        worker = await self._store.get_worker_by_id(worker_id)
+        if worker is None or worker.current_rollout_id is None:
+            return None
+        attempt = await self._store.get_latest_attempt(worker.current_rollout_id)
+        is_begun = attempt is not None and attempt.worker_id == worker_id and attempt.status == "running"
+        return worker.current_rollout_id if is_begun else None
 
 
 def _local(workers: Sequence[Worker]) -> list[Worker]:

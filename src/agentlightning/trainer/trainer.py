@@ -138,7 +138,7 @@ class Trainer:
             ExecutionStrategy,
             "strategy",
             lambda: ClientServerExecutionStrategy(n_runners=self.n_runners, server_port=self.port),
-            defaults={"n_runners": lambda: self.n_runners, "server_port": lambda: self.port},
+            defaults=self._strategy_defaults(),
             registry=ExecutionStrategyRegistry,
         )
         self.llm_proxy = None if llm_proxy is None else _built_proxy(llm_proxy, self.store)
@@ -241,6 +241,12 @@ class Trainer:
             run_beside_loop(execute, algorithm_role.interrupt)
         else:
             execute()
+
+    def _strategy_defaults(self) -> dict[str, Callable[[], Any]]:
+        defaults: dict[str, Callable[[], Any]] = {"n_runners": lambda: self.n_runners, "server_port": lambda: self.port}
+        if self.n_runners > 1:  # a thread runs one runner, so the main thread is the algorithm's
+            defaults["main_thread"] = lambda: "algorithm"
+        return defaults
 
     def _default_store(self) -> LightningStore:
         if self.run_folder is None:

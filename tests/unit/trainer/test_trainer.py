@@ -1,0 +1,135 @@
+"""What a ``Trainer`` is made of, before it runs anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+import agentlightning as agl
+from agentlightning.errors import InvalidValue
+from agentlightning.trainer.roles import RunnerFactory, RunnerRole
+from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG
+
+
+def test_what_a_trainer_is_made_of_by_default() -> None:
+    trainer = agl.Trainer()
+    assert isinstance(trainer.store, agl.InMemoryLightningStore)
+    assert isinstance(trainer.strategy, agl.ClientServerExecutionStrategy)
+    assert isinstance(trainer.runner, agl.LitAgentRunner)
+    assert isinstance(trainer.tracer, agl.OtelTracer)
+    assert isinstance(trainer.adapter, agl.TracerTraceToTriplet)
+    assert (trainer.algorithm, trainer.llm_proxy, trainer.initial_resources) == (None, None, None)
+    assert (trainer.n_runners, trainer.max_rollouts, trainer.hooks) == (1, None, ())
+    assert trainer.rollout_config == DEFAULT_ROLLOUT_CONFIG
+
+
+@pytest.mark.parametrize("spec", ["cs", {"type": "cs"}, {"name": "cs"}, agl.ClientServerExecutionStrategy])
+def test_the_strategy_gets_what_the_trainer_was_given(spec: Any) -> None:
+    strategy = agl.Trainer(strategy=spec, n_runners=3, port=4848).strategy
+    assert isinstance(strategy, agl.ClientServerExecutionStrategy)
+    assert (strategy.n_runners, strategy.server_port) == (3, 4848)
+
+
+def test_what_a_dict_says_goes_before_what_the_trainer_says() -> None:
+    strategy = agl.Trainer(strategy={"type": "cs", "n_runners": 2, "server_port": 1}, n_runners=3, port=4848).strategy
+    assert isinstance(strategy, agl.ClientServerExecutionStrategy)
+    assert (strategy.n_runners, strategy.server_port) == (2, 1)
+
+
+def test_many_runners_in_threads() -> None:
+    strategy = agl.Trainer(strategy="shm", n_runners=3).strategy
+    assert isinstance(strategy, agl.SharedMemoryExecutionStrategy)
+
+
+def test_components_by_name() -> None:
+    trainer = agl.Trainer(
+        tracer="dummy", store={"type": "sqlite", "path": "x.db"}, algorithm="baseline", llm_proxy={"port": 4000}
+    )
+    assert isinstance(trainer.tracer, agl.DummyTracer)
+    assert isinstance(trainer.store, agl.SqliteLightningStore)
+    assert isinstance(trainer.algorithm, agl.Baseline)
+    assert trainer.llm_proxy is not None
+    assert trainer.llm_proxy.get_store() is trainer.store
+
+
+def test_a_hook_or_several() -> None:
+    one, other = agl.Hook(), agl.Hook()
+    assert agl.Trainer(hooks=one).hooks == (one,)
+    assert agl.Trainer(hooks=[one, other]).hooks == (one, other)
+
+
+def test_a_name_implies_a_file_and_a_folder_and_makes_neither_yet(tmp_path: Path) -> None:
+    trainer = agl.Trainer(run="tuesday", runs_folder=tmp_path)
+    assert isinstance(trainer.store, agl.SqliteLightningStore)
+    assert trainer.store.path == tmp_path / "tuesday" / "store.db"
+    assert trainer.run is not None
+    assert trainer.run.checkpoint_path.parent == tmp_path / "tuesday"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_ones_own_goes_before_the_file(tmp_path: Path) -> None:
+    store = agl.InMemoryLightningStore()
+    trainer = agl.Trainer(run="tuesday", runs_folder=tmp_path, store=store)
+    assert trainer.store is store
+    assert trainer.run is not None
+
+
+def test_old_names_are_understood() -> None:
+    with pytest.warns(DeprecationWarning, match="now called|no effect") as told:
+        trainer = agl.Trainer(
+            n_workers=2, max_tasks=5, triplet_exporter=agl.TracerTraceToTriplet, dev=True, daemon=False
+        )
+    assert (trainer.n_runners, trainer.n_workers, trainer.max_rollouts, trainer.max_tasks) == (2, 2, 5, 5)
+    assert trainer.triplet_exporter is trainer.adapter
+    assert len(told) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n_runners": 1, "n_workers": 2},
+        {"strategy": "css"},
+        {"algorithm": agl.InMemoryLightningStore},
+        {"run": "../elsewhere"},
+        {"progress": "loud"},
+        {"llm_proxy": "nothing"},
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue):
+        agl.Trainer(**arguments)
+
+
+def test_every_worker_gets_a_runner_and_a_tracer_of_its_own() -> None:
+    factory = RunnerFactory({"concurrency": 4}, None, 7)
+    first, second = factory(0), factory(1)
+    assert isinstance(first, agl.LitAgentRunner)
+    assert isinstance(second, agl.LitAgentRunner)
+    assert first is not second
+    assert first.tracer is not second.tracer
+
+
+def test_objects_are_the_first_workers_and_others_get_copies() -> None:
+    runner = agl.LitAgentRunner(agl.OtelTracer())
+    factory = RunnerFactory(runner, None, None)
+    assert factory(0) is runner
+    assert factory(1) is not runner
+    tracer = agl.DummyTracer()
+    factory = RunnerFactory(None, tracer, None)
+    assert factory.tracer(0) is tracer
+    assert factory.tracer(1) is not tracer
+
+
+def test_a_role_can_be_sent_to_another_process() -> None:
+    @agl.rollout
+    def agent(task: int) -> float:
+        return float(task)
+
+    role = RunnerRole(RunnerFactory({"concurrency": 2}, None, None), agent, (agl.Hook(),))
+    again = pickle.loads(cloudpickle.dumps(role))
+    assert again.agent(3) == 3.0
+    assert isinstance(again.make_runner(0), agl.LitAgentRunner)

@@ -121,8 +121,8 @@ def _waited(overview: Overview) -> float:
 
 
 def _forecast(overview: Overview) -> str:
-    rate = overview.finished_per_minute
-    return "" if rate is None else f"At the present rate it is empty in {duration(overview.waiting / rate * 60.0)}."
+    pace = overview.pace
+    return "" if pace is None else f"At this pace it is empty in {duration(overview.waiting / pace.per_minute * 60.0)}."
 
 
 # --- What is held ------------------------------------------------------------------------------------

@@ -7,19 +7,28 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
 from agentlightning.types import Attempt, AttemptedRollout, Rollout, Worker
 
-__all__ = ["Failures", "Overview", "clock_of", "gather", "last_heard", "reason_of"]
+__all__ = ["Failures", "Overview", "Pace", "clock_of", "gather", "last_heard", "reason_of"]
 
 RECENT = 200
 """How many of the rollouts that ended last are looked at."""
 _OPEN = 200
 _WORKERS = 500
-_RATE_SECONDS = 60.0
+_PACE_SECONDS = 60.0
 SILENT_SECONDS = 60.0
 """Without a lease of its own, a worker that was silent for longer than this counts as silent."""
+
+
+class Pace(NamedTuple):
+    """How fast rollouts end."""
+
+    per_minute: float
+    seconds: float
+    """The length of the time that was looked at, up to now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +86,14 @@ class Overview:
         return heard is not None and self.now - heard <= SILENT_SECONDS
 
     @cached_property
-    def finished_per_minute(self) -> float | None:
-        """Rollouts that ended within the last minute; extrapolated if more than could be looked at. None: none."""
-        ends = sorted((each.end_time for each in self.ended if each.end_time is not None), reverse=True)
-        recent = [end for end in ends if self.now - end <= _RATE_SECONDS]
+    def pace(self) -> Pace | None:
+        """How fast rollouts end, within the last minute or as far back as was looked. None: none did."""
+        ends = (each.end_time for each in self.ended if each.end_time is not None)
+        recent = [end for end in ends if self.now - end <= _PACE_SECONDS]
         if not recent:
             return None
-        if len(recent) < RECENT:
-            return float(len(recent))
-        return len(recent) / max(self.now - recent[-1], 0.001) * 60.0
+        seconds = _PACE_SECONDS if len(recent) < RECENT else max(self.now - min(recent), 0.001)
+        return Pace(len(recent) / seconds * 60.0, seconds)
 
     @cached_property
     def failures(self) -> list[Failures]:

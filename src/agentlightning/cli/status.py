@@ -150,7 +150,7 @@ def _record(overview: Overview, place: str) -> dict[str, Any]:
         "oldest_waiting": None
         if oldest is None
         else {"rollout_id": oldest.rollout_id, "waits_seconds": max(0.0, overview.now - oldest.start_time)},
-        "finished_per_minute": overview.finished_per_minute,
+        "ended_per_minute": None if overview.pace is None else overview.pace.per_minute,
         "workers": [
             {
                 "worker_id": each.worker_id,
@@ -205,7 +205,7 @@ def _headline(overview: Overview, place: str) -> Text:
 def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
     from rich.text import Text
 
-    from agentlightning.cli.output import STATUS_STYLES, ago, size
+    from agentlightning.cli.output import STATUS_STYLES, ago, duration, size
 
     statistics = overview.statistics
     states = ("queuing", "requeuing", "preparing", "running", "succeeded", "failed", "cancelled")
@@ -218,8 +218,15 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
     if overview.oldest_waiting is not None:
         oldest = overview.oldest_waiting
         yield "oldest waiting", Text(f"enqueued {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
-    rate = overview.finished_per_minute
-    yield "rate", Text("nothing ended within a minute" if rate is None else f"{rate:,.0f} rollouts ended per minute")
+    pace = overview.pace
+    yield (
+        "pace",
+        Text(
+            "nothing ended within a minute"
+            if pace is None
+            else f"{pace.per_minute:,.0f} rollouts a minute, within the last {duration(pace.seconds)}"
+        ),
+    )
     yield "attempts", Text(f"{statistics.get('total_attempts', 0):,}")
     spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
     free = statistics.get("host", {}).get("disk_free_bytes")

@@ -10,7 +10,7 @@ import pytest
 from agentlightning import InMemoryLightningStore
 from agentlightning.cli.checkup import Traced, check_disk, check_spans
 from agentlightning.cli.findings import Finding, explain
-from agentlightning.cli.overview import RECENT, Overview, gather
+from agentlightning.cli.overview import RECENT, Overview, Pace, gather
 from agentlightning.types import Span
 from clocks import ManualClock
 from scenes import claimed, config, enqueued, finish
@@ -126,7 +126,7 @@ async def some_fail(store: InMemoryLightningStore, clock: ManualClock) -> None:
         (gone_without_a_lease, "no_runner", "problem", "its one worker is silent; the last was w-1, 2 min ago"),
         (everybody_drains, "all_directed", "problem", "its one worker is under the order to drain"),
         (idle_beside_the_queue, "idle_but_waiting", "problem", "the oldest for 40 s, though w-1 is idle"),
-        (all_at_work, "queue_moves", "note", "1 rollout in the queue; 1 of 1 workers busy. At the present rate"),
+        (all_at_work, "queue_moves", "note", "1 rollout in the queue; 1 of 1 workers busy. At this pace"),
         (in_work, "working", "note", "The queue is empty; 1 rollout in work"),
         (all_done, "all_ended", "note", "every rollout has ended"),
         (silent_for_ever, "stuck", "problem", "1 rollout held by a silent attempt that nothing ends"),
@@ -160,7 +160,7 @@ async def test_the_worst_comes_first() -> None:
     assert [each.level for each in findings] == ["problem", "warning"]
 
 
-async def test_the_rate_is_that_of_the_last_minute() -> None:
+async def test_the_pace_is_that_of_the_last_minute() -> None:
     async def scene(store: InMemoryLightningStore, clock: ManualClock) -> None:
         await enqueued(store, *range(RECENT + 50))
         for _ in range(3):
@@ -170,7 +170,7 @@ async def test_the_rate_is_that_of_the_last_minute() -> None:
             await finish(store, await claimed(store, "w-1"))
 
     overview, _ = await look_at(scene)
-    assert overview.finished_per_minute == 5
+    assert overview.pace == Pace(5.0, 60.0)
 
     async def faster(store: InMemoryLightningStore, clock: ManualClock) -> None:
         await enqueued(store, *range(RECENT + 50))
@@ -179,9 +179,11 @@ async def test_the_rate_is_that_of_the_last_minute() -> None:
             await finish(store, await claimed(store, "w-1"))
 
     overview, _ = await look_at(faster)
-    assert overview.finished_per_minute == pytest.approx(600, rel=0.02)
+    assert overview.pace is not None
+    assert overview.pace.per_minute == pytest.approx(600, rel=0.02)
+    assert overview.pace.seconds == pytest.approx(20, rel=0.02)
     overview, _ = await look_at(nobody_ever_came)
-    assert overview.finished_per_minute is None
+    assert overview.pace is None
 
 
 # --- Spans -------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from agentlightning import (
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
+from agentlightning.proxy import serving
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
@@ -210,6 +211,34 @@ async def test_more_calls_than_allowed_are_turned_away() -> None:
         assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("proxy_overloaded", "1")
         hold.release.set()
         await first
+
+
+async def test_calls_that_take_up_too_much_memory_are_turned_away() -> None:
+    backend, hold = OpenAIBackend(), Hold(0)
+    backend.plan(hold)
+    async with proxied(backend) as scene, scene.client() as agent:
+        scene.proxy._exchange.gate._max_bytes = 100_000  # type: ignore[union-attr]
+        messages: Any = [{"role": "user", "content": "x" * 60_000}]
+        first = asyncio.create_task(agent.chat.completions.create(model="policy", messages=messages))
+        await reached(hold.reached)
+        with pytest.raises(InternalServerError, match="near the proxy's limit"):
+            await agent.chat.completions.create(model="policy", messages=messages)
+        hold.release.set()
+        await first
+        await agent.chat.completions.create(model="policy", messages=messages)
+        assert len(await scene.spans()) == 3
+
+
+async def test_a_request_whose_rest_never_comes_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = serving.ServerLimits(header_seconds=0.05, body_seconds=0.05)
+    monkeypatch.setattr(serving, "ServerLimits", lambda **_: quick)
+    async with proxied(OpenAIBackend()) as scene:
+        port = int(scene.proxy.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+        writer.close()
 
 
 async def test_urls_that_are_not_served_say_what_is() -> None:

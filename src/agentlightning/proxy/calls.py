@@ -22,6 +22,7 @@ from agentlightning.proxy.answers import read_answer
 from agentlightning.proxy.asks import CallKind, without_asked
 from agentlightning.proxy.callers import caller_of
 from agentlightning.proxy.exchange import Exchange
+from agentlightning.proxy.gate import Room
 from agentlightning.proxy.records import CallRecord, read_question
 from agentlightning.proxy.refusals import Refused, error_body
 from agentlightning.proxy.scrubbing import Scrubber
@@ -61,8 +62,8 @@ class ModelCalls:
             self._exchange.access.check(request.headers)
             caller = caller_of(request)
             self._exchange.check_room_for(caller)
-            async with self._exchange.gate.call():
-                await _Call(self._exchange, CallRecord(self._kind, caller), send).run(request)
+            async with self._exchange.gate.call() as room:
+                await _Call(self._exchange, CallRecord(self._kind, caller), room, send).run(request)
         except Refused as refused:
             await _send_whole(send, refused.status, refused.headers(), refused.body())
 
@@ -70,9 +71,10 @@ class ModelCalls:
 class _Call:
     """One call in progress."""
 
-    def __init__(self, exchange: Exchange, record: CallRecord, send: Send) -> None:
+    def __init__(self, exchange: Exchange, record: CallRecord, room: Room, send: Send) -> None:
         self._exchange = exchange
         self._record = record
+        self._room = room
         self._send = send
         self._has_begun = False
         """Whether the agent has got the head of a reply, so that no other status can be sent."""
@@ -80,7 +82,7 @@ class _Call:
     async def run(self, request: Request) -> None:
         record = self._record
         try:
-            record.request = await _read_body(request, self._exchange.max_request_bytes)
+            record.request = await _read_body(request, self._exchange.max_request_bytes, self._room)
             ending = await self._pass_on(request.receive)
         except _AgentGone:
             record.fail("client_disconnected", "the agent hung up before the reply had ended")
@@ -146,6 +148,7 @@ class _Call:
                     raise Refused(
                         502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes."
                     )
+                self._room.grow(len(part))
                 parts.append(part)
         except (aiohttp.ClientError, TimeoutError) as error:
             _raise_broken(reply, error)
@@ -227,7 +230,7 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int, room: Room) -> bytes:
     length = request.headers.get("content-length", "0")
     too_large = Refused(
         413, "request_too_large", f"The request is larger than {limit:,} bytes, the limit of the proxy."
@@ -244,6 +247,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
         size += len(part)
         if size > limit:
             raise too_large
+        room.grow(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -46,6 +46,8 @@ class ProxySettings:
     max_calls: int = 4_096
     """How many calls may be in flight."""
     max_request_bytes: int = 32 * 1024 * 1024
+    max_bytes: int = 256 * 1024 * 1024
+    """How much the requests and whole replies of calls in flight may take up together."""
     max_waiting_bytes: int = 128 * 1024 * 1024
     """How much may wait for the store before new calls are refused."""
     record_wait_seconds: float = 5.0
@@ -73,7 +75,7 @@ class Exchange:
         self.access = access
         self.upstream = upstream
         self.routing = routing
-        self.gate = Gate(settings.max_calls)
+        self.gate = Gate(settings.max_calls, settings.max_bytes)
         self.delivery = SpanDelivery(store, max_waiting_bytes=settings.max_waiting_bytes)
 
     @property

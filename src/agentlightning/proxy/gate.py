@@ -1,4 +1,4 @@
-"""The gate that calls pass: closed around weight updates and at the end, and never more than so many inside."""
+"""The gate that calls pass: closed around weight updates and at the end, and letting in no more than there is room for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,31 @@ from contextlib import asynccontextmanager
 
 from agentlightning.proxy.refusals import Refused
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "Room"]
 
 _FULL_RETRY_SECONDS = 1.0
+
+
+class Room:
+    """What one call takes up in memory: its request and, if it is no stream, its reply."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._bytes = 0
+
+    def grow(self, size: int) -> None:
+        """Take ``size`` bytes more.
+
+        Raises:
+            Refused: there is no room (503).
+        """
+        self._gate.take(size)
+        self._bytes += size
+
+    def leave(self) -> None:
+        """Give back everything."""
+        self._gate.take(-self._bytes)
+        self._bytes = 0
 
 
 class Gate:
@@ -18,10 +40,13 @@ class Gate:
 
     Args:
         max_calls: how many may be inside at once.
+        max_bytes: how much they may take up together.
     """
 
-    def __init__(self, max_calls: int) -> None:
+    def __init__(self, max_calls: int, max_bytes: int) -> None:
         self._max_calls = max_calls
+        self._max_bytes = max_bytes
+        self._bytes = 0
         self._calls: set[asyncio.Task[object]] = set()
         self._held = 0
         self._open = asyncio.Event()
@@ -42,9 +67,20 @@ class Gate:
         """Whether calls are turned away until ``resume``."""
         return not self._open.is_set()
 
+    def take(self, size: int) -> None:
+        """Count ``size`` bytes more, or fewer if it is negative. See ``Room.grow``."""
+        if size > 0 and self._bytes + size > self._max_bytes:
+            raise Refused(
+                503,
+                "proxy_overloaded",
+                f"The calls in flight take up {self._bytes:,} bytes, near the proxy's limit; repeat this one later.",
+                retry_after_seconds=_FULL_RETRY_SECONDS,
+            )
+        self._bytes += size
+
     @asynccontextmanager
-    async def call(self) -> AsyncGenerator[None]:
-        """Inside of the block, the current task is a call.
+    async def call(self) -> AsyncGenerator[Room]:
+        """Inside of the block, the current task is a call, and takes up what it says that it does.
 
         Raises:
             Refused: 429 while paused, 503 when full or closed.
@@ -64,9 +100,11 @@ class Gate:
         assert task is not None, "calls run in tasks"
         self._calls.add(task)
         self._empty.clear()
+        room = Room(self)
         try:
-            yield
+            yield room
         finally:
+            room.leave()
             self._calls.discard(task)
             if not self._calls:
                 self._empty.set()

@@ -31,6 +31,8 @@ __all__ = ["LLMProxy"]
 _LOOPBACK = "127.0.0.1"
 _NO_KEY = "not-needed"
 """What agents get as the key of a proxy without one: OpenAI's clients do not start without any."""
+_SPARE = 64
+"""Connections beyond those of calls: idle ones, and for a look at ``/health``."""
 _ASKS = frozenset[Ask](get_args(Ask))
 
 
@@ -138,7 +140,9 @@ class LLMProxy:
             return
         listener = bound_socket(self._host, self._wanted_port)
         port: int = listener.getsockname()[1]
-        thread = AppThread(self._open_app, listener, name="agl-llm-proxy")
+        thread = AppThread(
+            self._open_app, listener, "agl-llm-proxy", max_connections=2 * self._settings.max_calls + _SPARE
+        )
         await thread.start()
         self._port, self._thread, self._owner_pid = port, thread, os.getpid()
         self.initialize()

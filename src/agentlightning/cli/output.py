@@ -7,6 +7,7 @@ whole and uncut.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -26,6 +27,7 @@ __all__ = [
     "clean",
     "console",
     "duration",
+    "json_text",
     "one_line",
     "plain",
     "print_facts",
@@ -53,6 +55,8 @@ STATUS_STYLES: Mapping[str, str] = {
 """The colour of a state, wherever one is printed."""
 
 
+_UNPRINTABLE = re.compile(r"[^ -~]")
+"""What may be unprintable: all but ASCII's printable characters."""
 _UNLIMITED = 10_000
 _WIDE = 20
 """To how many characters a wide column may shrink."""
@@ -85,7 +89,16 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print records, or anything made of them, as one JSON document."""
-    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(plain(value), indent=2))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON in readable characters; what a terminal might obey is escaped, which changes nothing of the value."""
+    return _UNPRINTABLE.sub(_escaped, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0] if match[0].isprintable() or match[0] == "\n" else json.dumps(match[0])[1:-1]
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

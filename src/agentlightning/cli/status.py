@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +66,7 @@ async def _watch(url: str | None, api_key: str | None, place: str, interval: flo
     """Look until interrupted."""
     from rich.live import Live
 
-    from agentlightning.cli.output import console
+    from agentlightning.cli.output import console, json_text
     from agentlightning.cli.target import open_view
 
     screen = console()
@@ -75,7 +74,7 @@ async def _watch(url: str | None, api_key: str | None, place: str, interval: flo
         if output is Format.JSON:
             async for overview, silence in _looks(store, interval):
                 if overview is not None and not silence:
-                    typer.echo(json.dumps(_record(overview, place), ensure_ascii=False))
+                    typer.echo(json_text(_record(overview, place)))
         elif screen.is_terminal:
             with Live(console=screen, screen=True, auto_refresh=False) as live:
                 async for overview, silence in _looks(store, interval):

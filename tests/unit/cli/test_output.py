@@ -90,6 +90,14 @@ def test_stored_text_cannot_command_a_terminal(hostile: str, terminal: None) -> 
     assert hostile not in out.getvalue()
 
 
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "\x9b31m", "\u202eevil", "\U000e0041"])
+def test_stored_text_cannot_command_a_terminal_through_json(hostile: str) -> None:
+    text = printed(print_json, {"text": f"ü{hostile}"})
+    assert hostile not in text
+    assert "ü" in text
+    assert json.loads(text) == {"text": f"ü{hostile}"}
+
+
 def test_stored_text_is_no_markup(terminal: None) -> None:
     with redirect_stdout(Terminal()) as out:
         print_table((Column("text"),), [["[red]x[/red] :smile:"]], empty="")

@@ -21,7 +21,7 @@ from agentlightning.store.client_server.codec import PROBLEM_TYPE, encode_proble
 from agentlightning.store.client_server.exchange import ClientGone, Exchange
 from agentlightning.store.client_server.gate import Gate
 from agentlightning.store.client_server.limits import Load, ServerLimits
-from agentlightning.store.client_server.matching import Bound, RouteTable
+from agentlightning.store.client_server.matching import Bound, Match, RouteTable
 from agentlightning.store.client_server.routes import CANONICAL, Dialect
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.telemetry.metrics import RequestMeter
@@ -76,15 +76,21 @@ class StoreApp:
         """Take no new requests, and answer those that wait. Call in the server's loop."""
         self._drained().set()
 
+    def find_hot(self, path: str) -> Match | None:
+        """The route that a POST to ``path`` leads to, if it is one of the hot ones."""
+        found = self._table.find("POST", path)
+        return found if found is not None and found.bound.route.hot else None
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._serve(Exchange(scope, receive, send))
+            await self.serve(Exchange(scope, receive, send))
         elif scope["type"] == "lifespan":
             await self._others(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1000})
 
-    async def _serve(self, exchange: Exchange) -> None:
+    async def serve(self, exchange: Exchange, found: Match | None = None) -> None:
+        """Answer a request; ``found`` is what its path leads to, where that is known. Raises nothing."""
         began = perf_counter()
         exchange.request_id = exchange.asked_request_id() or f"{self._run}-{next(self._numbers):x}"
         context = WorkContext(exchange.request_id, exchange.traceparent())
@@ -96,7 +102,8 @@ class StoreApp:
             if preflight is not None:
                 status = await exchange.send(preflight)
                 return
-            found = self._table.find(exchange.method, exchange.path)
+            if found is None:
+                found = self._table.find(exchange.method, exchange.path)
             if found is None:
                 status = await self._elsewhere(exchange)
                 return
@@ -217,7 +224,8 @@ class StoreApp:
         """Log the request: failures and slow ones always, others where somebody wants to see everything."""
         level = logging.WARNING if status >= 500 else logging.INFO if seconds > _SLOW_SECONDS else logging.DEBUG
         if _log.isEnabledFor(level):
-            extra = {"client": exchange.client, "status": status, "milliseconds": round(seconds * 1000, 3)}
+            client = "{}:{}".format(*exchange.client) if exchange.client else "unknown"
+            extra = {"client": client, "status": status, "milliseconds": round(seconds * 1000, 3)}
             _log.log(level, "%s %s → %d", exchange.method, exchange.path, status, extra=extra)
 
 

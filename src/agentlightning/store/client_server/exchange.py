@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
 
 from agentlightning.errors import BadRequest, TooLarge, UnsupportedMedia
 from agentlightning.store.client_server.answering import Reply
@@ -28,7 +28,19 @@ class Exchange:
         scope, receive, send: of ASGI 3.0, for HTTP.
     """
 
-    __slots__ = ("extra_headers", "headers", "receive", "request_id", "scope", "send_message")
+    __slots__ = (
+        "client",
+        "extra_headers",
+        "headers",
+        "method",
+        "path",
+        "query",
+        "raw_headers",
+        "receive",
+        "request_id",
+        "scope",
+        "send_message",
+    )
 
     def __init__(
         self,
@@ -39,27 +51,15 @@ class Exchange:
         self.scope = scope
         self.receive = receive
         self.send_message = send
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
+        self.client: Sequence[Any] | None = scope.get("client")
+        """Address and port of the other side."""
+        self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.headers: dict[bytes, bytes] = dict(self.raw_headers)
         self.request_id = ""
         self.extra_headers: list[tuple[bytes, bytes]] = []
-
-    @property
-    def method(self) -> str:
-        return cast(str, self.scope["method"])
-
-    @property
-    def path(self) -> str:
-        return cast(str, self.scope["path"])
-
-    @property
-    def query(self) -> bytes:
-        return cast(bytes, self.scope["query_string"])
-
-    @property
-    def client(self) -> str:
-        """The address of the other side."""
-        client = self.scope.get("client")
-        return f"{client[0]}:{client[1]}" if client else "unknown"
 
     # --- The request -----------------------------------------------------------------------------
 
@@ -75,8 +75,8 @@ class Exchange:
 
     def check_headers(self) -> None:
         """Raise ``BadRequest`` if a header that decides something is given more than once."""
-        if len(self.headers) != len(self.scope["headers"]):
-            names = [name for name, _ in self.scope["headers"]]
+        if len(self.headers) != len(self.raw_headers):
+            names = [name for name, _ in self.raw_headers]
             for name in _ONCE:
                 if names.count(name) > 1:
                     raise BadRequest(f"the header {name.decode()} is given more than once")

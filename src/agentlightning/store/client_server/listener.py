@@ -8,7 +8,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import uvicorn
 
 from agentlightning.errors import InvalidValue, StoreUnavailable
+from agentlightning.store.client_server.app import StoreApp
 from agentlightning.store.client_server.connections import BoundedProtocol, Doorkeeper
 from agentlightning.store.client_server.limits import ServerLimits
 
 __all__ = ["Listener", "TlsFiles"]
-
-Asgi = Callable[..., Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -40,29 +39,26 @@ class Listener:
     """Listens on a port and answers with an ASGI application, from ``start`` to ``stop``.
 
     Args:
-        app: answers.
+        app: answers; told to drain when stopping begins.
         host: name or address to listen on.
         port: 0 for any that is free.
         limits: bounds on connections.
         tls: files for HTTPS; None for plain HTTP.
-        drain: called in the loop when stopping begins.
     """
 
     def __init__(
         self,
-        app: Asgi,
+        app: StoreApp,
         host: str,
         port: int,
         limits: ServerLimits,
         tls: TlsFiles | None,
-        drain: Callable[[], None],
     ) -> None:
         self._app = app
         self._host = host
         self._port = port
         self._limits = limits
         self._tls = tls
-        self._drain = drain
         self._thread: threading.Thread | None = None
         self._server: _Server | None = None
         self.doorkeeper = Doorkeeper(limits)
@@ -82,7 +78,7 @@ class Listener:
         except (OSError, ssl.SSLError) as error:
             listening.close()
             raise InvalidValue(f"the certificate or key for TLS cannot be used: {error}") from error
-        server = self._server = _Server(config, self._limits.drain_seconds, self._drain)
+        server = self._server = _Server(config, self._limits.drain_seconds, self._app.drain)
         self._thread = threading.Thread(target=server.run_in, args=(listening,), name="agl-http", daemon=True)
         self._thread.start()
         server.answering.result()
@@ -97,7 +93,7 @@ class Listener:
 
     def _config(self) -> uvicorn.Config:
         def protocol(**arguments: Any) -> BoundedProtocol:
-            return BoundedProtocol(self.doorkeeper, **arguments)
+            return BoundedProtocol(self.doorkeeper, self._app, **arguments)
 
         return uvicorn.Config(
             self._app,

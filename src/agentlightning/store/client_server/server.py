@@ -196,7 +196,7 @@ class LightningStoreServer(DelegatingStore):
         """Put the parts together: the composition root of a server."""
         operations = build_operations(store, self._limits, lambda: serving, self.run_id)
         app = StoreApp(Answerer(store), self._gate, self._limits, operations)
-        listener = Listener(app, self.host, self.port, self._limits, self._tls, app.drain)
+        listener = Listener(app, self.host, self.port, self._limits, self._tls)
         serving = _Serving(app, listener)
         self.app = app
         return listener

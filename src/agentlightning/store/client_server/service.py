@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -14,6 +15,8 @@ from agentlightning.store.engine import EngineStore
 
 __all__ = ["run_service"]
 
+_YOUNG_OBJECTS = 20_000
+"""How many more objects are made than freed before the collector looks at the young ones."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +44,7 @@ async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callab
         await server.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _end, number, ended)
+        _collect_seldom()
         ready()
         await ended.wait()
         await server.stop()
@@ -53,6 +57,16 @@ def _end(number: signal.Signals, ended: asyncio.Event) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(each)
         signal.signal(each, signal.SIG_DFL)
+
+
+def _collect_seldom() -> None:
+    """Let the garbage collector pass over what is there for good, and look for cycles less often.
+
+    Requests leave hardly any cycles behind; looking for them took a twentieth of the processor.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 20, 20)
 
 
 def _allow_many_files() -> None:

@@ -135,8 +135,9 @@ class Shift:
                 if not await _first(claim, ending):
                     self._claim_left = True
                     return []
+                claimed = claim.result()
                 self._unasked_since = None
-                return claim.result()
+                return claimed
             except _FOR_GOOD:
                 raise
             except (AgentLightningError, OSError, TimeoutError) as error:

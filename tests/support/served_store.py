@@ -1,8 +1,12 @@
-"""A store on a file, served by this process over HTTP on a free port of the loopback interface."""
+"""A store on a file, served over HTTP on the loopback interface: by this process, or by `agl store`."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +16,9 @@ from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.server import LightningStoreServer
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.store import SqliteLightningStore
+from command_line import clean_environment
 
-__all__ = ["served"]
+__all__ = ["closed_port", "served", "served_elsewhere"]
 
 
 @contextmanager
@@ -42,3 +47,28 @@ def served(
         yield server
     finally:
         asyncio.run(stop())
+
+
+@contextmanager
+def served_elsewhere(database: Path, port: int = 0, **environment: str) -> Iterator[tuple[str, int]]:
+    """(URL, process id) of `agl store`, which is stopped at the end if it has not been killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentlightning", "store", "--db", str(database), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(**environment),
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split()[-1], process.pid
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGKILL), err
+
+
+def closed_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]

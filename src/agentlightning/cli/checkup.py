@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import stat
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -19,13 +20,23 @@ from agentlightning.cli.output import duration, size
 from agentlightning.cli.probe import Answer, ask
 from agentlightning.cli.target import Database, Server
 from agentlightning.errors import AgentLightningError, BadRequest, NotAllowed, NotAuthenticated, StoreUnreachable
-from agentlightning.types import Span
+from agentlightning.types import LLM, ResourcesUpdate, Span
 from agentlightning.types.rewards import find_final_reward
 
-__all__ = ["Traced", "check_database", "check_disk", "check_server", "check_spans", "check_spool", "sentence"]
+__all__ = [
+    "Traced",
+    "check_database",
+    "check_disk",
+    "check_models",
+    "check_server",
+    "check_spans",
+    "check_spool",
+    "sentence",
+]
 
 _SKEW_SECONDS: tuple[tuple[float, Level], ...] = ((5.0, "problem"), (1.0, "warning"))
 _SLOW_SECONDS = 0.5
+_CONNECT_SECONDS = 2.0
 _FULL_BYTES = 500_000_000
 """So little room is an emergency: the store stops for good when a write finds none."""
 _LOW_BYTES, _LOW_SHARE = 5_000_000_000, 0.1
@@ -233,6 +244,30 @@ def _lines_in(file: Path) -> int:
 
 
 # --- What is left behind ------------------------------------------------------------------------------------------
+
+
+def check_models(resources: ResourcesUpdate | None) -> Iterator[Finding]:
+    """Whether somebody listens where the newest resources say that models are.
+
+    Args:
+        resources: those that a rollout enqueued now would get; None if there are none, or there is nothing to do.
+    """
+    for name, resource in (resources.resources if resources is not None else {}).items():
+        if not isinstance(resource, LLM):
+            continue
+        endpoint = resource.get_base_url()
+        try:
+            parts = urlsplit(endpoint)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            yield Finding(
+                "model_unreachable",
+                "warning",
+                f"Nobody answers at {endpoint}, where the resource {name!r} says that its model is "
+                f"({getattr(error, 'strerror', None) or error}).",
+                "Start it, or the LLM proxy; all is well if only the runners' machines can reach it.",
+            )
 
 
 def check_spans(traced: Sequence[Traced]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agentlightning.cli.findings import Finding
     from agentlightning.cli.overview import Overview
     from agentlightning.store.base import LightningStore
+    from agentlightning.types import ResourcesUpdate
 
 __all__ = ["doctor"]
 
@@ -72,18 +73,18 @@ def _examine(url: str | None, api_key: str | None) -> list[Finding]:
 
 def _examine_work(url: str | None, api_key: str | None) -> list[Finding]:
     """What can be asked of the store itself."""
-    from agentlightning.cli.checkup import check_disk, check_spans, sentence
+    from agentlightning.cli.checkup import check_disk, check_models, check_spans, sentence
     from agentlightning.cli.findings import Finding, explain
     from agentlightning.cli.target import look
     from agentlightning.errors import AgentLightningError
 
     try:
-        overview, traced = look(url, api_key, _ask)
+        overview, traced, resources = look(url, api_key, _ask)
     except AgentLightningError as error:
         return [Finding(error.code, "problem", sentence(error.message))]
     host = overview.statistics.get("host", {})
     disk = check_disk(host.get("disk_free_bytes"), host.get("disk_total_bytes"), "the database")
-    return [*disk, *explain(overview), *check_spans(traced)]
+    return [*disk, *explain(overview), *check_models(resources), *check_spans(traced)]
 
 
 def _spool_folder() -> Path:
@@ -96,7 +97,7 @@ def _spool_folder() -> Path:
     return Path(chosen) if chosen else default_spool_folder()
 
 
-async def _ask(store: LightningStore) -> tuple[Overview, list[Traced]]:
+async def _ask(store: LightningStore) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:
     from agentlightning.cli.checkup import Traced
     from agentlightning.cli.overview import gather
 
@@ -106,7 +107,8 @@ async def _ask(store: LightningStore) -> tuple[Overview, list[Traced]]:
     for each in carried_out[:_SAMPLE]:
         spans = await store.query_spans(each.rollout_id, "latest", sort_order="desc", limit=_SAMPLE_SPANS)
         traced.append(Traced(each.rollout_id, each.status, list(reversed(spans.items))))
-    return overview, traced
+    resources = await store.get_latest_resources() if overview.waiting or overview.running else None
+    return overview, traced, resources
 
 
 def _print(findings: Sequence[Finding], place: str) -> None:

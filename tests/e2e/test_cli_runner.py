@@ -1,0 +1,145 @@
+"""`agl runner`: an agent, in Python or not, for a store behind a server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import agentlightning as agl_package
+from agentlightning.cli.exits import ExitCode
+from agentlightning.runner.bundle import load_agent
+from agentlightning.store.client_server.client import LightningStoreClient
+from agentlightning.store.client_server.server import LightningStoreServer
+from command_line import agl, clean_environment
+from scenes import enqueued
+from served_store import served
+
+AGENT = """
+import agentlightning as agl
+
+def plain(task):
+    return task * 2
+
+@agl.rollout
+async def agent(task):
+    return task * 3
+
+class Agent(agl.LitAgent):
+    def rollout(self, task, resources, rollout):
+        return task * 4
+
+number = 5
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LightningStoreServer]:
+    with served(tmp_path / "store.db") as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "agents"
+    folder.mkdir()
+    (folder / "mine.py").write_text(AGENT)
+    return folder
+
+
+def start(folder: Path, server: LightningStoreServer, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "agentlightning", "runner", *words, "--url", server.endpoint],
+        cwd=folder,
+        env=clean_environment(AGL_SPOOL_DIR=str(folder / "spool"), PYTHONDONTWRITEBYTECODE="1"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def rewards(server: LightningStoreServer, *tasks: Any, then: str | None = None) -> list[float | None]:
+    """What comes of these tasks; after that the workers are asked to end."""
+    async with LightningStoreClient(server.endpoint, spool_dir=None) as store:
+        ids = await enqueued(store, *tasks)
+        done = await store.wait_for_rollouts(rollout_ids=ids, timeout=30)
+        assert [rollout.status for rollout in done] == ["succeeded"] * len(ids)
+        if then is not None:
+            await store.direct_workers("stop" if then == "stop" else "drain")
+        return [agl_package.find_final_reward(await store.query_spans(each)) for each in ids]
+
+
+@pytest.mark.parametrize(
+    ("words", "reward"),
+    [
+        (["mine:plain"], 2.0),
+        (["mine.py:agent", "-c", "2"], 3.0),
+        (["mine:Agent"], 4.0),
+        (["--exec", "test -f mine.py && echo $AGL_TASK"], 1.0),
+    ],
+    ids=["function", "file", "class", "program"],
+)
+def test_agents_of_every_kind(words: list[str], reward: float, folder: Path, server: LightningStoreServer) -> None:
+    process = start(folder, server, *words)
+    with process:
+        assert asyncio.run(rewards(server, 1, 1, then="drain")) == [reward, reward]
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.OK, log
+
+
+def test_several_processes_and_ctrl_c(folder: Path, server: LightningStoreServer) -> None:
+    process = start(folder, server, "--exec", "echo 0.5", "-n", "2", "-c", "4", "--label", "zone=a")
+
+    async def labels() -> list[Any]:
+        async with LightningStoreClient(server.endpoint, spool_dir=None) as store:
+            workers = await store.query_workers(status_in=["idle", "busy"])
+            return [(each.registration or {})["labels"] for each in workers]
+
+    with process:
+        assert asyncio.run(rewards(server, *range(12))) == [0.5] * 12
+        assert asyncio.run(labels()) == [{"zone": "a"}] * 2
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.INTERRUPTED, log
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], ExitCode.USAGE, "MODULE:AGENT"),
+        (["a:b", "--exec", "true"], ExitCode.USAGE, "MODULE:AGENT"),
+        (["nothing:agent"], ExitCode.USAGE, "no module 'nothing'"),
+        (["nothing.py:agent"], ExitCode.USAGE, "no file"),
+        (["nothing"], ExitCode.USAGE, "MODULE:NAME"),
+        (["mine:missing"], ExitCode.USAGE, "nothing called 'missing'"),
+        (["mine:number"], ExitCode.USAGE, "is a int"),
+        (["mine:agent", "--label", "x"], ExitCode.USAGE, "NAME=VALUE"),
+        (["--exec", " "], ExitCode.USAGE, "empty"),
+        (["--exec", "true", "--url", "store.db"], ExitCode.USAGE, "agl store"),
+        (["--exec", "true", "--url", "https://h:1"], ExitCode.USAGE, "http://HOST:PORT"),
+        (["--exec", "true", "--url", "http://127.0.0.1:9", "--wait", "0"], ExitCode.FAILED, "no server to join"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    words: list[str], code: int, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    done = agl("runner", *words)
+    sys.modules.pop("mine", None)
+    assert done.code == code, done
+    assert said in done.err.replace("\n", " ").replace("│ ", "").replace("  ", " ")
+
+
+def test_a_module_that_misses_another_says_which(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "broken.py").write_text("import not_there_at_all\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        load_agent("broken:agent", os.getcwd())

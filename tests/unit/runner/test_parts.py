@@ -1,0 +1,127 @@
+"""The parts of a runner: its name, its threads, its look at the machine, its wait for an event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agentlightning.execution.events import MultiprocessingEvent, ThreadingEvent
+from agentlightning.runner.identity import registration, worker_name
+from agentlightning.runner.outcome import failed
+from agentlightning.runner.stopping import StopWatch
+from agentlightning.runner.threads import AgentThreads
+from agentlightning.runner.vitals import system_snapshot
+from agentlightning.store.door import check_id, encode_json
+
+# --- Names -----------------------------------------------------------------------------------------
+
+
+def test_a_name_is_the_same_each_time_and_unique_across_processes() -> None:
+    assert worker_name(3) == worker_name(3)
+    assert worker_name(3) != worker_name(4)
+    check_id(worker_name(3), "worker_id")
+    code = "from agentlightning.runner.identity import worker_name; print(worker_name(3))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert other != worker_name(3)
+    assert f"-{os.getpid()}-" in worker_name(3)
+
+
+def test_a_supervisor_gives_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_WORKER_NAME", "slot")
+    assert worker_name(3) == "slot"
+
+
+@pytest.mark.parametrize("host", ["ma chine.local", "ünï", "x" * 300, "///"])
+def test_any_host_makes_a_valid_name(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    check_id(worker_name(0), "worker_id")
+
+
+def test_what_is_told_is_json() -> None:
+    encode_json(registration({"a": "b"}), "registration")
+    encode_json(system_snapshot(), "stats")
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, Model X, 12, 100, 2000'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (gpu,) = system_snapshot(include_gpu=True)["gpus"]
+    assert (gpu["name"], gpu["memory.total"]) == ("Model X", "2000")
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert "error" in system_snapshot(include_gpu=True)["gpus"][0]
+
+
+def test_a_reason_fits_into_the_store() -> None:
+    outcome = failed("agent_error", ValueError("\0\ud800" + "x" * 10_000))
+    assert outcome.reason_message is not None
+    encode_json(outcome.reason_message, "message")
+    assert len(outcome.reason_message) < 2100
+
+
+# --- Threads ---------------------------------------------------------------------------------------
+
+
+def test_threads_are_used_again() -> None:
+    threads = AgentThreads("test")
+    used = {threads.call(threading.get_ident).result(10) for _ in range(20)}
+    assert len(used) == 1
+    threads.close()
+
+
+def test_there_is_always_a_free_one() -> None:
+    threads, gate = AgentThreads("test"), threading.Event()
+    stuck = [threads.call(gate.wait) for _ in range(5)]
+    assert threads.call(lambda: 1).result(10) == 1
+    gate.set()
+    assert all(each.result(10) for each in stuck)
+    threads.close()
+
+
+def test_the_context_is_carried_over_and_exceptions_back() -> None:
+    threads, variable = AgentThreads("test"), contextvars.ContextVar("variable", default=0)
+    variable.set(7)
+    assert threads.call(variable.get).result(10) == 7
+    with pytest.raises(SystemExit):
+        threads.call(lambda: sys.exit(3)).result(10)
+    assert threads.call(lambda: 1).result(10) == 1
+    threads.close()
+
+
+def test_a_hanging_agent_does_not_keep_its_process_alive() -> None:
+    code = (
+        "import threading; from agentlightning.runner.threads import AgentThreads\n"
+        "AgentThreads('x').call(threading.Event().wait); print('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "end\n"
+
+
+# --- Events ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [ThreadingEvent(), MultiprocessingEvent(), threading.Event()])
+async def test_an_event_wakes_a_coroutine_at_once(event: threading.Event) -> None:
+    with StopWatch(event) as watch:
+        waiting = asyncio.create_task(watch.stopped.wait())
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        began = time.monotonic()
+        event.set()
+        async with asyncio.timeout(10):
+            await waiting
+        assert time.monotonic() - began < 0.3
+    with StopWatch(event) as watch:
+        assert watch.stopped.is_set()
+    with StopWatch(None) as watch:
+        assert not watch.stopped.is_set()

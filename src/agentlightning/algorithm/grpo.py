@@ -41,6 +41,8 @@ class _Session:
     endpoint: PolicyEndpoint
     train_resources_id: str
     val_resources_id: str
+    took_up_step: int | None
+    """The step that another process may have begun; None if there was none before."""
 
 
 class GRPO(Algorithm):
@@ -130,11 +132,14 @@ class GRPO(Algorithm):
         """
         if train_dataset is None or len(train_dataset) == 0:
             raise InvalidValue("GRPO has no tasks to learn from; pass train_dataset")
-        begin = self._take_up()
+        took_up = self._take_up()
+        begin = took_up or 0
         if begin >= self._n_steps:
             _logger.info("the run has done its %d steps; the policy is as it was left", self._n_steps)
             return
-        async with self._serving(begin) as session:
+        if took_up is None:
+            self._keep(0)
+        async with self._serving(begin, took_up) as session:
             empty_steps = 0
             for step in range(begin, self._n_steps):
                 gathered = await self._step(step, train_dataset, val_dataset, session)
@@ -149,7 +154,9 @@ class GRPO(Algorithm):
     ) -> GatheredGroups:
         tasks = self._tasks_of(step, train_dataset)
         attempts = [task for task in tasks for _ in range(self._group_size)]
-        rollouts = await self._run_all("train", step, attempts, session.train_resources_id)
+        rollouts = await self._run_all("train", "", step, attempts, session.train_resources_id)
+        if step == session.took_up_step:
+            rollouts = await self._replace_failed(step, attempts, rollouts, session)
         succeeded = [rollout for rollout in rollouts if rollout is not None and rollout.status == "succeeded"]
         spans = await spans_of(self.get_store(), succeeded)
         gathered = self._reader().gather(
@@ -178,10 +185,30 @@ class GRPO(Algorithm):
             tasks.append(dataset[orders[epoch][place]])
         return tasks
 
-    async def _run_all(
-        self, mode: RolloutMode, step: int, inputs: Sequence[Any], resources_id: str
+    async def _replace_failed(
+        self, step: int, attempts: Sequence[Any], rollouts: Sequence[Rollout | None], session: _Session
     ) -> list[Rollout | None]:
-        """Run an agent on each input, and return the rollouts when all have ended, in order."""
+        """Give those that failed in the step that was taken up one more chance, as new rollouts.
+
+        What waited in the queue when the process before died names an endpoint that died with it. A runner
+        that was quicker than this process has tried to reach that, in vain.
+        """
+        failed = [index for index, rollout in enumerate(rollouts) if rollout is None or rollout.status != "succeeded"]
+        inputs = [attempts[index] for index in failed]
+        others = await self._run_all("train", "again", step, inputs, session.train_resources_id)
+        replaced = dict(zip(failed, others, strict=True))
+        return [replaced.get(index, rollout) for index, rollout in enumerate(rollouts)]
+
+    async def _run_all(
+        self, mode: RolloutMode, kind: str, step: int, inputs: Sequence[Any], resources_id: str
+    ) -> list[Rollout | None]:
+        """Run an agent on each input, and return the rollouts when all have ended, in order.
+
+        Args:
+            kind: tells them apart from others of the same step.
+        """
+        if not inputs:
+            return []
         run = self.get_run()
         requests = [
             EnqueueRolloutRequest(
@@ -189,7 +216,7 @@ class GRPO(Algorithm):
                 mode=mode,
                 resources_id=resources_id,
                 config=self.get_rollout_config(),
-                rollout_id=None if run is None else run.rollout_id(step, index, "" if mode == "train" else mode),
+                rollout_id=None if run is None else run.rollout_id(step, index, kind),
             )
             for index, each in enumerate(inputs)
         ]
@@ -218,7 +245,7 @@ class GRPO(Algorithm):
 
     async def _validate(self, step: int, dataset: Dataset[Any], resources_id: str) -> dict[str, float]:
         inputs = [dataset[index] for index in range(len(dataset))]
-        rollouts = await self._run_all("val", step, inputs, resources_id)
+        rollouts = await self._run_all("val", "val", step, inputs, resources_id)
         succeeded = [rollout for rollout in rollouts if rollout is not None and rollout.status == "succeeded"]
         spans = await spans_of(self.get_store(), succeeded)
         rewards = [reward for each in spans if (reward := find_final_reward(each)) is not None]
@@ -228,9 +255,9 @@ class GRPO(Algorithm):
     # --- Serving the policy ----------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _serving(self, begin: int) -> AsyncGenerator[_Session]:
+    async def _serving(self, begin: int, took_up: int | None) -> AsyncGenerator[_Session]:
         """Serve the policy, through the proxy if there is one; all is as it was after."""
-        # After a restart the words that are drawn must not be those that were drawn before.
+        # A run that is taken up must not draw once more the words of its first steps.
         seed = random.Random(f"{self._seed} {begin}").getrandbits(63)
         endpoint = PolicyEndpoint(self._policy, self._endpoint_host, self._endpoint_port, model=self._model, seed=seed)
         await endpoint.start()
@@ -241,7 +268,7 @@ class GRPO(Algorithm):
                 # New ids, not new versions: what an interrupted run left in the queue is given these.
                 train = await store.add_resources({**self._own_resources(), "llm": self._llm(endpoint, proxy, 1.0)})
                 val = await store.add_resources({**self._own_resources(), "llm": self._llm(endpoint, proxy, 0.0)})
-                yield _Session(endpoint, train.resources_id, val.resources_id)
+                yield _Session(endpoint, train.resources_id, val.resources_id, took_up)
         finally:
             await endpoint.stop()
 
@@ -288,12 +315,12 @@ class GRPO(Algorithm):
         """What rollout ids and tasks of a step follow from: a run cannot change it on the way."""
         return {"group_size": self._group_size, "batch_size": self._batch_size, "seed": self._seed}
 
-    def _take_up(self) -> int:
-        """Restore what the run has learned, and return the step to go on with."""
+    def _take_up(self) -> int | None:
+        """Restore what the run has learned, and return the step to go on with; None if it has not begun."""
         run = self.get_run()
         checkpoint = None if run is None else run.load_checkpoint()
         if run is None or checkpoint is None:
-            return 0
+            return None
         if checkpoint.get("settings") != self._settings():
             raise InvalidValue(
                 f"the run {run.name!r} was begun with {checkpoint.get('settings')}, not {self._settings()}; "

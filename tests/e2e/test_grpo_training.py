@@ -1,0 +1,193 @@
+"""GRPO against a real store, its endpoint, and the LLM proxy: it learns, and counts what it cannot use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agentlightning.algorithm.grpo import GRPO
+from agentlightning.algorithm.policy_update import PolicyUpdate
+from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.demo import game
+from agentlightning.demo.strategy import win_rate
+from agentlightning.errors import InvalidValue, NothingToLearn
+from agentlightning.proxy.llm_proxy import LLMProxy
+from agentlightning.store.base import LightningStore
+from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.types import AttemptedRollout, RolloutConfig, Span
+from game_runners import SECRETS, Fault, GameRunners
+
+
+class Reports:
+    """Takes what an algorithm reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+
+    def __call__(self, step: int, numbers: dict[str, float]) -> None:
+        self.steps.append((step, numbers))
+
+    def total(self, name: str) -> float:
+        return sum(numbers[name] for _, numbers in self.steps)
+
+
+@asynccontextmanager
+async def ready(
+    algorithm: GRPO,
+    fault: Callable[[AttemptedRollout], Fault | None] | None = None,
+    proxy: LLMProxy | None = None,
+) -> AsyncIterator[tuple[LightningStore, GameRunners, Reports]]:
+    """The algorithm with everything it needs but the call of ``run``."""
+    reports = Reports()
+    async with InMemoryLightningStore() as store, GameRunners(store, fault) as runners:
+        algorithm.set_store(store)
+        algorithm.set_llm_proxy(proxy)
+        algorithm.set_reporter(reports)
+        yield store, runners, reports
+
+
+async def calls_of(store: LightningStore, rollout_id: str) -> list[Span]:
+    return [span for span in await store.query_spans(rollout_id) if span.name.startswith("chat")]
+
+
+@pytest.mark.parametrize("with_proxy", [True, False], ids=["through the proxy", "traced by the agent"])
+async def test_a_few_steps_make_the_policy_better(with_proxy: bool) -> None:
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    algorithm = GRPO(policy, group_size=8, n_steps=4, seed=1)
+    async with ready(algorithm, proxy=LLMProxy() if with_proxy else None) as (_, _, reports):
+        await algorithm.run(SECRETS)
+    rewards = [numbers["reward_mean"] for _, numbers in reports.steps]
+    assert [step for step, _ in reports.steps] == [0, 1, 2, 3]
+    assert all(0 <= reward <= 1 for reward in rewards)
+    assert rewards[-1] > rewards[0]
+    assert reports.total("groups_used") == 4 * len(SECRETS)
+    for dropped in ("groups_dropped", "rollouts_failed", "calls_unusable"):
+        assert reports.total(dropped) == 0, dropped
+    assert all(policy.place_of(token_id) is not None for context in policy.contexts() for token_id in context)
+
+
+async def test_the_proxy_says_which_weights_answered_and_is_left_as_it_was() -> None:
+    other = {"model_name": "judge", "litellm_params": {"model": "openai/judge", "api_base": "http://127.0.0.1:9/v1"}}
+    proxy = LLMProxy(model_list=[other])
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=2, n_steps=2)
+    async with ready(algorithm, proxy=proxy) as (store, runners, _):
+        await algorithm.run(SECRETS)
+        versions = [
+            {span.attributes["agentlightning.llm.model_version"] for span in await calls_of(store, rollout_id)}
+            for rollout_id in runners.played
+        ]
+    assert versions == [{"0"}] * 4 + [{"1"}] * 4
+    assert list(proxy.model_list) == [other]
+    assert not proxy.is_running()
+
+
+async def test_a_group_with_a_failed_rollout_is_dropped_whole_and_counted() -> None:
+    def first_of_group_fails(claimed: AttemptedRollout) -> Fault | None:
+        return "fail" if claimed.input["secret"] == 3 else None
+
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    algorithm = GRPO(policy, group_size=4, n_steps=1)
+    async with ready(algorithm, first_of_group_fails) as (_, runners, reports):
+        await algorithm.run(SECRETS)
+    numbers = reports.steps[0][1]
+    assert len(runners.played) == 4 * len(SECRETS)
+    assert (numbers["groups_used"], numbers["groups_dropped"]) == (len(SECRETS) - 1, 1)
+    assert numbers["rollouts_failed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [("fail", "rollouts_failed"), ("no_reward", "rollouts_unrewarded"), ("no_call", "rollouts_unusable")],
+)
+async def test_one_bad_rollout_teaches_nothing_and_is_no_reward_of_zero(fault: Fault, counted: str) -> None:
+    bad: list[str] = []
+
+    def one_is_bad(claimed: AttemptedRollout) -> Fault | None:
+        if not bad:
+            bad.append(claimed.rollout_id)
+            return fault
+        return None
+
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    algorithm = GRPO(policy, group_size=8, batch_size=1, n_steps=1)
+    async with ready(algorithm, one_is_bad) as (_, _, reports):
+        await algorithm.run([{"secret": 8}])
+    numbers = reports.steps[0][1]
+    assert (numbers["groups_used"], numbers["groups_dropped"], numbers[counted]) == (0, 1, 1)
+    assert list(policy.contexts()) == [], "the only group was dropped, so nothing may have been learned"
+
+
+async def test_without_the_bad_rollout_the_same_group_teaches() -> None:
+    """The negative control of the test above: it is the fault that kept the policy from learning."""
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    algorithm = GRPO(policy, group_size=8, batch_size=1, n_steps=1)
+    async with ready(algorithm) as (_, _, reports):
+        await algorithm.run([{"secret": 8}])
+    assert reports.steps[0][1]["groups_used"] == 1
+    assert list(policy.contexts()) != []
+
+
+async def test_a_lost_worker_is_retried_and_its_group_is_used() -> None:
+    lost: list[str] = []
+
+    def one_is_lost(claimed: AttemptedRollout) -> Fault | None:
+        if not lost:
+            lost.append(claimed.rollout_id)
+            return "lose_worker"
+        return None
+
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=4, batch_size=2, n_steps=1)
+    algorithm.set_rollout_config(RolloutConfig(max_attempts=3, retry_condition=["unresponsive"]))
+    async with ready(algorithm, one_is_lost) as (_, runners, reports):
+        await algorithm.run(SECRETS)
+    numbers = reports.steps[0][1]
+    assert runners.played.count(lost[0]) == 2
+    assert (numbers["groups_used"], numbers["groups_dropped"], numbers["attempts_retried"]) == (2, 0, 1)
+
+
+async def test_when_nothing_ever_succeeds_the_run_fails_and_says_why() -> None:
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=2, n_steps=20)
+    async with ready(algorithm, lambda _: "fail") as (_, runners, _):
+        with pytest.raises(NothingToLearn, match=r"dropped 2 groups .* agent_error: .* the test said so"):
+            await algorithm.run(SECRETS)
+    assert len(runners.played) == 3 * 2 * 2
+
+
+async def test_validation_takes_the_most_probable_words_and_changes_nothing() -> None:
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=4, n_steps=2, validate_every=1, seed=3)
+    async with ready(algorithm) as (_, runners, reports):
+        await algorithm.run(SECRETS, SECRETS)
+    for mode, temperature in (("train", 1.0), ("val", 0.0)):
+        told = [runners.sampling[rollout_id] for rollout_id, each in runners.modes.items() if each == mode]
+        assert told == [{"temperature": temperature}] * len(told)
+        assert told
+    last = reports.steps[-1][1]
+    assert last["val_rollouts"] == len(SECRETS)
+    assert last["val_unrewarded"] == 0
+    assert last["val_reward_mean"] == pytest.approx(win_rate(algorithm.policy)), "so the endpoint was greedy"
+
+
+async def test_every_task_comes_up_once_before_any_comes_twice() -> None:
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=4, n_steps=4, seed=5)
+    async with ready(algorithm) as (store, _, _):
+        await algorithm.run(SECRETS)
+        rollouts = await store.query_rollouts()
+    secrets = [rollout.input["secret"] for rollout in rollouts]
+    groups = secrets[::2]
+    assert groups == secrets[1::2], "a group is one task"
+    assert sorted(groups[:15]) == list(range(1, 16))
+    assert groups[:4] != [1, 2, 3, 4]
+
+
+async def test_no_tasks_and_bad_numbers_are_refused() -> None:
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    for wrong in ({"group_size": 1}, {"batch_size": 0}, {"n_steps": 0}, {"validate_every": -1}):
+        with pytest.raises(InvalidValue, match=next(iter(wrong))):
+            GRPO(policy, **wrong)
+    with pytest.raises(InvalidValue, match="out of range"):
+        PolicyUpdate(clip=0)
+    algorithm = GRPO(policy)
+    with pytest.raises(InvalidValue, match="no tasks"):
+        await algorithm.run([])

@@ -90,7 +90,7 @@ async def works(store: LightningStore, worker_id: int, event: Any) -> None:
     name = await register(store, index=worker_id)
     note(f"runner-{worker_id}")
     while not event.is_set():
-        claimed = await store.dequeue_rollout(name, request_id=os.urandom(8).hex(), wait_seconds=2)
+        claimed = await store.dequeue_rollout(name, request_id=os.urandom(8).hex(), wait_seconds=1)
         if claimed is None:
             if (await store.update_worker(name)).directive is not None:
                 return

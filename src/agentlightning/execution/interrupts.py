@@ -81,7 +81,7 @@ class Interrupts:
         self._count += 1
         if self._count == 1:
             self.number = number
-            _log.warning("%s: stopping; once more to kill what is left", signal.Signals(number).name)
             self._on_first()
+            _log.warning("%s: stopping; once more to kill what is left", signal.Signals(number).name)
         else:
             self._on_second()

@@ -14,6 +14,7 @@ from agentlightning.execution.events import ExecutionEvent
 from agentlightning.execution.joining import join_server
 from agentlightning.execution.leaving import say_goodbye
 from agentlightning.execution.messages import Child
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.client import LightningStoreClient
 
@@ -69,11 +70,14 @@ async def run_runner(bundle: RunnerBundle, door: Door, name: str, index: int, ev
     async with opened(door) as store:
         try:
             await bundle(store, index, event)
-            return await _why(store, name)
+            why = await _why(store, name)
         except StoreUnreachable:
             return "gone"
-        finally:
-            await say_goodbye(store, name)
+        except BaseException as error:
+            await say_goodbye(store, name, error)
+            raise
+        await say_goodbye(store, name)
+        return why
 
 
 async def _why(store: LightningStore, name: str) -> str:
@@ -126,5 +130,5 @@ class AlgorithmJob:
 
 
 def _door(store: LightningStore | None, arguments: Mapping[str, Any]) -> Door:
-    # The key is in the environment (AGL_API_KEY), where the client looks for it.
-    return Door(store=store, url=arguments["url"], run_id=arguments["run_id"])
+    key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY)  # it came by the environment, which few can look into
+    return Door(store=store, url=arguments["url"], api_key=key, run_id=arguments["run_id"])

@@ -42,18 +42,28 @@ async def dismiss(store: LightningStore, directive: WorkerDirective, seconds: fl
         pause = min(pause * 1.5, _MOST_LOOK_SECONDS)
 
 
-async def say_goodbye(store: LightningStore, worker_id: str) -> None:
+async def say_goodbye(store: LightningStore, worker_id: str, error: BaseException | None = None) -> None:
     """A worker's runner has ended: whatever it still holds is lost, and nobody need wait for its lease.
 
     A store that cannot be told learns it from the lease.
+
+    Args:
+        error: what the runner ended with, if it failed.
     """
+    message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
+    reason_code = "resource_exhausted" if isinstance(error, MemoryError) else None
     try:
         async with asyncio.timeout(_GOODBYE_SECONDS):
-            await store.report_worker_lost(worker_id, message="its runner has ended")
+            await store.report_worker_lost(worker_id, message=_plain(message), reason_code=reason_code)
     except NotFound:
         return  # it never came to introduce itself
     except (TimeoutError, AgentLightningError, NotImplementedError) as error:
         _log.debug("%s could not say goodbye: %s", worker_id, error)
+
+
+def _plain(text: str) -> str:
+    """Without what a store would not take: NUL and lone surrogates."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 async def stranded(store: LightningStore) -> int:

@@ -88,7 +88,7 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
             works.reverse()
         with Interrupts(sides.event.set, sides.hurry) as interrupts:
             threads = [_start(sides, side) for side in works[1:]]
-            sides.run(works[0])
+            sides.run(works[0], self.join_timeout)
             sides.event.set()
             self._wait_for(threads)
             interrupts.check()
@@ -134,43 +134,50 @@ class _Sides:
         self._runners_left = limits.n_runners
         self._lock = threading.Lock()
         self._hurry = False
+        self._main_side_runs = False
 
     def hurry(self) -> None:
-        """Cancel at once, whatever ``graceful_delay`` says; and interrupt what blocks the main thread."""
+        """Cancel at once, whatever ``graceful_delay`` says; and interrupt a side that blocks the main thread."""
         self._hurry = True
-        raise KeyboardInterrupt
+        if self._main_side_runs:
+            raise KeyboardInterrupt
 
-    def run(self, side: Side) -> None:
-        """Run one side to its end, in this thread. What it raises stops the others, and is kept."""
+    def run(self, side: Side, join_timeout: float = math.inf) -> None:
+        """Run one side to its end, in this thread. What it raises stops the others, and is kept.
+
+        Args:
+            side: what to run.
+            join_timeout: seconds after which one that was cancelled and goes on all the same is left behind.
+        """
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
+        task = loop.create_task(side.work(self.event))
         try:
-            ended = loop.run_until_complete(self._watched(side))
-            if ended:
-                _wind_up(loop)
+            self._main_side_runs |= threading.current_thread() is threading.main_thread()
+            loop.run_until_complete(self._watched(side.name, task, join_timeout))
         except BaseException as error:  # noqa: BLE001 - the boundary of a side: raised by `execute`
             self._fail(side.name, error)
         finally:
+            self._main_side_runs &= threading.current_thread() is not threading.main_thread()
             asyncio.set_event_loop(None)
             if side.name == "algorithm":
                 self.event.set()
+        if task.done() or self._hurry:
+            _wind_up(loop)
 
-    async def _watched(self, side: Side) -> bool:
-        """Run it, and stop it when that is asked; whether it has ended."""
-        task = asyncio.ensure_future(side.work(self.event))
+    async def _watched(self, name: str, task: asyncio.Task[None], join_timeout: float) -> None:
+        """Wait for the end of a side, and bring it about when that is asked."""
         await self._until(task, lambda: self.event.is_set())
         await self._until(task, lambda: self._hurry, self._limits.graceful_delay)
         if not task.done():
             task.cancel()
-            await self._until(task, lambda: False, self._limits.join_timeout)
+            await self._until(task, lambda: False, join_timeout)
         if not task.done():
-            _log.error("%s was cancelled and goes on all the same; it is left behind", side.name)
-            return False
+            raise ExecutionFailed(f"{name} was cancelled and goes on all the same; it is left behind")
         with contextlib.suppress(asyncio.CancelledError):
             task.result()
-        if side.name != "algorithm":
+        if name != "algorithm":
             await self._when_a_runner_has_ended()
-        return True
 
     async def _until(self, task: asyncio.Future[None], met: Callable[[], bool], seconds: float = math.inf) -> None:
         """Wait until the task is done, or the condition is met, or the time is up."""
@@ -208,9 +215,13 @@ class _Sides:
 
 def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what a side has left running in its loop, and close that."""
-    left = asyncio.all_tasks(loop)
-    for task in left:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(_cancel_others())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

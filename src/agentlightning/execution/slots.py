@@ -89,7 +89,11 @@ class Slot:
         )
 
     def ended_as(self, exited: Exited, allowed_exit_codes: frozenset[int]) -> Crash | None:
-        """Take note of the end of a life: how it crashed, or None if it came to its end."""
+        """Take note of the end of a life: how it crashed, or None if it came to its end in good order.
+
+        One that ends with an exit code that is allowed, and without a word, has not crashed, but nobody else has
+        told the store that it is gone.
+        """
         self.state, self.outcome = "ended", exited.outcome
         kills = 0 if self.cgroup is None else self.cgroup.memory_kills()
         new_kills, self._memory_kills = kills - self._memory_kills, kills

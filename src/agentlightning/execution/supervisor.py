@@ -7,8 +7,8 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
 from agentlightning.execution.kin import Kin, send
@@ -140,14 +140,18 @@ class Supervisor:
                     self._clean_up(slot)
                 if crash is not None:
                     slot.state = "waiting"
-                    self._recover(slot, crash)
-                else:
-                    _log.info("%s (pid %d) has come to its end", slot.name, message.pid)
-                    self._check_over()
+                    self._later(self._recovery(slot, crash))
+                    return
+                _log.info("%s (pid %d) has come to its end", slot.name, message.pid)
+                if message.outcome is None:  # without a goodbye
+                    self._later(self._tell_store(slot.name, f"its process (pid {message.pid}) has ended"))
+                self._check_over()
 
     def _nursery_lost(self) -> None:
         """Without it nothing can be started, and what it had started was ended by the kernel."""
         for slot in self._slots.values():
+            if slot.live:
+                self._later(self._tell_store(slot.name, "the nursery has died, and its process with it"))
             slot.state = "ended"
         self._settled.set()
         self._end(ExecutionFailed("the process that starts and watches all others (the nursery) has died"))
@@ -161,15 +165,16 @@ class Supervisor:
             if process.session == slot.pid or process.pid in enrolled:
                 send(process, signal.SIGKILL)
 
-    def _recover(self, slot: Slot, crash: Crash) -> None:
-        task = asyncio.get_running_loop().create_task(self._recovery(slot, crash))
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
     async def _recovery(self, slot: Slot, crash: Crash) -> None:
         """Tell the store, then start the next process, after a while."""
         stopped = self._stop_asked.is_set()
-        await self._tell_store(slot, crash)
+        reason_code = "resource_exhausted" if crash.exhausted else None
+        await self._tell_store(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
         delay = None if stopped else slot.delay(time.monotonic())
         if delay is not None:
             _log.warning("%s; it is started again in %.1f s%s", crash, delay, _indented(crash.traceback))
@@ -188,19 +193,17 @@ class Supervisor:
             self._launch(slot)
         self._settled.set()
 
-    async def _tell_store(self, slot: Slot, crash: Crash) -> None:
+    async def _tell_store(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
         if self._report_lost is None:
             return
-        reason = "resource_exhausted" if crash.exhausted else None
-        message = f"its process (pid {crash.pid}) {crash.what}"
         patience = _LAST_REPORT_SECONDS if self._stop_asked.is_set() else _REPORT_SECONDS
         try:
             async with asyncio.timeout(patience):
-                await self._report_lost(slot.name, message=message, reason_code=reason)
+                await self._report_lost(worker_id, message=message, reason_code=reason_code)
         except NotFound:
             return  # it died before the store had heard of it, so it held nothing
         except (TimeoutError, AgentLightningError, NotImplementedError) as error:
-            _log.warning("the store could not be told that %s: its attempts end with its lease (%s)", crash, error)
+            _log.warning("the store does not know yet that %s is lost; its lease will tell (%s)", worker_id, error)
 
     def _launch(self, slot: Slot) -> None:
         self._link.send(slot.begin(time.monotonic()))

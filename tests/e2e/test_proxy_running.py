@@ -27,6 +27,7 @@ from agentlightning import (
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
 from agentlightning.proxy import serving
+from agentlightning.proxy.connections import Connections
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
@@ -229,16 +230,42 @@ async def test_calls_that_take_up_too_much_memory_are_turned_away() -> None:
         assert len(await scene.spans()) == 3
 
 
-async def test_a_request_whose_rest_never_comes_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = serving.ServerLimits(header_seconds=0.05, body_seconds=0.05)
-    monkeypatch.setattr(serving, "ServerLimits", lambda **_: quick)
+@pytest.mark.parametrize(
+    ("sent", "seconds", "status"),
+    [
+        (b"", 0.05, 408),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x", 0.05, 408),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", 0.05, 408),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000, WAIT_SECONDS, 431),
+    ],
+)
+async def test_a_request_that_does_not_arrive_is_sent_away(
+    sent: bytes, seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "Connections", lambda most: Connections(most, arrival_seconds=seconds))
     async with proxied(OpenAIBackend()) as scene:
-        port = int(scene.proxy.url.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(scene.proxy))
+        writer.write(sent)
         async with asyncio.timeout(WAIT_SECONDS):
-            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+            assert (await reader.read()).startswith(f"HTTP/1.1 {status}".encode())
         writer.close()
+
+
+async def test_more_connections_than_allowed_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "Connections", lambda most: Connections(2))
+    async with proxied(OpenAIBackend()) as scene:
+        open_ones = [await asyncio.open_connection("127.0.0.1", port_of(scene.proxy)) for _ in range(3)]
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert (await open_ones[2][0].read()).startswith(b"HTTP/1.1 503")
+        for _, writer in open_ones:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        await ask(scene, max_retries=100)
+
+
+def port_of(proxy: LLMProxy) -> int:
+    return int(proxy.url.rpartition(":")[2])
 
 
 async def test_urls_that_are_not_served_say_what_is() -> None:
@@ -360,7 +387,7 @@ async def test_start_stop_and_restart() -> None:
             get_active_llm_proxy()
         set_active_llm_proxy(proxy)
         assert get_active_llm_proxy() is proxy
-        port = int(url.rpartition(":")[2])
+        port = port_of(proxy)
         taken = rf"cannot listen on 127\.0\.0\.1:{port}"
         with socket.create_server(("127.0.0.1", port)), pytest.raises(InvalidValue, match=taken):
             await LLMProxy(port=port).start()

@@ -1,4 +1,4 @@
-"""The gate that calls pass: closed around weight updates and at the end, and letting in no more than there is room for."""
+"""The gate that calls pass: closed around weight updates and at the end, and with room for only so many inside."""
 
 from __future__ import annotations
 

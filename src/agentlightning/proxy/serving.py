@@ -16,13 +16,13 @@ import uvloop
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue
-from agentlightning.store.client_server.connections import BoundedProtocol, Doorkeeper
-from agentlightning.store.client_server.limits import ServerLimits
+from agentlightning.proxy.connections import Connections, bounded_protocol
 
 __all__ = ["AppThread", "bound_socket"]
 
 _T = TypeVar("_T")
 _BACKLOG = 2048
+_KEEPALIVE_SECONDS = 75
 _STOP_SECONDS = 2
 
 
@@ -45,8 +45,7 @@ class AppThread:
     ) -> None:
         self._open_app = open_app
         self._listener = listener
-        # Agents of a whole cluster may come from one address.
-        self._limits = ServerLimits(connections=max_connections, connections_per_address=max_connections)
+        self._connections = Connections(max_connections)
         self._ready: Future[None] = Future()
         self._ended: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,7 +96,7 @@ class AppThread:
         self._stop = asyncio.Event()
         stopping = asyncio.create_task(self._stop.wait())
         async with self._open_app() as app:
-            server = _Server(_config_of(app, self._limits), self._ready)
+            server = _Server(_config_of(app, self._connections), self._ready)
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # The socket was still open while the application was laid down, so that what came then was told why.
@@ -135,15 +134,10 @@ class _Server(uvicorn.Server):
         self._ready.set_result(None)
 
 
-def _config_of(app: Any, limits: ServerLimits) -> uvicorn.Config:
-    doorkeeper = Doorkeeper(limits)
-
-    def protocol(**arguments: Any) -> BoundedProtocol:
-        return BoundedProtocol(doorkeeper, **arguments)
-
+def _config_of(app: Any, connections: Connections) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=protocol,  # type: ignore[arg-type]  # a factory, which is all that uvicorn calls it as
+        http=bounded_protocol(connections),  # type: ignore[arg-type]  # a factory, which is all that uvicorn calls it as
         ws="none",
         lifespan="off",
         log_config=None,
@@ -151,7 +145,7 @@ def _config_of(app: Any, limits: ServerLimits) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         date_header=False,  # it would have to be kept up to date
-        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_keep_alive=_KEEPALIVE_SECONDS,
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
 

@@ -215,7 +215,8 @@ class _Sides:
 
 def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what a side has left running in its loop, and close that."""
-    loop.run_until_complete(_cancel_others())
+    with contextlib.suppress(KeyboardInterrupt):  # a task that was interrupted raises it again; it was noted
+        loop.run_until_complete(_cancel_others())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
 

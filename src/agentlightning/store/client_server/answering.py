@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +26,7 @@ DIRECTIVE_HEADER = b"agl-directive"
 """In the reply to a claim of a worker that has been asked to drain or to stop: which of the two."""
 _STREAMED_ITEMS = 512
 _MESSAGE_BYTES = 300
+_INTEGER = re.compile(r"-?[0-9]{1,40}")
 
 
 class Reply(NamedTuple):
@@ -84,7 +86,8 @@ class Answerer:
         self._store: Any = store.answering_in_json() if isinstance(store, EngineStore) else store
         self._records = store
         self._bodies = {route: TypeAdapter[Any](route.body) for route in ROUTES if route.body is not None}
-        self._lists = {route: _list_fields(route) for route in ROUTES if route.query is not None}
+        self._lists = {route: _fields_of(route, list) for route in ROUTES if route.query is not None}
+        self._integers = {route: _fields_of(route, int) for route in ROUTES if route.query is not None}
 
     def call(self, bound: Bound, values: Sequence[str], query: bytes, raw: bytes) -> Call:
         """Take a request apart.
@@ -148,7 +151,7 @@ class Answerer:
         return {name: getattr(body, name) for name in body.model_fields_set}
 
     def _from_query(self, route: Route, query: bytes) -> dict[str, Any]:
-        model, lists = cast(Any, route.query), self._lists[route]
+        model, lists, integers = cast(Any, route.query), self._lists[route], self._integers[route]
         given: dict[str, Any] = {}
         try:
             pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
@@ -160,9 +163,9 @@ class Answerer:
             elif name in given:
                 raise InvalidValue(f"{name[:80]!r} is given twice in the query string; give it once")
             else:
-                given[name] = value
+                given[name] = int(value) if name in integers and _INTEGER.fullmatch(value) else value
         try:
-            asked = model.model_validate_strings(given)
+            asked = model.model_validate(given)
         except ValidationError as error:
             raise _invalid(error, "query") from error
         return {name: getattr(asked, name) for name in asked.model_fields_set}
@@ -244,6 +247,8 @@ def _is_null(error: ValidationError) -> bool:
     return error.errors(include_url=False, include_context=False)[0].get("input") is None
 
 
-def _list_fields(route: Route) -> frozenset[str]:
+def _fields_of(route: Route, kind: type[Any]) -> frozenset[str]:
+    """The arguments in the query string that are of this kind."""
     fields = cast(Any, route.query).model_fields
-    return frozenset(name for name, field in fields.items() if "list[" in str(field.annotation))
+    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in fields.items()}
+    return frozenset(name for name, all_of in kinds.items() if any(kind in (each, get_origin(each)) for each in all_of))

@@ -151,7 +151,7 @@ class _Sides:
         """
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
-        task = loop.create_task(side.work(self.event))
+        task = loop.create_task(self._work(side))
         try:
             self._main_side_runs |= threading.current_thread() is threading.main_thread()
             loop.run_until_complete(self._watched(side.name, task, join_timeout))
@@ -164,6 +164,13 @@ class _Sides:
                 self.event.set()
         if task.done() or self._hurry:
             _wind_up(loop)
+
+    async def _work(self, side: Side) -> None:
+        try:
+            await side.work(self.event)
+        except KeyboardInterrupt:
+            if not self._hurry:  # else it has been interrupted, and that is its end
+                raise
 
     async def _watched(self, name: str, task: asyncio.Task[None], join_timeout: float) -> None:
         """Wait for the end of a side, and bring it about when that is asked."""
@@ -215,8 +222,7 @@ class _Sides:
 
 def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what a side has left running in its loop, and close that."""
-    with contextlib.suppress(KeyboardInterrupt):  # a task that was interrupted raises it again; it was noted
-        loop.run_until_complete(_cancel_others())
+    loop.run_until_complete(_cancel_others())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
 

@@ -350,3 +350,13 @@ def test_a_pipe_gets_whole_lines_and_no_colours(worked: Path) -> None:
     done = agl_process("rollouts", "ls", "--url", worked, env={"COLUMNS": "40"}).ok()
     assert "\x1b" not in done.out
     assert all(len(line) > 60 for line in done.out.splitlines()[1:])
+
+
+def test_an_output_that_lacks_characters_gets_others_and_json_whole(worked: Path) -> None:
+    narrow = {"PYTHONIOENCODING": "ascii"}
+    drawn = agl_process("trace", "ro-task-3", "--url", worked, env=narrow).ok()
+    assert "chat policy" in drawn.out
+    assert drawn.out.isascii()
+    hidden = agl_process("resources", "show", "-o", "json", "--url", worked, env=narrow).ok()
+    assert hidden.out.isascii()
+    assert hidden.json["resources"]["llm"]["api_key"] == "••••"

@@ -115,7 +115,7 @@ class _EdgeCommand(TyperCommand):
                 raise
             _end(
                 f"{type(error).__name__}: {error}. This is a bug of Agent Lightning; "
-                f"`agl --debug {ctx.info_name} …` shows where",
+                f"`agl --debug {ctx.command_path.partition(' ')[2]} …` shows where",
                 ExitCode.FAILED,
             )
 

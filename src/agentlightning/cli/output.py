@@ -6,8 +6,10 @@ whole and uncut.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -93,8 +95,11 @@ def print_json(value: Any) -> None:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON in readable characters; what a terminal might obey is escaped, which changes nothing of the value."""
-    return _UNPRINTABLE.sub(_escaped, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+    """JSON in readable characters, as far as the output has them. What it lacks, and what a terminal might obey, is
+    escaped, which changes nothing of the value."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    ascii_only = codecs.lookup(encoding).name != "utf-8"
+    return _UNPRINTABLE.sub(_escaped, json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def _escaped(match: re.Match[str]) -> str:

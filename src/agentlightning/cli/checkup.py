@@ -169,15 +169,16 @@ def check_database(database: Database) -> Iterator[Finding]:
             "no_database", "problem", f"There is no database {str(path)!r}.", "Give the path of one with --url."
         )
         return
+    if not os.access(path, os.R_OK):
+        yield Finding("unreadable", "problem", f"{path} cannot be read by this user.", "Run this as its owner.")
+        return
     owner = find_owner(path)
     if owner is None:
         yield Finding("not_served", "note", f"No process has {path} open; what is in it stands still.")
     else:
         where = f" and serves it at {' or '.join(owner.server_urls)}" if owner.server_urls else ""
         yield Finding("owned", "note", f"Process {owner.pid} ({owner.command}) has {path} open{where}.")
-    if not os.access(path, os.R_OK):
-        yield Finding("unreadable", "problem", f"{path} cannot be read by this user.", "Run this as its owner.")
-    elif stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
         yield Finding(
             "readable_by_others",
             "warning",

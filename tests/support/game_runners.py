@@ -81,7 +81,7 @@ class GameRunners:
             return
         try:
             reward = 0.0 if fault == "no_call" else await self._play(claimed)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - an agent may raise anything, and its attempt fails of it
             await self._store.update_attempt(
                 rollout_id, attempt_id, "failed", reason_code="agent_error", reason_message=repr(error)
             )

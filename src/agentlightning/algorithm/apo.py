@@ -1,0 +1,342 @@
+"""`APO`: automatic prompt optimisation by textual gradients and beam search.
+
+After Pryzant et al., Automatic Prompt Optimization with "Gradient Descent" and Beam Search, 2023,
+https://arxiv.org/abs/2305.03495: a model reads what came of a prompt and says what is wrong with it (the
+gradient), another rewrites the prompt accordingly (the step), and the best of what comes of that are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentlightning.adapter.messages import TraceToMessages
+from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
+from agentlightning.algorithm.base import Algorithm
+from agentlightning.algorithm.batches import enqueue_once, spans_of
+from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
+from agentlightning.store.base import is_finished
+from agentlightning.types import Dataset, EnqueueRolloutRequest, PromptTemplate, Rollout, RolloutMode
+from agentlightning.types.rewards import find_final_reward
+
+__all__ = ["APO"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A prompt, and the mean reward of its validation rollouts; None if none of them had one."""
+
+    prompt: PromptTemplate
+    score: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prompt": self.prompt.model_dump(), "score": self.score}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> _Scored:
+        return cls(PromptTemplate(**data["prompt"]), data["score"])
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the search stands. What is to be evaluated is kept before it is: it cannot be thought up twice."""
+
+    round: int
+    beam: list[_Scored]
+    candidates: list[PromptTemplate] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        candidates = None if self.candidates is None else [each.model_dump() for each in self.candidates]
+        return {"round": self.round, "beam": [each.to_json() for each in self.beam], "candidates": candidates}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> _State:
+        candidates = data["candidates"]
+        return cls(
+            data["round"],
+            [_Scored.from_json(each) for each in data["beam"]],
+            None if candidates is None else [PromptTemplate(**each) for each in candidates],
+        )
+
+
+class APO(Algorithm):
+    """Improves the one prompt template among the initial resources.
+
+    In each round every prompt of the beam is tried on some training tasks, criticised for what came of
+    it, and rewritten, ``branch_factor`` times; then all are tried on the same validation tasks, and
+    those with the highest mean reward are the next beam. A rollout that failed has no reward, which
+    is no reward of 0: means are taken over those that have one.
+
+    Under a run's name the search is kept after each stage, and finished rollouts are not run again.
+
+    Args:
+        async_openai_client: an ``openai.AsyncOpenAI``, or what looks like one. None: one is made, which needs
+            the extra ``openai`` and takes its key and URL from the environment.
+        gradient_model: says what is wrong with a prompt.
+        apply_edit_model: rewrites it.
+        diversity_temperature: of both.
+        gradient_batch_size: training tasks that one critique is based on.
+        val_batch_size: validation tasks that prompts are compared on; of a smaller dataset all.
+        beam_width: how many prompts are kept.
+        branch_factor: how many new ones each of them leads to in a round.
+        beam_rounds: how many rounds.
+        rollout_batch_timeout: seconds to wait for one batch of rollouts; those that are late are cancelled.
+        run_initial_validation: whether the first prompt is measured before anything else. If not, it is
+            measured with those of the first round.
+        seed: of which tasks are taken.
+
+    Raises:
+        InvalidValue: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        async_openai_client: Any = None,
+        *,
+        gradient_model: str = "gpt-5-mini",
+        apply_edit_model: str = "gpt-4.1-mini",
+        diversity_temperature: float = 1.0,
+        gradient_batch_size: int = 4,
+        val_batch_size: int = 16,
+        beam_width: int = 4,
+        branch_factor: int = 4,
+        beam_rounds: int = 3,
+        rollout_batch_timeout: float = 3600.0,
+        run_initial_validation: bool = True,
+        seed: int = 0,
+    ) -> None:
+        counts = {
+            "gradient_batch_size": gradient_batch_size,
+            "val_batch_size": val_batch_size,
+            "beam_width": beam_width,
+            "branch_factor": branch_factor,
+            "beam_rounds": beam_rounds,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise InvalidValue(f"{name} is {count}; give at least 1")
+        if not rollout_batch_timeout > 0:
+            raise InvalidValue(f"rollout_batch_timeout is {rollout_batch_timeout}; give seconds, more than 0")
+        self._openai = async_openai_client
+        self._gradient_model = gradient_model
+        self._apply_edit_model = apply_edit_model
+        self._temperature = diversity_temperature
+        self._gradient_batch_size = gradient_batch_size
+        self._val_batch_size = val_batch_size
+        self._beam_width = beam_width
+        self._branch_factor = branch_factor
+        self._beam_rounds = beam_rounds
+        self._timeout = rollout_batch_timeout
+        self._run_initial_validation = run_initial_validation
+        self._seed = seed
+        self._best: _Scored | None = None
+
+    def get_best_prompt(self) -> PromptTemplate:
+        """The prompt with the highest mean reward so far.
+
+        Raises:
+            InvalidValue: none has been measured yet.
+        """
+        if self._best is None:
+            raise InvalidValue("no prompt has been measured yet; run the algorithm first")
+        return self._best.prompt
+
+    async def run(  # pyright: ignore[reportIncompatibleMethodOverride] - may be awaited, which the base allows
+        self, train_dataset: Dataset[Any] | None = None, val_dataset: Dataset[Any] | None = None
+    ) -> None:
+        """Search through all rounds. After, `get_best_prompt` has the result.
+
+        Raises:
+            InvalidValue: there is no dataset, or not exactly one prompt template among the initial resources.
+            NothingToLearn: no prompt ever got a reward.
+            MissingExtra: no client was given, and there is no ``openai`` package to make one.
+            Exception: what the client raises when a model cannot be asked; the run can be taken up again.
+        """
+        if not train_dataset or not val_dataset:
+            raise InvalidValue("APO needs tasks to learn from and tasks to measure with; pass both datasets")
+        name, first = self._template()
+        client = self._client_or_new()
+        state = self._load() or _State(0, [_Scored(first, None)])
+        if state.round == 0 and state.candidates is None and self._run_initial_validation:
+            score = await self._score(0, "start", name, [first], val_dataset)
+            state = _State(0, score)
+            self._note_best(state.beam)
+        for round_number in range(state.round, self._beam_rounds):
+            if state.candidates is None:
+                candidates = await self._branch(client, round_number, name, state.beam, train_dataset)
+                state = _State(round_number, state.beam, candidates)
+                self._save(state)
+            state = await self._select(state, name, val_dataset)
+            self._save(state)
+        if self._best is None or self._best.score is None:
+            raise NothingToLearn("no rollout of any prompt got a reward; does the agent succeed, and return one?")
+        best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
+        await self.get_store().add_resources(best)
+
+    # --- The search ------------------------------------------------------------------------------
+
+    async def _branch(
+        self, client: Any, round_number: int, name: str, beam: Sequence[_Scored], dataset: Dataset[Any]
+    ) -> list[PromptTemplate]:
+        """New prompts, without repeats."""
+        parents = [each.prompt for each in beam for _ in range(self._branch_factor)]
+        made = await asyncio.gather(
+            *(self._improve(client, round_number, place, name, prompt, dataset) for place, prompt in enumerate(parents))
+        )
+        known = {each.prompt.template for each in beam}
+        fresh: list[PromptTemplate] = []
+        for prompt in made:
+            if prompt is not None and prompt.template not in known:
+                known.add(prompt.template)
+                fresh.append(prompt)
+        return fresh
+
+    async def _improve(
+        self, client: Any, round_number: int, place: int, name: str, prompt: PromptTemplate, dataset: Dataset[Any]
+    ) -> PromptTemplate | None:
+        """A better version of a prompt; None if the model's answer is no usable one."""
+        rng = random.Random(f"{self._seed} {round_number} {place}")
+        count = min(self._gradient_batch_size, len(dataset))
+        tasks = [dataset[index] for index in rng.sample(range(len(dataset)), count)]
+        trials = await self._try(round_number, f"branch{place}-", name, prompt, tasks, "train")
+        critique = await self._ask(client, self._gradient_model, ask_for_critique(prompt, trials))
+        reply = await self._ask(client, self._apply_edit_model, ask_for_edit(prompt, critique))
+        try:
+            return read_prompt(reply, prompt)
+        except InvalidValue as error:
+            _logger.warning("round %d: a new prompt cannot be used: %s", round_number, error)
+            return None
+
+    async def _select(self, state: _State, name: str, dataset: Dataset[Any]) -> _State:
+        """The next beam: the best of the old one and the new."""
+        unmeasured = [each.prompt for each in state.beam if each.score is None]
+        measured = [each for each in state.beam if each.score is not None]
+        fresh = state.candidates or []
+        measured += await self._score(state.round, "val", name, [*unmeasured, *fresh], dataset)
+        # Sorting is stable: of equals, the older one stays in front.
+        measured.sort(key=lambda each: -math.inf if each.score is None else each.score, reverse=True)
+        beam = measured[: self._beam_width]
+        self._note_best(beam)
+        numbers = {"total_steps": float(self._beam_rounds), "prompts_tried": float(len(fresh))}
+        if beam[0].score is not None:
+            numbers["reward_mean"] = beam[0].score
+        self.report(state.round, **numbers)
+        return _State(state.round + 1, beam)
+
+    async def _score(
+        self, round_number: int, kind: str, name: str, prompts: Sequence[PromptTemplate], dataset: Dataset[Any]
+    ) -> list[_Scored]:
+        """Each prompt with its mean reward over the validation tasks, which are the same in the whole search."""
+        count = min(self._val_batch_size, len(dataset))
+        tasks = [dataset[index] for index in random.Random(f"{self._seed}").sample(range(len(dataset)), count)]
+
+        async def score(place: int, prompt: PromptTemplate) -> _Scored:
+            trials = await self._try(round_number, f"{kind}{place}-", name, prompt, tasks, "val")
+            rewards = [trial.reward for trial in trials if trial.reward is not None]
+            return _Scored(prompt, math.fsum(rewards) / len(rewards) if rewards else None)
+
+        return list(await asyncio.gather(*(score(place, prompt) for place, prompt in enumerate(prompts))))
+
+    def _note_best(self, beam: Sequence[_Scored]) -> None:
+        for each in beam:
+            if each.score is not None and (
+                self._best is None or self._best.score is None or each.score > self._best.score
+            ):
+                self._best = each
+
+    # --- Rollouts and models ---------------------------------------------------------------------
+
+    async def _try(
+        self, round_number: int, kind: str, name: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
+    ) -> list[Trial]:
+        """Run the agent with a prompt on some tasks."""
+        store, run = self.get_store(), self.get_run()
+        resources = await store.add_resources({**(self.get_initial_resources() or {}), name: prompt})
+        requests = [
+            EnqueueRolloutRequest(
+                input=task,
+                mode=mode,
+                resources_id=resources.resources_id,
+                config=self.get_rollout_config(),
+                rollout_id=None if run is None else run.rollout_id(round_number, index, kind),
+            )
+            for index, task in enumerate(tasks)
+        ]
+        rollout_ids = await enqueue_once(store, requests)
+        ended = await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=self._timeout)
+        late = set(rollout_ids) - {rollout.rollout_id for rollout in ended}
+        await asyncio.gather(*(self._cancel(rollout_id) for rollout_id in late))
+        adapter = self._adapter if isinstance(self._adapter, TraceToMessages) else TraceToMessages()
+        spans = await spans_of(store, ended)
+        return [
+            Trial(
+                task=rollout.input,
+                reward=find_final_reward(each) if rollout.status == "succeeded" else None,
+                outcome=_outcome(rollout),
+                conversations=adapter.examine(each).made,
+            )
+            for rollout, each in zip(ended, spans, strict=True)
+        ]
+
+    async def _cancel(self, rollout_id: str) -> None:
+        try:
+            await self.get_store().cancel_rollout(rollout_id, message=f"not done after {self._timeout:g} s")
+        except IllegalMove:  # it ended in between; too late to count
+            rollout = await self.get_store().get_rollout_by_id(rollout_id)
+            if rollout is None or not is_finished(rollout):
+                raise
+
+    async def _ask(self, client: Any, model: str, question: str) -> str:
+        reply = await client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], temperature=self._temperature
+        )
+        return reply.choices[0].message.content or ""
+
+    def _client_or_new(self) -> Any:
+        if self._openai is None:
+            try:
+                from openai import AsyncOpenAI
+            except ImportError as error:
+                raise MissingExtra(
+                    "APO asks models by the openai package: pip install 'agentlightning[openai]', or pass a client"
+                ) from error
+            self._openai = AsyncOpenAI()
+        return self._openai
+
+    def _template(self) -> tuple[str, PromptTemplate]:
+        resources = self.get_initial_resources() or {}
+        templates = [(name, each) for name, each in resources.items() if isinstance(each, PromptTemplate)]
+        if len(templates) != 1:
+            raise InvalidValue(
+                f"APO improves one prompt template; the initial resources have {len(templates)}. "
+                "Pass Trainer(initial_resources={'prompt_template': PromptTemplate(...)})"
+            )
+        return templates[0]
+
+    # --- Checkpoints -----------------------------------------------------------------------------
+
+    def _load(self) -> _State | None:
+        run = self.get_run()
+        checkpoint = None if run is None else run.load_checkpoint()
+        if checkpoint is None:
+            return None
+        self._best = None if checkpoint["best"] is None else _Scored.from_json(checkpoint["best"])
+        return _State.from_json(checkpoint["state"])
+
+    def _save(self, state: _State) -> None:
+        run = self.get_run()
+        if run is not None:
+            best = None if self._best is None else self._best.to_json()
+            run.save_checkpoint({"state": state.to_json(), "best": best})
+
+
+def _outcome(rollout: Rollout) -> str:
+    why = rollout.reason_message or rollout.reason_code
+    return rollout.status if rollout.status == "succeeded" or not why else f"{rollout.status}: {why}"

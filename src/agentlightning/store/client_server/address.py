@@ -33,11 +33,15 @@ def parse_address(text: str) -> ServerAddress:
     Raises:
         InvalidValue: it is no such address.
     """
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidValue(f"{text!r} is not the address of a server; give one like http://host:4747")
     try:
         parts = urlsplit(text)
         port = parts.port
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidValue(f"{text!r} is not the address of a server; give one like http://host:4747") from error
+    except ValueError as error:
+        raise InvalidValue(
+            f"{_masked(text)!r} is not the address of a server; give one like http://host:4747"
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InvalidValue(f"{_masked(text)!r} is not the address of a server; give one like http://host:4747")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
@@ -48,8 +52,8 @@ def parse_address(text: str) -> ServerAddress:
             path, dialect = path.removesuffix(each.prefix), each
             break
     netloc = host if port is None else f"{host}:{port}"
-    key = parts.password if parts.password is not None else None
-    return ServerAddress(urlunsplit((parts.scheme, netloc, path, "", "")), dialect, key and unquote(key))
+    key = None if parts.password is None else unquote(parts.password)
+    return ServerAddress(urlunsplit((parts.scheme, netloc, path, "", "")), dialect, key)
 
 
 def _masked(text: str) -> str:

@@ -275,3 +275,8 @@ async def ends_when_all_misbehave(store: LightningStore, event: Any) -> None:
     """An algorithm that goes on until every runner is at it."""
     wanted = {f"{each.__name__}{part}" for each, parts in MISBEHAVIOURS.items() for part in parts}
     await until(lambda: wanted <= {who for who, _, _ in noted(folder())})
+
+
+async def a_few_misbehave(store: LightningStore, worker_id: int, event: Any) -> None:
+    """Those that are hardest to end; with what they leave behind they are seven."""
+    await [ignores_sigterm, double_forks, setsids, burns_cpu, is_stopped][worker_id](event)

@@ -1,0 +1,70 @@
+"""The process that supervises is killed with SIGKILL: what it has started ends by itself, within five seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import execution_programs as programs
+
+ALLOWED_SECONDS = 5.0
+_RUN = """
+import sys, threading
+import execution_programs as programs
+from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
+
+def run():
+    strategy = ClientServerExecutionStrategy(server_port=0, n_runners=5, start_method=sys.argv[1])
+    strategy.execute(programs.waits_for_ever, programs.a_few_misbehave, InMemoryLightningStore())
+
+# Not from the main thread, which may end before others: the kernel would take that for the death of the parent.
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+ROUNDS = [("fork", 2), ("spawn", 1)]
+LONG = [pytest.param(method, rounds, marks=pytest.mark.slow) for method, rounds in [("fork", 25), ("forkserver", 25)]]
+
+
+@pytest.mark.parametrize(("method", "rounds"), [*ROUNDS, *LONG])
+def test_nothing_outlives_the_parent(method: str, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setenv("AGL_TEST_FOLDER", str(folder))
+        with subprocess.Popen(
+            [sys.executable, "-c", _RUN, method],
+            env={**os.environ, "PYTHONPATH": str(Path(programs.__file__).parent)},
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        ) as parent:
+            programs.wait_until(lambda where=folder: len(programs.noted(where)) == 8, "all are at work")
+            assert len(programs.alive(folder)) == 8
+            parent.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        programs.wait_until(lambda where=folder: not programs.alive(where), f"all have ended (round {number})", 20)
+        assert time.monotonic() - began < ALLOWED_SECONDS
+
+
+def test_the_harness_sees_what_outlives_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a child that nobody looks after is found alive."""
+    monkeypatch.setenv("AGL_TEST_FOLDER", str(tmp_path))
+    program = (
+        "import os, time, execution_programs as programs\n"
+        "if os.fork() == 0:\n    programs.note('orphan'); time.sleep(30)\ntime.sleep(30)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(programs.__file__).parent)},
+        start_new_session=True,
+    ) as parent:
+        programs.wait_until(lambda: programs.noted(tmp_path), "the child is there")
+        parent.kill()
+    assert programs.alive(tmp_path) == ["orphan"]
+    os.kill(programs.noted(tmp_path)[0][1], signal.SIGKILL)

@@ -1,0 +1,106 @@
+"""Runners that are killed all the time: every rollout still ends once, and well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import execution_programs as programs
+from agentlightning import (
+    ClientServerExecutionStrategy,
+    EnqueueRolloutRequest,
+    RestartPolicy,
+    RolloutConfig,
+    SqliteLightningStore,
+)
+from execution_agents import AgentRunner, ShortAgent
+
+KILL_SECONDS = 0.5
+RETRIES = RolloutConfig(max_attempts=100, retry_condition=["unresponsive"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AGL_TEST_FOLDER", str(tmp_path))
+    monkeypatch.setenv("AGL_SPOOL_DIR", str(tmp_path / "spool"))
+    return tmp_path
+
+
+class Chaos:
+    """An algorithm that waits for its rollouts while runners are killed, then runs as many in peace.
+
+    Args:
+        rollouts: how many there are in each half.
+        seed: who is killed.
+    """
+
+    def __init__(self, rollouts: int, seed: int) -> None:
+        self.rollouts = rollouts
+        self.kills = 0
+        self.seconds: list[float] = []
+        self._rng = random.Random(seed)
+
+    async def __call__(self, store: Any, event: Any) -> None:
+        await programs.until(lambda: len(programs.noted(programs.folder(), "runner")) == 4)
+        killing = asyncio.create_task(self._kill(store))
+        await self._run(store)
+        killing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await killing
+        await self._run(store)
+
+    async def _run(self, store: Any) -> None:
+        began = time.monotonic()
+        requests = [EnqueueRolloutRequest(input=number, config=RETRIES) for number in range(self.rollouts)]
+        ids = [each.rollout_id for each in await store.enqueue_many_rollouts(requests)]
+        ended = await store.wait_for_rollouts(rollout_ids=ids, timeout=100)
+        assert [each.status for each in ended] == ["succeeded"] * self.rollouts
+        self.seconds.append(time.monotonic() - began)
+
+    async def _kill(self, store: Any) -> None:
+        while True:
+            alive = set(programs.alive(programs.folder()))
+            pids = [pid for who, pid, _ in programs.noted(programs.folder(), "runner") if who in alive]
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(self._rng.choice(pids), signal.SIGKILL)
+                self.kills += 1
+            await asyncio.sleep(KILL_SECONDS)
+
+
+@pytest.mark.parametrize(("rollouts", "kills"), [(300, 2), pytest.param(2000, 8, marks=pytest.mark.slow)])
+def test_every_rollout_ends_once_while_runners_are_killed(rollouts: int, kills: int, folder: Path) -> None:
+    store = SqliteLightningStore(folder / "store.db", "process")
+    chaos = Chaos(rollouts, seed=rollouts)
+    ClientServerExecutionStrategy(
+        server_port=0,
+        n_runners=4,
+        start_method="fork",
+        restarts=RestartPolicy(most_per_minute=1000, first_delay=0.05, longest_delay=0.5),
+        graceful_timeout=5.0,
+        terminate_timeout=2.0,
+    ).execute(chaos, AgentRunner(ShortAgent(), poll_interval=0.1), store)
+    assert chaos.kills >= kills
+    asyncio.run(_check(store, 2 * rollouts))
+    disturbed, in_peace = chaos.seconds
+    assert in_peace < max(disturbed, 1.0) * 1.2  # it has recovered
+    assert [who for who in programs.alive(folder) if who.startswith("runner")] == []
+
+
+async def _check(store: SqliteLightningStore, rollouts: int) -> None:
+    async with store:
+        statistics = await store.statistics()
+        assert statistics["rollouts_by_status"]["succeeded"] == statistics["total_rollouts"] == rollouts
+        report = await store.verify()
+        assert report.ok, report.violations
+        for rollout in await store.query_rollouts():
+            ends = [each.status for each in await store.query_attempts(rollout.rollout_id)]
+            assert ends.count("succeeded") == 1
+            assert ends[-1] == "succeeded"

@@ -94,5 +94,7 @@ class AsgiCalls:
             sent.append(message)
 
         await self.app(scope, receive, send)
+        if not sent:  # it waited, and found that nobody waits for the reply
+            return Answer(499, {}, b"")
         start = sent[0]
         return Answer(start["status"], dict(start["headers"]), b"".join(each.get("body", b"") for each in sent[1:]))

@@ -250,5 +250,11 @@ def _is_null(error: ValidationError) -> bool:
 def _fields_of(route: Route, kind: type[Any]) -> frozenset[str]:
     """The arguments in the query string that are of this kind."""
     fields = cast(Any, route.query).model_fields
-    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in fields.items()}
-    return frozenset(name for name, all_of in kinds.items() if any(kind in (each, get_origin(each)) for each in all_of))
+    return frozenset(name for name, field in fields.items() if _is_of(field.annotation, kind))
+
+
+def _is_of(annotation: Any, kind: type[Any]) -> bool:
+    """Whether this is the annotation of a ``kind``, perhaps an optional or a strict one."""
+    if kind in (annotation, get_origin(annotation)):
+        return True
+    return get_origin(annotation) is not list and any(_is_of(each, kind) for each in get_args(annotation))

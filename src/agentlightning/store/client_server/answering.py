@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -250,11 +250,11 @@ def _is_null(error: ValidationError) -> bool:
 def _fields_of(route: Route, kind: type[Any]) -> frozenset[str]:
     """The arguments in the query string that are of this kind."""
     fields = cast(Any, route.query).model_fields
-    return frozenset(name for name, field in fields.items() if _is_of(field.annotation, kind))
+    return frozenset(name for name, field in fields.items() if kind in _parts_of(field.annotation))
 
 
-def _is_of(annotation: Any, kind: type[Any]) -> bool:
-    """Whether this is the annotation of a ``kind``, perhaps an optional or a strict one."""
-    if kind in (annotation, get_origin(annotation)):
-        return True
-    return get_origin(annotation) is not list and any(_is_of(each, kind) for each in get_args(annotation))
+def _parts_of(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of, with what is inside of unions and of ``Annotated``."""
+    yield get_origin(annotation) or annotation
+    for part in get_args(annotation):
+        yield from _parts_of(part)

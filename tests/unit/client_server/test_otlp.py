@@ -1,0 +1,225 @@
+"""Spans by OTLP: both encodings, whose they are, and the truth about those that are not stored."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+
+from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.types import Span
+from asgi_calls import Answer, AsgiCalls
+
+PROTOBUF = {"content-type": "application/x-protobuf"}
+OWNER = {"agentlightning.rollout_id": "ro-1", "agentlightning.attempt_id": "at-1"}
+
+
+@asynccontextmanager
+async def _serving() -> AsyncIterator[tuple[InMemoryLightningStore, AsgiCalls]]:
+    async with InMemoryLightningStore() as store:
+        await store.start_rollout(1, rollout_id="ro-1", attempt_id="at-1")
+        yield store, AsgiCalls(store)
+
+
+def _request(*spans: dict[str, Any], resource: dict[str, str] | None = None) -> ExportTraceServiceRequest:
+    """One resource with these spans; ``attributes`` of text, numbers and so on."""
+    request = ExportTraceServiceRequest()
+    group = request.resource_spans.add(schema_url="https://schema")
+    for name, value in (resource or {}).items():
+        group.resource.attributes.add(key=name).value.string_value = value
+    scope = group.scope_spans.add()
+    for number, fields in enumerate(spans, 1):
+        span = scope.spans.add(trace_id=bytes(15) + b"\1", span_id=number.to_bytes(8, "big"), name=f"span {number}")
+        span.start_time_unix_nano = 1_500_000_000
+        for name, value in fields.items():
+            target = span.attributes.add(key=name).value
+            if isinstance(value, bool):
+                target.bool_value = value
+            elif isinstance(value, int):
+                target.int_value = value
+            elif isinstance(value, float):
+                target.double_value = value
+            elif isinstance(value, list):
+                for each in value:
+                    target.array_value.values.add().string_value = each
+            elif isinstance(value, bytes):
+                target.bytes_value = value
+            else:
+                target.string_value = value
+    return request
+
+
+async def _post(server: AsgiCalls, content: bytes, **headers: str) -> Answer:
+    return await server.call(
+        "POST", "/v1/traces", content, PROTOBUF | {k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+def _partial(answer: Answer) -> tuple[int, str]:
+    assert answer.status == 200, answer
+    assert answer.headers[b"content-type"] == b"application/x-protobuf"
+    response = ExportTraceServiceResponse.FromString(answer.body)
+    return response.partial_success.rejected_spans, response.partial_success.error_message
+
+
+async def test_everything_of_a_span_arrives() -> None:
+    request = _request(
+        {"text": "é", "int": 5, "float": 0.5, "flag": True, "list": ["a", "b"], "raw": b"\0\1"}, resource=OWNER
+    )
+    span = request.resource_spans[0].scope_spans[0].spans[0]
+    span.parent_span_id = bytes(7) + b"\7"
+    span.trace_state = "vendor=value, other=x"
+    span.status.code, span.status.message = 2, "broken"
+    span.end_time_unix_nano = 2_500_000_000
+    event = span.events.add(name="exception", time_unix_nano=2_000_000_000)
+    event.attributes.add(key="k").value.string_value = "v"
+    link = span.links.add(trace_id=bytes(15) + b"\2", span_id=bytes(7) + b"\3")
+    link.attributes.add(key="l").value.int_value = 1
+    async with _serving() as (store, server):
+        assert _partial(await _post(server, request.SerializeToString())) == (0, "")
+        [stored] = await store.query_spans("ro-1", "at-1")
+    assert stored == Span.model_validate(
+        {
+            "rollout_id": "ro-1",
+            "attempt_id": "at-1",
+            "sequence_id": 1,
+            "trace_id": "0" * 31 + "1",
+            "span_id": "0" * 15 + "1",
+            "parent_id": "0" * 15 + "7",
+            "name": "span 1",
+            "status": {"status_code": "ERROR", "description": "broken"},
+            "attributes": {"text": "é", "int": 5, "float": 0.5, "flag": True, "list": ["a", "b"], "raw": "AAE="},
+            "events": [{"name": "exception", "attributes": {"k": "v"}, "timestamp": 2.0}],
+            "links": [
+                {
+                    "context": {
+                        "trace_id": "0" * 31 + "2",
+                        "span_id": "0" * 15 + "3",
+                        "is_remote": False,
+                        "trace_state": {},
+                    },
+                    "attributes": {"l": 1},
+                }
+            ],
+            "start_time": 1.5,
+            "end_time": 2.5,
+            "context": {
+                "trace_id": "0" * 31 + "1",
+                "span_id": "0" * 15 + "1",
+                "is_remote": False,
+                "trace_state": {"vendor": "value", "other": "x"},
+            },
+            "parent": None,
+            "resource": {"attributes": OWNER, "schema_url": "https://schema"},
+        }
+    )
+
+
+async def test_json_and_gzip_are_read_as_well() -> None:
+    body = {
+        "resourceSpans": [
+            {
+                "resource": {"attributes": [{"key": k, "value": {"stringValue": v}} for k, v in OWNER.items()]},
+                "scopeSpans": [
+                    {
+                        "spans": [
+                            {
+                                "traceId": "5B8EFFF798038103D269B633813FC60C",
+                                "spanId": "eee19b7ec3c1b174",
+                                "name": "from json",
+                                "kind": 2,
+                                "startTimeUnixNano": "1544712660000000000",
+                                "unknown": [],
+                            }
+                        ]
+                    }
+                ],
+            }
+        ]
+    }
+    async with _serving() as (store, server):
+        answer = await server.call("POST", "/v1/traces", json.dumps(body).encode())
+        assert (answer.status, json.loads(answer.body)) == (200, {})
+        packed = gzip.compress(_request({}, resource=OWNER).SerializeToString())
+        assert _partial(await _post(server, packed, content_encoding="gzip")) == (0, "")
+        assert _partial(await _post(server, b"")) == (0, "")
+        spans = await store.query_spans("ro-1")
+        assert [(span.name, span.trace_id) for span in spans] == [
+            ("from json", "5b8efff798038103d269b633813fc60c"),
+            ("span 1", "0" * 31 + "1"),
+        ]
+
+
+async def test_the_span_itself_says_whose_it_is_before_its_resource_does() -> None:
+    async with _serving() as (store, server):
+        await store.start_rollout(1, rollout_id="ro-2", attempt_id="at-2")
+        own = {"agentlightning.rollout_id": "ro-2", "agentlightning.attempt_id": "at-2"}
+        request = _request({**own, "agentlightning.span_sequence_id": 7}, {}, resource=OWNER)
+        assert _partial(await _post(server, request.SerializeToString())) == (0, "")
+        assert [span.sequence_id for span in await store.query_spans("ro-2")] == [7]
+        assert [span.sequence_id for span in await store.query_spans("ro-1")] == [1]
+
+
+async def test_those_that_cannot_be_stored_are_counted_and_named_and_the_others_are_stored() -> None:
+    request = _request(
+        OWNER,
+        {},
+        {"agentlightning.rollout_id": "ro-1"},
+        {**OWNER, "agentlightning.rollout_id": "ro-unknown"},
+        {**OWNER, "agentlightning.span_sequence_id": -1},
+        {**OWNER, "agentlightning.reward.0.value": float("nan")},
+        {**OWNER, "bad": "a\0b"},
+        OWNER,
+    )
+    request.resource_spans[0].scope_spans[0].spans[7].span_id = b"short"
+    async with _serving() as (store, server):
+        rejected, message = _partial(await _post(server, request.SerializeToString()))
+        assert rejected == 7
+        assert "does not say whose it is" in message
+        assert [span.span_id for span in await store.query_spans("ro-1")] == ["0" * 15 + "1"]
+
+
+async def test_repeated_spans_are_stored_once_and_not_rejected() -> None:
+    content = _request({}, {}, resource=OWNER).SerializeToString()
+    async with _serving() as (store, server):
+        for _ in range(2):
+            assert _partial(await _post(server, content)) == (0, "")
+        assert (await store.query_spans("ro-1")).total == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b"\xff\xff", {}),
+        (b"{}", {"content-type": "application/xml"}),
+        (b"[]", {"content-type": "application/json"}),
+        (b'{"resourceSpans": 5}', {"content-type": "application/json"}),
+        (
+            b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"traceId": "xyz"}]}]}]}',
+            {"content-type": "application/json"},
+        ),
+        (b"x", {"content-encoding": "br"}),
+        (b"x", {"content-encoding": "gzip"}),
+    ],
+)
+async def test_what_is_no_request_is_refused_for_good(content: bytes, headers: dict[str, str]) -> None:
+    async with _serving() as (_, server):
+        answer = await server.call("POST", "/v1/traces", content, PROTOBUF | headers)
+        assert answer.status in (400, 415)
+        assert b"retry-after" not in answer.headers
+
+
+async def test_a_store_that_cannot_take_it_now_asks_for_it_again() -> None:
+    async with _serving() as (store, server):
+        await store.close()
+        answer = await _post(server, _request({}, resource=OWNER).SerializeToString())
+        assert (answer.status, answer.headers[b"retry-after"]) == (503, b"1")
+        assert answer.body.startswith(b"\x08\x0e\x12")  # google.rpc.Status with code 14, UNAVAILABLE

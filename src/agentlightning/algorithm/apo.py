@@ -11,7 +11,8 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,11 +163,26 @@ class APO(Algorithm):
         if not train_dataset or not val_dataset:
             raise InvalidValue("APO needs tasks to learn from and tasks to measure with; pass both datasets")
         name, first = self._template()
-        client = self._client_or_new()
+        async with self._client() as client:
+            await self._search(client, name, first, train_dataset, val_dataset)
+        if self._best is None or self._best.score is None:
+            raise NothingToLearn("no rollout of any prompt got a reward; does the agent succeed, and return one?")
+        best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
+        await self.get_store().add_resources(best)
+
+    # --- The search ------------------------------------------------------------------------------
+
+    async def _search(
+        self,
+        client: Any,
+        name: str,
+        first: PromptTemplate,
+        train_dataset: Dataset[Any],
+        val_dataset: Dataset[Any],
+    ) -> None:
         state = self._load() or _State(0, [_Scored(first, None)])
         if state.round == 0 and state.candidates is None and self._run_initial_validation:
-            score = await self._score(0, "start", name, [first], val_dataset)
-            state = _State(0, score)
+            state = _State(0, await self._score(0, "start", name, [first], val_dataset))
             self._note_best(state.beam)
         for round_number in range(state.round, self._beam_rounds):
             if state.candidates is None:
@@ -175,12 +191,6 @@ class APO(Algorithm):
                 self._save(state)
             state = await self._select(state, name, val_dataset)
             self._save(state)
-        if self._best is None or self._best.score is None:
-            raise NothingToLearn("no rollout of any prompt got a reward; does the agent succeed, and return one?")
-        best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
-        await self.get_store().add_resources(best)
-
-    # --- The search ------------------------------------------------------------------------------
 
     async def _branch(
         self, client: Any, round_number: int, name: str, beam: Sequence[_Scored], dataset: Dataset[Any]
@@ -299,16 +309,20 @@ class APO(Algorithm):
         )
         return reply.choices[0].message.content or ""
 
-    def _client_or_new(self) -> Any:
-        if self._openai is None:
-            try:
-                from openai import AsyncOpenAI
-            except ImportError as error:
-                raise MissingExtra(
-                    "APO asks models by the openai package: pip install 'agentlightning[openai]', or pass a client"
-                ) from error
-            self._openai = AsyncOpenAI()
-        return self._openai
+    @asynccontextmanager
+    async def _client(self) -> AsyncGenerator[Any]:
+        """The client that was given, or one that is closed after."""
+        if self._openai is not None:
+            yield self._openai
+            return
+        try:
+            from openai import AsyncOpenAI
+        except ImportError as error:
+            raise MissingExtra(
+                "APO asks models by the openai package: pip install 'agentlightning[openai]', or pass a client"
+            ) from error
+        async with AsyncOpenAI() as client:
+            yield client
 
     def _template(self) -> tuple[str, PromptTemplate]:
         resources = self.get_initial_resources() or {}

@@ -152,7 +152,9 @@ def answer_completion(
 ) -> Answer:
     """The reply to ``POST /v1/completions``, whose prompt may be text or token ids. See ``answer_chat``."""
     request = _read(_CompletionRequest, fields, model)
-    prompt = request.prompt[0] if request.prompt and isinstance(request.prompt[0], str) else request.prompt
+    prompt = request.prompt
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        prompt = prompt[0]
     if isinstance(prompt, str):
         prompt_ids = policy.encode(prompt)
     else:

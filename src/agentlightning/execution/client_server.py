@@ -65,7 +65,7 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         run_id: names the run; a runner that has one refuses the server of another. Default: ``AGL_RUN_ID``, else a
             new one for ``algorithm`` and ``both``, and any for ``runner``.
         connect_timeout: seconds that a runner waits for a server that is not up yet.
-        stay: of ``runner``: when the run is over, wait for the next one, for ``connect_timeout`` seconds.
+        stay: of ``runner``: when the run is over, wait for the next one, however long that takes.
 
     Raises:
         InvalidValue: an argument, or an environment variable, is not valid; or the store would be served to

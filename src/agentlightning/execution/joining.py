@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ async def join_server(
         url: where it is: ``http://host:port``, maybe with the key.
         api_key: the key; None: that of the URL, if it has one.
         run_id: the run that the server must serve; None: any.
-        limit_seconds: how long to wait.
+        limit_seconds: how long to wait; may be infinite.
         stopped: whether to give up quietly.
 
     Returns:
@@ -64,7 +65,8 @@ async def join_server(
                 )
             if waited >= _when_to_tell(told):
                 told += 1
-                _log.warning("waiting for %s: %s; %.0f s left", address.root, problem, limit_seconds - waited)
+                left = "no limit" if limit_seconds == math.inf else f"{limit_seconds - waited:.0f} s left"
+                _log.warning("waiting for %s: %s; %s", address.root, problem, left)
             await asyncio.sleep(min(pause, max(limit_seconds - waited, 0.0)))
             pause = min(pause * 1.5, _LONGEST_PAUSE)
     return False

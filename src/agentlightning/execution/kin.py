@@ -87,9 +87,14 @@ class Kin:
         mark: value of ``MARK`` in their environment.
         nursery: number of the process that starts them; it is not one of them.
         enrolled: numbers of the processes in the run's cgroup.
+
+    Raises:
+        ValueError: ``nursery`` is one from which every process descends.
     """
 
     def __init__(self, mark: str, nursery: int, enrolled: Callable[[], Collection[int]] = frozenset[int]) -> None:
+        if nursery <= 1:
+            raise ValueError(f"every process descends from {nursery}; that cannot be the nursery of a run")
         self._mark = f"{MARK}={mark}".encode()
         self._nursery = nursery
         self._enrolled = enrolled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class RunnerHostRun(Run):
 
     def _serve_runs(self, supervision: Supervision, unserved: LightningStore | None) -> None:
         door = Door(store=unserved, url=self._settings.url, run_id=self._settings.run_id)
-        if not self._join(door):
+        if not self._join(door, self._settings.connect_timeout):
             return
         with self._teller(unserved) as teller:
             slots = runner_slots(self._settings, door)
@@ -67,11 +68,11 @@ class RunnerHostRun(Run):
                     return
                 _log.warning("the run is over (%s); waiting for the next one", ", ".join(sorted(reasons)))
                 self._over.clear()
-                if not self._join(door):
+                if not self._join(door, math.inf):
                     return
                 supervision.begin_again()
 
-    def _join(self, door: Door) -> bool:
+    def _join(self, door: Door, limit_seconds: float) -> bool:
         if door.store is not None:
             return True
         settings = self._settings
@@ -80,7 +81,7 @@ class RunnerHostRun(Run):
                 door.url,
                 api_key=settings.api_key,
                 run_id=door.run_id,
-                limit_seconds=settings.connect_timeout,
+                limit_seconds=limit_seconds,
                 stopped=lambda: self._interrupts.number is not None,
             )
         )

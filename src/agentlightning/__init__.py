@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Adapted as Adapted,
         UnusableSpan as UnusableSpan,
     )
+    from agentlightning.algorithm.apo import APO as APO
     from agentlightning.algorithm.base import (
         Algorithm as Algorithm,
     )
@@ -336,6 +337,7 @@ _MODULE_NAMES = {
     "TraceToTripletBase": "agentlightning.adapter.triplet",
     "Adapted": "agentlightning.adapter.usable",
     "UnusableSpan": "agentlightning.adapter.usable",
+    "APO": "agentlightning.algorithm.apo",
     "Algorithm": "agentlightning.algorithm.base",
     "batch_iter_over_dataset": "agentlightning.algorithm.batches",
     "FunctionalAlgorithm": "agentlightning.algorithm.decorator",

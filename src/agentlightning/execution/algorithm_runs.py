@@ -107,7 +107,7 @@ class SplitRun(Run):
         supervision.begin(
             self._slots(door),
             allowed_exit_codes=self._settings.allowed_exit_codes,
-            report_lost=door.store.report_worker_lost if self._main_side == "algorithm" else None,
+            store=door.store if self._main_side == "algorithm" else None,
             on_over=lambda reason: self._others_over(reason, door.store),
         )
         if self._main_side == "algorithm":

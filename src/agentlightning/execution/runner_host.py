@@ -58,7 +58,7 @@ class RunnerHostRun(Run):
             supervision.begin(
                 slots,
                 allowed_exit_codes=self._settings.allowed_exit_codes,
-                report_lost=teller.report_worker_lost,
+                store=teller,
                 on_over=self._all_over,
             )
             while self._wait():

@@ -14,7 +14,8 @@ from agentlightning.execution.loop_thread import LoopThread
 from agentlightning.execution.messages import Job, Stop
 from agentlightning.execution.nursery import NurseryLink, StartMethod, choose_start_method, open_nursery
 from agentlightning.execution.slots import Slot
-from agentlightning.execution.supervisor import ReportLost, Supervisor
+from agentlightning.execution.supervisor import Supervisor
+from agentlightning.store.base import LightningStore
 
 __all__ = ["Supervision"]
 
@@ -77,7 +78,7 @@ class Supervision:
         slots: Sequence[Slot],
         *,
         allowed_exit_codes: frozenset[int],
-        report_lost: ReportLost | None,
+        store: LightningStore | None,
         on_over: Callable[[ExecutionFailed | None], None],
     ) -> None:
         """Start a process in every slot, and watch them from now on. See ``Supervisor``."""
@@ -93,7 +94,7 @@ class Supervision:
                 self._kin,
                 slots,
                 allowed_exit_codes=allowed_exit_codes,
-                report_lost=report_lost,
+                store=store,
                 on_over=on_over,
             )
             self._supervisor.begin()

@@ -7,30 +7,23 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
 from agentlightning.execution.kin import Kin, send
 from agentlightning.execution.messages import Exited, Ready, Started
 from agentlightning.execution.nursery import NurseryLink
 from agentlightning.execution.slots import Crash, Slot
+from agentlightning.store.base import LightningStore
 
-__all__ = ["ReportLost", "Supervisor"]
+__all__ = ["Supervisor"]
 
 _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 10.0
 """How long a restart waits for the store to take note of the loss; after that, leases must do."""
 _LAST_REPORT_SECONDS = 1.0
 """The same, when everything is being stopped and nobody waits for a restart."""
-
-
-class ReportLost(Protocol):
-    """Tells the store that a worker is dead."""
-
-    def __call__(self, worker_id: str, *, message: str, reason_code: str | None) -> Awaitable[object]:
-        """End its attempts."""
-        ...
 
 
 class Supervisor:
@@ -41,7 +34,7 @@ class Supervisor:
         kin: takes note of them.
         slots: the places.
         allowed_exit_codes: with which a process may end without having crashed.
-        report_lost: tells the store that a worker is dead; None: nobody needs to know.
+        store: is told which workers are dead; None: nobody needs to know.
         on_over: called once, when no slot will be filled any more and nobody has asked for that: with the reason,
             or without one if all have come to their end.
     """
@@ -53,14 +46,14 @@ class Supervisor:
         slots: Sequence[Slot],
         *,
         allowed_exit_codes: frozenset[int],
-        report_lost: ReportLost | None,
+        store: LightningStore | None,
         on_over: Callable[[ExecutionFailed | None], None],
     ) -> None:
         self._link = link
         self._kin = kin
         self._slots = {slot.name: slot for slot in slots}
         self._allowed_exit_codes = allowed_exit_codes
-        self._report_lost = report_lost
+        self._store = store
         self._on_over = on_over
         self._stop_asked = asyncio.Event()
         self._over = False
@@ -175,7 +168,8 @@ class Supervisor:
         stopped = self._stop_asked.is_set()
         reason_code = "resource_exhausted" if crash.exhausted else None
         await self._tell_store(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
-        delay = None if stopped else slot.delay(time.monotonic())
+        dismissed = not stopped and await self._dismissed(slot.name)
+        delay = None if stopped or dismissed else slot.delay(time.monotonic())
         if delay is not None:
             _log.warning("%s; it is started again in %.1f s%s", crash, delay, _indented(crash.traceback))
             with contextlib.suppress(TimeoutError):
@@ -185,6 +179,10 @@ class Supervisor:
             slot.state = "ended"
             if stopped and crash.traceback:
                 _log.error("%s while it was being stopped%s", crash, _indented(crash.traceback))
+        elif dismissed:
+            slot.state = "ended"
+            _log.warning("%s; it had been asked to leave, and is not started again", crash)
+            self._check_over()
         elif delay is None:
             slot.state = "given up"
             _log.error("%s; it is not started again%s", crash, _indented(crash.traceback))
@@ -194,16 +192,27 @@ class Supervisor:
         self._settled.set()
 
     async def _tell_store(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
-        if self._report_lost is None:
+        if self._store is None:
             return
         patience = _LAST_REPORT_SECONDS if self._stop_asked.is_set() else _REPORT_SECONDS
         try:
             async with asyncio.timeout(patience):
-                await self._report_lost(worker_id, message=message, reason_code=reason_code)
+                await self._store.report_worker_lost(worker_id, message=message, reason_code=reason_code)
         except NotFound:
             return  # it died before the store had heard of it, so it held nothing
         except (TimeoutError, AgentLightningError, NotImplementedError) as error:
             _log.warning("the store does not know yet that %s is lost; its lease will tell (%s)", worker_id, error)
+
+    async def _dismissed(self, worker_id: str) -> bool:
+        """Whether the worker had been asked to drain or to stop; a new process would not know of that."""
+        if self._store is None:
+            return False
+        try:
+            async with asyncio.timeout(_REPORT_SECONDS):
+                worker = await self._store.get_worker_by_id(worker_id)
+        except (TimeoutError, AgentLightningError, NotImplementedError):
+            return False
+        return worker is not None and worker.directive is not None
 
     def _launch(self, slot: Slot) -> None:
         self._link.send(slot.begin(time.monotonic()))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import json
 import os
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,10 @@ from typing import Any
 import pytest
 
 from agentlightning.cli import probe
+from agentlightning.cli.checkup import check_server
 from agentlightning.cli.exits import ExitCode
+from agentlightning.cli.probe import ask
+from agentlightning.cli.target import Server
 from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.client import LightningStoreClient
 from agentlightning.store.client_server.resilience import Resilience
@@ -82,7 +86,7 @@ def test_a_server_that_is_not_there_is_found() -> None:
     found = examine(url)
     assert set(found) == {"server_unreachable"}
     assert "agl store" in found["server_unreachable"]["text"]
-    text = agl("doctor", "--url", url).out
+    text = agl("doctor", "--url", url, env=NO_SPOOL).out
     assert text.startswith("✗ Nothing listens at")
     assert "1 problem, 0 warnings" in text
 
@@ -100,11 +104,12 @@ def test_a_server_that_is_stuck_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @contextmanager
-def web_server(answers: dict[str, bytes], context: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Some other web server, which has these pages."""
+def web_server(answers: dict[str, bytes], delay_seconds: float = 0.0) -> Iterator[str]:
+    """Some other web server, which has these pages, and takes its time."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            time.sleep(delay_seconds)  # the delay itself
             body = answers.get(self.path)
             self.send_response(404 if body is None else 200)
             self.end_headers()
@@ -114,15 +119,23 @@ def web_server(answers: dict[str, bytes], context: ssl.SSLContext | None = None)
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        if context is not None:
-            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"{'http' if context is None else 'https'}://127.0.0.1:{server.server_address[1]}"
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_server_that_is_slow_is_found(database: Path) -> None:
+    """What a real server says, said slowly."""
+    with served(database) as server:
+        statistics = json.dumps(ask(Server(server.endpoint, None)).statistics).encode()
+    with web_server({"/agl/v1/statistics": statistics}, delay_seconds=0.6) as url:
+        answer, findings = check_server(Server(url, None))
+    assert answer is not None
+    assert ("server_slow", "warning") in {(each.code, each.level) for each in findings}
 
 
 def test_another_program_on_the_port_is_found() -> None:
@@ -162,7 +175,7 @@ class ShiftedClock(SystemClock):
 
 @pytest.mark.parametrize(
     ("seconds", "level", "words"),
-    [(90.0, "problem", "ahead of"), (-3_600.0, "problem", "behind"), (2.0, "warning", "ahead of")],
+    [(90.0, "problem", "ahead of"), (-3_600.0, "problem", "behind"), (3.0, "warning", "ahead of")],
 )
 def test_a_clock_that_is_wrong_is_found(database: Path, seconds: float, level: str, words: str) -> None:
     with served(database, clock=ShiftedClock(seconds)) as server:

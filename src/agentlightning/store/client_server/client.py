@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -27,15 +26,15 @@ from agentlightning.store.client_server.arguments import (
     rollout_changes,
     worker_beat,
 )
-from agentlightning.store.client_server.calls import Caller, result_of
-from agentlightning.store.client_server.client_reads import LONGEST_SLICE_SECONDS, ReadingClient, ended_early
+from agentlightning.store.client_server.calls import Caller
+from agentlightning.store.client_server.claiming import Claims
+from agentlightning.store.client_server.client_reads import ReadingClient
 from agentlightning.store.client_server.closing import Interruptible
 from agentlightning.store.client_server.health import HealthReport
 from agentlightning.store.client_server.http_transport import HttpTransport
-from agentlightning.store.client_server.open_claims import OpenClaims
 from agentlightning.store.client_server.resilience import Resilience, make_resilient
 from agentlightning.store.client_server.resource_cache import ResourceCache
-from agentlightning.store.client_server.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PATH
+from agentlightning.store.client_server.routes import COMPATIBLE, OTLP_TRACES_PATH
 from agentlightning.store.client_server.span_delivery import SpanDelivery, default_spool_folder
 from agentlightning.store.client_server.spool_folder import SpoolFolder
 from agentlightning.store.client_server.transport import WireRequest
@@ -74,7 +73,6 @@ __all__ = ["LightningStoreClient"]
 
 _TERMINAL_ATTEMPT = frozenset({"failed", "succeeded"})
 _TERMINAL_ROLLOUT = frozenset({"failed", "succeeded", "cancelled"})
-_DIRECTIVE_HEADER = "Agl-Directive"
 _LONG_WORK_SECONDS = 600.0
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
 
@@ -176,7 +174,7 @@ class LightningStoreClient(ReadingClient):
             None if folder is None else SpoolFolder(folder, spool_max_bytes),
             resilience.spool_after_seconds,
         )
-        self._open_claims = OpenClaims()
+        self._claims = Claims(caller)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self._arguments)
@@ -233,8 +231,11 @@ class LightningStoreClient(ReadingClient):
         attempt_id: str | None = None,
     ) -> AttemptedRollout:
         request = enqueue_request(input, mode, resources_id, config, metadata, priority, rollout_id)
+        arguments = new_rollout(request, self._ids)
+        if attempt_id is not None and rollout_id is None:
+            arguments["rollout_id"] = None  # the attempt's id makes the call repeatable, also for who calls it again
         who = given(worker_id=optional_id(worker_id, "worker_id"), attempt_id=optional_id(attempt_id, "attempt_id"))
-        return await self._caller.call("start_rollout", {**new_rollout(request, self._ids), **who})
+        return await self._caller.call("start_rollout", {**arguments, **who})
 
     async def dequeue_many_rollouts(
         self,
@@ -246,9 +247,9 @@ class LightningStoreClient(ReadingClient):
     ) -> Sequence[AttemptedRollout]:
         """Claim up to ``limit`` rollouts. As the contract says, and further:
 
-        Without a ``request_id`` the client makes one up. If the reply to such a claim is never seen, because the
-        server is out of reach for too long or the call is cancelled, the next claim of the same worker with the same
-        limit repeats it.
+        Without a ``request_id`` the client makes one up, and confirms what it gets at once, so that the caller need
+        not. If the reply to such a claim is never seen, because the server is out of reach for too long or the call is
+        cancelled, the next claim of the same worker with the same limit repeats it.
         """
         check_claim_limit(limit)
         optional_id(worker_id, "worker_id")
@@ -256,41 +257,8 @@ class LightningStoreClient(ReadingClient):
         wait_seconds = max(check_finite(wait_seconds, "wait_seconds"), 0.0)
         self._spans.look_for_orphans()
         if request_id is not None:
-            return await self._claim(limit, worker_id, request_id, wait_seconds)
-        own_id = self._open_claims.take(worker_id, limit) or self._ids.mint("rq-")
-        answered = False
-        try:
-            claimed = await self._claim(limit, worker_id, own_id, wait_seconds)
-            answered = True
-            return claimed
-        except InvalidValue:
-            answered = True  # and will be refused again
-            raise
-        finally:
-            if not answered:
-                self._open_claims.keep(worker_id, limit, own_id)
-
-    async def _claim(
-        self, limit: int, worker_id: str | None, request_id: str, wait_seconds: float
-    ) -> Sequence[AttemptedRollout]:
-        """Claim, waiting in slices; ends early if the server says that there is a reason."""
-        ends_at = time.monotonic() + wait_seconds
-        arguments = given(limit=limit, worker_id=worker_id, request_id=request_id)
-        while True:
-            asked_at = time.monotonic()
-            left = max(ends_at - asked_at, 0.0)
-            slice_seconds = min(left, LONGEST_SLICE_SECONDS)
-            reply = await self._caller.send(
-                "dequeue_many_rollouts",
-                {**arguments, "wait_seconds": slice_seconds},
-                timeout_seconds=self._caller.timeout_seconds + slice_seconds,
-                long_poll=slice_seconds > 0,
-            )
-            claimed: list[AttemptedRollout] = result_of(CLIENT_ROUTES["dequeue_many_rollouts"], reply)
-            # A claim that is replaced, or whose worker is asked to drain or stop, is answered before its time.
-            early = _DIRECTIVE_HEADER in reply.headers or ended_early(slice_seconds, time.monotonic() - asked_at)
-            if claimed or early or slice_seconds >= left:
-                return claimed
+            return await self._claims.claim(limit, worker_id, request_id, wait_seconds)
+        return await self._claims.claim_and_confirm(limit, worker_id, wait_seconds)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None

@@ -36,6 +36,8 @@ class LightningEnvVar(Enum):
     """The key that a server asks for, and that clients send."""
     AGL_SPOOL_DIR = "AGL_SPOOL_DIR"
     """Where spans wait on the disk while the server cannot be reached."""
+    AGL_DEBUG = "AGL_DEBUG"
+    """Whether commands show tracebacks and logs instead of one-line errors."""
     AGL_PROXY_KEY = "AGL_PROXY_KEY"
     """The key that agents have to show to ``agl proxy``."""
     AGL_PROXY_CONTROL_KEY = "AGL_PROXY_CONTROL_KEY"

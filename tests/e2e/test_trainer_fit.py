@@ -70,7 +70,7 @@ def test_two_runners_in_processes_and_a_config_of_ones_own() -> None:
 @STRATEGIES
 def test_what_the_algorithm_raises_comes_out(strategy: dict[str, Any]) -> None:
     @agl.algo
-    async def broken(store: agl.LightningStore) -> None:
+    async def broken(store: agl.LightningStore, train_dataset: Any) -> None:
         raise LookupError("no such idea")
 
     with pytest.raises(LookupError, match="no such idea"):

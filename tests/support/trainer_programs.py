@@ -15,7 +15,7 @@ import agentlightning as agl
 
 @agl.rollout
 def agent(task, prompt_template: agl.PromptTemplate) -> float:
-    time.sleep(0.02)
+    time.sleep(0.1)
     return 1.0 if task % 2 else 0.0
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+from agentlightning.runner.identity import process_space
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Worker
 
@@ -39,7 +39,7 @@ class Sabotage:
         """
         for worker in _local(await self._store.query_workers(status_in=["busy"])):
             assert worker.registration is not None  # it has told its process
-            pid = int(worker.registration["pid"])
+            pid: int = worker.registration["pid"]
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
                 await asyncio.sleep(_SETTLE_SECONDS)
@@ -63,10 +63,13 @@ class Sabotage:
 
 
 def _local(workers: Sequence[Worker]) -> list[Worker]:
-    """Those whose process runs on this machine."""
-    here = socket.gethostname()
+    """Those whose process id means something here."""
+    here = process_space()
     return [
         worker
         for worker in workers
-        if worker.registration is not None and worker.registration.get("host") == here and "pid" in worker.registration
+        if worker.registration is not None
+        and here is not None
+        and worker.registration.get("process_space") == here
+        and type(worker.registration.get("pid")) is int
     ]

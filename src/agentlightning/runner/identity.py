@@ -7,13 +7,14 @@ import platform
 import re
 import socket
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 
-__all__ = ["registration", "worker_name"]
+__all__ = ["process_space", "registration", "worker_name"]
 
 _FOREIGN = re.compile(r"[^A-Za-z0-9._~-]+")
 _HOST_CHARACTERS = 64
@@ -37,6 +38,7 @@ def registration(labels: dict[str, str] | None = None) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "process_space": process_space(),
         "start_time": psutil.Process().create_time(),
         "python": platform.python_version(),
         "agentlightning": metadata.version("agentlightning"),
@@ -44,6 +46,18 @@ def registration(labels: dict[str, str] | None = None) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "labels": labels or {},
     }
+
+
+def process_space() -> str | None:
+    """Where process ids of this process mean something: the boot of the machine, and the PID namespace.
+
+    Two processes with the same one can look each other up by their ids. None: it cannot be told here.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return None
 
 
 def _host() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.trainer.components import ComponentSpec, build_component
+from agentlightning.trainer.leftovers import watch_leftovers
 from agentlightning.trainer.progress import Progress
 from agentlightning.trainer.registry import TracerRegistry
 from agentlightning.trainer.views import ProgressSpec, make_view
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from agentlightning.proxy.llm_proxy import LLMProxy
 
 __all__ = ["AlgorithmRole", "RunnerFactory", "RunnerRole"]
+
+_logger = logging.getLogger(__name__)
 
 _STOP_CHECK_SECONDS = 0.1
 
@@ -66,23 +70,29 @@ class AlgorithmRole:
         progress = Progress(store, make_view(self.progress))
         if self.llm_proxy is not None:
             self.llm_proxy.set_store(store)
+        leftovers = None if self.run is None else asyncio.create_task(watch_leftovers(store))
         try:
             async with progress:
                 await self._until_stopped(self._work(store, progress), event)
         finally:
+            if leftovers is not None:
+                leftovers.cancel()
+                (outcome,) = await asyncio.gather(leftovers, return_exceptions=True)
+                if isinstance(outcome, Exception):  # their leases say the same, later
+                    _logger.warning("could not look for workers of an earlier start: %s", outcome)
             if self.llm_proxy is not None and self.llm_proxy.is_running():
                 await self.llm_proxy.stop()
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None], event: ExecutionEvent) -> None:
         """Do the work; cancel it when the run is stopped first."""
         working = asyncio.create_task(work)
-        stopping = asyncio.create_task(self._stop(event))
+        tasks = {working, asyncio.create_task(self._stop(event))}
         try:
-            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            working.cancel()
-            stopping.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         if not working.cancelled():
             working.result()
 

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from io import BytesIO
 from typing import Any
 
 import aiohttp
@@ -31,6 +30,8 @@ from agentlightning.proxy.connections import Connections
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
+
+MEBIBYTE = 1024 * 1024
 
 
 async def ask(scene: Proxied, **options: Any) -> Any:
@@ -137,20 +138,34 @@ async def test_when_the_agent_hangs_up_so_does_the_proxy(stream: bool) -> None:
 
 
 async def test_a_request_that_is_too_large_is_refused_while_it_comes() -> None:
-    async with proxied(OpenAIBackend()) as scene, aiohttp.ClientSession() as session:
-        url = f"{scene.llm.endpoint}/chat/completions"
-        for data in (BytesIO(b"x" * (33 * 1024 * 1024)), _pieces(33)):
-            with suppress(aiohttp.ClientConnectionError):  # it may be told before it has sent everything
-                async with session.post(url, data=data) as response:
-                    assert response.status == 413
-                    assert (await response.json())["error"]["code"] == "request_too_large"
+    async with proxied(OpenAIBackend()) as scene:
+        path = scene.llm.endpoint.removeprefix(scene.proxy.url)
+        head = f"POST {path}/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        said = [f"{head}Content-Length: {33 * MEBIBYTE}\r\n\r\n".encode()]
+        piece = f"{MEBIBYTE:x}\r\n".encode() + b"x" * MEBIBYTE + b"\r\n"
+        unsaid = [f"{head}Transfer-Encoding: chunked\r\n\r\n".encode(), *[piece] * 33]
+        for pieces in (said, unsaid):
+            reply = await sent_raw(scene.proxy, pieces)
+            assert reply.startswith(b"HTTP/1.1 413")
+            assert b"request_too_large" in reply
         spans = await scene.spans()
         assert [attribute(span, GenAI.ERROR_TYPE) for span in spans] == ["request_too_large"] * 2
 
 
-async def _pieces(megabytes: int) -> Any:
-    for _ in range(megabytes):
-        yield b"x" * (1024 * 1024)
+async def sent_raw(proxy: LLMProxy, pieces: list[bytes]) -> bytes:
+    """The beginning of the reply to a request that is sent as it is."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(proxy))
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            with suppress(ConnectionError):  # it may be told before it has sent everything
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+            return await reader.readuntil(b"}}")
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ class Interrupts:
         """Whether there was a second signal."""
         return self._count > 1
 
+    def conclude(self) -> None:
+        """The run has come to its end: a signal that comes now only hurries what is left to do."""
+        self._count += 1
+
     def check(self) -> None:
         """Raise ``Interrupted`` if there was a signal."""
         if self.number is not None:

@@ -41,6 +41,7 @@ class RunnerHostRun(Run):
             with self._interrupts:
                 try:
                     self._serve_runs(supervision, unserved)
+                    self._interrupts.conclude()
                 finally:
                     self._ending.begin("stop")
                     self._ending.finish()

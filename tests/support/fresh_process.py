@@ -68,6 +68,12 @@ class FreshProcess:
             raise AssertionError("the process has ended and said nothing more")
         return line.removesuffix("\n")
 
+    def tell(self, word: object) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+
     def kill(self) -> None:
         """Send SIGKILL, and wait until it is dead (of that, or because it was done)."""
         self._process.kill()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,10 +12,12 @@ from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.client import LightningStoreClient
 from agentlightning.store.client_server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
+from agl_store import AglStore
 from clocks import ManualClock
+from fresh_process import FreshProcess
 from store_state import assert_sound
 
-__all__ = ["HttpStores", "MemoryStores", "Opened", "SqliteStores", "StoreClock", "Stores"]
+__all__ = ["HttpStores", "MemoryStores", "Opened", "ProcessStores", "SqliteStores", "StoreClock", "Stores"]
 
 
 class StoreClock(Protocol):
@@ -137,3 +139,59 @@ class HttpStores(Stores):
             client = LightningStoreClient(server.endpoint + self._prefix, spool_dir=None)
             async with client:
                 yield client
+
+
+class ProcessStores(Stores):
+    """Stores in another process: in real time that of `agl store`; else one whose clock can be moved from here.
+
+    Args:
+        folder: where the database files go.
+        service: runs ``store_service.main``.
+        prefix: the prefix under which the client finds the routes.
+    """
+
+    def __init__(self, folder: Path, service: FreshProcess, prefix: str) -> None:
+        self._folder = folder
+        self._service = service
+        self._prefix = prefix
+        self._made = 0
+
+    @asynccontextmanager
+    async def open_controlled(self) -> AsyncIterator[Opened]:
+        self._made += 1
+        endpoint = self._ask(f"open {self._folder / f'store-{self._made}.db'}")
+        try:
+            async with LightningStoreClient(endpoint + self._prefix, spool_dir=None) as client:
+                yield Opened(client, _RemoteClock(self._ask))
+        finally:
+            self._ask("close")
+
+    @asynccontextmanager
+    async def open_plain(self) -> AsyncIterator[LightningStore]:
+        self._made += 1
+        with AglStore(database=self._folder / f"store-{self._made}.db") as agl:
+            async with LightningStoreClient(agl.endpoint + self._prefix, spool_dir=None) as client:
+                yield client
+
+    def _ask(self, line: str) -> str:
+        self._service.tell(line)
+        return self._service.hear()
+
+
+class _RemoteClock:
+    """The clock of a store in another process, and what it shows."""
+
+    def __init__(self, ask: Callable[[str], str]) -> None:
+        self._ask = ask
+        self._same = ManualClock()
+
+    def wall(self) -> float:
+        return self._same.wall()
+
+    def advance(self, seconds: float) -> None:
+        self._same.advance(seconds)
+        self._ask(f"advance {seconds!r}")
+
+    def jump_wall(self, seconds: float) -> None:
+        self._same.jump_wall(seconds)
+        self._ask(f"jump {seconds!r}")

@@ -39,6 +39,8 @@ EXAMPLE_TESTS = ROOT / "tests" / "e2e" / "test_examples.py"
 PORT = "4747"
 """What pages say; the test takes one that is free."""
 RUN_SECONDS = 100
+SESSION_SECONDS = 280
+"""A page has many commands, each of which starts Python anew; and the machine may have other things to do."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 
@@ -82,9 +84,15 @@ IN_A_SESSION = ("run", "serve", "background")
 SESSIONS = [page for page in PAGES if any(block.page == page and block.manner in IN_A_SESSION for block in BLOCKS)]
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
 def run_python(script: Path, folder: Path) -> str:
     """Run a script as a user would, in `folder`; it may warn of nothing. Returns what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "COV_"))}
+    environment["AGL_SERVER_PORT"] = free_port()
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         cwd=folder,
@@ -198,8 +206,7 @@ def session_of(blocks: list[Block]) -> str:
 
 def run_session(blocks: list[Block], folder: Path) -> str:
     """Run the commands of a page, on a port of their own, and return what they printed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = free_port()
     for block in blocks:
         if block.manner.startswith("file="):
             folder.joinpath(block.manner.removeprefix("file=")).write_text(
@@ -223,7 +230,7 @@ def run_session(blocks: list[Block], folder: Path) -> str:
         start_new_session=True,
     ) as session:
         try:
-            out, _ = session.communicate(timeout=RUN_SECONDS)
+            out, _ = session.communicate(timeout=SESSION_SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):  # what a script that failed has left behind
                 os.killpg(session.pid, signal.SIGKILL)
@@ -233,6 +240,7 @@ def run_session(blocks: list[Block], folder: Path) -> str:
     return out
 
 
+@pytest.mark.timeout(SESSION_SECONDS + 20)
 @pytest.mark.parametrize("page", SESSIONS, ids=[page.name for page in SESSIONS])
 def test_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> None:
     assert run_session([block for block in BLOCKS if block.page == page], tmp_path)

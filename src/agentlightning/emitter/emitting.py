@@ -14,6 +14,8 @@ from agentlightning.types.attributes import flatten_attributes, sanitize_attribu
 
 __all__ = ["as_attributes", "emit", "tracer_for"]
 
+_PLAIN: frozenset[type[Any]] = frozenset({str, bool, float})
+"""Values that nothing has to be done to; integers may be too large."""
 _logger = logging.getLogger(__name__)
 
 
@@ -64,4 +66,6 @@ def as_attributes(given: dict[str, Any] | None) -> Attributes:
         return {}
     if not isinstance(given, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{given!r} is a {type(given).__name__}; give a dict with string keys")
+    if _PLAIN.issuperset(map(type, given.values())) and all(type(key) is str for key in given):
+        return given.copy()
     return sanitize_attributes(flatten_attributes(given))

@@ -17,6 +17,7 @@ from agentlightning.runner.calling import agents_part, as_reward, as_spans, call
 from agentlightning.runner.outcome import SUCCEEDED, Outcome, failed
 from agentlightning.runner.threads import AgentThreads
 from agentlightning.store.base import LightningStore
+from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
 from agentlightning.types import AttemptedRollout, NamedResources, Span, Task
 
@@ -79,6 +80,7 @@ class AttemptRun:
     async def run(self) -> Outcome:
         """Do it all. What goes wrong becomes the outcome; only a cancellation by others passes on."""
         self._task = asyncio.current_task()
+        CURRENT.set(WorkContext(ids={"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt_id}))
         timer = self._set_timer()
         try:
             outcome = await self._worked()

@@ -1,0 +1,142 @@
+"""Log lines: for people or as JSON, on the console or in files, with the ids of the work they belong to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentlightning.errors import InvalidValue
+from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.telemetry.context import CURRENT, WorkContext
+from agentlightning.telemetry.logs import setup_logging
+from asgi_calls import AsgiCalls
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("agentlightning", "uvicorn")]
+    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, propagate, handlers in before:
+        for handler in logger.handlers:
+            if handler not in handlers:
+                handler.close()
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
+
+
+def _lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_files_have_one_object_in_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "log.json"
+    setup_logging("info", console=False, files=file)
+    log = logging.getLogger("agentlightning.somewhere")
+    log.debug("not shown")
+    log.info("said é %d", 5, extra={"port": 4747})
+    try:
+        raise ZeroDivisionError("why")
+    except ZeroDivisionError:
+        log.exception("failed")
+    said, failed = _lines(file)
+    assert said["event"] == "said é 5"
+    assert (said["level"], said["logger"], said["port"]) == ("info", "agentlightning.somewhere", 4747)
+    assert str(said["timestamp"]).endswith("Z")
+    assert "ZeroDivisionError" in json.dumps(failed["exception"])
+
+
+def test_lines_for_people_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("WARNING", format="console")
+    logging.getLogger("agentlightning").info("not shown")
+    logging.getLogger("agentlightning").warning("mind this", extra={"worker_id": "w-1"})
+    said = capsys.readouterr()
+    assert "mind this" in said.err
+    assert "worker_id=w-1" in said.err
+    assert "not shown" not in said.err
+    assert said.out == ""
+
+
+def test_a_second_call_replaces_the_first(tmp_path: Path) -> None:
+    own = logging.NullHandler()
+    logging.getLogger("agentlightning").addHandler(own)
+    for name in ("one", "two"):
+        setup_logging(console=False, files=[tmp_path / name])
+    logging.getLogger("agentlightning").info("x")
+    assert (tmp_path / "one").read_text() == ""
+    assert len(_lines(tmp_path / "two")) == 1
+    assert own in logging.getLogger("agentlightning").handlers
+
+
+def test_a_file_that_has_grown_is_renamed_and_the_oldest_goes(tmp_path: Path) -> None:
+    setup_logging(console=False, files=tmp_path / "log", max_file_bytes=2_000, kept_files=2)
+    for number in range(100):
+        logging.getLogger("agentlightning").info("line %d", number)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
+    assert all(file.stat().st_size <= 2_000 for file in tmp_path.iterdir())
+    assert _lines(tmp_path / "log")[-1]["event"] == "line 99"
+
+
+@pytest.mark.parametrize(("level", "format"), [("LOUD", None), ("", None), ("INFO", "xml")])
+def test_what_is_no_level_or_format(level: str, format: str | None) -> None:
+    with pytest.raises(InvalidValue, match="not one of"):
+        setup_logging(level, format=format)  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="cannot write"):
+        setup_logging(console=False, files=tmp_path)
+
+
+def test_lines_carry_the_ids_of_their_work(tmp_path: Path) -> None:
+    setup_logging(console=False, files=tmp_path / "log")
+    token = CURRENT.set(WorkContext("rq-1", TRACEPARENT, {"rollout_id": "ro-1", "attempt_id": "at-1"}))
+    logging.getLogger("agentlightning").info("inside")
+    CURRENT.reset(token)
+    logging.getLogger("agentlightning").info("outside")
+    inside, outside = _lines(tmp_path / "log")
+    assert (
+        inside.items()
+        >= {
+            "request_id": "rq-1",
+            "trace_id": "0af7651916cd43dd8448eb211c80319c",
+            "parent_span_id": "b7ad6b7169203331",
+            "rollout_id": "ro-1",
+            "attempt_id": "at-1",
+        }.items()
+    )
+    assert "request_id" not in outside
+
+
+@pytest.mark.parametrize("traceparent", ["", "00-xyz-1-01", TRACEPARENT[:-1], "ff" + TRACEPARENT[2:]])
+def test_what_is_no_traceparent_is_left_out(traceparent: str) -> None:
+    assert WorkContext("rq-1", traceparent).fields() == {"request_id": "rq-1"}
+
+
+async def test_requests_are_logged_with_their_id_and_trace(tmp_path: Path) -> None:
+    setup_logging("debug", console=False, files=tmp_path / "log")
+    async with InMemoryLightningStore() as store:
+        server = AsgiCalls(store)
+        headers = {"traceparent": TRACEPARENT, "x-request-id": "mine-1"}
+        answer = await server.call("GET", "/agl/v1/rollouts/ro-1/attempts", headers=headers)
+        assert answer.headers[b"x-request-id"] == b"mine-1"
+        other = await server.call("GET", "/agl/v1/statistics", headers={"x-request-id": "bad\r\nid"})
+        assert other.headers[b"x-request-id"] != b"bad\r\nid"
+    first = _lines(tmp_path / "log")[0]
+    assert first["event"] == "GET /agl/v1/rollouts/ro-1/attempts → 200"
+    assert (
+        first.items()
+        >= {
+            "request_id": "mine-1",
+            "rollout_id": "ro-1",
+            "status": 200,
+            "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        }.items()
+    )
+    assert "milliseconds" in first

@@ -32,6 +32,14 @@ ROUNDS = [("fork", 2), ("spawn", 1)]
 LONG = [pytest.param(method, rounds, marks=pytest.mark.slow) for method, rounds in [("fork", 25), ("forkserver", 25)]]
 
 
+def control_groups(pid: int) -> list[Path]:
+    """The control groups of a run that a process is in, where there are any (cgroups(7))."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
+    inside = [line[4:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::/agl-")]
+    return [root / path for root in roots for path in inside]
+
+
 @pytest.mark.parametrize(("method", "rounds"), [*ROUNDS, *LONG])
 def test_nothing_outlives_the_parent(method: str, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(rounds):
@@ -46,10 +54,12 @@ def test_nothing_outlives_the_parent(method: str, rounds: int, tmp_path: Path, m
         ) as parent:
             programs.wait_until(lambda where=folder: len(programs.noted(where)) == 8, "all are at work")
             assert len(programs.alive(folder)) == 8
+            groups = {group for _, pid, _ in programs.noted(folder) for group in control_groups(pid)}
             parent.send_signal(signal.SIGKILL)
         began = time.monotonic()
         programs.wait_until(lambda where=folder: not programs.alive(where), f"all have ended (round {number})", 20)
         assert time.monotonic() - began < ALLOWED_SECONDS
+        programs.wait_until(lambda groups=groups: not [each for each in groups if each.exists()], "no cgroup is left")
 
 
 def test_the_harness_sees_what_outlives_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,11 @@ def _settle(start: Start, nursery: int) -> None:
         signal.signal(number, way)
     os.environ.update(start.environment)
     if start.cgroup is not None:
-        Path(start.cgroup, "cgroup.procs").write_text("0")
+        try:
+            Path(start.cgroup, "cgroup.procs").write_text("0")
+        except OSError:  # some systems let us make a group and join none; then other ways must do
+            if start.memory_is_limited:
+                raise
     if start.quotas is not None:
         start.quotas.apply(memory_is_limited=start.memory_is_limited)
 

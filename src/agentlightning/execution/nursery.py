@@ -12,10 +12,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 from agentlightning.errors import InvalidValue
+from agentlightning.execution.cgroups import Cgroup
 from agentlightning.execution.messages import Close, Exited, Job, Ready, Started, ToNursery
 from agentlightning.execution.nursery_process import Nursery, Payload, StartMethod, serve
 from agentlightning.execution.shipping import pack
@@ -96,18 +98,24 @@ def choose_start_method(asked: StartMethod | None, jobs: Mapping[str, Job]) -> S
     return "forkserver"
 
 
-def open_nursery(jobs: Mapping[str, Job], method: StartMethod, mark: str) -> NurseryLink:
+def open_nursery(jobs: Mapping[str, Job], method: StartMethod, mark: str, cgroup: Cgroup | None = None) -> NurseryLink:
     """Start a nursery that can do these jobs.
+
+    Args:
+        jobs: what its children will do, by name.
+        method: how it starts them.
+        mark: of the processes of the run.
+        cgroup: of the run.
 
     Raises:
         InvalidValue: a job cannot be sent to another process; named, with the ways out.
     """
     if method == "fork":
-        return _fork_nursery(jobs, mark)
+        return _fork_nursery(jobs, mark, cgroup)
     packed = {name: pack(f"the {name}'s side", job) for name, job in jobs.items()}
     ours, theirs = socket.socketpair()
     with theirs, tempfile.TemporaryFile() as letter:
-        pickle.dump((theirs.fileno(), os.getpid(), sys.path, packed, method, mark), letter)
+        pickle.dump((theirs.fileno(), os.getpid(), sys.path, packed, method, mark, cgroup), letter)
         letter.flush()
         process = subprocess.Popen(
             [
@@ -124,18 +132,22 @@ def open_nursery(jobs: Mapping[str, Job], method: StartMethod, mark: str) -> Nur
     return NurseryLink(Connection(ours.detach()), process.pid, method)
 
 
-def _fork_nursery(jobs: Mapping[str, Job], mark: str) -> NurseryLink:
+def _fork_nursery(jobs: Mapping[str, Job], mark: str, cgroup: Cgroup | None) -> NurseryLink:
     ours, theirs = socket.socketpair()
     supervisor = os.getpid()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()  # what waits there must not be written twice
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of a fork where there are threads. Whoever gets here has asked for it, or was
+        # warned by `choose_start_method`.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         os.setsid()
         ours.close()
         payloads = {name: Payload(job=job) for name, job in jobs.items()}
-        serve(lambda: Nursery(Connection(theirs.detach()), payloads, "fork", mark, supervisor))
+        serve(lambda: Nursery(Connection(theirs.detach()), payloads, "fork", mark, supervisor, cgroup))
     theirs.close()
     return NurseryLink(Connection(ours.detach()), pid, "fork")
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Literal, NoReturn
 
 from agentlightning.execution.abort import abort, abort_stages
+from agentlightning.execution.cgroups import Cgroup
 from agentlightning.execution.child import READY, STOP, Lines, live
 from agentlightning.execution.kin import Kin
 from agentlightning.execution.linux import adopt_orphans
@@ -84,16 +85,24 @@ class Nursery:
         method: ``fork`` and ``forkserver``: children are forks of this process; ``spawn``: each is a new interpreter.
         mark: of the processes of the run.
         supervisor: number of the supervisor's process.
+        cgroup: of the run; removed at the end.
     """
 
     def __init__(
-        self, connection: Connection, jobs: Mapping[str, Payload], method: StartMethod, mark: str, supervisor: int
+        self,
+        connection: Connection,
+        jobs: Mapping[str, Payload],
+        method: StartMethod,
+        mark: str,
+        supervisor: int,
+        cgroup: Cgroup | None,
     ) -> None:
         self._connection = connection
         self._jobs = jobs
         self._method: StartMethod = method
         self._supervisor = supervisor
-        self._kin = Kin(mark, os.getpid())
+        self._cgroup = cgroup
+        self._kin = Kin(mark, os.getpid(), frozenset[int] if cgroup is None else cgroup.processes)
         self._lives: dict[int, _Life] = {}
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
@@ -270,6 +279,8 @@ class Nursery:
         names = {pid: life.slot for pid, life in self._lives.items()}
         stages = abort_stages(_GRACE_SECONDS, _TERMINATE_SECONDS)
         abort(stages, self._kin.living, names, self._stop, pause=self._attend_for)
+        if self._cgroup is not None:
+            self._cgroup.remove()
 
     def _attend_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -11,6 +11,7 @@ import pickle
 import sys
 from multiprocessing.connection import Connection
 
+from agentlightning.execution.cgroups import Cgroup
 from agentlightning.execution.child import Lines, live
 from agentlightning.execution.messages import Start
 from agentlightning.execution.nursery_process import Nursery, Payload, StartMethod, serve
@@ -42,7 +43,13 @@ def _be_child(start: Start, lines: Lines, nursery: int, path: list[str], packed:
 
 
 def _be_nursery(
-    connection: int, supervisor: int, path: list[str], packed: dict[str, bytes], method: StartMethod, mark: str
+    connection: int,
+    supervisor: int,
+    path: list[str],
+    packed: dict[str, bytes],
+    method: StartMethod,
+    mark: str,
+    cgroup: Cgroup | None,
 ) -> None:
     sys.path[:] = path
     if method == "forkserver":
@@ -52,7 +59,7 @@ def _be_nursery(
             except ImportError as error:
                 logging.getLogger(__name__).debug("%s is not preloaded: %s", module, error)
     jobs = {name: Payload(packed=each) for name, each in packed.items()}
-    serve(lambda: Nursery(Connection(connection), jobs, method, mark, supervisor))
+    serve(lambda: Nursery(Connection(connection), jobs, method, mark, supervisor, cgroup))
 
 
 if __name__ == "__main__":

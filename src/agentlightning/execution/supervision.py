@@ -53,8 +53,14 @@ class Supervision:
         Raises:
             InvalidValue: a job cannot be sent to another process; named, with the ways out.
         """
-        self._link = open_nursery(self._jobs, choose_start_method(self._asked, self._jobs), self._mark)
+        method = choose_start_method(self._asked, self._jobs)
         self._cgroup = make_cgroup(f"agl-{self._mark}")
+        try:
+            self._link = open_nursery(self._jobs, method, self._mark, self._cgroup)
+        except BaseException:
+            if self._cgroup is not None:
+                self._cgroup.remove()
+            raise
         enrolled = frozenset[int] if self._cgroup is None else self._cgroup.processes
         self._kin = Kin(self._mark, self._link.pid, enrolled)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.nursery import choose_start_method
 from agentlightning.execution.shipping import pack, unpack
@@ -133,3 +134,18 @@ def test_what_a_script_defines_is_sent_to_a_new_interpreter(tmp_path: Path) -> N
     script.write_text(_SCRIPT)
     done = subprocess.run([sys.executable, "-W", "error", str(script)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("3\n", "", 0)
+
+
+def test_a_run_names_what_it_cannot_send() -> None:
+    lock = threading.Lock()
+
+    async def runner(store: Any, worker_id: int, event: Any) -> None:
+        lock.acquire()
+
+    async def algorithm(store: Any, event: Any) -> None:
+        return
+
+    with pytest.raises(InvalidValue, match=r"the runner's side\.bundle → lock, a _thread\.lock"):
+        ClientServerExecutionStrategy(server_port=0, start_method="spawn").execute(
+            algorithm, runner, InMemoryLightningStore()
+        )

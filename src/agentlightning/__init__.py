@@ -178,9 +178,6 @@ if TYPE_CHECKING:
         LitAgent as LitAgent,
         is_v0_1_rollout_api as is_v0_1_rollout_api,
     )
-    from agentlightning.litagent.program import (
-        ProgramAgent as ProgramAgent,
-    )
     from agentlightning.proxy import (
         LLMProxy as LLMProxy,
         ModelConfig as ModelConfig,
@@ -192,6 +189,9 @@ if TYPE_CHECKING:
     )
     from agentlightning.runner.base import (
         Runner as Runner,
+    )
+    from agentlightning.runner.program import (
+        ProgramAgent as ProgramAgent,
     )
     from agentlightning.semconv import (
         AGL_ANNOTATION as AGL_ANNOTATION,
@@ -425,7 +425,7 @@ _MODULE_NAMES = {
     "Hook": "agentlightning.litagent.hooks",
     "LitAgent": "agentlightning.litagent.litagent",
     "is_v0_1_rollout_api": "agentlightning.litagent.litagent",
-    "ProgramAgent": "agentlightning.litagent.program",
+    "ProgramAgent": "agentlightning.runner.program",
     "LLMProxy": "agentlightning.proxy",
     "ModelConfig": "agentlightning.proxy",
     "get_active_llm_proxy": "agentlightning.proxy",

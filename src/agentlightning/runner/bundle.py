@@ -14,8 +14,8 @@ from typing import Any
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.decorator import rollout
 from agentlightning.litagent.litagent import LitAgent
-from agentlightning.litagent.program import ProgramAgent
 from agentlightning.runner.agent import LitAgentRunner
+from agentlightning.runner.program import ProgramAgent
 from agentlightning.runner.stopping import StopEvent
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.otel import OtelTracer

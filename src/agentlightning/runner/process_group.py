@@ -88,6 +88,26 @@ async def run_group(
     Raises:
         OSError: it cannot be started.
     """
+    process, readers = await _start(command, env, cwd, stdout, stderr)
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        await _stop(process, stop_seconds)
+        raise
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        await asyncio.wait(readers, timeout=_LEFTOVER_SECONDS)
+        for reader in readers:
+            reader.cancel()
+
+
+async def _start(
+    command: Sequence[str], env: Mapping[str, str], cwd: str | None, stdout: Output, stderr: Output
+) -> tuple[asyncio.subprocess.Process, list[asyncio.Task[None]]]:
+    """The process, and the tasks that read what it writes.
+
+    The pipes are ours: those that asyncio makes would keep ``wait`` waiting for children that hold on to them.
+    """
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
@@ -109,17 +129,7 @@ async def run_group(
     finally:
         os.close(out_write)
         os.close(err_write)
-    try:
-        code = await process.wait()
-    except asyncio.CancelledError:
-        await _stop(process, stop_seconds)
-        raise
-    finally:
-        _signal_group(process.pid, signal.SIGKILL)
-        await asyncio.wait(readers, timeout=_LEFTOVER_SECONDS)
-        for reader in readers:
-            reader.cancel()
-    return code
+    return process, readers
 
 
 async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:

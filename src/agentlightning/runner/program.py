@@ -32,9 +32,9 @@ from agentlightning.emitter.message import emit_message
 from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import LitAgent
-from agentlightning.litagent.process_group import Output, run_group
-from agentlightning.litagent.reward_inbox import RewardInbox
-from agentlightning.litagent.reward_text import WrittenReward, read_reward
+from agentlightning.runner.process_group import Output, run_group
+from agentlightning.runner.reward_inbox import RewardInbox
+from agentlightning.runner.reward_text import WrittenReward, read_reward
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
 
 __all__ = ["ProgramAgent", "ProgramFailed"]

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from aiohttp import web
 
-from agentlightning.litagent.reward_text import WrittenReward, read_reward
+from agentlightning.runner.reward_text import WrittenReward, read_reward
 
 __all__ = ["RewardInbox"]
 

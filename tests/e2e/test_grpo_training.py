@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -55,17 +56,17 @@ async def calls_of(store: LightningStore, rollout_id: str) -> list[Span]:
 @pytest.mark.parametrize("with_proxy", [True, False], ids=["through the proxy", "traced by the agent"])
 async def test_a_few_steps_make_the_policy_better(with_proxy: bool) -> None:
     policy = SoftmaxPolicy(game.VOCABULARY)
-    algorithm = GRPO(policy, group_size=8, n_steps=4, seed=1)
+    algorithm = GRPO(policy, group_size=16, n_steps=5, seed=1)
     async with ready(algorithm, proxy=LLMProxy() if with_proxy else None) as (_, _, reports):
-        await algorithm.run(SECRETS)
+        await algorithm.run([{"secret": 8}])  # always the same one: quickly learned
     rewards = [numbers["reward_mean"] for _, numbers in reports.steps]
-    assert [step for step, _ in reports.steps] == [0, 1, 2, 3]
-    assert all(0 <= reward <= 1 for reward in rewards)
+    assert [step for step, _ in reports.steps] == [0, 1, 2, 3, 4]
     assert rewards[-1] > rewards[0]
-    assert reports.total("groups_used") == 4 * len(SECRETS)
+    assert reports.total("groups_used") == 5
     for dropped in ("groups_dropped", "rollouts_failed", "calls_unusable"):
         assert reports.total(dropped) == 0, dropped
-    assert all(policy.place_of(token_id) is not None for context in policy.contexts() for token_id in context)
+    opening = tuple(policy.encode(game.prompt(game.start(8))))
+    assert policy.decode([policy.choose(opening, random.Random(0), temperature=0).token_id]) == "8"
 
 
 async def test_the_proxy_says_which_weights_answered_and_is_left_as_it_was() -> None:
@@ -83,18 +84,18 @@ async def test_the_proxy_says_which_weights_answered_and_is_left_as_it_was() -> 
     assert not proxy.is_running()
 
 
-async def test_a_group_with_a_failed_rollout_is_dropped_whole_and_counted() -> None:
-    def first_of_group_fails(claimed: AttemptedRollout) -> Fault | None:
+async def test_a_group_with_failed_rollouts_is_dropped_whole_and_counted() -> None:
+    def secret_three_fails(claimed: AttemptedRollout) -> Fault | None:
         return "fail" if claimed.input["secret"] == 3 else None
 
     policy = SoftmaxPolicy(game.VOCABULARY)
-    algorithm = GRPO(policy, group_size=4, n_steps=1)
-    async with ready(algorithm, first_of_group_fails) as (_, runners, reports):
-        await algorithm.run(SECRETS)
+    algorithm = GRPO(policy, group_size=2, n_steps=1)
+    async with ready(algorithm, secret_three_fails) as (_, runners, reports):
+        await algorithm.run(SECRETS[:4])
     numbers = reports.steps[0][1]
-    assert len(runners.played) == 4 * len(SECRETS)
-    assert (numbers["groups_used"], numbers["groups_dropped"]) == (len(SECRETS) - 1, 1)
-    assert numbers["rollouts_failed"] == 4
+    assert len(runners.played) == 2 * 4
+    assert (numbers["groups_used"], numbers["groups_dropped"]) == (3, 1)
+    assert numbers["rollouts_failed"] == 2
 
 
 @pytest.mark.parametrize(
@@ -156,13 +157,14 @@ async def test_when_nothing_ever_succeeds_the_run_fails_and_says_why() -> None:
 
 
 async def test_validation_takes_the_most_probable_words_and_changes_nothing() -> None:
-    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=4, n_steps=2, validate_every=1, seed=3)
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=4, batch_size=4, n_steps=2, validate_every=1, seed=3)
     async with ready(algorithm) as (_, runners, reports):
         await algorithm.run(SECRETS, SECRETS)
     for mode, temperature in (("train", 1.0), ("val", 0.0)):
         told = [runners.sampling[rollout_id] for rollout_id, each in runners.modes.items() if each == mode]
         assert told == [{"temperature": temperature}] * len(told)
         assert told
+    assert ["val_reward_mean" in numbers for _, numbers in reports.steps] == [True, True]
     last = reports.steps[-1][1]
     assert last["val_rollouts"] == len(SECRETS)
     assert last["val_unrewarded"] == 0

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import enqueue_once
+from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, RolloutMode, Span
+from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, Rollout, RolloutMode, Span
 from agentlightning.types.rewards import find_final_reward
 
 __all__ = ["Baseline", "FastAlgorithm"]
@@ -29,6 +30,9 @@ class FastAlgorithm(Algorithm):
 
 class Baseline(FastAlgorithm):
     """Runs every input, and logs what came of it: status, reward, spans. It learns nothing.
+
+    With an LLM proxy, which is started if it does not run, and no language model among the initial
+    resources, the agent gets the proxy's model as the resource ``llm``.
 
     Under a run's name it goes on where a process that died left off, and runs no finished rollout again.
 
@@ -76,13 +80,24 @@ class Baseline(FastAlgorithm):
 
         Raises:
             IdReused: the run of this name was begun with other inputs.
+            InvalidValue: the proxy has several models, so the initial resources must say which to use.
         """
         work = self._split(train_dataset, val_dataset)
         if not work:
             _logger.warning("Baseline was given no inputs, so there is nothing to run")
             return
+        proxy = self.get_llm_proxy()
+        if proxy is None:
+            await self._run_epochs(work, self.get_initial_resources())
+            return
+        async with running_proxy(proxy, self.get_store()):
+            resources = self.get_initial_resources() or {}
+            if not any(isinstance(resource, LLM) for resource in resources.values()):
+                resources = {**resources, "llm": proxy.as_resource()}
+            await self._run_epochs(work, resources)
+
+    async def _run_epochs(self, work: Sequence[_Work], resources: NamedResources | None) -> None:
         store = self.get_store()
-        resources = self.get_initial_resources()
         resources_id = None if resources is None else (await store.add_resources(resources)).resources_id
         run = self.get_run()
         checkpoint = (run.load_checkpoint() if run else None) or {"epoch": 0}

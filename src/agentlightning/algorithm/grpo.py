@@ -22,6 +22,7 @@ from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
 from agentlightning.algorithm.policy_update import PolicyUpdate, update_policy
 from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
@@ -278,20 +279,14 @@ class GRPO(Algorithm):
         if proxy is None:
             yield None
             return
-        if proxy.get_store() is None:
-            proxy.set_store(self.get_store())
         before = list(proxy.model_list)
         others = [entry for entry in before if entry["model_name"] != self._model]
         backend = {"model": f"openai/{self._model}", "api_base": endpoint.url, "api_key": "not-needed"}
         proxy.update_model_list([*others, {"model_name": self._model, "litellm_params": backend}])
-        starts_it = not proxy.is_running()
-        if starts_it:
-            await proxy.start()
         try:
-            yield proxy
+            async with running_proxy(proxy, self.get_store()):
+                yield proxy
         finally:
-            if starts_it:
-                await proxy.stop()
             proxy.update_model_list(before)
 
     def _llm(self, endpoint: PolicyEndpoint, proxy: ModelProxy | None, temperature: float) -> LLM:

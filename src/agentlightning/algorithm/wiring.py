@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from agentlightning.algorithm.base import Algorithm
+from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 
-__all__ = ["with_llm_proxy", "with_store"]
+__all__ = ["running_proxy", "with_llm_proxy", "with_store"]
 
 A = TypeVar("A", bound=Algorithm)
 P = ParamSpec("P")
@@ -33,6 +35,26 @@ def with_store(
     return with_it
 
 
+@asynccontextmanager
+async def running_proxy(proxy: ModelProxy, store: LightningStore) -> AsyncGenerator[None]:
+    """A proxy that runs while the block does; one that ran before also runs after.
+
+    Args:
+        proxy: is started if it does not run.
+        store: takes what it records, if it has no store yet.
+    """
+    if proxy.get_store() is None:
+        proxy.set_store(store)
+    if proxy.is_running():
+        yield
+        return
+    await proxy.start()
+    try:
+        yield
+    finally:
+        await proxy.stop()
+
+
 def with_llm_proxy(
     required: bool = False, auto_start: bool = True
 ) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], Callable[..., Coroutine[Any, Any, Any]]]:
@@ -40,10 +62,12 @@ def with_llm_proxy(
 
     Args:
         required: an algorithm without a proxy is an error.
-        auto_start: a proxy that does not run is started before the method and stopped after it.
+        auto_start: a proxy that does not run is started before the method and stopped after it. It records in
+            the algorithm's store, if it has no store of its own.
 
     Raises:
-        InvalidValue: when called: there is no proxy, and it is required.
+        InvalidValue: when called: there is no proxy, and it is required; or it is to be started, and the
+            algorithm has no store.
     """
 
     def decorate(func: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -56,11 +80,8 @@ def with_llm_proxy(
                 )
             if proxy is None or not auto_start or proxy.is_running():
                 return await func(self, *args, llm_proxy=proxy, **kwargs)
-            await proxy.start()
-            try:
+            async with running_proxy(proxy, self.get_store()):
                 return await func(self, *args, llm_proxy=proxy, **kwargs)
-            finally:
-                await proxy.stop()
 
         return with_it
 

@@ -14,9 +14,10 @@ import pytest
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
+from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
-from agentlightning.types import AttemptedRollout
+from agentlightning.types import AttemptedRollout, ProxyLLM
 from scenes import finish, llm, span_of
 
 
@@ -92,6 +93,23 @@ async def test_a_validation_dataset_is_what_is_validated() -> None:
     assert [(each.input, each.mode) for each in workers.claimed] == [(1.0, "train"), (5.0, "val")]
     assert resources is not None
     assert {each.resources_id for each in workers.claimed} == {resources.resources_id}
+
+
+async def test_a_proxy_is_started_and_its_model_handed_out() -> None:
+    backend = {"model_name": "m", "litellm_params": {"model": "openai/m", "api_base": "http://127.0.0.1:9/v1"}}
+    proxy = LLMProxy(model_list=[backend])
+    baseline = Baseline()
+    baseline.set_llm_proxy(proxy)
+    ran_meanwhile: list[bool] = []
+    async with InMemoryLightningStore() as store:
+        async with working(baseline, store, after_claim=lambda: ran_meanwhile.append(proxy.is_running())):
+            await baseline.run([1.0])
+        resources = await store.get_latest_resources()
+        assert proxy.get_store() is store
+    assert resources is not None
+    assert isinstance(resources.resources["llm"], ProxyLLM)
+    assert ran_meanwhile == [True]
+    assert not proxy.is_running()
 
 
 @pytest.mark.parametrize(

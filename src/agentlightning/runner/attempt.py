@@ -71,11 +71,16 @@ class AttemptRun:
         """Which attempt this is."""
         return self.rollout.attempt.attempt_id
 
-    def give_up(self, outcome: Outcome) -> None:
-        """Stop working on it, and report this; nothing happens to an attempt whose agent is done already."""
-        if self._task is not None and not self._ending and self._given_up is None:
-            self._given_up = outcome
-            self._task.cancel()
+    def give_up(self, outcome: Outcome) -> bool:
+        """Stop working on it, and report this; nothing happens to an attempt whose agent is done already.
+
+        Returns whether it is given up now.
+        """
+        if self._task is None or self._ending or self._given_up is not None:
+            return False
+        self._given_up = outcome
+        self._task.cancel()
+        return True
 
     async def run(self) -> Outcome:
         """Do it all. What goes wrong becomes the outcome; only a cancellation by others passes on."""

@@ -185,9 +185,9 @@ class Shift:
     def _lose(self, attempt_id: str) -> None:
         """The store says that this attempt is lost: give up that one only."""
         run = self._runs.get(attempt_id)
-        if run is not None:
+        # One that is just being reported has ended for the store, too, and is named here for no other reason.
+        if run is not None and run.give_up(Outcome("failed", ABORTED, "the attempt had lost its rollout")):
             _logger.warning("attempt %s has lost its rollout; it is given up", attempt_id)
-            run.give_up(Outcome("failed", ABORTED, "the attempt had lost its rollout"))
 
     def _obey(self, directive: Directive) -> None:
         """The store asks the worker to end."""

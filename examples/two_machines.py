@@ -2,11 +2,11 @@
 
 On the machine of the algorithm:
 
-    AGL_API_KEY=secret AGL_CURRENT_ROLE=algorithm AGL_SERVER_HOST=0.0.0.0 python examples/two_machines.py
+    AGL_API_KEY=our-secret-key AGL_CURRENT_ROLE=algorithm AGL_SERVER_HOST=0.0.0.0 python examples/two_machines.py
 
 On every machine that is to run agents, started before, after, or as often as you like:
 
-    AGL_API_KEY=secret AGL_CURRENT_ROLE=runner AGL_SERVER_HOST=name.of.the.first python examples/two_machines.py
+    AGL_API_KEY=our-secret-key AGL_CURRENT_ROLE=runner AGL_SERVER_HOST=name.of.the.first python examples/two_machines.py
 
 Without these variables both roles run here. When the algorithm has ended, the runners elsewhere are told, and end.
 """

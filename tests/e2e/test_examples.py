@@ -33,7 +33,7 @@ def start(folder: Path, *command: str, **variables: str) -> subprocess.Popen[str
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment | variables,
+        env=environment | {"AGL_SERVER_PORT": "0"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,8 +138,8 @@ def test_a_runner_with_the_wrong_key_does_no_work(tmp_path: Path) -> None:
     variables = {"AGL_SERVER_HOST": "127.0.0.1", "AGL_SERVER_PORT": str(free_port())}
     command = (sys.executable, "-W", "error", str(EXAMPLES / "two_machines.py"))
     with (
-        running(start(tmp_path, *command, AGL_CURRENT_ROLE="algorithm", AGL_API_KEY="right", **variables)),
-        running(start(tmp_path, *command, AGL_CURRENT_ROLE="runner", AGL_API_KEY="wrong", **variables)) as stranger,
+        running(start(tmp_path, *command, AGL_CURRENT_ROLE="algorithm", AGL_API_KEY="the-right-key", **variables)),
+        running(start(tmp_path, *command, AGL_CURRENT_ROLE="runner", AGL_API_KEY="the-wrong-key", **variables)) as stranger,
     ):
         out, err = stranger.communicate(timeout=DEADLINE_SECONDS)
         assert stranger.returncode not in (0, None)

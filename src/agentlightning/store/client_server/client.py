@@ -7,11 +7,12 @@ because every write carries ids that were made up before it was first sent.
 
 from __future__ import annotations
 
-import hashlib
+import os
 import ssl
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from agentlightning.errors import InvalidValue
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
@@ -24,31 +25,27 @@ from agentlightning.store.client_server.arguments import (
     optional_id,
     report,
     rollout_changes,
-    worker_beat,
 )
 from agentlightning.store.client_server.calls import Caller
 from agentlightning.store.client_server.claiming import Claims
-from agentlightning.store.client_server.client_reads import ReadingClient
+from agentlightning.store.client_server.client_registry import RegistryClient
 from agentlightning.store.client_server.closing import Interruptible
 from agentlightning.store.client_server.health import HealthReport
 from agentlightning.store.client_server.http_transport import HttpTransport
 from agentlightning.store.client_server.resilience import Resilience, make_resilient
 from agentlightning.store.client_server.resource_cache import ResourceCache
 from agentlightning.store.client_server.routes import COMPATIBLE, OTLP_TRACES_PATH
-from agentlightning.store.client_server.span_delivery import SpanDelivery, default_spool_folder
+from agentlightning.store.client_server.span_delivery import SpanDelivery
 from agentlightning.store.client_server.spool_folder import SpoolFolder
+from agentlightning.store.client_server.state_folder import state_folder
 from agentlightning.store.client_server.transport import WireRequest
 from agentlightning.store.door import (
     check_finite,
     check_id,
-    check_one_of,
     check_text,
-    check_version,
-    encode_resources,
-    reason_of,
 )
 from agentlightning.store.ids import TimeOrderedIds
-from agentlightning.store.requests import check_batch, check_claim_limit, check_pairs, span_drafts
+from agentlightning.store.requests import check_claim_limit, check_pairs, span_drafts
 from agentlightning.store.views import stored_span
 from agentlightning.types import (
     UNSET,
@@ -56,8 +53,6 @@ from agentlightning.types import (
     AttemptedRollout,
     AttemptStatus,
     EnqueueRolloutRequest,
-    NamedResources,
-    ResourcesUpdate,
     Rollout,
     RolloutConfig,
     RolloutMode,
@@ -65,8 +60,6 @@ from agentlightning.types import (
     Span,
     TaskInput,
     Unset,
-    Worker,
-    WorkerDirective,
 )
 
 __all__ = ["LightningStoreClient"]
@@ -77,7 +70,7 @@ _LONG_WORK_SECONDS = 600.0
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
 
 
-class LightningStoreClient(ReadingClient):
+class LightningStoreClient(RegistryClient):
     """A store that is served over HTTP. May be called from any thread and any event loop, and pickled.
 
     A call goes on trying while the server is out of reach, for ``resilience.patience_seconds``, and then raises
@@ -125,6 +118,27 @@ class LightningStoreClient(ReadingClient):
         tls_ca_file: str | Path | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._inherited: list[object] = []
+        self._assemble(**self._arguments)
+        client = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _begin_anew(client()))
+
+    def _assemble(
+        self,
+        server_address: str,
+        *,
+        api_key: str | None,
+        request_timeout: float,
+        connection_timeout: float,
+        retry_delays: Sequence[float] | None,
+        health_retry_delays: Sequence[float] | None,
+        resilience: Resilience,
+        spool_dir: str | Path | None | Unset,
+        spool_max_bytes: int,
+        max_connections: int,
+        tls_ca_file: str | Path | None,
+    ) -> None:
+        """Wire the parts together; none of them does anything yet."""
         address = parse_address(server_address)
         key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
         self.server_address_root = address.root
@@ -138,17 +152,10 @@ class LightningStoreClient(ReadingClient):
             max_connections=max_connections,
             ssl_context=None if tls_ca_file is None else ssl.create_default_context(cafile=str(tls_ca_file)),
         )
-        probe = WireRequest(
-            "GET",
-            f"{address.dialect.prefix}/health",
-            priority="read",
-            timeout_seconds=min(connection_timeout, request_timeout),
-            patience_seconds=request_timeout,
-        )
         resilient, self._health, self._breaker = make_resilient(
             self._http,
             server=address.root,
-            probe=probe,
+            probe=_health_probe(address.dialect.prefix, min(connection_timeout, request_timeout)),
             numbers=resilience,
             retry_delays=retry_delays,
             health_retry_delays=health_retry_delays,
@@ -162,22 +169,21 @@ class LightningStoreClient(ReadingClient):
             timeout_seconds=request_timeout,
             patience_seconds=resilience.patience_seconds,
         )
-        folder = _state_folder(spool_dir, address.root, address.name)
-        super().__init__(
-            caller,
-            None if folder is None else ResourceCache(folder / "resources"),
-            resilience.cache_after_seconds,
-            self._health.cached_resources,
-        )
-        self._spans = SpanDelivery(
-            caller,
-            None if folder is None else SpoolFolder(folder, spool_max_bytes),
-            resilience.spool_after_seconds,
-        )
+        folder = state_folder(spool_dir, address)
+        spools = None if folder is None else SpoolFolder(folder, spool_max_bytes)
+        self._spans = SpanDelivery(caller, spools, resilience.spool_after_seconds)
         self._claims = Claims(caller)
+        cache = None if folder is None else ResourceCache(folder / "resources")
+        super().__init__(caller, cache, resilience.cache_after_seconds, self._health.cached_resources)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self._arguments)
+
+    def leave_to_parent(self) -> None:
+        """Begin anew, in a forked child; called by itself there."""
+        self._spans.abandon()
+        self._inherited += [self._http, self._spans]
+        self._assemble(**self._arguments)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.server_address_root!r})"
@@ -349,80 +355,17 @@ class LightningStoreClient(ReadingClient):
         wanted = check_pairs(rollout_attempt_ids)
         return await self._caller.call("get_many_span_sequence_ids", {"rollout_attempt_ids": wanted})
 
-    # --- Resources -------------------------------------------------------------------------------
-
-    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
-        chosen = given(resources_id=optional_id(resources_id, "resources_id"))
-        return await self._caller.call("add_resources", {"resources": encode_resources(resources), **chosen})
-
-    async def update_resources(
-        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
-    ) -> ResourcesUpdate:
-        check_id(resources_id, "resources_id")
-        arguments = given(
-            resources_id=resources_id,
-            resources=encode_resources(resources),
-            request_id=optional_id(request_id, "request_id"),
-        )
-        return await self._caller.call("update_resources", arguments)
-
-    async def rollback_resources(
-        self, resources_id: str, version: int, *, request_id: str | None = None
-    ) -> ResourcesUpdate:
-        arguments = given(
-            resources_id=check_id(resources_id, "resources_id"),
-            version=check_version(version),
-            request_id=optional_id(request_id, "request_id"),
-        )
-        return await self._caller.call("rollback_resources", arguments)
-
-    # --- Workers ---------------------------------------------------------------------------------
-
-    async def update_worker(
-        self,
-        worker_id: str,
-        heartbeat_stats: JsonObject | Unset = UNSET,
-        *,
-        attempt_ids: Sequence[str] | Unset = UNSET,
-        lease_seconds: float | Unset = UNSET,
-        registration: JsonObject | Unset = UNSET,
-    ) -> Worker:
-        check_id(worker_id, "worker_id")
-        beat = worker_beat(heartbeat_stats, attempt_ids, lease_seconds, registration)
-        return await self._caller.call("update_worker", {"worker_id": worker_id, **beat})
-
-    async def report_worker_lost(
-        self, worker_id: str, *, message: str, reason_code: str | None = None
-    ) -> Sequence[Attempt]:
-        check_id(worker_id, "worker_id")
-        check_text(message, "message")
-        reason_of(reason_code, message, "worker_lost")
-        arguments = given(worker_id=worker_id, message=message, reason_code=reason_code)
-        return await self._caller.call("report_worker_lost", arguments)
-
-    async def direct_workers(
-        self, directive: WorkerDirective | None, *, worker_ids: Sequence[str] | None = None
-    ) -> Sequence[Worker]:
-        if directive is not None:
-            check_one_of(directive, get_args(WorkerDirective), "directive")
-        arguments: dict[str, Any] = {"directive": directive}
-        if worker_ids is not None:
-            check_batch(worker_ids, "worker_ids")
-            arguments["worker_ids"] = [check_id(each, "worker_id") for each in worker_ids]
-        return await self._caller.call("direct_workers", arguments)
-
 
 def _rebuild(kind: type[LightningStoreClient], arguments: dict[str, Any]) -> LightningStoreClient:
     return kind(**arguments)
 
 
-def _state_folder(chosen: str | Path | None | Unset, root: str, name: str) -> Path | None:
-    """Where what belongs to this server is kept on this machine."""
-    if chosen is None:
-        return None
-    if chosen is UNSET:
-        set_to = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
-        base = Path(set_to) if set_to else default_spool_folder()
-    else:
-        base = Path(chosen)
-    return base / f"{name}-{hashlib.blake2b(root.encode(), digest_size=4).hexdigest()}"
+def _begin_anew(client: LightningStoreClient | None) -> None:
+    """In a forked child. Sockets are the parent's: they are kept, unused, so that nothing closes them. Locks may be
+    held by threads that are not here, so all parts are made again."""
+    if client is not None:
+        client.leave_to_parent()
+
+
+def _health_probe(prefix: str, seconds: float) -> WireRequest:
+    return WireRequest("GET", f"{prefix}/health", priority="read", timeout_seconds=seconds, patience_seconds=seconds)

@@ -113,14 +113,16 @@ class Health:
 
     def retried(self, request: WireRequest, why: str, delay_seconds: float) -> None:
         """A request is sent again after this delay."""
-        self._retries += 1
+        with self._lock:
+            self._retries += 1
         _logger.debug(
             "%s %s is sent to %s again in %.2f s: %s", request.method, request.target, self._server, delay_seconds, why
         )
 
     def gave_up(self, request: WireRequest, why: str) -> None:
         """A request is not sent again."""
-        self._given_up += 1
+        with self._lock:
+            self._given_up += 1
         _logger.debug("%s %s to %s was given up: %s", request.method, request.target, self._server, why)
 
     def breaker_changed(self, before: BreakerState, after: BreakerState) -> None:

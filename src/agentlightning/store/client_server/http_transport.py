@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import ssl
 import threading
 from collections.abc import AsyncGenerator, Mapping
@@ -64,8 +63,6 @@ class HttpTransport:
         self._lock = threading.Lock()
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._urls: dict[str, URL] = {}
-        self._pid = os.getpid()
-        self._inherited: list[_Session] = []
 
     async def send(self, request: WireRequest) -> WireReply:
         """One try, without a limit of time but that for connecting.
@@ -116,8 +113,6 @@ class HttpTransport:
         return url
 
     async def _session(self) -> _Session:
-        if os.getpid() != self._pid:
-            self._forget_inherited()
         loop = asyncio.get_running_loop()
         known = self._sessions.get(loop)
         return known if known is not None else await self._open(loop)
@@ -152,13 +147,6 @@ class HttpTransport:
                 if known is not None and known.session is session:
                     del self._sessions[known.loop]
             await session.close()
-
-    def _forget_inherited(self) -> None:
-        """In a forked child: the sockets belong to the parent. They are kept, unused, so that nothing closes them."""
-        self._lock = threading.Lock()
-        self._inherited.extend(self._sessions.values())
-        self._sessions = {}
-        self._pid = os.getpid()
 
 
 def _payload(body: bytes | None) -> bytes | io.BytesIO | None:

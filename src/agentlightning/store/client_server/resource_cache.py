@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from agentlightning.store.client_server.state_folder import forget_old_servers
 from agentlightning.types import ResourcesUpdate
 
 __all__ = ["CachedResources", "ResourceCache"]
@@ -115,6 +116,8 @@ class ResourceCache:
             Path(name).unlink(missing_ok=True)
             raise
         self._drop_oldest()
+        if not self._kept:
+            forget_old_servers(self._folder.parent)
 
     def _drop_oldest(self) -> None:
         files = sorted(self._folder.glob("*.json"), key=lambda each: each.stat().st_mtime)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 from agentlightning.errors import SpoolFull, StoreUnavailable, StoreUnreachable
 from agentlightning.store.client_server.calls import Caller
@@ -27,7 +24,7 @@ from agentlightning.store.client_server.spool_sender import SpoolSender
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
 
-__all__ = ["SpanDelivery", "default_spool_folder"]
+__all__ = ["SpanDelivery"]
 
 _logger = logging.getLogger(__name__)
 
@@ -60,9 +57,6 @@ class SpanDelivery:
         self._progress: list[Future[None]] = []
         self._looked_for_orphans = False
         self._counts = Counter[str]()
-        if folder is not None:
-            delivery = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _forget(delivery()))
 
     async def add(self, drafts: Sequence[SpanDraft]) -> list[int | None]:
         """Hand over spans.
@@ -230,28 +224,12 @@ class SpanDelivery:
         with self._lock:
             self._counts[what] += 1
 
-    def forget(self) -> None:
-        """In a forked child: what waits is the parent's."""
-        self._lock = threading.Lock()
-        self._progress = []
-        self._waiting = deque()
-        self._by_attempt = Counter()
+    def abandon(self) -> None:
+        """In a forked child: what waits is the parent's. Close the descriptors and touch nothing else."""
         if self._own is not None:
             self._own.abandon()
-            self._own = None
         if self._sender is not None:
-            self._sender.forget()
-
-
-def default_spool_folder() -> Path:
-    """Where spools are if nobody says otherwise (XDG Base Directory Specification, ``XDG_STATE_HOME``)."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning" / "spool"
-
-
-def _forget(delivery: SpanDelivery | None) -> None:
-    if delivery is not None:
-        delivery.forget()
+            self._sender.abandon()
 
 
 def _body(spans: Sequence[bytes]) -> bytes:

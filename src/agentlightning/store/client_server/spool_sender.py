@@ -7,6 +7,7 @@ callers, and lives only as long as there is something to deliver.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -54,6 +55,7 @@ class SpoolSender:
         self._adopted_count = 0
         self._thread: threading.Thread | None = None
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+        self._stopping = False
 
     @property
     def adopted(self) -> int:
@@ -78,25 +80,26 @@ class SpoolSender:
             thread = self._thread
         if thread is not None:
             await asyncio.to_thread(thread.join, grace_seconds)
-            running = self._running
-            if running is not None and thread.is_alive():
+            with self._lock:
+                self._stopping = True
+                running = self._running
+            if running is not None:
                 loop, task = running
-                loop.call_soon_threadsafe(task.cancel)
+                with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
             await asyncio.to_thread(thread.join)
         with self._lock:
+            self._stopping = False
             self._thread = None
             for each in self._adopted:
                 each.close()
             self._adopted = []
             self._own = None
 
-    def forget(self) -> None:
+    def abandon(self) -> None:
         """In a forked child: thread and spools are the parent's."""
-        self._lock = threading.Lock()
         for each in self._adopted:
             each.abandon()
-        self._adopted = []
-        self._own = self._thread = self._running = None
 
     def _run(self) -> None:
         try:
@@ -114,7 +117,10 @@ class SpoolSender:
     async def _deliver_all(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._running = (asyncio.get_running_loop(), task)
+        with self._lock:
+            if self._stopping:
+                return
+            self._running = (asyncio.get_running_loop(), task)
         found = self._folder.adopt()
         with self._lock:
             self._adopted += found
@@ -141,28 +147,41 @@ class SpoolSender:
         """Send what the spool holds now."""
         most = _MAX_SPANS
         failed_rounds = 0
-        while (batch := spool.next_batch(most, _MAX_BYTES)) is not None:
+        while True:
             try:
-                await self._send(batch.spans)
-            except AgentLightningError as error:
+                batch = spool.next_batch(most, _MAX_BYTES)
+                if batch is None:
+                    return
+                refused = await self._send_or_put_away(batch, failed_rounds)
+            except (AgentLightningError, OSError) as error:
+                _logger.debug("spans wait in %s: %s", spool.folder, error)
+                await asyncio.sleep(_PAUSES[min(failed_rounds, len(_PAUSES) - 1)])
                 failed_rounds += 1
-                internal = type(error) is AgentLightningError and failed_rounds >= _INTERNAL_ERROR_ROUNDS
-                if not (internal or isinstance(error, _REFUSED)):
-                    _logger.debug("spans wait in %s: %s", spool.folder, error.message)
-                    await asyncio.sleep(_PAUSES[min(failed_rounds, len(_PAUSES)) - 1])
-                    continue
-                failed_rounds = 0
-                if len(batch.spans) > 1:  # one of them is to blame; the others must not suffer for it
-                    most = (len(batch.spans) + 1) // 2
-                    continue
-                self._folder.quarantine(batch.spans[0], error)
-                _logger.error("a span was refused for good, and put into %s: %s", self._folder.quarantine_file, error)
-                self._done(spool, batch, refused=1)
-            else:
-                failed_rounds = 0
-                most = min(_MAX_SPANS, most * 2)
-                self._done(spool, batch, refused=0)
+                continue
+            failed_rounds = 0
+            if refused is None:
+                most = (len(batch.spans) + 1) // 2
+                continue
+            most = min(_MAX_SPANS, most * 2)
+            spool.acknowledge(batch)
+            self._on_delivered(spool, batch, refused)
 
-    def _done(self, spool: Spool, batch: Batch, *, refused: int) -> None:
-        spool.acknowledge(batch)
-        self._on_delivered(spool, batch, refused)
+    async def _send_or_put_away(self, batch: Batch, failed_rounds: int) -> int | None:
+        """How many spans were refused: 0 or the only one. None: one of many is to blame, so they must go apart.
+
+        Raises:
+            AgentLightningError: the server does not take them now.
+            OSError: what was refused could not be put away.
+        """
+        try:
+            await self._send(batch.spans)
+        except AgentLightningError as error:
+            internal = type(error) is AgentLightningError and failed_rounds + 1 >= _INTERNAL_ERROR_ROUNDS
+            if not (internal or isinstance(error, _REFUSED)):
+                raise
+            if len(batch.spans) > 1:
+                return None
+            self._folder.quarantine(batch.spans[0], error)
+            _logger.error("a span was refused for good, and put into %s: %s", self._folder.quarantine_file, error)
+            return 1
+        return 0

@@ -228,8 +228,17 @@ if TYPE_CHECKING:
     from agentlightning.store.client_server.client import (
         LightningStoreClient as LightningStoreClient,
     )
+    from agentlightning.store.client_server.client_metrics import (
+        ClientMetrics as ClientMetrics,
+    )
+    from agentlightning.store.client_server.health import (
+        HealthReport as HealthReport,
+    )
     from agentlightning.store.client_server.limits import (
         ServerLimits as ServerLimits,
+    )
+    from agentlightning.store.client_server.resilience import (
+        Resilience as Resilience,
     )
     from agentlightning.store.client_server.server import (
         LightningStoreServer as LightningStoreServer,

@@ -121,7 +121,9 @@ async def test_when_the_agent_hangs_up_so_does_the_proxy(stream: bool) -> None:
             call = asyncio.create_task(session.post(f"{scene.llm.endpoint}/chat/completions", json=question))
             await reached(hold.reached)
             if stream:
-                await (await call).content.readuntil(b"word1")
+                response = await call
+                await response.content.readuntil(b"word1")
+                response.close()
             else:
                 call.cancel()
                 await asyncio.wait({call})
@@ -132,6 +134,39 @@ async def test_when_the_agent_hangs_up_so_does_the_proxy(stream: bool) -> None:
         assert attribute(span, GenAI.ERROR_TYPE) == "client_disconnected"
         if stream:
             assert body_of(span, Call.RESPONSE)["choices"][0]["message"]["content"] == "word0 word1 "
+
+
+async def test_an_agent_that_hangs_up_while_its_call_is_recorded_leaves_one_span() -> None:
+    async with AwayStore() as store, proxied(OpenAIBackend(), record_wait_seconds=0.2) as scene:
+        rollout = await store.start_rollout({})
+        scene.proxy.set_store(store)
+        llm = scene.proxy.as_resource(rollout.rollout_id, rollout.attempt.attempt_id)
+        store.is_away = True
+        async with aiohttp.ClientSession() as session:
+            question = {"model": "policy", "messages": MESSAGES}
+            call = asyncio.create_task(session.post(f"{llm.endpoint}/chat/completions", json=question))
+            async with asyncio.timeout(WAIT_SECONDS):
+                while (await health(scene.proxy))["spans_waiting"] == 0:
+                    await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.wait({call})
+        assert await scene.proxy.pause(timeout_seconds=WAIT_SECONDS) == 0
+        store.is_away = False
+        await scene.proxy.stop()
+        (span,) = await store.query_spans(rollout.rollout_id)
+        assert span.status.status_code == "OK", "the backend had answered"
+
+
+async def test_a_stop_while_a_call_is_recorded_lets_the_reply_out() -> None:
+    async with AwayStore() as store, proxied(OpenAIBackend(), grace_seconds=0.05) as scene:
+        scene.proxy.set_store(store)
+        store.is_away = True
+        call = asyncio.create_task(ask(scene))
+        async with asyncio.timeout(WAIT_SECONDS):
+            while (await health(scene.proxy))["spans_waiting"] == 0:
+                await asyncio.sleep(0.01)
+        await scene.proxy.stop()
+        assert (await call).choices[0].message.content
 
 
 # --- Limits ----------------------------------------------------------------------------------------------

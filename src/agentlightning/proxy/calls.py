@@ -89,19 +89,26 @@ class _Call:
             self._exchange.deliver(record)
             return
         except Refused as refused:
-            ending = await self._refuse(refused)
+            ending = self._refuse(refused)
         except asyncio.CancelledError:
             if not self._exchange.gate.is_closed:
                 raise
             _current_task().uncancel()
-            ending = await self._refuse(Refused(503, "proxy_stopped", "The proxy was stopped during the call."))
+            ending = self._refuse(Refused(503, "proxy_stopped", "The proxy was stopped during the call."))
         except Exception:
             _logger.exception("a model call failed in the proxy")
-            ending = await self._refuse(
-                Refused(500, "internal_error", "The proxy failed; its log says why. This is a bug.")
-            )
+            ending = self._refuse(Refused(500, "internal_error", "The proxy failed; its log says why. This is a bug."))
+        await self._record_and_wait()
         for message in ending:
             await self._send(message)
+
+    async def _record_and_wait(self) -> None:
+        try:
+            await self._exchange.deliver_and_wait(self._record)
+        except asyncio.CancelledError:
+            if not self._exchange.gate.is_closed:
+                raise
+            _current_task().uncancel()  # the proxy is stopped: the span is on its way, and the reply is whole
 
     async def _pass_on(self, receive: Receive) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
@@ -132,7 +139,6 @@ class _Call:
         record.answer.body = body
         if status >= 400:
             record.fail(*_error_of(facts, status), status)
-        await self._exchange.deliver_and_wait(record)
         return _whole(status, _shown_headers(reply.response), body)
 
     async def _read_whole(self, reply: Reply) -> bytes:
@@ -176,18 +182,15 @@ class _Call:
         if tee.error is not None:
             code, message = _error_of({"error": tee.error}, record.status)
             record.fail(code, scrubber.text(message))
-        await self._exchange.deliver_and_wait(record)
         return [{"type": "http.response.body", "body": tee.ending()}]
 
-    async def _refuse(self, refused: Refused) -> list[Message]:
-        """Record that the call failed; returns what tells the agent."""
+    def _refuse(self, refused: Refused) -> list[Message]:
+        """Note that the call failed; returns what tells the agent."""
         record = self._record
         if self._has_begun:
             record.fail(refused.code, refused.message)
-            await self._exchange.deliver_and_wait(record)
             return [{"type": "http.response.body", "body": event_of(refused.body())}]
         record.refuse(refused)
-        await self._exchange.deliver_and_wait(record)
         return _whole(refused.status, refused.headers(), refused.body())
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:

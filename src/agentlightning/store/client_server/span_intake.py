@@ -14,7 +14,7 @@ import msgspec
 
 from agentlightning.store.client_server.messages import SpansBody
 from agentlightning.store.client_server.strict_json import decode_strict
-from agentlightning.store.door import check_id, check_json_size
+from agentlightning.store.door import MAX_JSON_BYTES, check_id, check_json_size
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.requests import check_batch, span_drafts
 from agentlightning.store.span_json import MAX_SEQUENCE_ID
@@ -60,6 +60,8 @@ def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
 def plain_draft(decoded: Any) -> SpanDraft | None:
     """The span that a decoded JSON value is, if it is a plain one; the value is used up.
 
+    The value is strict JSON, as ``decode_strict`` returns it.
+
     Raises:
         InvalidId: one of its ids is not valid.
         TooLarge: it has too many bytes.
@@ -97,7 +99,8 @@ def plain_draft(decoded: Any) -> SpanDraft | None:
     span_id = check_id(fields["span_id"], "span_id")
     del fields["sequence_id"]
     body = _encode(fields)
-    check_json_size(body, "span", span_id)
+    if len(body) > MAX_JSON_BYTES:
+        check_json_size(body, "span", span_id)
     return SpanDraft(rollout_id, attempt_id, sequence_id, span_id, body)
 
 

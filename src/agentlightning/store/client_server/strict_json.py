@@ -45,7 +45,7 @@ def decode_strict(raw: bytes, what: str = "the body") -> Any:
         raise _too_deep(what) from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise NotJson(f"{what} is not JSON: {_reason(raw, error)}") from error
-    if b"\\u0000" in raw and _NUL.search(raw):
+    if b"\\" in raw and b"\\u0000" in raw and _NUL.search(raw):
         raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
     if isinstance(value, (dict, list)):
         keys = _count_keys(value, MAX_BODY_DEPTH, what)

@@ -140,7 +140,7 @@ class GRPO(Algorithm):
             return
         if took_up is None:
             self._keep(0)
-        async with self._serving(begin, took_up) as session:
+        async with self._serving(took_up) as session:
             empty_steps = 0
             for step in range(begin, self._n_steps):
                 gathered = await self._step(step, train_dataset, val_dataset, session)
@@ -256,8 +256,9 @@ class GRPO(Algorithm):
     # --- Serving the policy ----------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _serving(self, begin: int, took_up: int | None) -> AsyncGenerator[_Session]:
+    async def _serving(self, took_up: int | None) -> AsyncGenerator[_Session]:
         """Serve the policy, through the proxy if there is one; all is as it was after."""
+        begin = took_up or 0
         # A run that is taken up must not draw once more the words of its first steps.
         seed = random.Random(f"{self._seed} {begin}").getrandbits(63)
         endpoint = PolicyEndpoint(self._policy, self._endpoint_host, self._endpoint_port, model=self._model, seed=seed)

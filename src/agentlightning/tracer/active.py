@@ -7,6 +7,7 @@ process was given is the answer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,12 +21,14 @@ __all__ = ["activated", "clear_active_tracer", "get_active_tracer", "set_active_
 _of_context: ContextVar[Tracer | None] = ContextVar("agentlightning_tracer", default=None)
 _of_process: list[Tracer] = []
 """Tracers that are at work in this process, each once for each time; the newest is last."""
+_lock = threading.Lock()
 
 
 def set_active_tracer(tracer: Tracer) -> None:
     """Trace by ``tracer`` from here on: what this context runs, and what has no context of its own."""
     _of_context.set(tracer)
-    _of_process.append(tracer)
+    with _lock:
+        _of_process.append(tracer)
 
 
 def clear_active_tracer() -> None:
@@ -59,7 +62,8 @@ def activated(tracer: Tracer) -> Generator[None]:
 
 
 def _forget(tracer: Tracer | None) -> None:
-    for position in range(len(_of_process) - 1, -1, -1):
-        if _of_process[position] is tracer:
-            del _of_process[position]
-            return
+    with _lock:
+        for position in range(len(_of_process) - 1, -1, -1):
+            if _of_process[position] is tracer:
+                del _of_process[position]
+                return

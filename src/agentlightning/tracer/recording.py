@@ -53,6 +53,7 @@ class Recording:
         self._ended: deque[ReadableSpan] = deque()
         self._spans: list[Span] = []
         self._handed = 0
+        self._failed = 0
         self._lock = Lock()
 
     def add(self, span: ReadableSpan) -> None:
@@ -87,12 +88,14 @@ class Recording:
     @property
     def total(self) -> int:
         """How many spans were taken."""
-        return len(self._spans) + len(self._ended)
+        with self._lock:
+            return len(self._spans) + len(self._ended) + self._failed
 
     @property
     def handed(self) -> int:
-        """How many of them are in the store."""
-        return self._handed
+        """How many of them are in the store, or will never be because they could not be converted."""
+        with self._lock:
+            return self._handed + self._failed
 
     def _take_ended(self) -> None:
         ended, spans, convert = self._ended, self._spans, self._convert
@@ -101,7 +104,8 @@ class Recording:
                 spans.append(convert(ended[0], self.rollout_id, self.attempt_id))
             except Exception:
                 _logger.exception("span %r of %s cannot be converted, and is lost", ended[0].name, self.name)
-            ended.popleft()  # only now, so that `total` never misses one
+                self._failed += 1
+            ended.popleft()
 
 
 current: ContextVar[Recording | None] = ContextVar("agentlightning_recording", default=None)

@@ -9,10 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from agentlightning.errors import InvalidValue, StoreClosed, StoreUnavailable
 from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.tracer.conversion import SpanConverter
 from agentlightning.tracer.otel import OtelTracer
+from agentlightning.tracer.recording import Recording
+from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import AttemptedRollout, Span
 from scenes import started
 
@@ -163,6 +167,46 @@ async def test_an_agent_is_never_held_up_by_a_store_that_hangs() -> None:
                 gate.set()
             assert took < 5  # the store hung all the time
             assert len(await store.query_spans(rollout.rollout_id)) == 1001
+
+
+async def test_a_span_that_cannot_be_converted_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    provider, ended = TracerProvider(shutdown_on_exit=False), []
+    for name in ("good", "bad", "fine"):
+        span = provider.get_tracer("test").start_span(name)
+        span.end()
+        ended.append(span)
+
+    def convert(span: ReadableSpan, rollout_id: str, attempt_id: str) -> Span:
+        if span.name == "bad":
+            raise ArithmeticError("odd")
+        return SpanConverter().convert(span, rollout_id, attempt_id)
+
+    async with FaultyStore(lambda spans: None) as store:
+        rollout = await started(store)
+        recording = Recording(convert, store, rollout.rollout_id, rollout.attempt.attempt_id)
+        sender = SpanSender()
+        sender.start()
+        sender.open(recording)
+        for each in ended:
+            recording.add(each)
+        async with asyncio.timeout(10):
+            await asyncio.wrap_future(sender.flush(recording))
+        await asyncio.to_thread(sender.stop)
+        assert [span.name for span in await store.query_spans(rollout.rollout_id)] == ["good", "fine"]
+    assert "'bad'" in caplog.text
+
+
+async def test_a_trace_that_ends_while_it_is_being_sent() -> None:
+    """The sender takes spans at the very moment at which the end of the trace counts them."""
+    async with FaultyStore(lambda spans: None) as store:
+        tracer = OtelTracer(interval_seconds=0.0005)
+        with tracer.lifespan(store):
+            rollout = await started(store)
+            for number in range(200):
+                async with asyncio.timeout(10), tracer.trace_context(**of(rollout)):
+                    for _ in range(number % 20):
+                        tracer.create_span("a")
+            assert (await store.statistics())["total_spans"] == sum(number % 20 for number in range(200))
 
 
 async def test_what_is_left_is_sent_at_the_end() -> None:

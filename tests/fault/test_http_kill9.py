@@ -11,7 +11,7 @@ import pytest
 from agentlightning.errors import AgentLightningError, StoreUnreachable
 from agentlightning.store.client_server.client import LightningStoreClient
 from agentlightning.store.sqlite.store import SqliteLightningStore
-from http_load import Journal, check, read_journals, work
+from http_load import Journal, check, read_journals, spans_accepted, work
 from store_server_process import StoreServerProcess
 from store_state import assert_sound
 
@@ -29,10 +29,10 @@ async def _work_through_kills(server: StoreServerProcess, folder: Path, kills: i
         for number, client in enumerate(clients)
     ]
     for _ in range(kills):
-        await asyncio.sleep(chance.uniform(0.2, 1.0))
+        await _let_work(folder, chance.randint(10, 100))
         server.kill()
         await asyncio.to_thread(server.start)
-    await asyncio.sleep(0.5)
+    await _let_work(folder, 20)
     stop.set()
     await asyncio.gather(*working)
     failures = sum(client.health.failures for client in clients)
@@ -40,6 +40,14 @@ async def _work_through_kills(server: StoreServerProcess, folder: Path, kills: i
     for journal in journals:
         journal.close()
     return failures
+
+
+async def _let_work(folder: Path, spans: int) -> None:
+    """Wait until so many more spans were accepted."""
+    enough = spans_accepted(folder) + spans
+    async with asyncio.timeout(60):
+        while spans_accepted(folder) < enough:
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])

@@ -17,7 +17,7 @@ from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.client import LightningStoreClient
 from agentlightning.types import AttemptedRollout, RolloutConfig, Span
 
-__all__ = ["Journal", "Promised", "check", "main", "read_journals", "work"]
+__all__ = ["Journal", "Promised", "check", "main", "read_journals", "spans_accepted", "work"]
 
 SPANS = 3
 LASTING = RolloutConfig(max_attempts=1000, retry_condition=["unresponsive", "timeout"])
@@ -87,6 +87,11 @@ def read_journals(folder: Path) -> Promised:
                 case _:
                     promised = promised._replace(stale=promised.stale + 1)
     return promised
+
+
+def spans_accepted(folder: Path) -> int:
+    """How many spans have been accepted up to now."""
+    return sum(path.read_bytes().count(b"span ") for path in folder.glob("*.journal"))
 
 
 async def check(store: LightningStore, promised: Promised, *, all_ended: bool = True) -> None:

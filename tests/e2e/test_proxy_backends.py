@@ -14,7 +14,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 
 from agentlightning.proxy import upstream
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
-from openai_backend import BreakOff, Fail, Hold, OpenAIBackend, Say
+from openai_backend import BreakOff, Compress, Fail, Hold, OpenAIBackend, Say
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
 
 BUSY = Fail(503, headers={"Retry-After": "0"})
@@ -79,6 +79,18 @@ async def test_a_long_retry_after_is_left_to_the_agent() -> None:
             await ask(scene)
         assert caught.value.response.headers["retry-after"] == "60"
         assert len(backend.seen) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_backend_that_compresses_though_nobody_asked(stream: bool) -> None:
+    backend = OpenAIBackend()
+    backend.plan(Compress())
+    async with proxied(backend) as scene:
+        reply = await ask(scene, stream=stream)
+        text = reply if stream else reply.choices[0].message.content
+        assert text == "word0 word1 word2 word3 "
+        span = await scene.only_span()
+        assert body_of(span, Call.RESPONSE)["choices"][0]["message"]["content"] == text
 
 
 async def test_nothing_is_repeated_after_the_first_byte() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-__all__ = ["BreakOff", "Fail", "Hold", "OpenAIBackend", "Say", "Seen"]
+__all__ = ["BreakOff", "Compress", "Fail", "Hold", "OpenAIBackend", "Say", "Seen"]
 
 WAIT_SECONDS = 20.0
 """The longest that a test waits for something to happen."""
@@ -67,7 +67,12 @@ class Say:
     chunks: list[dict[str, Any]]
 
 
-Step = Fail | BreakOff | Hold | Say
+@dataclass
+class Compress:
+    """Compress the reply, whatever was accepted."""
+
+
+Step = Fail | BreakOff | Hold | Say | Compress
 
 
 class OpenAIBackend:
@@ -174,7 +179,10 @@ class OpenAIBackend:
                 return await self._stream(request, seen, step)
             if isinstance(step, Hold):
                 await self._hold(step)
-            return web.json_response(self._whole(seen))
+            response = web.json_response(self._whole(seen))
+            if isinstance(step, Compress):
+                response.enable_compression(web.ContentCoding.gzip)
+            return response
         except (asyncio.CancelledError, ConnectionError):
             if isinstance(step, Hold):
                 step.hung_up.set()
@@ -217,6 +225,8 @@ class OpenAIBackend:
 
     async def _stream(self, request: web.Request, seen: Seen, step: Step | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if isinstance(step, Compress):
+            response.enable_compression(web.ContentCoding.gzip)
         await response.prepare(request)
         for number, chunk in enumerate(step.chunks if isinstance(step, Say) else self._chunks(seen)):
             if isinstance(step, Hold) and step.words == number:

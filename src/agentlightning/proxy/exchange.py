@@ -162,7 +162,7 @@ async def open_exchange(
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(
-        connector=connector, auto_decompress=False, read_bufsize=_READ_BYTES, cookie_jar=aiohttp.DummyCookieJar()
+        connector=connector, read_bufsize=_READ_BYTES, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         upstream = Upstream(session, num_retries=settings.num_retries, wanted=settings.ask_for)
         exchange = Exchange(settings, Access(api_key), upstream, routing, store, versions)

@@ -121,7 +121,10 @@ class Upstream:
                 status = reply.response.status
                 wished = _retry_after_seconds(reply.response) if status in _REPEATED else None
                 if status not in _REPEATED or number == last or (wished or 0.0) > _LONGEST_PAUSE_SECONDS:
-                    (routing.failed if status in _REPEATED else routing.answered)(backend)
+                    if status in _REPEATED:
+                        routing.failed(backend)
+                    else:
+                        routing.answered(backend)
                     return reply
                 reply.response.close()
                 problem, pause = f"answered {status}", max(pause, wished or 0.0)

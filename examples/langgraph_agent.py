@@ -47,8 +47,7 @@ async def play(task: dict[str, int], llm: agl.LLM) -> float:
 
 
 if __name__ == "__main__":
-    rewards: list[float] = []
-    algorithm = agl.GRPO(policy=agl.SoftmaxPolicy(game.VOCABULARY), n_steps=6, batch_size=8, group_size=8)
-    trainer = agl.Trainer(algorithm=algorithm, llm_proxy=agl.LLMProxy(), n_runners=2, runner={"concurrency": 16})
+    algorithm = agl.GRPO(policy=agl.SoftmaxPolicy(game.VOCABULARY), n_steps=2, batch_size=6, group_size=4)
+    trainer = agl.Trainer(algorithm=algorithm, llm_proxy=agl.LLMProxy(), n_runners=2, runner={"concurrency": 8})
     trainer.fit(play, [{"secret": secret} for secret in range(game.LOWEST, game.HIGHEST + 1)])
     print(f"the policy knows {len(list(algorithm.policy.contexts()))} situations now")

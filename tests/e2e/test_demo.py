@@ -15,6 +15,8 @@ import pytest
 import agentlightning as agl
 from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game, strategy
+from agentlightning.demo.accounting import Account
+from agentlightning.demo.training import Outcome
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
 AGL = Path(sys.executable).with_name("agl")
@@ -68,21 +70,33 @@ def check_killed(folder: Path, out: str, database: str) -> None:
         assert done.stdout
 
 
-def test_a_short_demo_loses_nothing_and_does_not_claim_to_have_learned(tmp_path: Path) -> None:
-    done = agl_command(tmp_path, "demo", "--steps", "4")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "It has not learned" in done.stdout
+def check_verdict(done: subprocess.CompletedProcess[str]) -> int:
+    """The exit code says whether the policy has learned; returns its win rate in per cent."""
+    wins = re.search(r"it wins\s+(\d+)%", done.stdout)
+    assert wins is not None, done.stdout + done.stderr
+    learned = int(wins[1]) >= 85
+    assert done.returncode == (0 if learned else 1), done.stdout + done.stderr
+    assert ("It has not learned" in done.stdout) is not learned
+    return int(wins[1])
+
+
+def test_a_short_demo_loses_nothing_and_says_whether_it_has_learned(tmp_path: Path) -> None:
+    done = agl_command(tmp_path, "demo", "--steps", "2")
+    check_verdict(done)
     assert not done.stderr
     check_killed(tmp_path, done.stdout, "agl-runs/demo/store.db")
 
 
 def test_a_demo_replaces_the_last_one_unless_told_to_keep_it(tmp_path: Path) -> None:
-    for arguments in (["--keep"], [], []):
+    left = tmp_path / "agl-runs" / "demo" / "of-the-last-one"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    for arguments, stays in ((["--keep"], True), ([], False)):
         done = agl_command(tmp_path, "demo", "--steps", "1", "--no-kill", *arguments)
-        assert done.returncode == 1, done.stderr
+        check_verdict(done)
         assert "SIGKILL" not in done.stdout
-    kept = sorted(path.name for path in (tmp_path / "agl-runs").iterdir())
-    assert kept == ["demo", "demo-2"]
+        assert left.exists() is stays
+    assert sorted(path.name for path in (tmp_path / "agl-runs").iterdir()) == ["demo", "demo-2"]
     assert retried(tmp_path / "agl-runs" / "demo" / "store.db") == []
 
 
@@ -94,9 +108,7 @@ def test_the_policy_learns_the_game(seed: int, tmp_path: Path) -> None:
     done = agl_command(tmp_path, "demo", "--seed", str(seed))
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - started < MAX_SECONDS
-    wins = re.search(r"it wins (\d+)% of all games", done.stdout)
-    assert wins is not None
-    assert int(wins[1]) >= 85
+    assert check_verdict(done) >= 85
     assert "first guess" in done.stdout
     check_killed(tmp_path, done.stdout, "agl-runs/demo/store.db")
 
@@ -113,3 +125,17 @@ def test_the_strategy_of_a_policy_in_words() -> None:
     assert strategy.win_rate(halving) == 1.0
     blind = SoftmaxPolicy(game.VOCABULARY)
     assert strategy.win_rate(blind) < 0.5
+
+
+@pytest.mark.parametrize(("win_rate", "learned"), [(0.27, False), (0.8, False), (0.87, True)])
+def test_what_counts_as_learned(win_rate: float, learned: bool) -> None:
+    account = Account(rollouts=1, succeeded=1, retried=(), lost=0, counted_twice=0, violations=0)
+    outcome = Outcome(0.27, win_rate, "", account, None, 1.0, Path("store.db"))
+    assert outcome.learned is learned
+
+
+@pytest.mark.parametrize("wrong", ["lost", "counted_twice", "violations"])
+def test_what_is_lost_or_doubled_is_not_clean(wrong: str) -> None:
+    numbers = {"lost": 0, "counted_twice": 0, "violations": 0}
+    assert Account(rollouts=1, succeeded=1, retried=(), **numbers).clean
+    assert not Account(rollouts=1, succeeded=1, retried=(), **(numbers | {wrong: 1})).clean

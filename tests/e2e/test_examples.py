@@ -139,7 +139,9 @@ def test_a_runner_with_the_wrong_key_does_no_work(tmp_path: Path) -> None:
     command = (sys.executable, "-W", "error", str(EXAMPLES / "two_machines.py"))
     with (
         running(start(tmp_path, *command, AGL_CURRENT_ROLE="algorithm", AGL_API_KEY="the-right-key", **variables)),
-        running(start(tmp_path, *command, AGL_CURRENT_ROLE="runner", AGL_API_KEY="the-wrong-key", **variables)) as stranger,
+        running(
+            start(tmp_path, *command, AGL_CURRENT_ROLE="runner", AGL_API_KEY="the-wrong-key", **variables)
+        ) as stranger,
     ):
         out, err = stranger.communicate(timeout=DEADLINE_SECONDS)
         assert stranger.returncode not in (0, None)

@@ -112,7 +112,7 @@ def train(
     policy = SoftmaxPolicy(game.VOCABULARY)
     before = win_rate(policy)
     algorithm = SabotagedGRPO(
-        kill_at=steps // 2 if kill else None, notices=notices, policy=policy, n_steps=steps, seed=seed
+        kill_at=(steps - 1) // 2 if kill else None, notices=notices, policy=policy, n_steps=steps, seed=seed
     )
     trainer = Trainer(
         algorithm=algorithm,

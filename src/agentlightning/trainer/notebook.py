@@ -39,12 +39,12 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
         except BaseException as error:  # noqa: BLE001 - carried to the waiting thread, whatever it is
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="agentlightning-fit", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="agentlightning-fit", daemon=True).start()
     interrupted = False
     while True:
         try:
-            thread.join()
+            # Waits for the end. Not by Thread.join, which takes a thread for ended when a signal interrupts it.
+            outcome.exception()
             break
         except KeyboardInterrupt:
             interrupted = True

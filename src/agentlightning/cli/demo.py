@@ -48,7 +48,7 @@ def demo(
     from agentlightning.demo.show import DemoLines, DemoTable, Notices
     from agentlightning.demo.training import train
 
-    console, notices = Console(), Notices()
+    console, notices = Console(highlight=False), Notices()
     name = _free_name() if keep else _cleared(_NAME)
     console.print(
         "[bold]A number from 1 to 15, four guesses, told higher or lower.[/bold] The policy begins by guessing blindly."
@@ -105,10 +105,10 @@ def _tell(console: Console, outcome: Outcome, *, wanted_kill: bool) -> None:
         )
     database = os.path.relpath(outcome.database)
     example = next((each.rollout_id for each in account.retried if each.lost_its_worker), None)
-    console.print(f"\nEverything is in [bold]{database}[/bold]. Look into it:", highlight=False)
+    console.print(f"\nEverything is in [bold]{database}[/bold]. Look into it:")
     rollouts = "rollouts ls" if example is None else f"rollouts show {example}"
     for command in ("status", rollouts, "verify"):
-        console.print(f"  {_program()} {command} --url {database}", highlight=False, soft_wrap=True)
+        console.print(f"  {_program()} {command} --url {database}", soft_wrap=True)
 
 
 def _count(number: int, noun: str) -> str:

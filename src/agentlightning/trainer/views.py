@@ -117,7 +117,7 @@ def render(snapshot: Snapshot) -> Group:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    step = "" if snapshot.step is None else f"step {_step_of(snapshot)}   "
+    step = "" if snapshot.step is None else f"step {_step_of(snapshot)} done   "
     table.add_row("run", f"{step}{duration(snapshot.elapsed_seconds)} gone, ETA {duration(snapshot.eta_seconds)}")
     table.add_row("rollouts", f"{snapshot.finished} ended of {snapshot.total}, {snapshot.rate:.1f}/s")
     table.add_row("states", states_line(snapshot))
@@ -132,8 +132,9 @@ def render(snapshot: Snapshot) -> Group:
 
 
 def _step_of(snapshot: Snapshot) -> str:
+    done = (snapshot.step or 0) + 1  # steps count from 0, people from 1
     total = snapshot.numbers.get("total_steps")
-    return f"{snapshot.step}" if total is None else f"{snapshot.step} of {total:.0f}"
+    return f"{done}" if total is None else f"{done} of {total:.0f}"
 
 
 def states_line(snapshot: Snapshot) -> str:

@@ -125,7 +125,13 @@ def test_the_table_shows_it_all() -> None:
     view.close()
     view.close()
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("step 3 of 8", "1:15 gone", "ETA 30 s", "10 ended of 12, 3.5/s", "9 succeeded, 1 failed, 2 running"):
+    for words in (
+        "step 4 of 8 done",
+        "1:15 gone",
+        "ETA 30 s",
+        "10 ended of 12, 3.5/s",
+        "9 succeeded, 1 failed, 2 running",
+    ):
         assert words in text
     for words in ("1 busy, 1 silent", "0.625  ▁▄█", "loss 0.5"):
         assert words in text

@@ -28,7 +28,6 @@ from agentlightning.execution.slots import Slot
 from agentlightning.execution.supervision import Supervision
 from agentlightning.settings import LightningEnvVar
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.server import LightningStoreServer
 
 __all__ = ["Run", "RunSettings", "runner_slots"]
 
@@ -98,6 +97,9 @@ class Run:
         if not settings.managed_store:
             yield Door(store=self._store)
             return
+        # Where only runners are, there is no need for the server's framework.
+        from agentlightning.store.client_server.server import LightningStoreServer
+
         run_id = settings.run_id or f"run-{secrets.token_hex(6)}"
         server = LightningStoreServer(
             self._store, settings.host, settings.port, api_key=settings.api_key, run_id=run_id

@@ -46,7 +46,10 @@ def test_both_roles_on_one_machine(method: Any, main: Any, folder: Path) -> None
     assert [who for who in programs.alive(folder) if who not in here] == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow), pytest.param("spawn", marks=pytest.mark.slow)],
+)
 def test_the_roles_apart(method: Any, folder: Path) -> None:
     """Two strategies, which only know each other's address: the runners come first and wait for the server."""
     store = InMemoryLightningStore()

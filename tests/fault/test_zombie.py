@@ -36,7 +36,7 @@ class Zombies:
         lost = await store.enqueue_rollout(f"lost-{number}", config=RETRIES)
         kept = await store.enqueue_rollout(f"kept-{number}", config=RETRIES)
         for each in (lost, kept):  # confirmed, so that it is lost with its worker and not before
-            while (await store.get_rollout_by_id(each.rollout_id)).status != "running":  # noqa: ASYNC110
+            while (await store.get_rollout_by_id(each.rollout_id)).status != "running":
                 await asyncio.sleep(0.02)
         [(_, pid, _)] = programs.noted(folder, f"held-lost-{number}")
         os.kill(pid, signal.SIGSTOP)

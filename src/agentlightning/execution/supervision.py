@@ -64,21 +64,6 @@ class Supervision:
         enrolled = frozenset[int] if self._cgroup is None else self._cgroup.processes
         self._kin = Kin(self._mark, self._link.pid, enrolled)
 
-    @property
-    def start_method(self) -> StartMethod:
-        """How processes are started."""
-        return self._opened().method
-
-    @property
-    def nursery(self) -> int:
-        """Number of the nursery's process."""
-        return self._opened().pid
-
-    @property
-    def slots(self) -> Sequence[Slot]:
-        """The places that processes fill, for looking at."""
-        return () if self._supervisor is None else self._supervisor.slots
-
     def begin(
         self,
         slots: Sequence[Slot],
@@ -106,15 +91,6 @@ class Supervision:
             self._supervisor.begin()
 
         self._thread.call(begin())
-
-    def wait_ready(self, seconds: float) -> None:
-        """Wait until every process has begun with its job, or ended.
-
-        Raises:
-            TimeoutError: one has not.
-        """
-        assert self._supervisor is not None
-        self._thread.call(self._supervisor.ready(), seconds)
 
     def begin_again(self) -> None:
         """Start a process in every slot whose last one has come to its end."""

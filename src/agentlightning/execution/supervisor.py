@@ -62,11 +62,6 @@ class Supervisor:
         self.names: dict[int, str] = {}
         """Which slot each process fills or filled, by number."""
 
-    @property
-    def slots(self) -> Sequence[Slot]:
-        """The places."""
-        return list(self._slots.values())
-
     def begin(self) -> None:
         """Start a process in every slot."""
         asyncio.get_running_loop().add_reader(self._link.fileno(), self._read)
@@ -79,12 +74,6 @@ class Supervisor:
         for slot in self._slots.values():
             if slot.state == "ended":
                 self._launch(slot)
-
-    async def ready(self) -> None:
-        """Wait until every process that was ordered has begun with its job, or ended."""
-        while any(slot.state == "starting" for slot in self._slots.values()):
-            self._settled.clear()
-            await self._settled.wait()
 
     async def stop_starting(self) -> None:
         """Start no more; return when every process that was ordered is there, and known by its number."""

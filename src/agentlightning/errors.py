@@ -139,7 +139,7 @@ class StoreUnreachable(StoreUnavailable):
 
 
 class SpoolFull(StoreUnavailable):
-    """The server is out of reach, and there is no room left on the disk for spans that wait for it. Wait, then repeat."""
+    """The server is out of reach, and the disk has no room left for spans that wait for it. Wait, then repeat."""
 
     code = "spool_full"
 

@@ -91,10 +91,10 @@ def _spool_folder() -> Path:
     from pathlib import Path
 
     from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-    from agentlightning.store.client_server.span_delivery import default_spool_folder
+    from agentlightning.store.client_server.state_folder import default_folder
 
     chosen = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
-    return Path(chosen) if chosen else default_spool_folder()
+    return Path(chosen) if chosen else default_folder()
 
 
 async def _ask(store: LightningStore) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:

@@ -13,7 +13,7 @@ from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.client_server.address import ServerAddress
 from agentlightning.types import UNSET, Unset
 
-__all__ = ["forget_old_servers", "state_folder"]
+__all__ = ["default_folder", "forget_old_servers", "state_folder"]
 
 _FORGET_AFTER_SECONDS = 7 * 24 * 3600.0
 
@@ -30,7 +30,7 @@ def state_folder(chosen: str | Path | None | Unset, address: ServerAddress) -> P
         return None
     if chosen is UNSET:
         set_to = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
-        base = Path(set_to) if set_to else _in_home()
+        base = Path(set_to) if set_to else default_folder()
     else:
         base = Path(chosen)
     return base / f"{address.name}-{hashlib.blake2b(address.root.encode(), digest_size=4).hexdigest()}"
@@ -55,6 +55,7 @@ def _is_old_and_empty(folder: Path) -> bool:
     return time.time() - newest > _FORGET_AFTER_SECONDS
 
 
-def _in_home() -> Path:
+def default_folder() -> Path:
+    """The folder for all servers, in the user's home (XDG Base Directory Specification, ``XDG_STATE_HOME``)."""
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning" / "spool"

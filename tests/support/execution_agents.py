@@ -13,10 +13,18 @@ __all__ = ["AgentRunner", "HeldAgent", "ShortAgent"]
 
 
 class ShortAgent(LitAgent[Any]):
-    """Its rollouts take some milliseconds."""
+    """Its rollouts take some milliseconds.
+
+    Args:
+        seconds: how long each takes.
+    """
+
+    def __init__(self, seconds: float = 0.005) -> None:
+        super().__init__()
+        self.seconds = seconds
 
     async def rollout_async(self, task: Any, resources: Any, rollout: Any) -> float:
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(self.seconds)
         return float(task)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import threading
 import time
@@ -83,6 +84,8 @@ class Heart:
         self._now = False
         self._stopping = False
         self._missed = 0
+        self._beaten_at = math.inf
+        self._awaited: list[Future[None]] = []
 
     def start(self) -> None:
         """Begin to beat, in a thread. In the runner's loop instead, if so set, it begins with ``start_in_loop``."""
@@ -111,6 +114,18 @@ class Heart:
         """Beat at once, because the reply may have something to say."""
         self._now = True
         self._call(lambda: self._wake and self._wake.set())
+
+    def caught_up(self) -> Future[None] | None:
+        """For a worker that was silent for longer than its lease (stopped, cut off): done with its next beat.
+
+        By then it has back what it still may work on, and knows what it has lost. Else None.
+        """
+        if time.monotonic() - self._beaten_at < self._settings.lease_seconds:
+            return None
+        caught_up: Future[None] = Future()
+        self._awaited.append(caught_up)
+        self.beat_now()
+        return caught_up
 
     def hold(self, rollout: AttemptedRollout) -> None:
         """The worker works on this attempt from now on."""
@@ -150,7 +165,7 @@ class Heart:
 
     async def _beat(self, first: bool) -> bool:
         """Tell the store, and pass on its answer; whether it could be told."""
-        settings = self._settings
+        settings, awaited = self._settings, list(self._awaited)
         stats = await self._snapshot()
         registration: dict[str, Any] | Unset = settings.registration if first else UNSET
         try:
@@ -167,10 +182,15 @@ class Heart:
                 _logger.warning("heartbeat %d in a row not taken: %s: %s", self._missed, type(error).__name__, error)
             return False
         self._missed = 0
+        self._beaten_at = time.monotonic()
         if not self.first_beat.done():
             self.first_beat.set_result(None)
         for attempt_id in worker.stale_attempt_ids or ():
             self._lost(attempt_id)
+        for each in awaited:
+            self._awaited.remove(each)
+            if not each.cancelled():
+                each.set_result(None)
         if worker.directive is not None and self.on_directive is not None:
             self.on_directive(worker.directive)
         return True

@@ -114,6 +114,9 @@ class Shift:
     # --- Claims ----------------------------------------------------------------------------------
 
     async def _claim_and_begin(self, room: int, ending: asyncio.Task[Any]) -> None:
+        caught_up = self._heart.caught_up()
+        if caught_up is not None:  # else it might claim anew what it has had all along
+            await _first(asyncio.wrap_future(caught_up), ending, FIRST_BEAT_SECONDS)
         asked = time.monotonic()
         claimed = await self._claim(room, ending)
         for rollout in claimed:

@@ -39,6 +39,7 @@ def _retrying(
     backoff: Backoff | None = None,
     budget: RetryBudget | None = None,
     watcher: _Watcher | None = None,
+    answers: Callable[[], int] = lambda: 0,
     gate: Callable[[], Awaitable[bool]] | None = None,
 ) -> Retrying:
     return Retrying(
@@ -48,6 +49,7 @@ def _retrying(
         budget=budget or RetryBudget(ratio=1, per_second=1000, capacity=1000, monotonic=clock),
         monotonic=clock,
         watcher=watcher or _Watcher(),
+        answers=answers,
         gate=gate,
     )
 
@@ -179,6 +181,22 @@ def test_no_retry_while_the_server_does_not_say_that_it_is_well() -> None:
             await _retrying(inner, clock, gate=gate).send(REQUEST)
         assert len(inner.tries) == 2
         assert len(asked) == 2
+
+    _run(scene)
+
+
+@pytest.mark.parametrize(
+    ("act", "others_are_answered", "second_try"),
+    [(lost()[0], True, (7.0, 8.0)), (lost()[0], False, (20.0, 20.0)), (Act(503), True, (20.0, 20.0))],
+    ids=["an outage that is over", "one that is not", "a server that has said no"],
+)
+def test_a_wait_ends_with_the_outage(act: Act, others_are_answered: bool, second_try: tuple[float, float]) -> None:
+    async def scene(clock: Clock) -> None:
+        inner = ScriptedTransport([act], clock)
+        answers = lambda: int(others_are_answered and clock() >= 7.0)  # noqa: E731
+        retrying = _retrying(inner, clock, backoff=FixedDelays([20.0]), answers=answers)
+        assert (await retrying.send(REQUEST)).status == 200
+        assert second_try[0] <= inner.tries[1] <= second_try[1]
 
     _run(scene)
 

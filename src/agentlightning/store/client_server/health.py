@@ -87,6 +87,7 @@ class Health:
         self._last_failure: str | None = None
         self._calls = 0
         self._failures = 0
+        self._well_answered = 0
         self._retries = 0
         self._given_up = 0
         self._cached_resources_age: float | None = None
@@ -101,9 +102,14 @@ class Health:
                 self._fail(now, f"status {status}")
                 return
             self._in_a_row = 0
+            self._well_answered += 1
             since, self._failing_since = self._failing_since, None
         if since is not None:
             _logger.info("%s answers again, after %.1f s", self._server, now - since)
+
+    def answers(self) -> int:
+        """How many tries brought a reply that does not show the server to be in trouble."""
+        return self._well_answered
 
     def unanswered(self, why: str) -> None:
         """A try brought none."""

@@ -102,6 +102,7 @@ def make_resilient(
         ),
         monotonic=monotonic,
         watcher=health,
+        answers=health.answers,
         gate=gate,
     )
     transport = ProbedWhileUsed(

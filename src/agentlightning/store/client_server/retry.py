@@ -20,6 +20,8 @@ __all__ = ["RetryWatcher", "Retrying"]
 _INTERNAL_ERROR_TRIES = 4
 """How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a
 passing one, but nothing is gained by insisting."""
+_LOOK_UP_SECONDS = 1.0
+"""How often a call that waits looks whether the server has answered another one meanwhile."""
 
 
 class RetryWatcher(Protocol):
@@ -38,7 +40,9 @@ class Retrying:
     """A `Transport` that tries again until there is an answer or the caller's patience has run out.
 
     Statuses of 4xx are answers, apart from 408, 425 and 429. ``Retry-After`` is a lower bound for the next delay.
-    Time that the circuit breaker holds a request back counts against the patience, not against the budget.
+    Time that the circuit breaker holds a request back counts against the patience, not against the budget. A call that
+    waits because nobody answered goes on as soon as the server has answered any other, a probe for example: otherwise
+    an outage would last longer for those who have waited for long, and a server that comes and goes would be missed.
 
     Args:
         inner: makes one try.
@@ -47,6 +51,7 @@ class Retrying:
         budget: bounds the retries of all requests together.
         monotonic: seconds since some moment.
         watcher: hears of retries.
+        answers: how many calls the server has answered; any number that grows with each.
         gate: asked before each retry whether the server is there at all; if not, the request is given up.
     """
 
@@ -59,6 +64,7 @@ class Retrying:
         budget: RetryBudget,
         monotonic: Callable[[], float],
         watcher: RetryWatcher,
+        answers: Callable[[], int],
         gate: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._inner = inner
@@ -67,6 +73,7 @@ class Retrying:
         self._budget = budget
         self._monotonic = monotonic
         self._watcher = watcher
+        self._answers = answers
         self._gate = gate
 
     async def send(self, request: WireRequest) -> WireReply:
@@ -94,18 +101,27 @@ class Retrying:
                 if delay is None:
                     self._watcher.gave_up(request, str(lost))
                     raise self._unreachable(request, failed, started, lost) from lost
-                why = str(lost)
+                why, until_answer = str(lost), True
             else:
                 if not is_transient(reply.status):
                     return reply
                 failed += 1
                 delay = await self._delay(request, failed, reply, deadline)
-                why = f"status {reply.status}"
+                why, until_answer = f"status {reply.status}", False
                 if delay is None:
                     self._watcher.gave_up(request, why)
                     return reply
             self._watcher.retried(request, why, delay)
-            await asyncio.sleep(delay)
+            await self._pause(delay, until_answer)
+
+    async def _pause(self, seconds: float, until_answer: bool) -> None:
+        """Wait before the next try; no longer than until the server answers somebody, if that is what is missing."""
+        ends_at = self._monotonic() + seconds
+        answered = self._answers()
+        while (left := ends_at - self._monotonic()) > 0:
+            await asyncio.sleep(min(left, _LOOK_UP_SECONDS))
+            if until_answer and self._answers() != answered:
+                return
 
     def _within(self, request: WireRequest, deadline: float) -> WireRequest:
         """The request with a timeout that ends with the caller's patience."""

@@ -39,10 +39,12 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
         except BaseException as error:  # noqa: BLE001 - carried to the waiting thread, whatever it is
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="agentlightning-fit", daemon=True).start()
+    to_start = [threading.Thread(target=run, name="agentlightning-fit", daemon=True)]
     interrupted = False
     while True:
-        try:
+        try:  # around the start as well: from then on an interrupt has something to end
+            while to_start:
+                to_start.pop().start()
             # Waits for the end. Not by Thread.join, which takes a thread for ended when a signal interrupts it.
             outcome.exception()
             break

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -102,6 +103,7 @@ def run_backend(pipe: Connection) -> None:
         )
         server = uvicorn.Server(config)
         listener = config.bind_socket()
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else replies wait for acknowledgements
         pipe.send(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await asyncio.to_thread(_wait_for_end, pipe)

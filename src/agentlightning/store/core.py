@@ -125,16 +125,17 @@ class Core:
                     return []
                 if claimed or ticket.replaced:
                     return claimed
-                await self._wait_turn(ticket, until - clock())
-                if ticket.replaced:
+                called = await self._wait_turn(ticket, until - clock())
+                if ticket.replaced or not called:
                     return []
                 will_look = True
             finally:
                 self._claims.leave(ticket, will_look=will_look)
 
-    async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> None:
+    async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> bool:
+        """Wait to be called to the queue; whether that happened in time."""
         self._check_waiting()
-        await ticket.signal.wait(seconds)
+        return await ticket.signal.wait(seconds)
 
     def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
         """Begin to collect the ends of rollouts. Give it back with ``unwatch``."""

@@ -26,11 +26,13 @@ class _Signal:
         except RuntimeError:  # the loop was closed: nobody waits there any more
             return
 
-    async def wait(self, timeout: float | None) -> None:
-        """Return when the flag is raised or the time is up."""
+    async def wait(self, timeout: float | None) -> bool:
+        """Return when the flag is raised or the time is up; whether it was raised."""
         await asyncio.wait([self._future], timeout=timeout)
-        if self._future.done():
-            self._future.result()
+        if not self._future.done():
+            return False
+        self._future.result()
+        return True
 
     def _settle(self, error: AgentLightningError | None) -> None:
         if self._future.done():

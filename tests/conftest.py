@@ -2,8 +2,16 @@
 
 import asyncio
 import inspect
+import signal
+import threading
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Let Ctrl+C be heard: a shell starts what it runs in the background with SIGINT ignored, also for children."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

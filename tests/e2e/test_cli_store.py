@@ -62,6 +62,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         code, said = _fails("--port", agl.port, "--db", tmp_path / "other.db")
         assert code == 4
         assert f"taken by process {agl.process.pid}" in said
+    assert not list(tmp_path.iterdir()), "a start that fails leaves nothing behind"
 
 
 def test_a_file_that_somebody_serves_already(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_file_that_somebody_serves_already(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--host", "0.0.0.0", "--db", "memory"), "--api-key"),
+        (("--host", "0.0.0.0", "--db", "new.db"), "--api-key"),
         (("--db", "postgres://host/name"), "sqlite://PATH"),
         (("--db", "memory", "--tls-cert", "x.pem"), "tls_key"),
         (("--db", "memory", "--api-key", "short"), "8 to 512"),
@@ -82,7 +83,11 @@ def test_a_file_that_somebody_serves_already(tmp_path: Path) -> None:
         (("--db", "memory", "--log-file", "/"), "log file"),
     ],
 )
-def test_options_that_cannot_be(options: tuple[str, ...], expected: str) -> None:
+def test_options_that_cannot_be(
+    options: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code, said = _fails("--port", 0, *options)
     assert code == 2
     assert expected in said
+    assert not list(tmp_path.iterdir())

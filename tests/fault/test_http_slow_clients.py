@@ -71,6 +71,21 @@ async def test_headers_without_end_are_ended() -> None:
         assert answer.startswith(b"HTTP/1.1 431")
 
 
+async def test_a_client_that_asks_first_is_told_to_go_on() -> None:
+    """``Expect: 100-continue``, as curl sends it with large bodies."""
+    body = b'{"rollouts":[{"input":1,"rollout_id":"ro-1"}]}'
+    head = b"POST /agl/v1/queues/rollouts/enqueue HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
+    async with (
+        InMemoryLightningStore() as store,
+        LightningStoreServer(store, port=0) as server,
+        _open(server.port, head + b"content-length: %d\r\n\r\n" % len(body)) as [(reader, writer)],
+    ):
+        told = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        assert told.startswith(b"HTTP/1.1 100")
+        writer.write(body)
+        assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 201")
+
+
 async def test_too_many_connections_from_one_address() -> None:
     limits = ServerLimits(connections_per_address=5)
     async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -14,6 +15,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from agentlightning.store.client_server.limits import ServerLimits
+from agentlightning.store.client_server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import Span
 from asgi_calls import Answer, AsgiCalls
@@ -223,3 +226,48 @@ async def test_a_store_that_cannot_take_it_now_asks_for_it_again() -> None:
         answer = await _post(server, _request({}, resource=OWNER).SerializeToString())
         assert (answer.status, answer.headers[b"retry-after"]) == (503, b"1")
         assert answer.body.startswith(b"\x08\x0e\x12")  # google.rpc.Status with code 14, UNAVAILABLE
+
+
+@pytest.mark.parametrize("path", ["/v1/metrics", "/v1/logs"])
+async def test_other_signals_are_refused_so_that_exporters_drop_them(path: str) -> None:
+    async with _serving() as (_, server):
+        answer = await server.call("POST", path, b"", PROTOBUF)
+        assert (answer.status, answer.headers[b"content-type"]) == (501, b"application/problem+json")
+        assert "/v1/traces" in json.loads(answer.body)["detail"]
+
+
+async def test_what_is_unpacked_counts_as_work_in_progress() -> None:
+    packed = gzip.compress(_request({"a": "x" * 100_000}, resource=OWNER).SerializeToString())
+    async with InMemoryLightningStore() as store:
+        await store.start_rollout(1, rollout_id="ro-1", attempt_id="at-1")
+        small = AsgiCalls(store, limits=ServerLimits(in_flight_bytes=50_000))
+        answer = await _post(small, packed, content_encoding="gzip")
+        assert (answer.status, answer.headers[b"retry-after"]) == (429, b"1")
+        assert (small.load.requests, small.load.bytes) == (0, 0)
+        enough = AsgiCalls(store, limits=ServerLimits(in_flight_bytes=500_000))
+        assert _partial(await _post(enough, packed, content_encoding="gzip")) == (0, "")
+        assert (enough.load.requests, enough.load.bytes) == (0, 0)
+
+
+async def test_more_than_is_ever_taken_is_refused_for_good() -> None:
+    async with _serving() as (_, server):
+        answer = await _post(server, b"", content_length="99999999999")
+        assert answer.status == 413
+        assert b"retry-after" not in answer.headers
+
+
+async def test_a_client_that_leaves_in_the_middle_is_no_failure_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /v1/traces HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\nhalf")
+        await writer.drain()
+        assert server.app is not None
+        while not server.app.load.requests:
+            await asyncio.sleep(0.01)
+        writer.close()
+        while server.app.load.requests:
+            await asyncio.sleep(0.01)
+        await server.stop()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -379,3 +379,23 @@ async def test_a_store_of_somebody_else_is_served_as_well() -> None:
         page = (await _json(calls, "GET", f"/agl/v1/spans?rollout_id={claim.rollout_id}"))[1]
         assert [(each["span_id"], each["sequence_id"]) for each in page["items"]] == [("s", 1), ("s2", new)]
         assert (await _json(calls, "POST", "/agl/v1/workers/w"))[1]["worker_id"] == "w"
+
+
+async def test_a_bug_is_500_with_an_id_and_a_log_line_whichever_route_it_is_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with InMemoryLightningStore() as store:
+        server = AsgiCalls(store)
+
+        async def broken() -> None:
+            raise RuntimeError("a secret of the inside")
+
+        monkeypatch.setattr(store, "statistics", broken)
+        for path in ("/agl/v1/health/ready", "/metrics"):
+            caplog.clear()
+            answer = await server.call("GET", path, headers={"x-request-id": "mine"})
+            assert (answer.status, answer.headers[b"content-type"]) == (500, b"application/problem+json")
+            problem = json.loads(answer.body)
+            assert (problem["code"], problem["request_id"]) == ("internal", "mine")
+            assert b"secret" not in answer.body
+            assert "a secret of the inside" in caplog.text

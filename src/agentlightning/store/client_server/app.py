@@ -178,7 +178,7 @@ class StoreApp:
 
     async def _pass_on(self, exchange: Exchange) -> int:
         """Let the other application answer; returns the status."""
-        status = 500
+        status = 0
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -187,7 +187,13 @@ class StoreApp:
                 message = {**message, "headers": [*message.get("headers", ()), *exchange.reply_headers()]}
             await exchange.pass_through(message)
 
-        await self._others(exchange.scope, exchange.receive, send)
+        exchange.scope.setdefault("state", {})["request_id"] = exchange.request_id
+        try:
+            await self._others(exchange.scope, exchange.receive, send)
+        except Exception:
+            if not status:
+                raise
+            _log.exception("%s %s failed", exchange.method, exchange.path)  # and it has said so to the client
         return status
 
     async def _refuse(self, exchange: Exchange, error: AgentLightningError, dialect: Dialect) -> int:

@@ -159,9 +159,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._collecting = self._begin_direct()
         if self._collecting is None:
-            url, headers = self.url, self.headers
+            url, headers, expects = self.url, self.headers, self.expect_100_continue
             super().on_message_begin()
             self.url, self.headers, self.scope["headers"] = url, headers, headers
+            self.expect_100_continue = expects
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

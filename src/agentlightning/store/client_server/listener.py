@@ -61,31 +61,43 @@ class Listener:
         self._tls = tls
         self._thread: threading.Thread | None = None
         self._server: _Server | None = None
+        self._bound: tuple[socket.socket, uvicorn.Config] | None = None
         self.doorkeeper = Doorkeeper(limits)
 
-    def start(self) -> int:
-        """Listen; returns the port, when requests are answered. Blocks.
+    def bind(self) -> int:
+        """Have the port, without listening on it yet; returns it. Idempotent until ``stop``.
 
         Raises:
-            StoreUnavailable: the port cannot be listened on; the message says why, and who has it if that is known.
+            StoreUnavailable: the port cannot be had; the message says why, and who has it if that is known.
             InvalidValue: the files for TLS cannot be used.
         """
-        listening = _listen(self._host, self._port)
-        try:
+        if self._bound is None:
             config = self._config()
-            if self._tls is not None:
-                config.load()
-        except (OSError, ssl.SSLError) as error:
-            listening.close()
-            raise InvalidValue(f"the certificate or key for TLS cannot be used: {error}") from error
+            try:
+                if self._tls is not None:
+                    config.load()
+            except (OSError, ssl.SSLError) as error:
+                raise InvalidValue(f"the certificate or key for TLS cannot be used: {error}") from error
+            self._bound = _bound(self._host, self._port), config
+        return self._bound[0].getsockname()[1]
+
+    def start(self) -> int:
+        """Listen; returns the port, when requests are answered. Blocks. Raises as ``bind``."""
+        port = self.bind()
+        assert self._bound is not None
+        (listening, config), self._bound = self._bound, None
+        _listen(listening, self._host, port)
         server = self._server = _Server(config, self._limits.drain_seconds, self._app.drain)
         self._thread = threading.Thread(target=server.run_in, args=(listening,), name="agl-http", daemon=True)
         self._thread.start()
         server.answering.result()
-        return listening.getsockname()[1]
+        return port
 
     def stop(self) -> None:
         """Take no new requests, finish those that are being worked on, let go of the port; idempotent. Blocks."""
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            bound[0].close()
         thread, self._thread = self._thread, None
         if thread is not None and self._server is not None:
             self._server.end()
@@ -186,27 +198,38 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.005)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         raise StoreUnavailable(f"{host!r} is no name or address of this machine: {error}") from error
-    listening = socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(_BACKLOG)
-        listening.setblocking(False)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise StoreUnavailable(
-                f"port {port} on {host} is taken{_taken_by(port)}; stop that, or give another port (0 for any)"
-            ) from error
-        raise StoreUnavailable(f"cannot listen on {host} port {port}: {error}") from error
-    return listening
+        bound.close()
+        raise _cannot_listen(host, port, error) from error
+    return bound
+
+
+def _listen(bound: socket.socket, host: str, port: int) -> None:
+    try:
+        bound.listen(_BACKLOG)
+        bound.setblocking(False)
+    except OSError as error:
+        bound.close()
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StoreUnavailable:
+    if error.errno == errno.EADDRINUSE:
+        return StoreUnavailable(
+            f"port {port} on {host} is taken{_taken_by(port)}; stop that, or give another port (0 for any)"
+        )
+    return StoreUnavailable(f"cannot listen on {host} port {port}: {error}")
 
 
 def _taken_by(port: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from agentlightning.errors import AgentLightningError, BadRequest, NoSuchRoute, StoreUnavailable, TooLarge
 from agentlightning.store.base import LightningStore
@@ -35,6 +36,9 @@ from agentlightning.telemetry.metrics import METRICS_TYPE, RequestMeter, render_
 __all__ = ["Serving", "build_operations"]
 
 _PATIENCE_SECONDS = 5.0
+_OTLP_OTHERS = ("/v1/metrics", "/v1/logs")
+"""What exporters of OpenTelemetry send besides traces."""
+_CLIENT_GONE = 499
 _OK = Health(status="ok").model_dump_json()
 
 
@@ -68,6 +72,7 @@ def build_operations(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(AgentLightningError, _refuse)
+    app.add_exception_handler(Exception, _fail)
     health = _HealthRoutes(store, serving, run_id)
     for dialect in DIALECTS:
         app.add_route(f"{dialect.prefix}/health", health.live, ["GET"])
@@ -78,6 +83,8 @@ def build_operations(
     for path in OPENAPI_PATHS:
         app.add_route(path, _document_route(), ["GET"])
     app.add_route(OTLP_TRACES_PATH, _traces_route(store, limits, serving), ["POST"])
+    for path in _OTLP_OTHERS:
+        app.add_route(path, _refuse_signal, ["POST"])
     return app
 
 
@@ -149,42 +156,69 @@ def _traces_route(
     async def traces(request: Request) -> Response:
         media = request.headers.get("content-type", "").split(";")[0].strip().lower().encode()
         answered_as = media if media in (PROTOBUF_MEDIA, JSON_MEDIA) else JSON_MEDIA
-        load, size = serving().load, int(request.headers.get("content-length", 0))
+        load, held = serving().load, int(request.headers.get("content-length", 0))
         try:
             if serving().draining:
                 raise StoreUnavailable("the server is stopping; send this again, to the one that takes its place")
-            load.take("span", size)
+            if held > limits.body_bytes:
+                raise _too_large(limits.body_bytes)
+            load.take("span", held)
         except AgentLightningError as error:
             return _otlp_refusal(answered_as, error)
+
+        def grow(total: int) -> None:
+            nonlocal held
+            if total > held:
+                load.grow("span", total - held)
+                held = total
+
         try:
-            content = await _content(request, limits.body_bytes)
+            content = await _content(request, limits.body_bytes, grow)
             outcome = await store_traces(store, media, content)
         except AgentLightningError as error:
             return _otlp_refusal(answered_as, error)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
         finally:
-            load.give_back(size)
+            load.give_back(held)
         return Response(encode_outcome(answered_as, outcome), media_type=answered_as.decode())
 
     return traces
 
 
-async def _content(request: Request, limit: int) -> bytes:
-    """The body of a request, unpacked if it is packed."""
+async def _content(request: Request, limit: int, grow: Callable[[int], None]) -> bytes:
+    """The body of a request, unpacked if it is packed; ``grow`` hears how many bytes it is, and may raise."""
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise TooLarge(f"the body has more than {limit:,} bytes; send fewer spans at a time")
+            raise _too_large(limit)
+        grow(size)
         parts.append(part)
     raw = b"".join(parts)
     match request.headers.get("content-encoding", "identity").lower():
         case "identity":
             return raw
         case "gzip":
-            return inflate(raw, limit)
+            content = inflate(raw, limit)
+            grow(size + len(content))
+            return content
         case other:
             raise BadRequest(f"the body is encoded as {other[:80]!r}; send it as it is, or gzip")
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body has more than {limit:,} bytes; send fewer spans at a time")
+
+
+async def _refuse_signal(request: Request) -> Response:
+    """What exporters send that no store keeps; 501 lets them drop it."""
+    known = NoSuchRoute(
+        f"this server takes no {request.url.path.rpartition('/')[2]} by OTLP, only spans, at {OTLP_TRACES_PATH}; "
+        "turn that exporter off"
+    )
+    return Response(encode_problem(known, _request_id(request), status=501), 501, media_type=PROBLEM_TYPE)
 
 
 def _otlp_refusal(media: bytes, error: AgentLightningError) -> Response:
@@ -209,8 +243,17 @@ async def _refuse(request: Request, error: Exception) -> Response:
             raise error
     if status in (429, 503, 507):
         headers["retry-after"] = "1"
-    request_id = request.scope.get("state", {}).get("request_id", "none")
-    return Response(encode_problem(known, request_id, status=status), status, headers, PROBLEM_TYPE)
+    return Response(encode_problem(known, _request_id(request), status=status), status, headers, PROBLEM_TYPE)
+
+
+async def _fail(request: Request, _: Exception) -> Response:
+    """A bug of ours, of which the log says more."""
+    hidden = AgentLightningError("the server failed; its log says why, under this request_id")
+    return Response(encode_problem(hidden, _request_id(request), status=500), 500, media_type=PROBLEM_TYPE)
+
+
+def _request_id(request: Request) -> str:
+    return request.scope["state"]["request_id"]
 
 
 def _json(value: Any) -> Response:

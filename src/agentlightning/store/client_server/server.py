@@ -109,6 +109,7 @@ class LightningStoreServer(DelegatingStore):
         )
         self._limits = limits
         self._listener: Listener | None = None
+        self._bound: Listener | None = None
         self._changing = threading.Lock()
         self._owner = os.getpid()
         self._client: LightningStoreClient | None = None
@@ -119,7 +120,7 @@ class LightningStoreServer(DelegatingStore):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        self.store = self.app = self._listener = self._client = None
+        self.store = self.app = self._listener = self._bound = self._client = None
         self._changing = threading.Lock()
         self._owner = -1
 
@@ -156,17 +157,19 @@ class LightningStoreServer(DelegatingStore):
         with self._changing:
             if self._listener is not None:
                 return
-            if not self._owned or self.store is None:
-                raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
-            if not is_loopback(self.host) and self._key is None:
-                raise InvalidValue(
-                    f"other machines can reach {self.host}, and there is no API key: set AGL_API_KEY (or api_key=, "
-                    f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
-                )
-            listener = self._build(self.store)
-            self.port = listener.start()
+            listener, self._bound = self._bind(), None
+            listener.start()
             self._listener = listener
         _log.info("serving %s at %s", type(self.store).__name__, self.endpoint)
+
+    def take_port(self) -> None:
+        """Have the port, and all else that ``start`` may lack, before anything else is begun. Idempotent.
+
+        Nothing is listened on yet; ``start`` does that, or ``stop`` gives the port back. Raises as ``start``.
+        """
+        with self._changing:
+            if self._listener is None:
+                self._bound = self._bind()
 
     async def stop(self) -> None:
         """Take no new requests, answer those that wait, finish the others, let go of the port; idempotent."""
@@ -178,6 +181,9 @@ class LightningStoreServer(DelegatingStore):
     def stop_blocking(self) -> None:
         """``stop``, for a thread without an event loop."""
         with self._changing:
+            bound, self._bound = self._bound, None
+            if bound is not None:
+                bound.stop()
             listener, self._listener = self._listener, None
             if listener is not None:
                 listener.stop()
@@ -191,6 +197,20 @@ class LightningStoreServer(DelegatingStore):
             await asyncio.get_running_loop().create_future()
         finally:
             await self.stop()
+
+    def _bind(self) -> Listener:
+        if self._bound is not None:
+            return self._bound
+        if not self._owned or self.store is None:
+            raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
+        if not is_loopback(self.host) and self._key is None:
+            raise InvalidValue(
+                f"other machines can reach {self.host}, and there is no API key: set AGL_API_KEY (or api_key=, "
+                f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
+            )
+        listener = self._build(self.store)
+        self.port = listener.bind()
+        return listener
 
     def _build(self, store: LightningStore) -> Listener:
         """Put the parts together: the composition root of a server."""

@@ -34,7 +34,11 @@ def run_service(server: LightningStoreServer, store: EngineStore, ready: Callabl
         AgentLightningError: the store cannot be opened, or the port cannot be had.
     """
     _allow_many_files()
-    asyncio.run(_serve(server, store, ready))
+    server.take_port()  # first, so that a start that fails leaves no new database behind
+    try:
+        asyncio.run(_serve(server, store, ready))
+    finally:
+        server.stop_blocking()
 
 
 async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:

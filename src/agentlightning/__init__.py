@@ -225,22 +225,22 @@ if TYPE_CHECKING:
         is_queuing as is_queuing,
         is_running as is_running,
     )
-    from agentlightning.store.client_server.client import (
+    from agentlightning.store.client_server.client.client import (
         LightningStoreClient as LightningStoreClient,
     )
-    from agentlightning.store.client_server.client_metrics import (
+    from agentlightning.store.client_server.client.metrics import (
         ClientMetrics as ClientMetrics,
     )
-    from agentlightning.store.client_server.health import (
+    from agentlightning.store.client_server.resilience.health import (
         HealthReport as HealthReport,
     )
-    from agentlightning.store.client_server.limits import (
-        ServerLimits as ServerLimits,
-    )
-    from agentlightning.store.client_server.resilience import (
+    from agentlightning.store.client_server.resilience.resilience import (
         Resilience as Resilience,
     )
-    from agentlightning.store.client_server.server import (
+    from agentlightning.store.client_server.server.limits import (
+        ServerLimits as ServerLimits,
+    )
+    from agentlightning.store.client_server.server.server import (
         LightningStoreServer as LightningStoreServer,
     )
     from agentlightning.store.sqlite.store import (
@@ -467,12 +467,12 @@ _MODULE_NAMES = {
     "is_finished": "agentlightning.store.base",
     "is_queuing": "agentlightning.store.base",
     "is_running": "agentlightning.store.base",
-    "LightningStoreClient": "agentlightning.store.client_server.client",
-    "ClientMetrics": "agentlightning.store.client_server.client_metrics",
-    "HealthReport": "agentlightning.store.client_server.health",
-    "Resilience": "agentlightning.store.client_server.resilience",
-    "ServerLimits": "agentlightning.store.client_server.limits",
-    "LightningStoreServer": "agentlightning.store.client_server.server",
+    "LightningStoreClient": "agentlightning.store.client_server.client.client",
+    "ClientMetrics": "agentlightning.store.client_server.client.metrics",
+    "HealthReport": "agentlightning.store.client_server.resilience.health",
+    "Resilience": "agentlightning.store.client_server.resilience.resilience",
+    "ServerLimits": "agentlightning.store.client_server.server.limits",
+    "LightningStoreServer": "agentlightning.store.client_server.server.server",
     "InMemoryLightningStore": "agentlightning.store.sqlite.store",
     "LightningStoreThreaded": "agentlightning.store.sqlite.store",
     "ReadOnlySqliteStore": "agentlightning.store.sqlite.store",

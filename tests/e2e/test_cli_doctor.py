@@ -25,8 +25,8 @@ from agentlightning.cli.exits import ExitCode
 from agentlightning.cli.probe import ask
 from agentlightning.cli.target import Server
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client import LightningStoreClient
-from agentlightning.store.client_server.resilience import Resilience
+from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.store.client_server.resilience.resilience import Resilience
 from agentlightning.store.clock import SystemClock
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, RolloutConfig
 from command_line import Done, agl, agl_process, clean_environment

@@ -16,8 +16,8 @@ import pytest
 import agentlightning as agl_package
 from agentlightning.cli.exits import ExitCode
 from agentlightning.runner.bundle import load_agent
-from agentlightning.store.client_server.client import LightningStoreClient
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from command_line import agl, clean_environment
 from scenes import enqueued
 from served_store import served

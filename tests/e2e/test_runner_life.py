@@ -20,8 +20,8 @@ import agentlightning as agl
 from agentlightning.errors import NotAuthenticated, StoreUnavailable, StoreUnreachable
 from agentlightning.runner import shift
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client import LightningStoreClient
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.types import AttemptedRollout, RolloutConfig
 from command_line import clean_environment

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.answering import Answerer
-from agentlightning.store.client_server.app import StoreApp
-from agentlightning.store.client_server.gate import Gate
-from agentlightning.store.client_server.limits import Load, ServerLimits
-from agentlightning.store.client_server.operations import build_operations
+from agentlightning.store.client_server.server.answering import Answerer
+from agentlightning.store.client_server.server.app import StoreApp
+from agentlightning.store.client_server.server.gate import Gate
+from agentlightning.store.client_server.server.limits import Load, ServerLimits
+from agentlightning.store.client_server.server.operations import build_operations
 from agentlightning.telemetry.metrics import RequestMeter
 
 __all__ = ["Answer", "AsgiCalls"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.clock import Clock
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from command_line import clean_environment

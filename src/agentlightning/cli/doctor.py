@@ -91,7 +91,7 @@ def _spool_folder() -> Path:
     from pathlib import Path
 
     from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-    from agentlightning.store.client_server.state_folder import default_folder
+    from agentlightning.store.client_server.client.state_folder import default_folder
 
     chosen = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
     return Path(chosen) if chosen else default_folder()

@@ -87,7 +87,7 @@ def runner(
     from agentlightning.errors import InvalidValue
     from agentlightning.execution.client_server import ClientServerExecutionStrategy
     from agentlightning.runner.bundle import RunAgent
-    from agentlightning.store.client_server.client import LightningStoreClient
+    from agentlightning.store.client_server.client.client import LightningStoreClient
     from agentlightning.telemetry.logs import setup_logging
 
     if (agent is None) == (exec_ is None):

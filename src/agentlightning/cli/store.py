@@ -88,9 +88,9 @@ def store(
 
       AGL_API_KEY=... agl store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    from agentlightning.store.client_server.limits import ServerLimits
-    from agentlightning.store.client_server.server import LightningStoreServer
-    from agentlightning.store.client_server.service import run_service
+    from agentlightning.store.client_server.server.limits import ServerLimits
+    from agentlightning.store.client_server.server.server import LightningStoreServer
+    from agentlightning.store.client_server.server.service import run_service
     from agentlightning.telemetry.logs import setup_logging
 
     setup_logging(

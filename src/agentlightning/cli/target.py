@@ -78,7 +78,7 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
 
 
 def _server(url: str, api_key: str | None) -> Server:
-    from agentlightning.store.client_server.address import parse_address
+    from agentlightning.store.client_server.wire.address import parse_address
 
     address = parse_address(url)
     key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY, fallback="") or None
@@ -95,7 +95,7 @@ async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenera
         StoreUnavailable: the server cannot be used; the message says why and what to do.
         NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
     """
-    from agentlightning.store.client_server.client import LightningStoreClient
+    from agentlightning.store.client_server.client.client import LightningStoreClient
 
     target = locate(url, api_key)
     if isinstance(target, Server):
@@ -112,8 +112,8 @@ async def open_view(url: str | None, api_key: str | None = None) -> AsyncGenerat
     """The store that ``--url`` names, for reading only; a file may be in use. Raises as ``open_store``."""
     target = locate(url, api_key)
     if isinstance(target, Server):
-        from agentlightning.store.client_server.client import LightningStoreClient
-        from agentlightning.store.client_server.resilience import Resilience
+        from agentlightning.store.client_server.client.client import LightningStoreClient
+        from agentlightning.store.client_server.resilience.resilience import Resilience
 
         _check_answers(target)
         async with LightningStoreClient(

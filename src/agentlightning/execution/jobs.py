@@ -16,7 +16,7 @@ from agentlightning.execution.leaving import say_goodbye
 from agentlightning.execution.messages import Child
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client import LightningStoreClient
+from agentlightning.store.client_server.client.client import LightningStoreClient
 
 __all__ = ["AlgorithmJob", "Door", "RunnerJob", "opened", "run_runner"]
 

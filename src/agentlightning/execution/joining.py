@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 
 from agentlightning.errors import ExecutionFailed, WrongServer
-from agentlightning.store.client_server.address import parse_address
-from agentlightning.store.client_server.routes import CANONICAL
+from agentlightning.store.client_server.wire.address import parse_address
+from agentlightning.store.client_server.wire.routes import CANONICAL
 
 __all__ = ["join_server"]
 

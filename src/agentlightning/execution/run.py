@@ -98,7 +98,7 @@ class Run:
             yield Door(store=self._store)
             return
         # Where only runners are, there is no need for the server's framework.
-        from agentlightning.store.client_server.server import LightningStoreServer
+        from agentlightning.store.client_server.server.server import LightningStoreServer
 
         run_id = settings.run_id or f"run-{secrets.token_hex(6)}"
         server = LightningStoreServer(

@@ -16,7 +16,7 @@ from agentlightning.execution.run import Run, RunSettings, runner_slots
 from agentlightning.execution.shutdown import Shutdown
 from agentlightning.execution.supervision import Supervision
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client import LightningStoreClient
+from agentlightning.store.client_server.client.client import LightningStoreClient
 
 __all__ = ["RunnerHostRun"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server import claiming, client_reads
-from agentlightning.store.client_server.claiming import OpenClaims
-from agentlightning.store.client_server.client import LightningStoreClient
-from agentlightning.store.client_server.client_reads import ended_early
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.client import claiming, reads
+from agentlightning.store.client_server.client.claiming import OpenClaims
+from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.store.client_server.client.reads import ended_early
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from served_store import served
 
 SLICE = 0.2
@@ -23,7 +23,7 @@ SLICE = 0.2
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server; and clients that wait for 0.2 s at a time instead of 20."""
     monkeypatch.setattr(claiming, "LONGEST_SLICE_SECONDS", SLICE)
-    monkeypatch.setattr(client_reads, "LONGEST_SLICE_SECONDS", SLICE)
+    monkeypatch.setattr(reads, "LONGEST_SLICE_SECONDS", SLICE)
     with served(tmp_path / "store.db") as server:
         assert isinstance(server, LightningStoreServer)
         yield server.endpoint

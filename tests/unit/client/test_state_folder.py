@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.address import parse_address
-from agentlightning.store.client_server.resource_cache import ResourceCache
-from agentlightning.store.client_server.state_folder import state_folder
+from agentlightning.store.client_server.client.resource_cache import ResourceCache
+from agentlightning.store.client_server.client.state_folder import state_folder
+from agentlightning.store.client_server.wire.address import parse_address
 from agentlightning.types import LLM, UNSET, ResourcesUpdate
 
 

@@ -15,8 +15,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from agentlightning.store.client_server.limits import ServerLimits
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.server.limits import ServerLimits
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import Span
 from asgi_calls import Answer, AsgiCalls

@@ -19,9 +19,9 @@ import pytest
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreUnavailable
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client import LightningStoreClient
-from agentlightning.store.client_server.limits import ServerLimits
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.store.client_server.server.limits import ServerLimits
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from asgi_calls import AsgiCalls
 from scenes import enqueued, requests, started

@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
 from agentlightning.errors import AgentLightningError
-from agentlightning.store.client_server.span_intake import draft_of_span, drafts_of_spans, plain_draft
-from agentlightning.store.client_server.strict_json import decode_strict
+from agentlightning.store.client_server.server.span_intake import draft_of_span, drafts_of_spans, plain_draft
+from agentlightning.store.client_server.wire.strict_json import decode_strict
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.requests import span_drafts
 from agentlightning.store.span_json import span_json
@@ -134,7 +134,7 @@ def test_both_ways_agree_on_any_span(changes: list[tuple[tuple[str, ...], Any]],
         target = span
         for name in path[:-1]:
             target = target[name] if isinstance(target.get(name), dict) else {}
-        target[path[-1]] = value
+        target[path[-1]] = copy.deepcopy(value)  # what is drawn is shared, and later changes would be made in it
     for name in dropped:
         span.pop(name, None)
     raw = json.dumps(span).encode()

@@ -16,7 +16,7 @@ import pytest
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.leaving import dismiss, say_goodbye, stranded
-from agentlightning.store.client_server.server import LightningStoreServer
+from agentlightning.store.client_server.server.server import LightningStoreServer
 
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}
 _HOST = """

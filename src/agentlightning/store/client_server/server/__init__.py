@@ -1,0 +1,1 @@
+"""Answers the routes with a store, within bounds that no client can break."""

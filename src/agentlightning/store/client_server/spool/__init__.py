@@ -1,0 +1,1 @@
+"""Spans on disk, until they are delivered."""

@@ -113,7 +113,7 @@ async def test_it_gets_no_work_and_does_not_wait(stores: Stores, directive: Any,
         await enqueued(store, "work")
         await _registered(store, "worker")
         await store.direct_workers(directive)
-        clock.advance(1)
+        clock.advance(60)
         assert await store.dequeue_many_rollouts(worker_id="worker", request_id=request_id, wait_seconds=LONG) == []
         assert await store.dequeue_rollout("worker", request_id=request_id) is None
         worker = await store.get_worker_by_id("worker")

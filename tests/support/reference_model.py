@@ -21,6 +21,8 @@ CONFIRM_SECONDS = 10.0
 """How long a claim with a request id may stay without a sign of life."""
 REDELIVERIES = 3
 """How often a rollout is handed out again because nobody confirmed that they had received it."""
+IDLE_NOTED_SECONDS = 60.0
+"""How long a worker that asks in vain again is not noted anew."""
 
 
 def check_code(reason_code: str | None) -> None:
@@ -102,7 +104,9 @@ class ReferenceStore(ReferenceRecords):
             self._hold(worker_id, self.attempts[claimed[-1]["attempt"]["attempt_id"]])
             worker["last_dequeue_time"] = self.clock.wall()
         elif worker["current_attempt_id"] is None:
-            self._idle(worker)
+            since = self.clock.wall() - (worker["last_idle_time"] or -IDLE_NOTED_SECONDS)
+            if worker["status"] != "idle" or not 0 <= since < IDLE_NOTED_SECONDS:
+                self._idle(worker)
 
     def start_attempt(self, rollout_id: str, worker_id: str | None, attempt_id: str | None) -> Facts:
         """A live attempt makes way."""

@@ -124,7 +124,7 @@ def policies(draw: st.DrawFn) -> Policy:
 
 def moments() -> st.SearchStrategy[Moment]:
     """Any time after the rows were made, on clocks that need not agree."""
-    return st.builds(Moment, st.integers(1, 10_000).map(float), st.integers(900, 2_000).map(float))
+    return st.builds(Moment, st.integers(1, 10_000).map(float), st.integers(1_000, 2_000).map(float))
 
 
 @st.composite

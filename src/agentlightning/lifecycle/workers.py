@@ -10,6 +10,9 @@ from agentlightning.types import AttemptStatus, WorkerDirective
 
 __all__ = ["beat", "came_empty", "direct", "expire", "holds", "lose", "register", "released", "took"]
 
+_IDLE_NOTED_SECONDS = 60.0
+"""How long a worker that asks in vain again and again is not noted anew: a fleet that waits costs no writes."""
+
 
 def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
     """It got this attempt from the queue."""
@@ -30,7 +33,9 @@ def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
 def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
     """It asked for work and there was none. One that still holds an attempt stays busy."""
     worker = _heard(worker, now)
-    return worker if worker.current_attempt_id is not None else _idle(worker, now)
+    if worker.current_attempt_id is not None or (worker.status == "idle" and _noted_lately(worker, now)):
+        return worker
+    return _idle(worker, now)
 
 
 def released(worker: WorkerRow, ended: AttemptStatus, other: AttemptRow | None, now: Moment) -> WorkerRow:
@@ -86,6 +91,10 @@ def lose(worker: WorkerRow) -> WorkerRow:
 
 def _idle(worker: WorkerRow, now: Moment) -> WorkerRow:
     return replace(worker, status="idle", last_idle_time=now.wall)
+
+
+def _noted_lately(worker: WorkerRow, now: Moment) -> bool:
+    return worker.last_idle_time is not None and 0 <= now.wall - worker.last_idle_time < _IDLE_NOTED_SECONDS
 
 
 def _heard(worker: WorkerRow, now: Moment) -> WorkerRow:

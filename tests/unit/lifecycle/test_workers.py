@@ -38,6 +38,14 @@ def test_one_that_got_nothing_is_idle_unless_it_still_holds_something() -> None:
     assert workers.came_empty(holding, NOW) is holding
 
 
+@pytest.mark.parametrize(("since", "is_noted"), [(None, True), (0.0, False), (59.9, False), (60.0, True), (-1.0, True)])
+def test_one_that_waits_for_work_is_noted_once_a_minute(since: float | None, is_noted: bool) -> None:
+    """Also after the machine's clock was set back."""
+    idle = a_worker(status="idle", last_idle_time=None if since is None else NOW.wall - since)
+    after = workers.came_empty(idle, NOW)
+    assert changed(idle, after) == ({"last_idle_time": NOW.wall} if is_noted else {})
+
+
 def test_a_claim_renews_the_lease() -> None:
     """Whatever it gets; the deadline is a lower bound still, and is moved only where there is none."""
     leased = a_worker(lease_seconds=20.0, beaten_lease=940.0, deadline=960.0)

@@ -2,16 +2,34 @@
 
 import asyncio
 import inspect
+import os
 import signal
+import tempfile
 import threading
 
 import pytest
 
+_state_folder = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
-def pytest_configure() -> None:
-    """Let Ctrl+C be heard: a shell starts what it runs in the background with SIGINT ignored, also for children."""
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Ctrl+C be heard, and keep spools out of the home of whoever runs the tests."""
+    # A shell starts what it runs in the background with SIGINT ignored, also for children.
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # a worker of xdist has what the first process set
+        folder = config.stash[_state_folder] = tempfile.TemporaryDirectory(
+            prefix="agl-tests-", ignore_cleanup_errors=True
+        )
+        os.environ["XDG_STATE_HOME"] = folder.name  # and not AGL_SPOOL_DIR, which many tests take from their children
+        os.environ.pop("AGL_SPOOL_DIR", None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the spools."""
+    folder = config.stash.get(_state_folder, None)
+    if folder is not None:
+        folder.cleanup()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import socket
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import APIError, APIStatusError, AsyncOpenAI
 
-from agentlightning.proxy import upstream
+from agentlightning.proxy import calls, upstream
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
-from openai_backend import BreakOff, Compress, Fail, Hold, OpenAIBackend, Say
+from agentlightning.store.sqlite.store import SqliteLightningStore
+from openai_backend import BreakOff, Compress, Fail, Hold, OpenAIBackend, Say, Write
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
 
 BUSY = Fail(503, headers={"Retry-After": "0"})
@@ -288,6 +291,52 @@ async def test_an_error_inside_of_a_stream_is_recorded() -> None:
         assert (attribute(span, GenAI.ERROR_TYPE), span.status.description) == ("fire", "GPU on fire")
 
 
+async def test_an_error_inside_of_a_stream_may_be_a_text() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        backend.plan(Say([{"error": "GPU on fire"}]))
+        with pytest.raises(APIError):
+            await ask(scene, stream=True)
+        span = await scene.only_span()
+        assert (span.status.status_code, span.status.description) == ("ERROR", "GPU on fire")
+
+
+async def test_a_reply_that_is_none_is_recorded_as_a_failure() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        backend.plan(Write(b"<html>welcome</html>"))
+        with pytest.raises(json.JSONDecodeError):
+            await ask(scene)
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, GenAI.ERROR_TYPE)) == ("ERROR", "invalid_reply")
+        assert attribute(span, Call.RESPONSE) == "<html>welcome</html>"
+
+
+async def test_a_stream_without_end_is_cut_off_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_MAX_REPLY_BYTES", 1_000_000)
+    backend = OpenAIBackend()
+    delta = {"index": 0, "delta": {"content": "x" * 10_000}, "finish_reason": None}
+    async with proxied(backend) as scene:
+        backend.plan(Say({"id": "c", "choices": [delta]} for _ in itertools.count()))
+        with pytest.raises(APIError, match="over 1,000,000 bytes"):
+            await ask(scene, stream=True)
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, GenAI.ERROR_TYPE)) == ("ERROR", "reply_too_large")
+
+
+async def test_streams_share_the_memory_of_all_calls_and_give_it_back() -> None:
+    backend = OpenAIBackend()
+    delta = {"index": 0, "delta": {"content": "x" * 10_000}, "finish_reason": None}
+    async with proxied(backend) as scene:
+        gate = scene.proxy._exchange.gate  # type: ignore[union-attr]
+        gate._max_bytes = 1_000_000
+        backend.plan(Say({"id": "c", "choices": [delta]} for _ in itertools.count()))
+        with pytest.raises(APIError, match="near the proxy's limit"):
+            await ask(scene, stream=True)
+        assert (await ask(scene, stream=True)).startswith("word0")
+        assert gate._bytes == 0
+
+
 # --- Keys --------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +365,31 @@ async def test_the_backends_key_goes_to_the_backend_and_nowhere_else(caplog: pyt
             assert "does not accept the key that the proxy has" in seen_by_agent[-4]
 
 
+async def test_a_key_in_the_head_of_a_stream_is_hidden_too(tmp_path: Path) -> None:
+    database = tmp_path / "store.db"
+    named = {"id": f"c-{KEY}", "model": KEY, "system_fingerprint": KEY}
+    choice = {"index": 0, "delta": {"content": f"I have {KEY}"}, "finish_reason": "stop"}
+    with OpenAIBackend(key=KEY) as backend:
+        async with SqliteLightningStore(database) as store, proxied(entries=[backend.entry()]) as scene:
+            rollout = await store.start_rollout("any")
+            scene.proxy.set_store(store)
+            scene.llm = scene.proxy.as_resource(rollout.rollout_id, rollout.attempt.attempt_id)
+            backend.plan(Say([{**named, "choices": [choice]}], {"X-Request-Id": KEY}))
+            async with (
+                scene.client() as agent,
+                agent.chat.completions.with_streaming_response.create(
+                    model="policy", messages=MESSAGES, stream=True
+                ) as reply,
+            ):
+                seen_by_agent = f"{reply.headers} {await reply.text()}"
+            assert len(await store.query_spans(rollout.rollout_id)) == 1
+            on_the_disk = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert KEY not in seen_by_agent
+    assert "I have ***" in seen_by_agent
+    assert b"I have ***" in on_the_disk, "the call is there"
+    assert KEY.encode() not in on_the_disk
+
+
 async def test_the_agents_key_does_not_go_to_the_backend() -> None:
     backend = OpenAIBackend()
     async with proxied(backend, api_key="key-of-the-proxy") as scene:
@@ -330,6 +404,16 @@ async def test_a_redirect_is_not_followed_with_the_key() -> None:
         with pytest.raises(APIStatusError, match="a redirect") as caught:
             await ask(scene)
         assert (caught.value.status_code, len(backend.seen)) == (502, 1)
+
+
+async def test_a_refused_key_is_not_shown_in_part_by_an_event_either() -> None:
+    with OpenAIBackend() as backend:
+        async with proxied(entries=[backend.entry(api_key=KEY)]) as scene:
+            backend.plan(Write(b'data: {"error": {"message": "wrong: sk-upst...cdef"}}\n\n', 401, "text/event-stream"))
+            with pytest.raises(APIStatusError) as caught:
+                await ask(scene, stream=True)
+            assert (caught.value.status_code, caught.value.code) == (401, "backend_key_refused")
+            assert "sk-upst" not in caught.value.response.text + (await scene.only_span()).model_dump_json()
 
 
 async def test_a_wrong_key_of_the_proxy_is_explained_and_the_backends_words_are_not_shown() -> None:

@@ -10,13 +10,13 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from aiohttp import web
 
-__all__ = ["BreakOff", "Compress", "Fail", "Hold", "OpenAIBackend", "Say", "Seen"]
+__all__ = ["BreakOff", "Compress", "Fail", "Hold", "OpenAIBackend", "Say", "Seen", "Write"]
 
 WAIT_SECONDS = 20.0
 """The longest that a test waits for something to happen."""
@@ -62,9 +62,19 @@ class Hold:
 
 @dataclass
 class Say:
-    """Stream these chunks, whatever was asked."""
+    """Stream these chunks, with these headers, whatever was asked."""
 
-    chunks: list[dict[str, Any]]
+    chunks: Iterable[dict[str, Any]]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Write:
+    """Answer with this body, whatever was asked."""
+
+    body: bytes
+    status: int = 200
+    content_type: str = "application/json"
 
 
 @dataclass
@@ -72,7 +82,7 @@ class Compress:
     """Compress the reply, whatever was accepted."""
 
 
-Step = Fail | BreakOff | Hold | Say | Compress
+Step = Fail | BreakOff | Hold | Say | Compress | Write
 
 
 class OpenAIBackend:
@@ -171,6 +181,8 @@ class OpenAIBackend:
             step = None
         if isinstance(step, Fail):
             return web.json_response(step.body, status=step.status, headers=step.headers)
+        if isinstance(step, Write):
+            return web.Response(body=step.body, status=step.status, content_type=step.content_type)
         if isinstance(step, BreakOff) and step.words == 0:
             request.transport.close()
             return web.Response()
@@ -224,7 +236,8 @@ class OpenAIBackend:
         return reply
 
     async def _stream(self, request: web.Request, seen: Seen, step: Step | None) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        headers = step.headers if isinstance(step, Say) else {}
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
         if isinstance(step, Compress):
             response.enable_compression(web.ContentCoding.gzip)
         await response.prepare(request)

@@ -19,6 +19,9 @@ from agentlightning.proxy.models import Ask
 __all__ = ["ReplyAssembly"]
 
 _encode = msgspec.json.encode
+_NUMBER_BYTES = 8
+_ITEM_BYTES = 100
+"""Of a list, where it is no text."""
 _HEAD_FIELDS = ("id", "created", "model", "service_tier", "system_fingerprint")
 _OBJECTS: dict[CallKind, str] = {"chat": "chat.completion", "text_completion": "text_completion"}
 
@@ -66,6 +69,11 @@ class ReplyAssembly:
     def is_finished(self) -> bool:
         """Whether every choice said why it ended."""
         return bool(self._choices) and all(choice.finish_reason for choice in self._choices.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how much the reply takes up."""
+        return sum(choice.kept_bytes for choice in self._choices.values())
 
     def answer(self) -> Answer:
         """The facts of the reply as far as it came."""
@@ -151,6 +159,12 @@ class _Choice:
                 self._logprob_entries += _encode(entry)
         self._text_logprobs.add({name: each for name, each in facts.items() if name != "content"})
 
+    @property
+    def kept_bytes(self) -> int:
+        numbers = _NUMBER_BYTES * (len(self._logprobs) + len(self.token_ids or ()))
+        texts = len(self._text) + len(self._logprob_entries)
+        return numbers + texts + self._message.kept_bytes + self._text_logprobs.kept_bytes
+
     def logprobs(self) -> array[float] | None:
         if not self._has_logprobs or any(map(math.isnan, self._logprobs)):
             return None
@@ -214,6 +228,17 @@ class _Merged:
         if isinstance(parts, dict):
             for item in cast("list[dict[str, Any]]", items):
                 parts.setdefault(item["index"], _Merged()).add(item)
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how much it takes up."""
+        size = sum(map(len, self._texts.values())) + sum(each.kept_bytes for each in self._objects.values())
+        for parts in self._lists.values():
+            if isinstance(parts, dict):
+                size += sum(each.kept_bytes for each in parts.values())
+            else:
+                size += sum(len(each) if isinstance(each, str) else _ITEM_BYTES for each in parts)
+        return size
 
     def whole(self) -> dict[str, Any]:
         """Everything that came, put together. Parts of a list lose their ``index``, as in a whole reply."""

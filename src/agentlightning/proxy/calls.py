@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn, cast
 
@@ -35,6 +35,8 @@ __all__ = ["ModelCalls"]
 _logger = logging.getLogger(__name__)
 
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
+_MEASURED_BYTES = 64 * 1024
+"""After so many bytes of a stream it is looked how much of it is kept."""
 _SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "openai-version")
 _SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
 
@@ -98,17 +100,21 @@ class _Call:
         except Exception:
             _logger.exception("a model call failed in the proxy")
             ending = self._refuse(Refused(500, "internal_error", "The proxy failed; its log says why. This is a bug."))
-        await self._record_and_wait()
-        for message in ending:
+        await self._unless_stopped(self._exchange.deliver_and_wait(self._record))  # if so, the span is on its way
+        await self._unless_stopped(self._send_all(ending))  # if so, the agent reads nothing
+
+    async def _send_all(self, messages: Iterable[Message]) -> None:
+        for message in messages:
             await self._send(message)
 
-    async def _record_and_wait(self) -> None:
+    async def _unless_stopped(self, step: Awaitable[None]) -> None:
+        """Wait for ``step``, but not when the proxy is stopped meanwhile and cuts calls off."""
         try:
-            await self._exchange.deliver_and_wait(self._record)
+            await step
         except asyncio.CancelledError:
             if not self._exchange.gate.is_closed:
                 raise
-            _current_task().uncancel()  # the proxy is stopped: the span is on its way, and the reply is whole
+            _current_task().uncancel()
 
     async def _pass_on(self, receive: Receive) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
@@ -119,7 +125,7 @@ class _Call:
         record.model_version = self._exchange.version_of(question.model)
         upstream = self._exchange.upstream
         async with _cancelled_by_hangup(receive), upstream.call(routing, order, question, record) as reply:
-            if reply.response.content_type == "text/event-stream":
+            if reply.response.content_type == "text/event-stream" and reply.response.status < 400:
                 return await self._relay_stream(reply)
             return await self._relay_whole(reply)
 
@@ -132,14 +138,16 @@ class _Call:
         record.status = status
         facts = _object_of(body)
         if facts is not None and status < 400:
-            record.answer = read_answer(facts)
+            record.answer = scrubber.answer(read_answer(facts))
             if reply.asks:
                 without_asked(facts, reply.asks)
-                body = msgspec.json.encode(facts)
+                body = scrubber.bytes(msgspec.json.encode(facts))
         record.answer.body = body
         if status >= 400:
             record.fail(*_error_of(facts, status), status)
-        return _whole(status, _shown_headers(reply.response), body)
+        elif facts is None:
+            record.fail("invalid_reply", "the reply of the backend is no JSON object")
+        return _whole(status, _shown_headers(reply.response, scrubber), body)
 
     async def _read_whole(self, reply: Reply) -> bytes:
         """The body of a reply that is no stream."""
@@ -149,12 +157,7 @@ class _Call:
             async for part in reply.response.content.iter_any():
                 if self._record.first_byte is None:
                     self._record.first_byte = time.perf_counter()
-                size += len(part)
-                if size > _MAX_REPLY_BYTES:
-                    raise Refused(
-                        502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes."
-                    )
-                self._room.grow(len(part))
+                size = self._grow(size, size + len(part))
                 parts.append(part)
         except (aiohttp.ClientError, TimeoutError) as error:
             _raise_broken(reply, error)
@@ -165,7 +168,8 @@ class _Call:
         scrubber = Scrubber(reply.backend)
         tee = StreamTee(record.kind, reply.asks, scrubber)
         record.status = reply.response.status
-        await self._begin(record.status, _shown_headers(reply.response))
+        await self._begin(record.status, _shown_headers(reply.response, scrubber))
+        passed = kept = 0
         try:
             async for data in reply.response.content.iter_any():
                 if record.first_byte is None:
@@ -173,6 +177,9 @@ class _Call:
                 shown = tee.feed(data)
                 if shown:
                     await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+                passed += len(data)
+                if passed >= _MEASURED_BYTES:
+                    passed, kept = 0, self._grow(kept, tee.kept_bytes)
             if tee.error is None and not tee.is_complete:
                 raise aiohttp.ClientPayloadError("the stream ended in the middle of the reply")
         except (aiohttp.ClientError, TimeoutError, EventTooLarge) as error:
@@ -183,6 +190,17 @@ class _Call:
             code, message = _error_of({"error": tee.error}, record.status)
             record.fail(code, scrubber.text(message))
         return [{"type": "http.response.body", "body": tee.ending()}]
+
+    def _grow(self, before: int, now: int) -> int:
+        """The reply that is kept has grown to ``now`` bytes, which is returned.
+
+        Raises:
+            Refused: it is too large (502), or there is no room for it (503).
+        """
+        if now > _MAX_REPLY_BYTES:
+            raise Refused(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
+        self._room.grow(now - before)
+        return now
 
     def _refuse(self, refused: Refused) -> list[Message]:
         """Note that the call failed; returns what tells the agent."""
@@ -299,10 +317,10 @@ def _error_of(facts: dict[str, Any] | None, status: int) -> tuple[str, str]:
     )
 
 
-def _shown_headers(response: aiohttp.ClientResponse) -> dict[str, str]:
+def _shown_headers(response: aiohttp.ClientResponse, scrubber: Scrubber) -> dict[str, str]:
     """The headers of a backend that concern the agent."""
     return {
-        name.lower(): value
+        name.lower(): scrubber.text(value)
         for name, value in response.headers.items()
         if name.lower() in _SHOWN_HEADERS or name.lower().startswith(_SHOWN_PREFIXES)
     }

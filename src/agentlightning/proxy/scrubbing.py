@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from agentlightning.proxy.answers import Answer
 from agentlightning.proxy.models import Backend
 
 __all__ = ["Scrubber"]
@@ -28,6 +30,7 @@ class Scrubber:
             for name, value in backend.headers.items():
                 if _SECRET_HEADER.search(name):
                     found.update((value, value.rpartition(" ")[2]))  # without the scheme before it, too
+        found.update([secret.replace("/", r"\/") for secret in found])  # as some write it in JSON
         longest_first = sorted(found, key=len, reverse=True)
         self._secrets = [secret.encode() for secret in longest_first if len(secret) >= _SHORTEST]
 
@@ -37,6 +40,22 @@ class Scrubber:
             if secret in data:
                 data = data.replace(secret, _HIDDEN.encode())
         return data
+
+    def answer(self, answer: Answer) -> Answer:
+        """``answer`` with no secret in its body and its texts."""
+        if not self._secrets:
+            return answer
+        return replace(
+            answer,
+            body=self.bytes(answer.body),
+            response_id=self._text_if_any(answer.response_id),
+            model=self._text_if_any(answer.model),
+            fingerprint=self._text_if_any(answer.fingerprint),
+            finish_reasons=[self.text(reason) for reason in answer.finish_reasons],
+        )
+
+    def _text_if_any(self, text: str | None) -> str | None:
+        return None if text is None else self.text(text)
 
     def text(self, text: str) -> str:
         """``text`` without the secrets."""

@@ -10,6 +10,8 @@ DONE = b"[DONE]"
 """The data of the event with which OpenAI's streams end."""
 
 _END = re.compile(rb"\r?\n\r?\n")
+_END_BYTES = 4
+"""The longest end."""
 
 
 class EventTooLarge(Exception):
@@ -25,7 +27,7 @@ class EventSplitter:
 
     def __init__(self, max_event_bytes: int) -> None:
         self._max_event_bytes = max_event_bytes
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that are complete now, each with its empty line.
@@ -33,20 +35,21 @@ class EventSplitter:
         Raises:
             EventTooLarge: one grows without end.
         """
-        data = self._rest + data if self._rest else data
+        looked_at = max(0, len(self._rest) - _END_BYTES + 1)  # not again: an event may come in very many pieces
+        self._rest += data
         events: list[bytes] = []
         start = 0
-        for end in _END.finditer(data):
-            events.append(data[start : end.end()])
+        for end in _END.finditer(self._rest, looked_at):
+            events.append(bytes(self._rest[start : end.end()]))
             start = end.end()
-        self._rest = data[start:]
+        del self._rest[:start]
         if len(self._rest) > self._max_event_bytes:
             raise EventTooLarge(f"an event of the backend's stream is longer than {self._max_event_bytes:,} bytes")
         return events
 
     def rest(self) -> bytes:
         """What came after the last complete event."""
-        return self._rest
+        return bytes(self._rest)
 
 
 def data_of(event: bytes) -> bytes | None:

@@ -37,8 +37,8 @@ class StreamTee:
         self._assembly = ReplyAssembly(kind, asks)
         self._ending = bytearray()
         self._is_done = False
-        self.error: dict[str, Any] | None = None
-        """The error that the backend sent in the stream."""
+        self.error: object = None
+        """The error that the backend sent in the stream: an object, or a text."""
 
     def feed(self, data: bytes) -> bytes:
         """Take in what the backend sent; returns what the agent may see now.
@@ -62,8 +62,8 @@ class StreamTee:
         if not isinstance(chunk, dict):
             return self._scrubber.bytes(event)
         facts = cast("dict[str, Any]", chunk)
-        if isinstance(facts.get("error"), dict):
-            self.error = cast("dict[str, Any]", facts["error"])
+        if facts.get("error"):
+            self.error = facts["error"]
             return self._hold(event)
         self._assembly.add(facts)
         if not self._asks:
@@ -77,6 +77,11 @@ class StreamTee:
         return b""
 
     @property
+    def kept_bytes(self) -> int:
+        """About how much of the reply is kept, which is less than what has passed."""
+        return self._assembly.kept_bytes + len(self._ending)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the backend said that the reply ends here."""
         return self._is_done or self._assembly.is_finished
@@ -87,6 +92,4 @@ class StreamTee:
 
     def answer(self) -> Answer:
         """The facts of the reply as far as it came."""
-        answer = self._assembly.answer()
-        answer.body = self._scrubber.bytes(answer.body)
-        return answer
+        return self._scrubber.answer(self._assembly.answer())

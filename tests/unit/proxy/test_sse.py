@@ -61,6 +61,13 @@ def test_an_event_that_never_ends_is_given_up() -> None:
         splitter.feed(b"x" * 20)
 
 
+def test_an_event_in_very_many_pieces_is_not_looked_through_again_for_each() -> None:
+    event = b"data: " + b"x" * 2_000_000 + b"\r\n\r\n"
+    splitter = EventSplitter(len(event))
+    pieces = [event[start : start + 100] for start in range(0, len(event), 100)]  # minutes, if each looked at all
+    assert [found for piece in pieces for found in splitter.feed(piece)] == [event]
+
+
 # --- The tee ---------------------------------------------------------------------------------------------
 
 KEY = "sk-key-of-the-backend"
@@ -101,6 +108,11 @@ def test_secrets_are_taken_out_of_streams() -> None:
     shown = tee.feed(chunk(f"{KEY} and tok-0123456789")) + tee.feed(b"data: [DONE] " + KEY.encode())
     assert b"*** and ***" in shown
     assert KEY.encode() not in shown + tee.ending() + tee.answer().body
+
+
+def test_a_key_with_slashes_is_known_however_json_writes_it() -> None:
+    backend = Backend("m@host", "m", "m", "http://host/v1", "k/e/y/0123456", 1.0, {}, {}, {}, None)
+    assert Scrubber(backend).text(r"k/e/y/0123456 and k\/e\/y\/0123456") == "*** and ***"
 
 
 def test_words_that_are_no_secrets_stay() -> None:

@@ -25,7 +25,7 @@ from agentlightning import (
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
-from agentlightning.proxy import serving
+from agentlightning.proxy import connections, serving
 from agentlightning.proxy.connections import Connections
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
@@ -95,6 +95,16 @@ async def test_a_pause_can_hold_calls_instead() -> None:
         await scene.proxy.pause(hold_seconds=0.01)
         with pytest.raises(RateLimitError):
             await ask(scene)
+
+
+async def test_a_large_request_that_is_held_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_BYTES_PER_SECOND", 1e9)
+    monkeypatch.setattr(serving, "Connections", lambda most: Connections(most, arrival_seconds=0.05))
+    messages: Any = [{"role": "user", "content": "x" * 3_000_000}]
+    async with proxied(OpenAIBackend()) as scene, scene.client() as agent:
+        await scene.proxy.pause(hold_seconds=0.5)  # longer than the request may take to arrive
+        with pytest.raises(RateLimitError, match="paused"):
+            await agent.chat.completions.create(model="policy", messages=messages)
 
 
 async def test_a_version_can_be_that_of_one_model() -> None:

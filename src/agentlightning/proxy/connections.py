@@ -101,6 +101,9 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def _check_arrival(self, began: float) -> None:
         """The time for a small request is up: how much more does a large one get?"""
+        if self.flow.read_paused:  # it is we who do not read on: the call is held at the gate, during a pause
+            self._await_arrival(self._connections.arrival_seconds)
+            return
         allowed = self._connections.arrival_seconds + self._received / _BYTES_PER_SECOND
         left = began + allowed - self.loop.time()
         if left > 0:

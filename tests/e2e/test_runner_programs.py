@@ -70,11 +70,13 @@ NODE_POST = (
         ("""echo '{"reward": {"a": 1, "b": 3}, "primary_key": "b"}'""", 3.0),
         ("echo 1 > $AGL_REWARD_FILE; echo 7", 1.0),
         ("echo done", None),
+        ("python3 -c 'print(10**400)'", None),
+        ("python3 -c 'print(\"[\" * 5000)'", None),
         ("true", None),
         (PYTHON_POST, 2.0),
         (NODE_POST, 0.75),
     ],
-    ids=["line", "json", "dimensions", "file", "words", "nothing", "python", "node"],
+    ids=["line", "json", "dimensions", "file", "words", "huge", "deep", "nothing", "python", "node"],
 )
 async def test_ways_to_say_the_reward(command: str, reward: float | None) -> None:
     if "node" in command and shutil.which("node") is None:

@@ -104,6 +104,13 @@ async def test_an_empty_list_is_worth_a_warning(caplog: pytest.LogCaptureFixture
 
 
 SPAN = Span.from_attributes(name="a", attributes={})
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
 CORE = SpanCoreFields(name="a", status=SPAN.status, attributes={}, start_time=1.0, end_time=1.0)
 
 
@@ -116,8 +123,10 @@ CORE = SpanCoreFields(name="a", status=SPAN.status, attributes={}, start_time=1.
         ([1, 2], "list of int"),
         ([SPAN, CORE], "Span and SpanCoreFields"),
         (float("nan"), "nan"),
+        (10**400, "too large"),
+        (Unspeakable(), "a Unspeakable"),
     ],
-    ids=["str", "dict", "tuple", "ints", "mixed", "nan"],
+    ids=["str", "dict", "tuple", "ints", "mixed", "nan", "huge", "unspeakable"],
 )
 async def test_a_wrong_result_fails_the_attempt_and_is_named(result: Any, named: str) -> None:
     done = await one(lambda task: result)
@@ -174,6 +183,17 @@ async def test_an_agent_that_cancels_something_of_its_own_has_failed() -> None:
         raise asyncio.CancelledError
 
     assert (await one(agent)).attempt.reason_code == "agent_error"
+
+
+async def test_a_fault_of_the_runner_itself_leaves_no_rollout_hanging(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(agl.OtelTracer):
+        def trace_context(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("the tracer is broken")
+
+    done = await one(lambda task: 1.0, tracer=Broken())
+    assert (done.rollout.status, done.attempt.reason_code) == ("failed", "runner_error")
+    assert "the tracer is broken" in (done.attempt.reason_message or "")
+    assert "could not be carried out" in caplog.text
 
 
 async def test_whether_there_is_another_attempt_the_store_decides() -> None:

@@ -95,6 +95,9 @@ class AttemptRun:
             if self._task is not None:
                 self._task.uncancel()
             outcome = self._given_up
+        except Exception as error:  # the boundary of an attempt: whatever it was, the rollout must not hang
+            _logger.exception("attempt %s could not be carried out", self.attempt_id)
+            outcome = failed(outcomes.RUNNER_ERROR, error)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -184,7 +187,7 @@ class AttemptRun:
                     self._spans = as_spans([span], self.rollout)
             elif result is not None:
                 self._spans = self._new(as_spans(result, self.rollout))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - what the agent returned may do anything, too
             _logger.warning("rollout %s, attempt %s: %s", self.rollout.rollout_id, self.attempt_id, error)
             return failed(outcomes.BAD_RESULT, error)
         return SUCCEEDED

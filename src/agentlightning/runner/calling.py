@@ -116,5 +116,8 @@ def _kind(item: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - it is the agent's class, and may do anything
+        text = object.__repr__(value)
     return text if len(text) <= 200 else text[:200] + "…"

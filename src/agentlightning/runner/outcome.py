@@ -13,6 +13,7 @@ __all__ = [
     "AGENT_ERROR",
     "BAD_RESULT",
     "MISSING_RESOURCES",
+    "RUNNER_ERROR",
     "SUCCEEDED",
     "TIMEOUT",
     "TRACE_NOT_STORED",
@@ -28,6 +29,8 @@ MISSING_RESOURCES: Final = "missing_resources"
 """The resources that the rollout was enqueued with are not in the store."""
 TRACE_NOT_STORED: Final = "trace_not_stored"
 """The agent is done, but the store did not take its spans."""
+RUNNER_ERROR: Final = "runner_error"
+"""The runner failed at something of its own, which is a bug; its log says where."""
 ABORTED: Final = "aborted"
 """The runner was told to stop."""
 TIMEOUT: Final = "timeout"
@@ -51,8 +54,15 @@ SUCCEEDED: Final = Outcome("succeeded")
 
 def failed(code: str, error: BaseException) -> Outcome:
     """The outcome of an attempt that an exception has ended; its message begins with the exception's type."""
-    message = f"{full_qualified_name(type(error))}: {error}"
+    message = f"{full_qualified_name(type(error))}: {_text_of(error)}"
     message = message if fits(message) else mend_text(message)
     if len(message) > _MESSAGE_CHARACTERS:
         message = message[:_MESSAGE_CHARACTERS] + "…"
     return Outcome("failed", code, message, error)
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as mistake:  # noqa: BLE001 - it is the agent's class, and may do anything
+        return f"(its text cannot be had: {type(mistake).__name__})"

@@ -19,7 +19,8 @@ class RewardInbox:
     """Takes rewards by POST at ``url``, which only who is told can know. Use as an async context manager.
 
     Args:
-        take: called with each reward; what it raises as ``TypeError`` or ``ValueError`` is the sender's mistake.
+        take: called with each reward; what it raises as ``TypeError``, ``ValueError`` or
+            ``OverflowError`` is the sender's mistake.
     """
 
     def __init__(self, take: Callable[[WrittenReward], None]) -> None:
@@ -57,7 +58,7 @@ class RewardInbox:
             return web.Response(status=422, text=f"{text[:200]!r} is no reward; send {wanted}\n")
         try:
             self._take(reward)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             return web.Response(status=422, text=f"{error}\n")
         self.received += 1
         return web.Response(status=204)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any, NamedTuple, cast
 
 __all__ = ["WrittenReward", "read_reward"]
@@ -23,13 +24,13 @@ def read_reward(text: str) -> WrittenReward | None:
     """
     try:
         said: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     key: Any = None
     if isinstance(said, dict):
         fields = cast("dict[str, Any]", said)
         said, key = fields.get("reward"), fields.get("primary_key")
-    if isinstance(said, int | float):
+    if isinstance(said, float) or (isinstance(said, int) and abs(said) <= sys.float_info.max):
         return WrittenReward(float(said))
     if isinstance(said, dict) and (key is None or isinstance(key, str)):
         return WrittenReward(cast("dict[str, Any]", said), key)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["RESUMABLE", "RESUMABLE_GRPO", "start_program"]
+__all__ = ["LEFT_BEHIND", "RESUMABLE", "RESUMABLE_GRPO", "start_program"]
 
 RESUMABLE = """
 import sys, time
@@ -55,6 +55,77 @@ if __name__ == "__main__":
     print("FINISHED", flush=True)
 """
 """Arguments: the folder of runs, and how many steps there are."""
+
+
+LEFT_BEHIND = """
+import asyncio, sys, time
+from pathlib import Path
+import agentlightning as agl
+from agentlightning.demo.agent import play as game
+from agentlightning.demo.game import VOCABULARY
+
+algorithm_name, folder, backend, role, port = sys.argv[1:]
+FOLDER = Path(folder)
+
+@agl.rollout
+async def agent(task, llm: agl.LLM, rollout: agl.AttemptedRollout) -> float:
+    (FOLDER / f"at work {rollout.attempt.attempt_id}").touch()
+    while (FOLDER / "gate").exists():
+        await asyncio.sleep(0.05)
+    try:
+        return await game(task, llm=llm)
+    except BaseException:
+        (FOLDER / "cut off").touch()
+        raise
+
+class SlowProxy(agl.LLMProxy):
+    async def start(self):
+        if (FOLDER / "slow").exists():  # runners are quicker than this
+            await asyncio.sleep(1)
+        await super().start()
+
+@agl.algo
+async def own(store, run, train_dataset, llm_proxy):
+    await llm_proxy.start()
+    ids = [run.rollout_id(0, index) for index in range(len(train_dataset))]
+    if await store.get_rollout_by_id(ids[0]) is None:
+        resources = await store.add_resources({"llm": llm_proxy.as_resource()})
+        for rollout_id, task in zip(ids, train_dataset):
+            await store.enqueue_rollout(task, resources_id=resources.resources_id, rollout_id=rollout_id)
+    if algorithm_name == "waits":
+        await store.wait_for_rollouts(rollout_ids=ids)
+    while not all(each.status == "succeeded" for each in await store.query_rollouts(rollout_id_in=ids)):
+        await asyncio.sleep(0.05)
+
+def algorithm():
+    match algorithm_name:
+        case "grpo" | "grpo without a proxy":
+            return agl.GRPO(policy=agl.SoftmaxPolicy(VOCABULARY), n_steps=1, batch_size=4, group_size=2)
+        case "baseline":
+            return agl.Baseline(train_split=1.0, max_queue_length=8, polling_interval=0.05)
+    return own
+
+if __name__ == "__main__":
+    parameters = {"model": "openai/policy", "api_base": backend, "api_key": "not-needed"}
+    models = [{"model_name": "policy", "litellm_params": parameters}]
+    trainer = agl.Trainer(
+        algorithm=algorithm(),
+        llm_proxy=None if algorithm_name == "grpo without a proxy" else SlowProxy(model_list=models),
+        strategy={"type": "cs", "role": role, "server_host": "127.0.0.1", "server_port": int(port)},
+        rollout_config=agl.RolloutConfig(max_attempts=2, retry_condition=["unresponsive"]),
+        run="survivor",
+        runs_folder=FOLDER / role,
+        progress="off",
+    )
+    trainer.fit(agent, [{"secret": secret} for secret in range(1, 9)])
+    print("FINISHED", flush=True)
+"""
+"""One runner, and eight rollouts: while the file ``gate`` is there, the first keeps the others waiting.
+
+Arguments: ``grpo``, ``grpo without a proxy``, ``baseline``, ``waits`` or ``polls`` (algorithms of a user's own); a
+folder; the URL of a model; the strategy's role and port. The agent touches the file ``cut off`` when its model fails
+it; while the file ``slow`` is there, the proxy takes a second to start.
+"""
 
 
 def start_program(text: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:

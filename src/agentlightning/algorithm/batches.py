@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from agentlightning.errors import IdReused, IllegalMove
-from agentlightning.store.base import LightningStore, is_finished
+from agentlightning.errors import IdReused
+from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
 
 __all__ = ["batch_iter_over_dataset", "enqueue_once", "spans_of"]
@@ -37,8 +37,7 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
 async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:
     """Enqueue those that do not exist yet, and return the ids of all of them, in order.
 
-    A rollout that exists and has not ended gets the resources of its request: those that it was
-    enqueued with may name an endpoint that died with the process that ran before.
+    A rollout that exists stays as it is, whatever became of it.
 
     Args:
         requests: with the ``rollout_id`` each, or else none of them can exist yet.
@@ -57,7 +56,7 @@ async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutR
         if rollout is None:
             fresh.append(request)
         else:
-            await _take_up(store, rollout, request)
+            _check_same(rollout, request)
     made: list[Rollout] = []
     for begin in range(0, len(fresh), _WRITES_AT_ONCE):
         made.extend(await store.enqueue_many_rollouts(fresh[begin : begin + _WRITES_AT_ONCE]))
@@ -79,24 +78,12 @@ async def spans_of(store: LightningStore, rollouts: Sequence[Rollout]) -> list[l
     return list(await asyncio.gather(*(read(rollout) for rollout in rollouts)))
 
 
-async def _take_up(store: LightningStore, rollout: Rollout, request: EnqueueRolloutRequest) -> None:
+def _check_same(rollout: Rollout, request: EnqueueRolloutRequest) -> None:
     if rollout.input != request.input:
         raise IdReused(
             f"rollout {rollout.rollout_id!r} exists with the input {_short(rollout.input)}, not "
             f"{_short(request.input)}; the run of that name was begun with other tasks: give this one another name"
         )
-    if not is_finished(rollout) and request.resources_id is not None:
-        await _repoint(store, rollout.rollout_id, request.resources_id)
-
-
-async def _repoint(store: LightningStore, rollout_id: str, resources_id: str) -> None:
-    try:
-        await store.update_rollout(rollout_id, resources_id=resources_id)
-    except IllegalMove:
-        # It ended in between. What ended is used as it is.
-        now = await store.get_rollout_by_id(rollout_id)
-        if now is None or not is_finished(now):
-            raise
 
 
 def _short(value: Any) -> str:

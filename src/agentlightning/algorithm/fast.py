@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import enqueue_once
+from agentlightning.algorithm.taking_up import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
@@ -98,8 +99,13 @@ class Baseline(FastAlgorithm):
 
     async def _run_epochs(self, work: Sequence[_Work], resources: NamedResources | None) -> None:
         store = self.get_store()
-        resources_id = None if resources is None else (await store.add_resources(resources)).resources_id
         run = self.get_run()
+        resources_id = None
+        if resources is not None:
+            published = await store.add_resources(resources)
+            resources_id = published.resources_id
+            if run is not None:
+                await give_to_leftovers(store, run.name, lambda _: published)
         checkpoint = (run.load_checkpoint() if run else None) or {"epoch": 0}
         for epoch in range(checkpoint["epoch"], self._n_epochs):
             await self._run_epoch(store, epoch, work, resources_id)
@@ -120,9 +126,11 @@ class Baseline(FastAlgorithm):
         self, store: LightningStore, epoch: int, work: Sequence[_Work], resources_id: str | None
     ) -> None:
         following: set[asyncio.Task[tuple[Rollout, float | None]]] = set()
+        begun = await self._begun(store, epoch)
         try:
             for index, (mode, each) in enumerate(work):
-                await self._wait_for_room(store, following)
+                if self._rollout_id(epoch, index) not in begun:
+                    await self._wait_for_room(store, following)
                 rollout_id = await self._enqueue(store, epoch, index, mode, each, resources_id)
                 following.add(asyncio.create_task(self._follow(store, rollout_id)))
             ended = await asyncio.gather(*following)
@@ -137,16 +145,27 @@ class Baseline(FastAlgorithm):
             numbers["reward_mean"] = math.fsum(rewards) / len(rewards)
         self.report(epoch, **numbers)
 
+    async def _begun(self, store: LightningStore, epoch: int) -> set[str | None]:
+        """The rollouts of the epoch that exist, from an earlier start of the run."""
+        run = self.get_run()
+        if run is None:
+            return set()
+        known = await store.query_rollouts(rollout_id_contains=run.rollout_id(epoch, 0).removesuffix("0"))
+        return {each.rollout_id for each in known}
+
+    def _rollout_id(self, epoch: int, index: int) -> str | None:
+        run = self.get_run()
+        return None if run is None else run.rollout_id(epoch, index)
+
     async def _enqueue(
         self, store: LightningStore, epoch: int, index: int, mode: RolloutMode, each: Any, resources_id: str | None
     ) -> str:
-        run = self.get_run()
         request = EnqueueRolloutRequest(
             input=each,
             mode=mode,
             resources_id=resources_id,
             config=self.get_rollout_config(),
-            rollout_id=None if run is None else run.rollout_id(epoch, index),
+            rollout_id=self._rollout_id(epoch, index),
         )
         return (await enqueue_once(store, [request]))[0]
 

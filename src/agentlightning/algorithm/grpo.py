@@ -22,9 +22,10 @@ from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
 from agentlightning.algorithm.policy_update import PolicyUpdate, update_policy
 from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.algorithm.taking_up import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue, NothingToLearn
-from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, Rollout, RolloutMode
+from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, ResourcesUpdate, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
 
 __all__ = ["GRPO"]
@@ -191,8 +192,8 @@ class GRPO(Algorithm):
     ) -> list[Rollout | None]:
         """Give those that failed in the step that was taken up one more chance, as new rollouts.
 
-        What waited in the queue when the process before died names an endpoint that died with it. A runner
-        that was quicker than this process has tried to reach that, in vain.
+        An agent that was at work elsewhere when the process before died has tried to reach a model that died
+        with it, in vain.
         """
         failed = [index for index, rollout in enumerate(rollouts) if rollout is None or rollout.status != "succeeded"]
         inputs = [attempts[index] for index in failed]
@@ -267,12 +268,17 @@ class GRPO(Algorithm):
             async with self._behind_proxy(endpoint) as proxy:
                 self._announce(begin, endpoint, proxy)
                 store = self.get_store()
-                # New ids, not new versions: what an interrupted run left in the queue is given these.
                 train = await store.add_resources({**self._own_resources(), "llm": self._llm(endpoint, proxy, 1.0)})
                 val = await store.add_resources({**self._own_resources(), "llm": self._llm(endpoint, proxy, 0.0)})
+                await self._give_to_leftovers(train, val)
                 yield _Session(endpoint, train.resources_id, val.resources_id, took_up)
         finally:
             await endpoint.stop()
+
+    async def _give_to_leftovers(self, train: ResourcesUpdate, val: ResourcesUpdate) -> None:
+        run = self.get_run()
+        if run is not None:
+            await give_to_leftovers(self.get_store(), run.name, lambda mode: val if mode == "val" else train)
 
     @asynccontextmanager
     async def _behind_proxy(self, endpoint: PolicyEndpoint) -> AsyncGenerator[ModelProxy | None]:

@@ -39,7 +39,7 @@ class AlgorithmRun(Run):
     def execute(self, algorithm: AlgorithmBundle) -> None:
         """Run it. Raises as ``ExecutionStrategy.execute``."""
         try:
-            with self._interrupts, self._served() as door:
+            with self._interrupts, self._served(algorithm) as door:
                 assert door.store is not None
                 self._ending.store = door.store if self._settings.managed_store else None
                 try:
@@ -87,7 +87,7 @@ class SplitRun(Run):
         self._ending = self._shutdown(supervision)
         supervision.open()
         try:
-            with self._interrupts, self._served() as door:
+            with self._interrupts, self._served(algorithm) as door:
                 assert door.store is not None
                 self._ending.store = door.store if self._settings.managed_store else None
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
@@ -9,13 +10,14 @@ from agentlightning.execution.events import ExecutionEvent
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
 from agentlightning.store.base import LightningStore
 
-__all__ = ["AlgorithmBundle", "ExecutionStrategy", "RunnerBundle", "resolve_managed_store_flag"]
+__all__ = ["AlgorithmBundle", "ExecutionStrategy", "RunnerBundle", "prepare_store", "resolve_managed_store_flag"]
 
 
 class AlgorithmBundle(Protocol):
     """The algorithm's side of a run, ready to be called.
 
-    It ends when it is done, soon after ``event`` is set, or when its task is cancelled.
+    It ends when it is done, soon after ``event`` is set, or when its task is cancelled. One that also has a coroutine
+    method ``prepare(store)`` gets the store itself by that first, before anybody else can reach it.
     """
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
@@ -49,6 +51,13 @@ class ExecutionStrategy(ABC):
                 process failed, its traceback. What the algorithm raises in this process is raised as it is.
             Interrupted: Ctrl+C. It is a ``KeyboardInterrupt``; a program that lets it pass ends with exit code 130.
         """
+
+
+def prepare_store(algorithm: AlgorithmBundle, store: LightningStore) -> None:
+    """Let the algorithm's side have the store first, if it asks for that. Raises what its ``prepare`` raises."""
+    prepare = getattr(algorithm, "prepare", None)
+    if prepare is not None:
+        asyncio.run(prepare(store))
 
 
 def resolve_managed_store_flag(value: bool | None) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentlightning.errors import ExecutionFailed
+from agentlightning.execution.base import AlgorithmBundle, prepare_store
 from agentlightning.execution.events import ThreadingEvent
 from agentlightning.execution.interrupts import Interrupts
 from agentlightning.execution.jobs import Door
@@ -91,9 +92,10 @@ class Run:
         raise NotImplementedError
 
     @contextmanager
-    def _served(self) -> Generator[Door, None, None]:
-        """The store as the two sides get it, for the length of the block."""
+    def _served(self, algorithm: AlgorithmBundle) -> Generator[Door, None, None]:
+        """The store as the two sides get it, for the length of the block; the algorithm's side sees it first."""
         settings = self._settings
+        prepare_store(algorithm, self._store)
         if not settings.managed_store:
             yield Door(store=self._store)
             return

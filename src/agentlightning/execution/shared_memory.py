@@ -17,6 +17,7 @@ from agentlightning.execution.base import (
     AlgorithmBundle,
     ExecutionStrategy,
     RunnerBundle,
+    prepare_store,
     resolve_managed_store_flag,
 )
 from agentlightning.execution.events import ExecutionEvent, ThreadingEvent
@@ -87,6 +88,7 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
         if self.main_thread == "runner":
             works.reverse()
         with Interrupts(sides.event.set, sides.hurry) as interrupts:
+            prepare_store(algorithm, store)
             threads = [_start(sides, side) for side in works[1:]]
             sides.run(works[0], self.join_timeout)
             sides.event.set()

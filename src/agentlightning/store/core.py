@@ -47,6 +47,7 @@ class Core:
         self._open = False
         self._closed = False
         self._no_more_waiting: AgentLightningError | None = None
+        self._claims_held = False
 
     def open(self) -> None:
         """Take possession of the data; idempotent. Raises as ``Backend.open``."""
@@ -99,6 +100,16 @@ class Core:
 
     # --- Waiting ---------------------------------------------------------------------------------
 
+    def hold_claims(self) -> None:
+        """Hand out nothing until ``release_claims``: the queue looks empty to whoever claims."""
+        self._claims_held = True
+
+    def release_claims(self) -> None:
+        """Hand out what waits, also to those who wait for it. Idempotent."""
+        if self._claims_held:
+            self._claims_held = False
+            self._claims.wake_all()
+
     async def claim_or_wait(
         self,
         claim: Callable[[], Awaitable[Sequence[T] | None]],
@@ -111,15 +122,19 @@ class Core:
         ``claim`` says None when waiting is of no use: then the answer is nothing, at once.
         """
         self._check_process()
+
+        async def claim_unless_held() -> Sequence[T] | None:
+            return () if self._claims_held else await claim()
+
         clock = asyncio.get_running_loop().time
         until = clock() + wait_seconds
         while True:
             if until - clock() <= 0:
-                return await claim() or []
+                return await claim_unless_held() or []
             ticket = self._claims.join(worker_id, request_id)
             will_look = False
             try:
-                claimed = await claim()
+                claimed = await claim_unless_held()
                 if claimed is None:
                     self._claims.wake(1)  # it may have been called for a rollout that another one can take
                     return []

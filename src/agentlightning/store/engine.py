@@ -97,6 +97,14 @@ class EngineStore(ReadingStore):
         """Finish what was accepted and let go of the data; idempotent."""
         await self._core.close()
 
+    def hold_claims(self) -> None:
+        """Hand out no rollout until somebody enqueues one, or waits for one to end.
+
+        For a run that is taken up again: what its earlier start left in the queue may not be claimed before its
+        algorithm is there to answer for it. Heartbeats and reports are taken meanwhile.
+        """
+        self._core.hold_claims()
+
     def answering_in_json(self) -> Any:
         """This store as a second object, whose methods return each record as its JSON, in bytes.
 
@@ -116,6 +124,7 @@ class EngineStore(ReadingStore):
         check_batch(rollouts, "rollouts")
         drafts = [draft_of(request, self._ids) for request in rollouts]
         done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
+        self._core.release_claims()
         return [self._shown.rollout_view(*each) for each in done]
 
     async def start_rollout(

@@ -141,6 +141,7 @@ class ReadingStore(LightningStore):
             raise InvalidValue("rollout_ids is None; give the ids of the rollouts to wait for")
         ids: tuple[str, ...] = tuple(dict.fromkeys(wanted.value))
         seconds = None if timeout is None else max(check_finite(timeout, "timeout"), 0.0)
+        self._core.release_claims()
         watch = self._core.watch(ids)
         try:
             page = await self._core.read(lambda tx: tx.page(PageQuery("rollouts", (wanted,))), rows=len(ids))

@@ -150,6 +150,11 @@ class ClaimWaiters:
         with self._lock:
             self._wake(count)
 
+    def wake_all(self) -> None:
+        """Nobody knows how many rollouts there are in the queue: all shall look."""
+        with self._lock:
+            self._wake(len(self._tickets))
+
     def wake_workers(self, worker_ids: Collection[str]) -> None:
         """Something has changed for these workers: they shall look, whatever the queue holds."""
         with self._lock:

@@ -21,9 +21,10 @@ from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.trainer.components import ComponentSpec, build_component
-from agentlightning.trainer.leftovers import watch_leftovers
+from agentlightning.trainer.leftovers import end_leftovers, watch_leftovers
 from agentlightning.trainer.progress import Progress
 from agentlightning.trainer.registry import TracerRegistry
+from agentlightning.trainer.resuming import hold_until_asked, requeue_cut_off, with_taking_up
 from agentlightning.trainer.views import ProgressSpec, make_view
 from agentlightning.trainer.wrappers import with_reward_observer, with_rollout_config
 from agentlightning.types import Dataset, NamedResources, RolloutConfig
@@ -64,6 +65,15 @@ class AlgorithmRole:
     def interrupt(self) -> None:
         """End the algorithm early, as if the stop event had been set. Any thread may call."""
         self._interrupted = True
+
+    async def prepare(self, store: LightningStore) -> None:
+        """Before runners can reach the store: see to what an earlier start of the run has left in it."""
+        if self.run is None or self.algorithm is None:
+            return
+        hold_until_asked(store)
+        await end_leftovers(store)
+        if self.llm_proxy is not None:
+            await requeue_cut_off(store)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
         """Run to the end of the algorithm, or until the event is set; the proxy is stopped after."""
@@ -111,8 +121,8 @@ class AlgorithmRole:
             await _in_thread(functools.partial(self.algorithm.run, self.train_dataset, self.val_dataset))
 
     def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> None:
-        watched = with_reward_observer(with_rollout_config(store, self.rollout_config), progress.observe)
-        algorithm.set_store(watched)
+        given = store if self.run is None else with_taking_up(store, self.llm_proxy)
+        algorithm.set_store(with_reward_observer(with_rollout_config(given, self.rollout_config), progress.observe))
         algorithm.set_adapter(self.adapter)
         algorithm.set_llm_proxy(self.llm_proxy)
         algorithm.set_rollout_config(self.rollout_config)

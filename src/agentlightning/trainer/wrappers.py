@@ -21,7 +21,7 @@ from agentlightning.types import (
 )
 from agentlightning.types.rewards import find_final_reward
 
-__all__ = ["DEFAULT_ROLLOUT_CONFIG", "with_reward_observer", "with_rollout_config"]
+__all__ = ["DEFAULT_ROLLOUT_CONFIG", "Forwarding", "with_reward_observer", "with_rollout_config"]
 
 DEFAULT_ROLLOUT_CONFIG = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "timeout"])
 """Lost workers and timeouts are retried, up to 3 attempts in all; errors of the agent are not."""
@@ -40,7 +40,7 @@ def with_reward_observer(store: LightningStore, observe: Callable[[str, float], 
     return cast("LightningStore", _Observed(store, observe))
 
 
-class _Forwarding:
+class Forwarding:
     """Hands everything through to the wrapped store."""
 
     def __init__(self, store: LightningStore) -> None:
@@ -52,10 +52,10 @@ class _Forwarding:
         return getattr(self._store, name)
 
 
-LightningStore.register(_Forwarding)
+LightningStore.register(Forwarding)
 
 
-class _Configured(_Forwarding):
+class _Configured(Forwarding):
     def __init__(self, store: LightningStore, config: RolloutConfig) -> None:
         super().__init__(store)
         self._config = config
@@ -92,7 +92,7 @@ class _Configured(_Forwarding):
         )
 
 
-class _Observed(_Forwarding):
+class _Observed(Forwarding):
     def __init__(self, store: LightningStore, observe: Callable[[str, float], None]) -> None:
         super().__init__(store)
         self._observe = observe

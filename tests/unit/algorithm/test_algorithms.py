@@ -14,11 +14,12 @@ import pytest
 import agentlightning as agl
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.batches import enqueue_once
-from agentlightning.errors import IdReused, InvalidValue
+from agentlightning.algorithm.taking_up import give_to_leftovers
+from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import EnqueueRolloutRequest, RolloutConfig
-from scenes import claimed, finish, llm, rollout_now
+from scenes import claimed, finish, llm
 
 # --- The base --------------------------------------------------------------------------------------
 
@@ -206,27 +207,52 @@ def test_batches_cover_everything_in_order() -> None:
         next(agl.batch_iter_over_dataset([1], 0))
 
 
-async def test_what_exists_is_enqueued_once_and_gets_the_new_resources_unless_it_has_ended() -> None:
+async def test_what_exists_is_enqueued_once() -> None:
     async with InMemoryLightningStore() as store:
-        old = await store.add_resources({"llm": llm()})
-        new = await store.add_resources({"llm": llm()})
 
-        def requests(resources_id: str, count: int) -> list[EnqueueRolloutRequest]:
-            return [
-                EnqueueRolloutRequest(input=index, rollout_id=f"r:{index}", resources_id=resources_id)
-                for index in range(count)
-            ]
+        def requests(count: int) -> list[EnqueueRolloutRequest]:
+            return [EnqueueRolloutRequest(input=index, rollout_id=f"r:{index}") for index in range(count)]
 
-        await enqueue_once(store, requests(old.resources_id, 2))
+        await enqueue_once(store, requests(2))
         await finish(store, await claimed(store))
-        assert await enqueue_once(store, requests(new.resources_id, 3)) == ["r:0", "r:1", "r:2"]
+        assert await enqueue_once(store, requests(3)) == ["r:0", "r:1", "r:2"]
         assert (await store.query_rollouts()).total == 3
-        used = [(await rollout_now(store, f"r:{index}")).resources_id for index in range(3)]
-        assert used == [old.resources_id, new.resources_id, new.resources_id]
         with pytest.raises(IdReused, match="other tasks"):
             await enqueue_once(store, [EnqueueRolloutRequest(input="else", rollout_id="r:0")])
         unnamed = [EnqueueRolloutRequest(input=json.dumps(index)) for index in range(2)]
         assert len({*await enqueue_once(store, unnamed), *await enqueue_once(store, unnamed)}) == 4
+
+
+# --- Leftovers -------------------------------------------------------------------------------------
+
+
+async def test_what_a_run_left_unfinished_gets_the_resources_of_its_new_start() -> None:
+    def model(port: int) -> agl.LLM:
+        return agl.LLM(endpoint=f"http://127.0.0.1:{port}/v1", model="m")
+
+    async with InMemoryLightningStore() as store:
+        old = await store.add_resources({"llm": model(1)})
+        same = await store.add_resources({"llm": model(2)})
+        new = await store.add_resources({"llm": model(2)})
+        for name in ("r:ended", "r:running", "r:waiting", "other:r:waiting"):
+            await store.enqueue_rollout(name, rollout_id=name, resources_id=old.resources_id)
+        await store.enqueue_rollout("same", rollout_id="r:same", resources_id=same.resources_id, priority=9)
+        kept, ended, running = [await claimed(store) for _ in range(3)]
+        await finish(store, ended)
+
+        await give_to_leftovers(store, "r", lambda _: new)
+
+        now = {each.rollout_id: (each.status, each.resources_id) for each in await store.query_rollouts()}
+        assert now == {
+            "r:ended": ("succeeded", old.resources_id),
+            "r:running": ("requeuing", new.resources_id),
+            "r:waiting": ("queuing", new.resources_id),
+            "other:r:waiting": ("queuing", old.resources_id),
+            "r:same": ("preparing", same.resources_id),
+        }
+        with pytest.raises(StaleAttempt):
+            await store.update_attempt(running.rollout_id, running.attempt.attempt_id, "succeeded")
+        await finish(store, kept)
 
 
 def test_names_of_the_old_interface_are_where_they_were() -> None:

@@ -94,6 +94,8 @@ def test_a_server_that_is_not_there_is_found() -> None:
 def test_a_host_that_nobody_knows_is_found() -> None:
     found = examine("http://no-such-host.invalid:4747")
     assert "is not known here" in found["server_unreachable"]["text"]
+    found = examine("http://gpu..lab:4747")
+    assert "a name that no host can have" in found["server_unreachable"]["text"]
 
 
 def test_a_server_that_is_stuck_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

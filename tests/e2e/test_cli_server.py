@@ -9,10 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agentlightning.cli import target, workers
 from agentlightning.cli.exits import ExitCode
+from agentlightning.errors import StoreUnreachable
+from agentlightning.store.sqlite.store import InMemoryLightningStore
 from command_line import agl, clean_environment
 from served_store import closed_port, served, served_elsewhere
 from worked_store import RESOURCES, work
@@ -104,3 +108,48 @@ def test_a_server_that_is_not_there_is_exit_code_4_at_once(words: list[str]) -> 
     done = agl(*words, "--url", f"http://127.0.0.1:{closed_port()}")
     assert (done.code, done.out) == (ExitCode.UNREACHABLE, "")
     assert "nothing listens at" in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [["rollouts", "ls"], ["rollouts", "cancel", "ro-1"], ["workers", "drain", "--all"]], ids=" ".join
+)
+def test_a_server_that_falls_silent_is_given_up_soon(
+    words: list[str], database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_PATIENCE_SECONDS", 0.3)
+    check = target._check_answers
+    with served_elsewhere(database) as (url, pid):
+
+        def check_and_stop(server: target.Server) -> None:
+            check(server)
+            os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)  # until it stands still
+
+        monkeypatch.setattr(target, "_check_answers", check_and_stop)
+        try:
+            done = agl(*words, "--url", url)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert (done.code, done.out) == (ExitCode.UNREACHABLE, "")
+    assert "did not answer" in done.err
+
+
+async def test_who_waits_for_workers_rides_out_a_server_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Away(InMemoryLightningStore):
+        answers = 0
+
+        async def query_workers(self, *args: Any, **kwargs: Any) -> Any:
+            self.answers += 1
+            if self.answers < 3:
+                raise StoreUnreachable("the server is being started again")
+            return await super().query_workers(*args, **kwargs)
+
+    monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.01)
+    async with Away() as store:
+        await workers._wait_until_free(store, ["w-1"], 60.0)
+    assert "None of them works any more" in capsys.readouterr().out
+    async with Away() as store:
+        with pytest.raises(StoreUnreachable):
+            await workers._wait_until_free(store, ["w-1"], 0.0)

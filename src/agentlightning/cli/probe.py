@@ -112,7 +112,7 @@ def _get(server: Server, path: str) -> _Reply:
         connection.request("GET", parts.path + path, headers=headers)
         reply = connection.getresponse()
         return _Reply(reply.status, reply.read())
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         raise StoreUnreachable(_silence(server, error)) from error
     finally:
         connection.close()
@@ -122,6 +122,8 @@ def _silence(server: Server, error: Exception) -> str:
     match error:
         case socket.gaierror():
             return f"the host of {server} is not known here ({error.strerror}); check its name"
+        case UnicodeError():  # what the encoding of names raises: an empty part, or one of more than 63 characters
+            return f"the host of {server} has a name that no host can have; check it"
         case ConnectionRefusedError():
             return (
                 f"nothing listens at {server}. Start a server there with `agl store`, "

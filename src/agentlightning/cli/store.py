@@ -88,7 +88,6 @@ def store(
 
       AGL_API_KEY=... agl store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    from agentlightning.store.client_server.server.limits import ServerLimits
     from agentlightning.store.client_server.server.server import LightningStoreServer
     from agentlightning.store.client_server.server.service import run_service
     from agentlightning.telemetry.logs import setup_logging
@@ -108,7 +107,6 @@ def store(
         allowed_hosts=allowed_host or (),
         tls_certificate=tls_cert,
         tls_key=tls_key,
-        limits=ServerLimits(),
     )
     run_service(server, served, lambda: typer.echo(f"serving {db} at {server.endpoint}"))
 

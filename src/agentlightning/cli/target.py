@@ -29,7 +29,7 @@ _ANY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d{1,5}/?")
 _SERVER_SCHEMES = ("http", "https")
 _PATIENCE_SECONDS = 10.0
-"""For how long a question is asked again, once the server has been seen to answer."""
+"""For how long a command tries, once the server has been seen to answer."""
 
 
 class Server(NamedTuple):
@@ -87,7 +87,7 @@ def _server(url: str, api_key: str | None) -> Server:
 
 @asynccontextmanager
 async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenerator[LightningStore]:
-    """The store that ``--url`` names, for reading and writing.
+    """The store that ``--url`` names, for a program that goes on: it rides out a server that is away for a while.
 
     Raises:
         InvalidValue: there is no such file, or the URL is none.
@@ -112,17 +112,8 @@ async def open_view(url: str | None, api_key: str | None = None) -> AsyncGenerat
     """The store that ``--url`` names, for reading only; a file may be in use. Raises as ``open_store``."""
     target = locate(url, api_key)
     if isinstance(target, Server):
-        from agentlightning.store.client_server.client.client import LightningStoreClient
-        from agentlightning.store.client_server.resilience.resilience import Resilience
-
-        _check_answers(target)
-        async with LightningStoreClient(
-            target.url,
-            api_key=target.api_key,
-            spool_dir=None,
-            resilience=Resilience(patience_seconds=_PATIENCE_SECONDS),
-        ) as client:
-            yield client
+        async with _served(target) as store:
+            yield store
     else:
         from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
@@ -145,14 +136,31 @@ def act(url: str | None, api_key: str | None, action: Callable[[LightningStore],
     """Do something to the store that ``--url`` names, and wait for the result. Raises as ``open_store``."""
 
     async def run() -> T:
-        async with open_store(url, api_key) as store:
+        target = locate(url, api_key)
+        async with _served(target) if isinstance(target, Server) else _owner(target.path) as store:
             return await action(store)
 
     return asyncio.run(run())
 
 
+@asynccontextmanager
+async def _served(server: Server) -> AsyncGenerator[LightningStore]:
+    """For somebody who waits at a keyboard: with little patience, and nothing kept on this machine."""
+    from agentlightning.store.client_server.client.client import LightningStoreClient
+    from agentlightning.store.client_server.resilience.resilience import Resilience
+
+    _check_answers(server)
+    async with LightningStoreClient(
+        server.url,
+        api_key=server.api_key,
+        spool_dir=None,
+        resilience=Resilience(patience_seconds=_PATIENCE_SECONDS),
+    ) as client:
+        yield client
+
+
 def _check_answers(server: Server) -> None:
-    """One request that is not tried again: somebody is waiting at a keyboard."""
+    """One request that is not tried again, so that a wrong address is told at once."""
     from agentlightning.cli.probe import ask
 
     ask(server)

@@ -161,14 +161,20 @@ def _direct(
 
 
 async def _wait_until_free(store: LightningStore, names: Sequence[str], seconds: float) -> None:
+    from agentlightning.errors import StoreUnavailable
+
     until = time.monotonic() + seconds
-    wanted = set(names)
+    busy = wanted = set(names)
     while True:
-        busy = {each.worker_id for each in await store.query_workers(status_in=["busy"])} & wanted
+        left = until - time.monotonic()
+        try:
+            busy = {each.worker_id for each in await store.query_workers(status_in=["busy"])} & wanted
+        except StoreUnavailable:
+            if left <= 0:
+                raise
         if not busy:
             typer.echo("None of them works any more.")
             return
-        left = until - time.monotonic()
         if left <= 0:
             typer.echo(f"After {seconds:g} s, still at work: {', '.join(sorted(busy))}", err=True)
             raise typer.Exit(ExitCode.FAILED)

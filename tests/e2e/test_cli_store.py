@@ -77,7 +77,7 @@ def test_a_file_that_somebody_serves_already(tmp_path: Path) -> None:
     [
         (("--host", "0.0.0.0", "--db", "new.db"), "--api-key"),
         (("--db", "postgres://host/name"), "sqlite://PATH"),
-        (("--db", "memory", "--tls-cert", "x.pem"), "tls_key"),
+        (("--db", "memory", "--tls-cert", "x.pem"), "--tls-key"),
         (("--db", "memory", "--api-key", "short"), "8 to 512"),
         (("--db", "memory", "--cors-origin", "lab"), "not an origin"),
         (("--db", "memory", "--log-file", "/"), "log file"),

@@ -41,7 +41,10 @@ def demo(
 
     Exit code 0: the policy has learned the game. 1: it has not, or a rollout was lost.
 
-    Examples: [bold]agl demo[/bold]   [bold]agl demo --seed 7 --keep[/bold]
+    [bold]Examples[/bold]
+
+      agl demo
+      agl demo --seed 7 --keep
     """
     from rich.console import Console
 

@@ -87,8 +87,17 @@ class _LazyCommand(TyperCommand):
         module_name, _, function_name = self._target.partition(":")
         app = typer.Typer(rich_markup_mode="rich", add_completion=False)
         function = getattr(import_module(module_name), function_name)
-        app.command(info_name, cls=_EdgeCommand, context_settings=_HELP_NAMES)(function)
+        text = _unwrapped(inspect.getdoc(function) or "")
+        app.command(info_name, cls=_EdgeCommand, context_settings=_HELP_NAMES, help=text)(function)
         return get_command(app).make_context(info_name, args, parent, **extra)
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring whose paragraphs are lines, to be wrapped to the terminal; what is indented stays as it is."""
+    return "\n\n".join(
+        part if any(line.startswith(" ") for line in part.splitlines()) else part.replace("\n", " ")
+        for part in text.split("\n\n")
+    )
 
 
 class _EdgeCommand(TyperCommand):

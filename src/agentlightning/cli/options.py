@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ApiKey", "Format", "Limit", "Output", "Url"]
+__all__ = ["ApiKey", "Format", "Level", "Limit", "LogLevel", "Output", "Url"]
 
 
 class Format(StrEnum):
@@ -15,6 +15,15 @@ class Format(StrEnum):
 
     TABLE = "table"
     JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """From which importance on a program that serves logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 Url = Annotated[
@@ -42,5 +51,7 @@ ApiKey = Annotated[
 Output = Annotated[
     Format, typer.Option("--output", "-o", help="For people (table), or for programs (json), whole and unchanged.")
 ]
+
+Level = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False, help="The least important lines.")]
 
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")]

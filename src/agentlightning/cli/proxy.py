@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentlightning.cli.options import ApiKey, Url
+from agentlightning.cli.options import ApiKey, Level, LogLevel, Url
 
 if TYPE_CHECKING:
     from agentlightning.proxy import LLMProxy, ModelConfig
@@ -16,67 +15,71 @@ if TYPE_CHECKING:
 __all__ = ["proxy"]
 
 
-class _Level(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
 _MODELS = "Models"
 _STORE = "The record"
 _SERVE = "Serving"
 
+_Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", metavar="NAME=URL", help="A backend; again for more.", rich_help_panel=_MODELS),
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="File with a model_list, .toml or .json.", rich_help_panel=_MODELS),
+]
+_UpstreamKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VARIABLE",
+        help="Environment variable that has the key for the backends of --model.",
+        rich_help_panel=_MODELS,
+    ),
+]
+_Retries = Annotated[int, typer.Option(min=0, help="How often a call is tried again.", rich_help_panel=_MODELS)]
+_NoRecord = Annotated[
+    bool, typer.Option("--no-record", help="Pass calls on and record none: no store.", rich_help_panel=_STORE)
+]
+_Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVE)]
+_Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.", rich_help_panel=_SERVE)]
+_PublicUrl = Annotated[
+    str | None, typer.Option(help="How agents reach it, if not by host and port.", rich_help_panel=_SERVE)
+]
+_Key = Annotated[
+    str | None,
+    typer.Option(envvar="AGL_PROXY_KEY", help="Secret that agents have to show.", rich_help_panel=_SERVE),
+]
+_ControlKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="AGL_PROXY_CONTROL_KEY", help="Secret that opens /control (pause, resume).", rich_help_panel=_SERVE
+    ),
+]
+
 
 def proxy(
-    model: Annotated[
-        list[str] | None,
-        typer.Option("--model", "-m", metavar="NAME=URL", help="A backend; again for more.", rich_help_panel=_MODELS),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="File with a model_list, .toml or .json.", rich_help_panel=_MODELS),
-    ] = None,
-    upstream_key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE", help="Where the key for the backends of --model stands.", rich_help_panel=_MODELS
-        ),
-    ] = None,
-    retries: Annotated[int, typer.Option(min=0, help="How often a call is tried again.", rich_help_panel=_MODELS)] = 2,
+    model: _Models = None,
+    config: _Config = None,
+    upstream_key_env: _UpstreamKey = None,
+    retries: _Retries = 2,
     url: Url = None,
     api_key: ApiKey = None,
-    no_record: Annotated[
-        bool, typer.Option("--no-record", help="Pass calls on and record none: no store.", rich_help_panel=_STORE)
-    ] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVE)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.", rich_help_panel=_SERVE)] = 4748,
-    public_url: Annotated[
-        str | None, typer.Option(help="How agents reach it, if not by host and port.", rich_help_panel=_SERVE)
-    ] = None,
-    proxy_key: Annotated[
-        str | None,
-        typer.Option(envvar="AGL_PROXY_KEY", help="Secret that agents have to show.", rich_help_panel=_SERVE),
-    ] = None,
-    control_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="AGL_PROXY_CONTROL_KEY", help="Secret that opens /control (pause, resume).", rich_help_panel=_SERVE
-        ),
-    ] = None,
-    log_level: Annotated[_Level, typer.Option(case_sensitive=False, help="Least important lines.")] = _Level.INFO,
+    no_record: _NoRecord = False,
+    host: _Host = "127.0.0.1",
+    port: _Port = 4748,
+    public_url: _PublicUrl = None,
+    proxy_key: _Key = None,
+    control_key: _ControlKey = None,
+    log_level: Level = LogLevel.INFO,
 ) -> None:
     """Serve models under OpenAI's protocol, and record every call of an attempt.
 
     Agents call URL/rollout/ROLLOUT_ID/attempt/ATTEMPT_ID/v1. Prints one line, 'serving … at URL', when it answers.
     SIGTERM or Ctrl+C: lets calls end, brings their spans to the store, then ends.
 
-    Examples:
+    [bold]Examples[/bold]
 
       agl proxy --model policy=http://gpu:8000/v1
-
       agl proxy --config models.toml --url http://lab:4747 --host 0.0.0.0
-
       agl proxy --model policy=http://a:8000/v1 --model policy=http://b:8000/v1 --no-record
     """
     import asyncio

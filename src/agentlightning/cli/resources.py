@@ -28,7 +28,7 @@ Keys = Annotated[bool, typer.Option("--show-keys", help="Print API keys, which a
 
 def ls(
     resources_id: Annotated[
-        str | None, typer.Argument(metavar="[RESOURCES_ID]", help="List all versions of this one.", show_default=False)
+        str | None, typer.Argument(metavar="RESOURCES_ID", help="List all versions of this one.", show_default=False)
     ] = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -81,7 +81,7 @@ def _row(update: ResourcesUpdate, now: float) -> list[Cell | str]:
 def show(
     resources_id: Annotated[
         str | None,
-        typer.Argument(metavar="[RESOURCES_ID]", help="Default: those stored last.", show_default=False),
+        typer.Argument(metavar="RESOURCES_ID", help="Default: those stored last.", show_default=False),
     ] = None,
     version: Version = None,
     url: Url = None,
@@ -120,10 +120,10 @@ def show(
 def diff(
     resources_id: Id,
     old: Annotated[
-        int | None, typer.Argument(min=1, metavar="[OLD]", help="Default: the one before NEW.", show_default=False)
+        int | None, typer.Argument(min=1, metavar="OLD", help="Default: the one before NEW.", show_default=False)
     ] = None,
     new: Annotated[
-        int | None, typer.Argument(min=1, metavar="[NEW]", help="Default: the newest.", show_default=False)
+        int | None, typer.Argument(min=1, metavar="NEW", help="Default: the newest.", show_default=False)
     ] = None,
     url: Url = None,
     api_key: ApiKey = None,

@@ -120,7 +120,9 @@ class _Told(NamedTuple):
 
 
 def show(
-    rollout: Annotated[str, typer.Argument(help="Its id, a part of it that no other has, or latest.")],
+    rollout: Annotated[
+        str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")
+    ],
     url: Url = None,
     api_key: ApiKey = None,
     output: Output = Format.TABLE,

@@ -27,7 +27,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def trace(
-    rollout: Annotated[str, typer.Argument(help="Its id, a part of it that no other has, or latest.")] = "latest",
+    rollout: Annotated[
+        str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")
+    ] = "latest",
     attempt: Annotated[str, typer.Option("--attempt", "-a", help="Its number or id, or latest.")] = "latest",
     name: Annotated[str | None, typer.Option(help="Only spans whose name has this in it.")] = None,
     attributes: Annotated[bool, typer.Option("--attributes", help="Print the attributes of each span, too.")] = False,

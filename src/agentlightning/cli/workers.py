@@ -121,7 +121,9 @@ def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url 
 
 
 def resume(workers: Names = None, every: All = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Take back a drain or stop that a worker has not followed yet. One that has ended must be started again.
+    """Take back a drain or stop.
+
+    A worker that has ended meanwhile comes back if its machine stays (`agl runner --stay`); else start it again.
 
     [bold]Examples[/bold]
 

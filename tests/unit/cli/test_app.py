@@ -20,7 +20,7 @@ import typer
 from agentlightning import SqliteLightningStore, errors
 from agentlightning.cli.app import COMMANDS
 from agentlightning.cli.exits import ExitCode, exit_code
-from agentlightning.cli.lazy import Command, Group, build
+from agentlightning.cli.lazy import Command, Group, _unwrapped, build
 from command_line import Done, agl, agl_process, clean_environment
 
 HEAVY = ("aiohttp", "apsw", "asyncio", "fastapi", "jinja2", "msgspec", "opentelemetry", "psutil", "pydantic", "uvicorn")
@@ -272,3 +272,8 @@ def test_a_command_is_imported_only_when_it_is_called() -> None:
     assert command_line.list_commands(typer.Context(command_line)) == ["ghost"]
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         command_line.main(["ghost"], prog_name="agl")
+
+
+def test_paragraphs_of_help_are_wrapped_to_the_terminal_and_examples_are_kept() -> None:
+    text = "First line.\n\nTwo lines\nof words.\n\nExamples\n\n  agl one\n  agl two\n"
+    assert _unwrapped(text) == "First line.\n\nTwo lines of words.\n\nExamples\n\n  agl one\n  agl two\n"

@@ -112,13 +112,15 @@ def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[Processor]
+    # Tracebacks without the values of local variables: keys are among those.
     if format == "json":
         last = [
-            structlog.processors.dict_tracebacks,
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
         ]
     else:
-        last = [structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False)]
+        plain = structlog.dev.plain_traceback
+        last = [structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, exception_formatter=plain)]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],

@@ -52,6 +52,22 @@ def test_files_have_one_object_in_each_line(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in json.dumps(failed["exception"])
 
 
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_tracebacks_do_not_show_local_variables(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(key: str) -> None:
+        raise ZeroDivisionError("why")
+
+    setup_logging("info", format=format)  # type: ignore[arg-type]
+    try:
+        fail("-".join(("sk", "secret")))
+    except ZeroDivisionError:
+        logging.getLogger("agentlightning.somewhere").exception("failed")
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said
+    assert "test_logs.py" in said
+    assert "sk-secret" not in said
+
+
 def test_lines_for_people_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging("WARNING", format="console")
     logging.getLogger("agentlightning").info("not shown")

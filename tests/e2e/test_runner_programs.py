@@ -88,6 +88,8 @@ async def test_ways_to_say_the_reward(command: str, reward: float | None) -> Non
 
 async def test_what_a_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_API_KEY", "secret of the store")
+    monkeypatch.setenv("AGL_SERVER_URL", "http://agl:secret%20of%20the%20store@lab:4747")
+    monkeypatch.setenv("AGL_PROXY_CONTROL_KEY", "secret of the algorithm")
     resources = {
         "llm": ProxyLLM(endpoint="http://proxy:1/v1", model="policy", api_key="key"),
         "prompt": PromptTemplate(template="Say {x}", engine="f-string"),
@@ -101,7 +103,7 @@ async def test_what_a_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (env["OPENAI_API_KEY"], env["AGL_MODEL"], env["AGL_PROMPT_TEMPLATE"]) == ("key", "policy", "Say {x}")
     assert (env["AGL_MODE"], env["MINE"]) == ("train", "1")
-    assert "secret of the store" not in done.stdout
+    assert "secret" not in done.stdout
     assert env["AGL_REWARD_URL"].startswith("http://127.0.0.1:")
     assert not Path(env["AGL_TASK_FILE"]).exists()  # cleaned up
 

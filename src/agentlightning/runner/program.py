@@ -41,8 +41,8 @@ __all__ = ["ProgramAgent", "ProgramFailed"]
 
 _VARIABLE_BYTES = 120 * 1024
 """Linux takes 128 KiB in one variable (MAX_ARG_STRLEN), its name included."""
-_PRIVATE = ("AGL_API_KEY", "AGL_WORKER_NAME")
-"""Variables of the runner that are none of the program's business."""
+_PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
+"""Variables of the runner that are none of the program's business. Nor is a key inside of ``AGL_SERVER_URL``."""
 _STDERR_SHOWN = 500
 
 
@@ -118,6 +118,8 @@ class ProgramAgent(LitAgent[Any]):
         (folder / "resources.json").write_text(json.dumps(public, ensure_ascii=False), encoding="utf-8")
         attempt_id = rollout.attempt.attempt_id if isinstance(rollout, AttemptedRollout) else ""
         env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+        if "@" in env.get("AGL_SERVER_URL", ""):
+            del env["AGL_SERVER_URL"]
         env |= {
             "AGL_TASK_FILE": str(folder / "task.json"),
             "AGL_RESOURCES_FILE": str(folder / "resources.json"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from agentlightning.cli.output import one_line
-from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
+from agentlightning.semconv import GenAIAttributes, LightningSpanAttributes, LLMCallAttributes
 from agentlightning.types import Span
 from agentlightning.types.rewards import get_rewards_from_span
 
@@ -72,7 +72,9 @@ def _begins(span: Span) -> tuple[float, int]:
 
 def _note(span: Span) -> str:
     attributes = span.attributes
-    parts: list[str] = [f"{each.name} reward {each.value:.4g}" for each in get_rewards_from_span(span)]
+    operation = attributes.get(LightningSpanAttributes.OPERATION_NAME.value)
+    parts: list[str] = [] if operation is None else [one_line(operation, 40)]
+    parts += [f"{each.name} reward {each.value:.4g}" for each in get_rewards_from_span(span)]
     asked = _number(attributes.get(GenAIAttributes.USAGE_INPUT_TOKENS.value))
     answered = _number(attributes.get(GenAIAttributes.USAGE_OUTPUT_TOKENS.value))
     if asked is not None or answered is not None:

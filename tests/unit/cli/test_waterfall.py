@@ -74,6 +74,7 @@ def test_times_are_counted_from_the_earliest_span() -> None:
             "raised KeyError: x",
         ),
         ({"end": None}, "not ended"),
+        ({"attributes": {"agentlightning.operation.name": "search"}}, "search"),
         ({}, ""),
     ],
 )

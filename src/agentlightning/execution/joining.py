@@ -6,8 +6,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -15,13 +15,26 @@ from agentlightning.errors import ExecutionFailed, WrongServer
 from agentlightning.store.client_server.wire.address import parse_address
 from agentlightning.store.client_server.wire.routes import CANONICAL
 
-__all__ = ["join_server"]
+__all__ = ["Joined", "anybody_may", "join_server"]
 
 _log = logging.getLogger(__name__)
 _ASK_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _TELL_SECONDS = (1.0, 5.0, 10.0, 20.0, 30.0)
 """When the first countdowns are shown, in seconds since the beginning; then every 30."""
+
+
+class Joined(NamedTuple):
+    """A server, as it says of itself. Two that are equal are one, which was up all the time."""
+
+    run_id: str | None
+    """The run that it serves; None: it serves none, or several."""
+    instance: str | None
+    """Another one for each start of a server."""
+
+
+async def anybody_may(_: Joined) -> None:
+    """Holds nobody back."""
 
 
 async def join_server(
@@ -31,7 +44,8 @@ async def join_server(
     run_id: str | None,
     limit_seconds: float,
     stopped: Callable[[], bool] = lambda: False,
-) -> bool:
+    held_back: Callable[[Joined], Awaitable[str | None]] = anybody_may,
+) -> Joined | None:
     """Wait until the server answers and is ready; a countdown is logged, as a warning.
 
     Args:
@@ -40,9 +54,10 @@ async def join_server(
         run_id: the run that the server must serve; None: any.
         limit_seconds: how long to wait; may be infinite.
         stopped: whether to give up quietly.
+        held_back: why a server that could be joined shall not be, for now; None: it shall.
 
     Returns:
-        Whether it has been joined; else ``stopped``.
+        The server that has been joined; None: ``stopped``.
 
     Raises:
         WrongServer: it serves another run, or does not take the key.
@@ -54,9 +69,10 @@ async def join_server(
     began, pause, told = time.monotonic(), _FIRST_PAUSE, 0
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS), headers=headers) as session:
         while not stopped():
-            problem = await _ask(session, address.root, run_id, key)
-            if problem is None:
-                return True
+            answer = await _ask(session, address.root, run_id, key)
+            problem = await held_back(answer) if isinstance(answer, Joined) else answer
+            if isinstance(answer, Joined) and problem is None:
+                return answer
             waited = time.monotonic() - began
             if waited >= limit_seconds:
                 raise ExecutionFailed(
@@ -69,11 +85,11 @@ async def join_server(
                 _log.warning("waiting for %s: %s; %s", address.root, problem, left)
             await asyncio.sleep(min(pause, max(limit_seconds - waited, 0.0)))
             pause = min(pause * 1.5, _LONGEST_PAUSE)
-    return False
+    return None
 
 
-async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> str | None:
-    """What keeps the server from being joined now; None: nothing."""
+async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> Joined | str:
+    """The server, if it can be joined now; else what is in the way."""
     try:
         async with session.get(f"{root}{CANONICAL.prefix}/health/detail") as reply:
             if reply.status in (401, 403):
@@ -94,7 +110,7 @@ async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, ke
             "give it the address of its own, or the AGL_RUN_ID of that run"
         )
     status = detail.get("status", {}).get("status")
-    return None if status == "ready" else f"it is {status}"
+    return Joined(detail.get("run_id"), detail.get("instance")) if status == "ready" else f"it is {status}"
 
 
 def _when_to_tell(told: int) -> float:

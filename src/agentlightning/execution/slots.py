@@ -56,6 +56,8 @@ class Slot:
     cgroup: Cgroup | None = None
     state: SlotState = "ended"
     life: int = 0
+    begun: bool = False
+    """Whether the process of this life has begun with its job, whatever became of it since."""
     pid: int = 0
     began: float = 0.0
     outcome: Outcome | None = None
@@ -73,7 +75,7 @@ class Slot:
     def begin(self, now: float) -> Start:
         """The order for the next life."""
         self.life += 1
-        self.state, self.pid, self.began, self.outcome = "starting", 0, now, None
+        self.state, self.begun, self.pid, self.began, self.outcome = "starting", False, 0, now, None
         limited = False
         if self.cgroup is not None and self.quotas is not None and self.quotas.memory_bytes is not None:
             limited = self.cgroup.limit_memory(self.quotas.memory_bytes)

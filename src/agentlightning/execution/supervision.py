@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from agentlightning.errors import ExecutionFailed
 from agentlightning.execution.abort import Ending, Stage, abort, tell
@@ -71,6 +71,7 @@ class Supervision:
         allowed_exit_codes: frozenset[int],
         store: LightningStore | None,
         on_over: Callable[[ExecutionFailed | None], None],
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Start a process in every slot, and watch them from now on. See ``Supervisor``."""
         assert self._kin is not None
@@ -87,15 +88,26 @@ class Supervision:
                 allowed_exit_codes=allowed_exit_codes,
                 store=store,
                 on_over=on_over,
+                on_ready=on_ready,
             )
             self._supervisor.begin()
 
         self._thread.call(begin())
 
-    def begin_again(self) -> None:
-        """Start a process in every slot whose last one has come to its end."""
-        assert self._supervisor is not None
-        self._thread.loop.call_soon_threadsafe(self._supervisor.begin_again)
+    @property
+    def over(self) -> bool:
+        """Whether no slot is filled any more, or will be unless ``begin_again`` is called."""
+        return self._supervisor is not None and self._supervisor.over
+
+    def begin_again(self, names: Collection[str]) -> None:
+        """Start a process in each of these slots whose last one has come to its end."""
+        supervisor = self._supervisor
+        assert supervisor is not None
+
+        async def begin_again() -> None:
+            supervisor.begin_again(names)
+
+        self._thread.call(begin_again())
 
     def abort(self, stages: tuple[Stage, ...], hurry: Callable[[], bool]) -> list[Ending]:
         """Stop all processes, stage by stage; blocks. One line in the log for each says what ended it. Idempotent.

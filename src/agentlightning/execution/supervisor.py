@@ -7,15 +7,16 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
 from agentlightning.execution.kin import Kin, send
-from agentlightning.execution.messages import Exited, Ready, Started
+from agentlightning.execution.messages import Exited, Outcome, Ready, Started
 from agentlightning.execution.nursery import NurseryLink
 from agentlightning.execution.slots import Crash, Slot
 from agentlightning.store.base import LightningStore
+from agentlightning.types import WorkerDirective
 
 __all__ = ["Supervisor"]
 
@@ -37,6 +38,7 @@ class Supervisor:
         store: is told which workers are dead; None: nobody needs to know.
         on_over: called once, when no slot will be filled any more and nobody has asked for that: with the reason,
             or without one if all have come to their end.
+        on_ready: called whenever a process has begun with its job, and so has one in every other slot.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Supervisor:
         allowed_exit_codes: frozenset[int],
         store: LightningStore | None,
         on_over: Callable[[ExecutionFailed | None], None],
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._link = link
         self._kin = kin
@@ -55,8 +58,10 @@ class Supervisor:
         self._allowed_exit_codes = allowed_exit_codes
         self._store = store
         self._on_over = on_over
+        self._on_ready = on_ready
         self._stop_asked = asyncio.Event()
-        self._over = False
+        self.over = False
+        """Whether no slot will be filled any more, unless ``begin_again`` is called."""
         self._recoveries: set[asyncio.Task[None]] = set()
         self._settled = asyncio.Event()
         self.names: dict[int, str] = {}
@@ -68,11 +73,11 @@ class Supervisor:
         for slot in self._slots.values():
             self._launch(slot)
 
-    def begin_again(self) -> None:
-        """Start a process in every slot whose last one has come to its end."""
-        self._over = False
+    def begin_again(self, names: Collection[str]) -> None:
+        """Start a process in each of these slots whose last one has come to its end."""
         for slot in self._slots.values():
-            if slot.state == "ended":
+            if slot.name in names and slot.state == "ended" and not self._stop_asked.is_set():
+                self.over = False
                 self._launch(slot)
 
     async def stop_starting(self) -> None:
@@ -115,7 +120,9 @@ class Supervisor:
                     self.names[pid] = slot.name
                     self._kin.note(pid)
             case Ready():
-                slot.state = "running"
+                slot.state, slot.begun = "running", True
+                if all(each.begun for each in self._slots.values()):
+                    self._on_ready()
             case Exited():
                 crash = slot.ended_as(message, self._allowed_exit_codes)
                 if not self._stop_asked.is_set():  # then the abort sees to what is left, stage by stage
@@ -157,8 +164,8 @@ class Supervisor:
         stopped = self._stop_asked.is_set()
         reason_code = "resource_exhausted" if crash.exhausted else None
         await self._tell_store(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
-        dismissed = not stopped and await self._dismissed(slot.name)
-        delay = None if stopped or dismissed else slot.delay(time.monotonic())
+        directive = None if stopped else await self._directive(slot.name)
+        delay = None if stopped or directive else slot.delay(time.monotonic())
         if delay is not None:
             _log.warning("%s; it is started again in %.1f s%s", crash, delay, _indented(crash.traceback))
             with contextlib.suppress(TimeoutError):
@@ -168,8 +175,8 @@ class Supervisor:
             slot.state = "ended"
             if stopped and crash.traceback:
                 _log.error("%s while it was being stopped%s", crash, _indented(crash.traceback))
-        elif dismissed:
-            slot.state = "ended"
+        elif directive is not None:
+            slot.state, slot.outcome = "ended", Outcome(directive)
             _log.warning("%s; it had been asked to leave, and is not started again", crash)
             self._check_over()
         elif delay is None:
@@ -192,16 +199,16 @@ class Supervisor:
         except (TimeoutError, AgentLightningError, NotImplementedError) as error:
             _log.warning("the store does not know yet that %s is lost; its lease will tell (%s)", worker_id, error)
 
-    async def _dismissed(self, worker_id: str) -> bool:
-        """Whether the worker had been asked to drain or to stop; a new process would not know of that."""
+    async def _directive(self, worker_id: str) -> WorkerDirective | None:
+        """What the worker had been asked to do, if anything; a new process would not know of that."""
         if self._store is None:
-            return False
+            return None
         try:
             async with asyncio.timeout(_REPORT_SECONDS):
                 worker = await self._store.get_worker_by_id(worker_id)
         except (TimeoutError, AgentLightningError, NotImplementedError):
-            return False
-        return worker is not None and worker.directive is not None
+            return None
+        return None if worker is None else worker.directive
 
     def _launch(self, slot: Slot) -> None:
         self._link.send(slot.begin(time.monotonic()))
@@ -221,9 +228,9 @@ class Supervisor:
         self._end(ExecutionFailed(why, crash.traceback))
 
     def _end(self, reason: ExecutionFailed | None) -> None:
-        if not self._over and not self._stop_asked.is_set():
-            self._over = True
+        if not self.over and not self._stop_asked.is_set():
             self._on_over(reason)
+            self.over = True
 
 
 def _indented(traceback: str) -> str:

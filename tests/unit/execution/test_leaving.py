@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.leaving import dismiss, say_goodbye, stranded
+from agentlightning.store.client_server.client.client import LightningStoreClient
 from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.types import WorkerDirective
 
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}
 _HOST = """
@@ -25,7 +29,12 @@ import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 
 ClientServerExecutionStrategy(
-    role="runner", server_port=int(sys.argv[1]), connect_timeout=20, stay=True, graceful_timeout=5
+    role="runner",
+    server_port=int(sys.argv[1]),
+    n_runners=int(sys.argv[2]),
+    connect_timeout=20,
+    stay=True,
+    graceful_timeout=5,
 ).execute(programs.enqueue_and_wait, programs.works, InMemoryLightningStore())
 """
 
@@ -120,23 +129,144 @@ def test_one_that_crashes_while_it_drains_is_not_replaced(folder: Path, caplog: 
     assert len(programs.noted(folder, "runner")) == 2
 
 
-def test_a_host_that_stays_comes_back_for_the_next_run(folder: Path) -> None:
-    server = LightningStoreServer(InMemoryLightningStore(), port=0)  # finds a free port
+# --- A host that stays -------------------------------------------------------------------------------
+
+
+class Host:
+    """A process with runners that wait for one run after the other.
+
+    Args:
+        port: where servers will be.
+        folder: for its log.
+        before: lines of Python to run in it first.
+        n_runners: how many there are.
+    """
+
+    def __init__(self, port: int, folder: Path, before: str = "", n_runners: int = 1) -> None:
+        self.log = folder / "host.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", before + _HOST, str(port), str(n_runners)],
+                env={**os.environ, "PYTHONPATH": str(Path(programs.__file__).parent)},
+                stderr=log,
+            )
+
+    def says(self, text: str) -> None:
+        """Wait for a line of its log."""
+        programs.wait_until(lambda: text in self.log.read_text(), f"the host says {text!r}")
+
+    def end(self) -> None:
+        """Ctrl+C."""
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(20) == 130, self.log.read_text()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[LightningStoreServer]:
+    """A new store, served as the run that goes by the same name each time."""
+    server = LightningStoreServer(InMemoryLightningStore(), port=port, run_id="nightly")
     server.start_blocking()
-    server.stop_blocking()
-    with subprocess.Popen(
-        [sys.executable, "-c", _HOST, str(server.port)],
-        env={**os.environ, "PYTHONPATH": str(Path(programs.__file__).parent)},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as host:
+    try:
+        yield server
+    finally:
+        server.stop_blocking()
+
+
+def begun(folder: Path, lives: int) -> Callable[[], bool]:
+    """Whether so many runners have begun, one after the other or side by side."""
+    return lambda: len(programs.noted(folder, "runner")) >= lives
+
+
+def ask(server: LightningStoreServer, directive: WorkerDirective | None, only: int | None = None) -> None:
+    """Ask the workers, or those of one process, for something, as an operator does, or a run that ends."""
+
+    async def work() -> None:
+        async with LightningStoreClient(server.endpoint, spool_dir=None) as store:
+            workers = await store.query_workers()
+            names = [each.worker_id for each in workers if only in (None, (each.registration or {})["pid"])]
+            await store.direct_workers(directive, worker_ids=names)
+
+    asyncio.run(work())
+
+
+def test_a_host_that_stays_comes_back_for_the_next_run(folder: Path) -> None:
+    with serving() as server:  # finds a free port
+        port = server.port
+    with Host(port, folder) as host:
         for _ in range(2):
-            ClientServerExecutionStrategy(role="algorithm", server_port=server.port, **QUICK).execute(
+            ClientServerExecutionStrategy(role="algorithm", server_port=port, **QUICK).execute(
                 programs.enqueue_and_wait, programs.works, InMemoryLightningStore()
             )
-        lives = {pid for _, pid, _ in programs.noted(folder, "runner")}
-        host.send_signal(signal.SIGINT)
-        _, errors = host.communicate(timeout=20)
-    assert host.returncode == 130, errors
-    assert len(lives) == 2
-    assert "the run is over (drain); waiting for the next one" in errors
+        host.end()
+    assert len({pid for _, pid, _ in programs.noted(folder, "runner")}) == 2
+    host.says("all runners have left (drain); waiting for the next run")
+
+
+_UNGUARDED = """
+from agentlightning.execution import runner_host
+
+async def welcome(store, slots):
+    return [slot.name for slot in slots]
+
+runner_host.welcome = welcome
+"""
+
+
+@pytest.mark.parametrize("directive", ["drain", "stop"])
+def test_a_host_stays_away_from_the_run_that_sent_it_away(directive: WorkerDirective, folder: Path) -> None:
+    """Though its server goes on answering for a while. A server that was started anew is that of another run."""
+    with serving() as server, Host(server.port, folder) as host:
+        programs.wait_until(begun(folder, 1), "the runner is at work")
+        ask(server, directive)
+        host.says("it has asked these workers to leave")  # it has found the server, and does not join it
+        assert len(programs.noted(folder, "runner")) == 1
+        server.stop_blocking()
+        with serving(server.port):
+            programs.wait_until(begun(folder, 2), "the runner is at work for the next run")
+            host.end()
+    assert len(programs.noted(folder, "runner")) == 2
+
+
+def test_a_host_that_does_not_look_who_sent_it_away_is_seen_to_come_back(folder: Path) -> None:
+    """Negative control."""
+    with serving() as server, Host(server.port, folder, _UNGUARDED) as host:
+        programs.wait_until(begun(folder, 1), "the runner is at work")
+        for lives in (2, 3, 4):
+            ask(server, "drain")
+            programs.wait_until(begun(folder, lives), "it is back in the run that has sent it away")
+        host.end()
+
+
+def test_whom_an_operator_resumes_comes_back_on_a_host_that_stays(folder: Path) -> None:
+    with serving() as server, Host(server.port, folder, n_runners=2) as host:
+        programs.wait_until(begun(folder, 2), "both are at work")
+        (_, first, _), _ = programs.noted(folder, "runner")
+        ask(server, "drain", only=first)
+        programs.wait_until(lambda: len(programs.alive(folder)) == 1, "one of them has left")
+        ask(server, None, only=first)
+        programs.wait_until(begun(folder, 3), "it is back, beside the other one")
+        ask(server, "drain")
+        host.says("it has asked these workers to leave")
+        assert programs.alive(folder) == []
+        ask(server, None)
+        programs.wait_until(begun(folder, 5), "both are back")
+        host.end()
+
+
+def test_a_host_stays_when_its_runner_crashes_on_the_way_out(folder: Path) -> None:
+    with serving() as server, Host(server.port, folder) as host:
+        programs.wait_until(begun(folder, 1), "the runner is at work")
+        [(_, pid, _)] = programs.noted(folder, "runner")
+        os.kill(pid, signal.SIGSTOP)
+        ask(server, "drain")
+        os.kill(pid, signal.SIGKILL)
+        host.says("all runners have left (drain)")
+        host.end()
+    assert len(programs.noted(folder, "runner")) == 1

@@ -82,9 +82,14 @@ def test_a_rollout_without_retries_fails_with_the_reason(folder: Path) -> None:
 
 
 def test_other_runners_do_not_notice(folder: Path) -> None:
-    algorithm = Inputs({"end_by": "kill"}, *range(30), config=RETRIES)
+    inputs = Inputs({"end_by": "kill"}, *range(30), config=RETRIES)
+
+    async def algorithm(store: Any, event: Any) -> None:
+        await inputs(store, event)
+        await programs.until(lambda: len(programs.noted(folder, "runner")) == 4)  # the new one, if late
+
     ClientServerExecutionStrategy(n_runners=3, **QUICK).execute(algorithm, programs.works, InMemoryLightningStore())
-    assert {each.status for each in algorithm.ended} == {"succeeded"}
+    assert {each.status for each in inputs.ended} == {"succeeded"}
     lives = [who for who, _, _ in programs.noted(folder, "runner")]
     assert sorted(map(lives.count, set(lives))) == [1, 1, 2]
 

@@ -6,6 +6,7 @@ This is the FastAPI application behind the dispatcher; whatever else a server sh
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
@@ -95,6 +96,7 @@ class _HealthRoutes:
         self._store = store
         self._serving = serving
         self._run_id = run_id
+        self._instance = secrets.token_hex(8)
         self._since = time.monotonic()
 
     async def live(self, _: Request) -> Response:
@@ -115,6 +117,7 @@ class _HealthRoutes:
             {
                 "version": version("agentlightning"),
                 "run_id": self._run_id,
+                "instance": self._instance,
                 "status": readiness.model_dump(exclude_none=True),
                 "uptime_seconds": time.monotonic() - self._since,
                 "requests_in_progress": serving.load.requests,

@@ -52,5 +52,6 @@ def print_report(report: VerificationReport, place: str) -> None:
     columns = (Column("rule"), Column("record"), Column("found"))
     print_table(columns, [[Cell(each.rule, "red"), each.record, each.detail] for each in report.violations], empty="")
     more = "" if report.complete else " There are more than are named here."
-    typer.echo(f"{place}: {len(report.violations)} violations ({looked_at}).{more}", err=True)
+    number = len(report.violations)
+    typer.echo(f"{place}: {number} violation{'' if number == 1 else 's'} ({looked_at}).{more}", err=True)
     typer.echo("Keep the file as it is, and restore the newest backup that verifies: `agl restore`.", err=True)

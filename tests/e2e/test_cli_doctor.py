@@ -29,6 +29,7 @@ from agentlightning.store.client_server.client.client import LightningStoreClien
 from agentlightning.store.client_server.resilience.resilience import Resilience
 from agentlightning.store.clock import SystemClock
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, RolloutConfig
+from certificates import self_signed
 from command_line import Done, agl, agl_process, clean_environment
 from scenes import claimed, enqueued, finish, span_of
 from served_store import closed_port, served, served_elsewhere
@@ -281,27 +282,8 @@ def test_a_damaged_file_is_a_finding_and_no_traceback(database: Path) -> None:
 # --- TLS, and what needs root -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that nobody has signed, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return certificate, key
-
-
-def test_the_wrong_scheme_and_a_certificate_that_is_not_trusted_are_found(
-    database: Path, certificate: tuple[Path, Path]
-) -> None:
-    cert, key = certificate
+def test_the_wrong_scheme_and_a_certificate_that_is_not_trusted_are_found(database: Path, tmp_path: Path) -> None:
+    cert, key = self_signed(tmp_path)
     with served(database, healthy, tls_certificate=cert, tls_key=key) as server:
         assert server.endpoint.startswith("https://")
         untrusted = examine(server.endpoint)["server_unreachable"]["text"]

@@ -18,6 +18,7 @@ from agentlightning.cli.exits import ExitCode
 from agentlightning.runner.bundle import load_agent
 from agentlightning.store.client_server.client.client import LightningStoreClient
 from agentlightning.store.client_server.server.server import LightningStoreServer
+from certificates import self_signed
 from command_line import agl, clean_environment
 from scenes import enqueued
 from served_store import served
@@ -54,11 +55,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def start(folder: Path, server: LightningStoreServer, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, server: LightningStoreServer, *words: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "agentlightning", "runner", *words, "--url", server.endpoint],
         cwd=folder,
-        env=clean_environment(AGL_SPOOL_DIR=str(folder / "spool"), PYTHONDONTWRITEBYTECODE="1"),
+        env=clean_environment(AGL_SPOOL_DIR=str(folder / "spool"), PYTHONDONTWRITEBYTECODE="1", **environment),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -93,7 +94,10 @@ def test_agents_of_every_kind(words: list[str], reward: float, folder: Path, ser
     assert process.returncode == ExitCode.OK, log
 
 
-def test_several_processes_and_ctrl_c(folder: Path, server: LightningStoreServer) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, 143)])
+def test_several_processes_and_a_signal(
+    number: signal.Signals, code: int, folder: Path, server: LightningStoreServer
+) -> None:
     process = start(folder, server, "--exec", "echo 0.5", "-n", "2", "-c", "4", "--label", "zone=a")
 
     async def labels() -> list[Any]:
@@ -104,9 +108,34 @@ def test_several_processes_and_ctrl_c(folder: Path, server: LightningStoreServer
     with process:
         assert asyncio.run(rewards(server, *range(12))) == [0.5] * 12
         assert asyncio.run(labels()) == [{"zone": "a"}] * 2
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, log = process.communicate(timeout=30)
-    assert process.returncode == ExitCode.INTERRUPTED, log
+    assert process.returncode == code, log
+    assert log.count(f"joined the store at {server.endpoint}; runners ready: 2") == 1
+
+
+def test_a_server_with_tls(folder: Path, tmp_path: Path) -> None:
+    """Its certificate must be trusted; one of an authority of one's own is, if that is named."""
+    certificate, key = self_signed(tmp_path)
+    with served(tmp_path / "store.db", tls_certificate=certificate, tls_key=key, run_id="run-7") as server:
+        with start(folder, server, "mine:plain", SSL_CERT_FILE=str(certificate)) as process:
+            ids = asyncio.run(_done_and_drained(server, certificate))
+            _, log = process.communicate(timeout=30)
+        assert (process.returncode, len(ids)) == (ExitCode.OK, 1), log
+        assert f"joined run run-7 at {server.endpoint}; runners ready: 1" in log
+        with start(folder, server, "mine:plain") as process:
+            _, log = process.communicate(timeout=30)
+        assert process.returncode == ExitCode.FAILED, log
+        assert "is not trusted here" in log
+        assert "SSL_CERT_FILE" in log
+
+
+async def _done_and_drained(server: LightningStoreServer, certificate: Path) -> list[str]:
+    async with LightningStoreClient(server.endpoint, spool_dir=None, tls_ca_file=certificate) as store:
+        ids = await enqueued(store, 1)
+        done = await store.wait_for_rollouts(rollout_ids=ids, timeout=30)
+        await store.direct_workers("drain")
+        return [each.rollout_id for each in done if each.status == "succeeded"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +151,7 @@ def test_several_processes_and_ctrl_c(folder: Path, server: LightningStoreServer
         (["mine:agent", "--label", "x"], ExitCode.USAGE, "NAME=VALUE"),
         (["--exec", " "], ExitCode.USAGE, "empty"),
         (["--exec", "true", "--url", "store.db"], ExitCode.USAGE, "agl store"),
-        (["--exec", "true", "--url", "https://h:1"], ExitCode.USAGE, "http://HOST:PORT"),
+        (["--exec", "true", "--url", "ftp://h:1"], ExitCode.USAGE, "https://"),
         (["--exec", "true", "--url", "http://127.0.0.1:9", "--wait", "0"], ExitCode.FAILED, "no server to join"),
     ],
 )

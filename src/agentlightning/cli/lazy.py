@@ -109,8 +109,8 @@ class _EdgeCommand(TyperCommand):
             return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(_interrupted(interrupt)) from None
         except AgentLightningError as error:
             _end(error.message, exit_code(error))
         except BrokenPipeError:
@@ -127,6 +127,13 @@ class _EdgeCommand(TyperCommand):
                 f"`agl --debug {ctx.command_path.partition(' ')[2]} …` shows where",
                 ExitCode.FAILED,
             )
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> int:
+    """The exit code: what a run that was stopped by a signal asks for, or that of Ctrl+C."""
+    if isinstance(interrupt, SystemExit) and isinstance(interrupt.code, int):
+        return interrupt.code
+    return ExitCode.INTERRUPTED
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -95,7 +95,6 @@ def runner(
     target = locate(url, api_key)
     if isinstance(target, Database):
         raise InvalidValue(f"--url {target} is a file; runners need a server: agl store --db {target}")
-    host, port = _host_and_port(target.url)
     setup_logging(log_level.value)
     bundle = RunAgent(
         agent,
@@ -111,8 +110,7 @@ def runner(
     bundle.make()  # what is wrong with it shall be said here, not by each process
     ClientServerExecutionStrategy(
         role="runner",
-        server_host=host,
-        server_port=port,
+        server_url=target.url,
         n_runners=n,
         api_key=target.api_key,
         run_id=run_id,
@@ -124,17 +122,6 @@ def runner(
 
 async def _elsewhere(store: LightningStore, event: ExecutionEvent) -> None:
     raise RuntimeError("the algorithm runs where the store is; this side has runners only")
-
-
-def _host_and_port(url: str) -> tuple[str, int]:
-    from urllib.parse import urlsplit
-
-    from agentlightning.errors import InvalidValue
-
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise InvalidValue(f"--url {url!r}: runners reach a server by http://HOST:PORT; put a tunnel in front of TLS")
-    return parts.hostname, parts.port or 80
 
 
 def _labels(given: list[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from agentlightning.execution.runner_host import RunnerHostRun
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 from agentlightning.store.base import LightningStore
+from agentlightning.store.client_server.wire.address import parse_address
 
 __all__ = ["ClientServerExecutionStrategy", "Role"]
 
@@ -64,6 +65,8 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         api_key: of the server. Default: ``AGL_API_KEY``.
         run_id: names the run; a runner that has one refuses the server of another. Default: ``AGL_RUN_ID``, else a
             new one for ``algorithm`` and ``both``, and any for ``runner``.
+        server_url: of ``runner``: where the server is, when ``server_host`` and ``server_port`` cannot say it: with
+            ``https://``, or with a path that a reverse proxy puts in front. It may hold the key.
         connect_timeout: seconds that a runner waits for a server that is not up yet.
         stay: of ``runner``: when the run is over, wait for the next one, however long that takes.
 
@@ -91,6 +94,7 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         quotas: Quotas | None = None,
         api_key: str | None = None,
         run_id: str | None = None,
+        server_url: str | None = None,
         connect_timeout: float = 300.0,
         stay: bool = False,
     ) -> None:
@@ -107,9 +111,11 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         self.restarts = RestartPolicy() if restarts is None else restarts
         self.quotas = quotas
         self.run_id = resolve_str_env_var(LightningEnvVar.AGL_RUN_ID, run_id)
+        server = None if server_url is None else parse_address(server_url)
+        self.server_url = None if server is None else server.root
         self.connect_timeout = connect_timeout
         self.stay = stay
-        self._api_key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key)
+        self._api_key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key or (server and server.api_key))
         self._check()
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
@@ -126,6 +132,7 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         return RunSettings(
             host=self.server_host,
             port=self.server_port,
+            server_url=self.server_url,
             worker_names=_worker_names(self.n_runners),
             graceful_timeout=self.graceful_timeout,
             terminate_timeout=self.terminate_timeout,
@@ -143,8 +150,15 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
     def _check(self) -> None:
         if self.role not in get_args(Role):
             raise InvalidValue(f"role {self.role!r} is not one of {', '.join(get_args(Role))} (AGL_CURRENT_ROLE)")
-        if not 0 <= self.server_port <= 65535 or (self.server_port == 0 and self.role == "runner"):
+        if not 0 <= self.server_port <= 65535 or (
+            self.server_port == 0 and self.role == "runner" and self.server_url is None
+        ):
             raise InvalidValue(f"server_port {self.server_port} is not a port that can be used (AGL_SERVER_PORT)")
+        if self.server_url is not None and self.role != "runner":
+            raise InvalidValue(
+                f"server_url {self.server_url!r} says where a server is found, and role {self.role!r} serves the store "
+                "itself; give server_host and server_port"
+            )
         if self.n_runners < 1:
             raise InvalidValue(f"n_runners {self.n_runners} is not valid; give at least 1")
         if self.graceful_timeout < 0 or self.terminate_timeout < 0 or self.connect_timeout < 0:

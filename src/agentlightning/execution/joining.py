@@ -49,7 +49,7 @@ async def join_server(
     """Wait until the server answers and is ready; a countdown is logged, as a warning.
 
     Args:
-        url: where it is: ``http://host:port``, maybe with the key.
+        url: where it is: ``http://host:port``, or with ``https``; maybe with the key.
         api_key: the key; None: that of the URL, if it has one.
         run_id: the run that the server must serve; None: any.
         limit_seconds: how long to wait; may be infinite.
@@ -60,7 +60,7 @@ async def join_server(
         The server that has been joined; None: ``stopped``.
 
     Raises:
-        WrongServer: it serves another run, or does not take the key.
+        WrongServer: it serves another run, does not take the key, or has a certificate that is not trusted.
         ExecutionFailed: nothing that could be joined has answered in time.
     """
     address = parse_address(url)
@@ -100,6 +100,12 @@ async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, ke
             if reply.status != 200:
                 return f"it answers {reply.status}"
             detail: Any = await reply.json()
+    except aiohttp.ClientConnectorCertificateError as error:
+        why = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+        raise WrongServer(
+            f"the certificate of the server at {root} is not trusted here ({why}); "
+            "set SSL_CERT_FILE to that of its authority"
+        ) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     except ValueError as error:

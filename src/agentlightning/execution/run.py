@@ -41,6 +41,7 @@ class RunSettings:
 
     host: str
     port: int
+    server_url: str | None
     worker_names: tuple[str, ...]
     graceful_timeout: float
     terminate_timeout: float
@@ -57,6 +58,8 @@ class RunSettings:
     @property
     def url(self) -> str:
         """Of a server elsewhere."""
+        if self.server_url is not None:
+            return self.server_url
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def environment(self, **more: str | None) -> dict[str, str]:

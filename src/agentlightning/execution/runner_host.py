@@ -157,9 +157,9 @@ class RunnerHostRun(Run):
     def _all_ready(self) -> None:
         if not self._told and self._server is not None:
             self._told = True
-            run = self._server.run_id or "without a name"
-            where = "its store" if self._unserved is not None else self._settings.url
-            _log.info("%d runners are ready for run %s at %s", len(self._settings.worker_names), run, where)
+            what = f"run {self._server.run_id}" if self._server.run_id else "the store"
+            where = "" if self._unserved is not None else f" at {self._settings.url}"
+            _log.info("joined %s%s; runners ready: %d", what, where, len(self._settings.worker_names))
 
     def _all_over(self, reason: ExecutionFailed | None) -> None:
         self._failure = reason

@@ -173,6 +173,8 @@ def test_a_runner_waits_for_a_server_with_a_countdown_and_gives_up(
         ({"role": "spectator"}, "role 'spectator' is not one of algorithm, runner, both"),
         ({"server_port": 70_000}, "server_port 70000"),
         ({"role": "runner", "server_port": 0}, "server_port 0"),
+        ({"server_url": "https://h:1"}, "role 'both' serves the store itself"),
+        ({"role": "runner", "server_url": "h:1"}, "'h:1' is not the address of a server"),
         ({"n_runners": 0}, "n_runners 0"),
         ({"graceful_timeout": -1}, "give 0 or more"),
         ({"main_process": "neither"}, "main_process 'neither'"),

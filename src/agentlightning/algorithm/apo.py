@@ -19,7 +19,7 @@ from typing import Any
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import enqueue_once, spans_of
+from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
 from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import is_finished
 from agentlightning.types import Dataset, EnqueueRolloutRequest, PromptTemplate, Rollout, RolloutMode
@@ -160,7 +160,9 @@ class APO(Algorithm):
             MissingExtra: no client was given, and there is no ``openai`` package to make one.
             Exception: what the client raises when a model cannot be asked; the run can be taken up again.
         """
-        if not train_dataset or not val_dataset:
+        check_dataset(train_dataset, "train_dataset")
+        check_dataset(val_dataset, "val_dataset")
+        if train_dataset is None or val_dataset is None or not (len(train_dataset) and len(val_dataset)):
             raise InvalidValue("APO needs tasks to learn from and tasks to measure with; pass both datasets")
         name, first = self._template()
         async with self._client() as client:

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from agentlightning.errors import IdReused
+from agentlightning.errors import IdReused, InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
 
-__all__ = ["batch_iter_over_dataset", "enqueue_once", "spans_of"]
+__all__ = ["batch_iter_over_dataset", "check_dataset", "enqueue_once", "spans_of"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,25 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
     size = len(dataset)
     for begin in range(0, size, batch_size):
         yield [dataset[index] for index in range(begin, min(begin + batch_size, size))]
+
+
+def check_dataset(dataset: object, name: str) -> None:
+    """Whether inputs can be taken out of it by position; None is no dataset, and fine.
+
+    Args:
+        dataset: what a user gave.
+        name: of the argument, for the message.
+
+    Raises:
+        InvalidValue: they cannot.
+    """
+    by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts, and tables, which are read by their columns
+    if dataset is not None and (by_name or not by_position or isinstance(dataset, (str, bytes))):
+        raise InvalidValue(
+            f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as a "
+            "list of inputs (of a table: table.to_dict('records'))"
+        )
 
 
 async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import enqueue_once
+from agentlightning.algorithm.batches import check_dataset, enqueue_once
 from agentlightning.algorithm.taking_up import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue
@@ -83,6 +83,8 @@ class Baseline(FastAlgorithm):
             IdReused: the run of this name was begun with other inputs.
             InvalidValue: the proxy has several models, so the initial resources must say which to use.
         """
+        check_dataset(train_dataset, "train_dataset")
+        check_dataset(val_dataset, "val_dataset")
         work = self._split(train_dataset, val_dataset)
         if not work:
             _logger.warning("Baseline was given no inputs, so there is nothing to run")

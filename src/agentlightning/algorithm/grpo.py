@@ -16,7 +16,7 @@ from typing import Any
 
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import enqueue_once, spans_of
+from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
 from agentlightning.algorithm.grpo_groups import GatheredGroups, GroupReader
 from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
@@ -132,6 +132,8 @@ class GRPO(Algorithm):
             IdReused: the run of this name was begun with other tasks.
             NothingToLearn: in three steps on end no group was whole.
         """
+        check_dataset(train_dataset, "train_dataset")
+        check_dataset(val_dataset, "val_dataset")
         if train_dataset is None or len(train_dataset) == 0:
             raise InvalidValue("GRPO has no tasks to learn from; pass train_dataset")
         took_up = self._take_up()

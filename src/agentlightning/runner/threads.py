@@ -73,7 +73,7 @@ class AgentThreads:
             result = call.context.run(call.function)
         except BaseException as error:  # noqa: BLE001 - also SystemExit: it is the agent that wants to end
             self._free_again()
-            call.future.set_exception(error)
+            call.future.set_exception(_to_await(error))
         else:
             self._free_again()  # before anybody learns of the result, and calls again
             call.future.set_result(result)
@@ -81,3 +81,12 @@ class AgentThreads:
     def _free_again(self) -> None:
         with self._lock:
             self._free += 1
+
+
+def _to_await(error: BaseException) -> BaseException:
+    """The error, or what stands for one that cannot be raised by ``await``: as PEP 479 has it for generators."""
+    if not isinstance(error, StopIteration):
+        return error
+    standing_for = RuntimeError(f"a function raised StopIteration({error.value!r})")
+    standing_for.__cause__ = error
+    return standing_for

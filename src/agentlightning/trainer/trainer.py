@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from agentlightning.adapter.base import TraceAdapter
-from agentlightning.adapter.triplet import TracerTraceToTriplet
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
-from agentlightning.execution.client_server import ClientServerExecutionStrategy
 from agentlightning.litagent.hooks import Hook
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.tracer.base import Tracer
-from agentlightning.trainer.components import ComponentSpec, build_component
+from agentlightning.trainer.components import ComponentSpec
 from agentlightning.trainer.notebook import loop_is_running, run_beside_loop
-from agentlightning.trainer.registry import (
-    AlgorithmRegistry,
-    ExecutionStrategyRegistry,
-    StoreRegistry,
+from agentlightning.trainer.parts import (
+    adapter_of,
+    algorithm_of,
+    hooks_of,
+    number_of,
+    one_of,
+    proxy_of,
+    store_of,
+    strategy_of,
+    warn_of_ignored,
 )
 from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
 from agentlightning.trainer.views import ProgressSpec, make_view
@@ -38,10 +41,6 @@ if TYPE_CHECKING:
     from agentlightning.proxy.llm_proxy import LLMProxy
 
 __all__ = ["Trainer"]
-
-_logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Trainer:
@@ -105,43 +104,27 @@ class Trainer:
             warnings.warn("Trainer(dev=True) has no effect; call trainer.dev(…)", DeprecationWarning, stacklevel=2)
         if not daemon:
             warnings.warn("daemon=False has no effect: runners never outlive us", DeprecationWarning, stacklevel=2)
-        self.n_runners = _one_of("n_runners", n_runners, "n_workers", n_workers) or 1
-        self.max_rollouts = _one_of("max_rollouts", max_rollouts, "max_tasks", max_tasks)
-        self.port = port
-        self.initial_resources = initial_resources
-        self.rollout_config = rollout_config or DEFAULT_ROLLOUT_CONFIG
-        self.run_folder = None if run is None else Path(runs_folder) / run
-        self.run = None if run is None else Run(run, Path(runs_folder) / run)
-        self.hooks: Sequence[Hook] = (hooks,) if isinstance(hooks, Hook) else tuple(hooks or ())
-        self.progress: ProgressSpec = progress
+        n_runners = number_of("n_runners", one_of("n_runners", n_runners, "n_workers", n_workers), 1)
+        max_rollouts = number_of("max_rollouts", one_of("max_rollouts", max_rollouts, "max_tasks", max_tasks), 0)
+        adapter = one_of("adapter", adapter, "triplet_exporter", triplet_exporter)
         make_view(progress)  # a wrong word is told here, not in the middle of things
 
-        make_runner = RunnerFactory(runner, tracer, self.max_rollouts)
-        self._make_runner = make_runner
+        self.n_runners, self.max_rollouts, self.port = n_runners or 1, max_rollouts, port
+        self.run_folder = None if run is None else Path(runs_folder) / run
+        self.run = None if run is None else Run(run, Path(runs_folder) / run)
+        self.initial_resources = initial_resources
+        self.rollout_config = _config_of(rollout_config)
+        self.hooks: Sequence[Hook] = hooks_of(hooks)
+        self.progress: ProgressSpec = progress
+        self._make_runner = make_runner = RunnerFactory(runner, tracer, max_rollouts)
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
-        self.adapter = _built(
-            _one_of("adapter", adapter, "triplet_exporter", triplet_exporter),
-            TraceAdapter,
-            "adapter",
-            TracerTraceToTriplet,
-        )
-        self.algorithm = build_component(
-            algorithm,
-            expected_type=Algorithm,
-            spec_name="algorithm",
-            allow_none=True,
-            registry=AlgorithmRegistry,
-        )
-        self.store = _built(store, LightningStore, "store", self._default_store, registry=StoreRegistry)
-        self.strategy = _built(
-            strategy,
-            ExecutionStrategy,
-            "strategy",
-            lambda: ClientServerExecutionStrategy(n_runners=self.n_runners, server_port=self.port),
-            defaults=self._strategy_defaults(),
-            registry=ExecutionStrategyRegistry,
-        )
-        self.llm_proxy = None if llm_proxy is None else _built_proxy(llm_proxy, self.store)
+        self.adapter = adapter_of(adapter)
+        self.algorithm = algorithm_of(algorithm)
+        self.store = store_of(store, self._default_store)
+        self.strategy = strategy_of(strategy, n_runners, port)
+        self.llm_proxy = proxy_of(llm_proxy, self.store)
+        warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
+        warn_of_ignored("strategy", self.strategy, strategy, n_runners=n_runners, server_port=port)
 
     @property
     def n_workers(self) -> int:
@@ -242,62 +225,15 @@ class Trainer:
         else:
             execute()
 
-    def _strategy_defaults(self) -> dict[str, Callable[[], Any]]:
-        defaults: dict[str, Callable[[], Any]] = {"n_runners": lambda: self.n_runners, "server_port": lambda: self.port}
-        if self.n_runners > 1:  # a thread runs one runner, so the main thread is the algorithm's
-            defaults["main_thread"] = lambda: "algorithm"
-        return defaults
-
     def _default_store(self) -> LightningStore:
         if self.run_folder is None:
             return InMemoryLightningStore()
         return SqliteLightningStore(self.run_folder / "store.db")
 
 
-def _built(
-    spec: ComponentSpec[T],
-    expected_type: type[T],
-    spec_name: str,
-    default_factory: Callable[[], T],
-    *,
-    defaults: Mapping[str, Callable[[], Any]] | None = None,
-    registry: Mapping[str, str] | None = None,
-) -> T:
-    made = build_component(
-        spec,
-        expected_type=expected_type,
-        spec_name=spec_name,
-        default_factory=default_factory,
-        optional_defaults=defaults,
-        registry=registry,
-    )
-    assert made is not None  # there is a default
-    return made
-
-
-def _built_proxy(spec: ComponentSpec[LLMProxy], store: LightningStore) -> LLMProxy:
-    from agentlightning.proxy.llm_proxy import LLMProxy  # brings a web server, which few trainers need
-
-    made = build_component(
-        spec,
-        expected_type=LLMProxy,
-        spec_name="llm_proxy",
-        optional_defaults={"store": lambda: store},
-        dict_default_cls=LLMProxy,
-    )
-    assert made is not None
-    return made
-
-
-def _one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T | None:
-    """The value given under either name.
-
-    Raises:
-        InvalidValue: both were given.
-    """
-    if old_value is None:
-        return value
-    if value is not None:
-        raise InvalidValue(f"{old_name} is the old name of {name}, and both are given; leave out {old_name}")
-    warnings.warn(f"{old_name} is now called {name}", DeprecationWarning, stacklevel=3)
-    return old_value
+def _config_of(given: RolloutConfig | None) -> RolloutConfig:
+    if given is None:
+        return DEFAULT_ROLLOUT_CONFIG
+    if not isinstance(given, RolloutConfig):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+        raise InvalidValue(f"rollout_config is {given!r}, a {type(given).__name__}; give an agl.RolloutConfig(…)")
+    return given

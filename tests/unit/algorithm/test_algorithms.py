@@ -207,6 +207,14 @@ def test_batches_cover_everything_in_order() -> None:
         next(agl.batch_iter_over_dataset([1], 0))
 
 
+@pytest.mark.parametrize("dataset", [7, "tasks.jsonl", {"a": 1}, iter([1])], ids=["int", "str", "dict", "iterator"])
+async def test_what_has_no_inputs_by_position_is_refused_by_name(dataset: Any) -> None:
+    policy = agl.SoftmaxPolicy(["a", "b"])
+    for algorithm in (agl.Baseline(), agl.GRPO(policy), agl.APO(object())):
+        with pytest.raises(InvalidValue, match=f"val_dataset is a {type(dataset).__name__}"):
+            await algorithm.run([1], dataset)
+
+
 async def test_what_exists_is_enqueued_once() -> None:
     async with InMemoryLightningStore() as store:
 

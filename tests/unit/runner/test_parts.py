@@ -88,12 +88,14 @@ def test_there_is_always_a_free_one() -> None:
     threads.close()
 
 
-def test_the_context_is_carried_over_and_exceptions_back() -> None:
+async def test_the_context_is_carried_over_and_exceptions_back() -> None:
     threads, variable = AgentThreads("test"), contextvars.ContextVar("variable", default=0)
     variable.set(7)
     assert threads.call(variable.get).result(10) == 7
     with pytest.raises(SystemExit):
         threads.call(lambda: sys.exit(3)).result(10)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wrap_future(threads.call(lambda: next(iter(()))))
     assert threads.call(lambda: 1).result(10) == 1
     threads.close()
 

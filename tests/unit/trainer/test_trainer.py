@@ -97,11 +97,27 @@ def test_old_names_are_understood() -> None:
         {"run": "../elsewhere"},
         {"progress": "loud"},
         {"llm_proxy": "nothing"},
+        {"n_runners": 0},
+        {"n_runners": "2"},
+        {"max_rollouts": -1},
+        {"hooks": 7},
+        {"hooks": [agl.Hook(), "other"]},
+        {"rollout_config": {"max_attempts": 2}},
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=next(iter(arguments))):
         agl.Trainer(**arguments)
+
+
+def test_what_a_ready_made_component_does_not_take_any_more_is_told() -> None:
+    strategy = agl.ClientServerExecutionStrategy(n_runners=2, server_port=4848)
+    runner = agl.LitAgentRunner(agl.OtelTracer())
+    with pytest.warns(UserWarning, match="has no effect") as told:
+        agl.Trainer(strategy=strategy, n_runners=3, port=1, runner=runner, tracer="dummy", max_rollouts=5)
+    assert [str(each.message).split()[0] for each in told] == ["tracer", "max_rollouts", "n_runners", "server_port"]
+    assert {each.filename for each in told} == {__file__}
+    agl.Trainer(strategy=strategy, n_runners=2, port=4848, runner=runner, tracer=runner.tracer)
 
 
 def test_every_worker_gets_a_runner_and_a_tracer_of_its_own() -> None:

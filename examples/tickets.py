@@ -11,6 +11,7 @@ Run it with: python examples/tickets.py
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,8 @@ DATA = Path(__file__).with_name("data") / "tickets.jsonl"
 @agl.rollout
 async def route_ticket(task: dict[str, str], llm: agl.LLM) -> float:
     """The agent: asks the model for a team; 1 if it is the right one."""
-    question = {"model": llm.model, "messages": [{"role": "user", "content": f"{task['text'].lower()} Which team?"}]}
+    messages = [{"role": "user", "content": f"{task['text'].lower()} Which team?"}]
+    question = {"model": llm.model, "messages": messages, **llm.sampling_parameters}
     async with aiohttp.ClientSession() as session, session.post(f"{llm.endpoint}/chat/completions", json=question) as r:
         r.raise_for_status()
         answer = (await r.json())["choices"][0]["message"]["content"]
@@ -45,7 +47,6 @@ def known_words(tickets: list[dict[str, str]], teams: list[str]) -> list[str]:
 
 def accuracy(policy: agl.SoftmaxPolicy, tickets: list[dict[str, str]]) -> float:
     """How often the most probable answer is right."""
-    import random
 
     def answer(ticket: dict[str, str]) -> str:
         context = tuple(policy.encode(f"{ticket['text'].lower()} Which team?"))

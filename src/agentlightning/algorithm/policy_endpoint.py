@@ -21,6 +21,7 @@ from typing_extensions import override
 from agentlightning.algorithm.policy_replies import Answer, answer_chat, answer_completion, list_models
 from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound
+from agentlightning.telemetry.apps import untraced_app
 
 __all__ = ["PolicyEndpoint"]
 
@@ -120,7 +121,7 @@ class PolicyEndpoint:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
         ]
-        return FastAPI(title="Agent Lightning policy", openapi_url=None, routes=routes)
+        return untraced_app(title="Agent Lightning policy", openapi_url=None, routes=routes)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse(list_models(self._model))

@@ -11,6 +11,7 @@ from fastapi import FastAPI, HTTPException
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.legacy.task_queue import TaskQueue
+from agentlightning.telemetry.apps import untraced_app
 from agentlightning.types import (
     GenericResponse,
     NamedResources,
@@ -128,7 +129,7 @@ class _Server(uvicorn.Server):
 
 
 def _app(queue: TaskQueue) -> FastAPI:
-    app = FastAPI(title="Agent Lightning, v0.1 interface")
+    app = untraced_app(title="Agent Lightning, v0.1 interface")
 
     @app.get("/task")
     async def next_task() -> TaskIfAny:  # pyright: ignore[reportUnusedFunction]

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from agentlightning.proxy.calls import ModelCalls
 from agentlightning.proxy.exchange import Exchange
 from agentlightning.proxy.refusals import Refused
+from agentlightning.telemetry.apps import untraced_app
 
 __all__ = ["build_app"]
 
@@ -23,7 +24,7 @@ _PREFIXES = (_ATTEMPT + "/v1", "/v1", _ATTEMPT, "")
 
 def build_app(exchange: Exchange) -> FastAPI:
     """The ASGI application of a proxy."""
-    app = FastAPI(title="Agent Lightning LLM proxy", openapi_url=None)
+    app = untraced_app(title="Agent Lightning LLM proxy", openapi_url=None)
     calls = {
         "/chat/completions": ModelCalls(exchange, "chat"),
         "/completions": ModelCalls(exchange, "text_completion"),

@@ -32,6 +32,7 @@ from agentlightning.store.client_server.server.otlp import (
 from agentlightning.store.client_server.wire.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.store.client_server.wire.messages import Health, Readiness
 from agentlightning.store.client_server.wire.routes import DIALECTS, OTLP_TRACES_PATH
+from agentlightning.telemetry.apps import untraced_app
 from agentlightning.telemetry.metrics import METRICS_TYPE, RequestMeter, render_metrics
 
 __all__ = ["Serving", "build_operations"]
@@ -70,7 +71,7 @@ def build_operations(
         serving: the server, once it runs.
         run_id: the run that is served, which runners ask for before they join it.
     """
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = untraced_app(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(AgentLightningError, _refuse)
     app.add_exception_handler(Exception, _fail)

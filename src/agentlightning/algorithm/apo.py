@@ -20,6 +20,7 @@ from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
+from agentlightning.algorithm.checks import check_counts, check_seconds
 from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import is_finished
 from agentlightning.types import Dataset, EnqueueRolloutRequest, PromptTemplate, Rollout, RolloutMode
@@ -113,18 +114,14 @@ class APO(Algorithm):
         run_initial_validation: bool = True,
         seed: int = 0,
     ) -> None:
-        counts = {
-            "gradient_batch_size": gradient_batch_size,
-            "val_batch_size": val_batch_size,
-            "beam_width": beam_width,
-            "branch_factor": branch_factor,
-            "beam_rounds": beam_rounds,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise InvalidValue(f"{name} is {count}; give at least 1")
-        if not rollout_batch_timeout > 0:
-            raise InvalidValue(f"rollout_batch_timeout is {rollout_batch_timeout}; give seconds, more than 0")
+        check_counts(
+            gradient_batch_size=gradient_batch_size,
+            val_batch_size=val_batch_size,
+            beam_width=beam_width,
+            branch_factor=branch_factor,
+            beam_rounds=beam_rounds,
+        )
+        check_seconds(rollout_batch_timeout=rollout_batch_timeout)
         self._openai = async_openai_client
         self._gradient_model = gradient_model
         self._apply_edit_model = apply_edit_model

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import check_dataset, enqueue_once
+from agentlightning.algorithm.checks import check_counts, check_seconds
 from agentlightning.algorithm.taking_up import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue
@@ -60,12 +61,10 @@ class Baseline(FastAlgorithm):
         max_queue_length: int = 4,
         span_verbosity: Literal["keys", "key_values", "none"] = "keys",
     ) -> None:
-        if n_epochs < 1 or max_queue_length < 1:
-            raise InvalidValue(f"n_epochs is {n_epochs}, max_queue_length {max_queue_length}; give at least 1 for both")
-        if not 0 <= train_split <= 1:
-            raise InvalidValue(f"train_split is {train_split}; give a share from 0 to 1")
-        if not 0 < polling_interval < math.inf:
-            raise InvalidValue(f"polling_interval is {polling_interval}; give seconds, more than 0")
+        check_counts(n_epochs=n_epochs, max_queue_length=max_queue_length)
+        check_seconds(polling_interval=polling_interval)
+        if not isinstance(train_split, (int, float)) or not 0 <= train_split <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(f"train_split is {train_split!r}; give a share from 0 to 1")
         if span_verbosity not in ("keys", "key_values", "none"):
             raise InvalidValue(f"span_verbosity is {span_verbosity!r}; give 'keys', 'key_values' or 'none'")
         self._n_epochs = n_epochs

@@ -17,6 +17,7 @@ from typing import Any
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
+from agentlightning.algorithm.checks import check_counts
 from agentlightning.algorithm.grpo_groups import GatheredGroups, GroupReader
 from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
@@ -96,11 +97,11 @@ class GRPO(Algorithm):
         endpoint_host: str = "127.0.0.1",
         endpoint_port: int = 0,
     ) -> None:
-        if group_size < 2 or batch_size < 1 or n_steps < 1 or validate_every < 0:
-            raise InvalidValue(
-                f"group_size {group_size} must be at least 2; batch_size {batch_size}, n_steps {n_steps} at least 1; "
-                f"validate_every {validate_every} not negative"
-            )
+        if not isinstance(policy, SoftmaxPolicy):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+            raise InvalidValue(f"policy is {policy!r}, a {type(policy).__name__}; GRPO trains an agl.SoftmaxPolicy")
+        check_counts(group_size=group_size, least=2)
+        check_counts(batch_size=batch_size, n_steps=n_steps)
+        check_counts(validate_every=validate_every, endpoint_port=endpoint_port, least=0)
         self._policy = policy
         self._reference = policy.copy()
         self._group_size = group_size

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, TypedDict, TypeVar, cast
 
 from agentlightning.emitter.emitting import as_attributes, emit
@@ -112,9 +113,12 @@ def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> l
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real):  # also those of numpy
         raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; give a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InvalidValue(f"{what} is a whole number too large for a float; give one up to 1e308") from error
     if not math.isfinite(number):
         raise InvalidValue(f"{what} is {value!r}; it must be finite (emit none at all if there is no reward)")
     return number

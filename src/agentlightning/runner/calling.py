@@ -67,7 +67,7 @@ def agents_part(error: _E) -> _E:
 
 def as_reward(result: Any) -> float | None:
     """The reward that an agent returned, of any kind of number; None if it returned something else."""
-    return float(result) if isinstance(result, Real) else None
+    return cast("float", result) if isinstance(result, Real) else None
 
 
 def as_spans(result: Any, rollout: AttemptedRollout) -> list[Span]:

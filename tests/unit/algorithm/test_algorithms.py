@@ -207,6 +207,25 @@ def test_batches_cover_everything_in_order() -> None:
         next(agl.batch_iter_over_dataset([1], 0))
 
 
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (agl.Baseline, {"n_epochs": "2"}),
+        (agl.Baseline, {"max_queue_length": 0}),
+        (agl.Baseline, {"polling_interval": "soon"}),
+        (agl.Baseline, {"train_split": 2}),
+        (agl.GRPO, {"policy": 3}),
+        (agl.GRPO, {"policy": agl.SoftmaxPolicy(["a"]), "n_steps": 1.5}),
+        (agl.GRPO, {"policy": agl.SoftmaxPolicy(["a"]), "endpoint_port": -1}),
+        (agl.APO, {"beam_width": 0}),
+        (agl.APO, {"rollout_batch_timeout": float("inf")}),
+    ],
+)
+def test_a_wrong_argument_is_named(make: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match=f"{list(arguments)[-1]} is"):
+        make(**arguments)
+
+
 @pytest.mark.parametrize("dataset", [7, "tasks.jsonl", {"a": 1}, iter([1])], ids=["int", "str", "dict", "iterator"])
 async def test_what_has_no_inputs_by_position_is_refused_by_name(dataset: Any) -> None:
     policy = agl.SoftmaxPolicy(["a", "b"])

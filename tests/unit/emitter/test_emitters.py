@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def traced(tracer: agl.OtelTracer, function: Any) -> list[Span]:
 # --- Rewards ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [1, 1.0, True])
+@pytest.mark.parametrize("value", [1, 1.0, True, Fraction(1)])
 def test_a_reward_of_any_kind_of_number(tracer: agl.OtelTracer, value: Any) -> None:
     (span,) = traced(tracer, lambda: agl.emit_reward(value))
     assert span.name == agl.AGL_ANNOTATION

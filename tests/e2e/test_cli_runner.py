@@ -20,6 +20,7 @@ from agentlightning.store.client_server.client.client import LightningStoreClien
 from agentlightning.store.client_server.server.server import LightningStoreServer
 from certificates import self_signed
 from command_line import agl, clean_environment
+from execution_programs import wait_until
 from scenes import enqueued
 from served_store import served
 
@@ -112,6 +113,35 @@ def test_several_processes_and_a_signal(
         _, log = process.communicate(timeout=30)
     assert process.returncode == code, log
     assert log.count(f"joined the store at {server.endpoint}; runners ready: 2") == 1
+
+
+def test_one_signal_lets_runners_finish_what_they_hold(folder: Path, server: LightningStoreServer) -> None:
+    os.mkfifo(folder / "go")
+    go = os.open(folder / "go", os.O_RDWR)
+    process = start(folder, server, "--exec", "touch begun; read line < go; echo 0.5")
+
+    async def enqueue() -> list[str]:
+        async with LightningStoreClient(server.endpoint, spool_dir=None) as store:
+            return await enqueued(store, 1)
+
+    async def status(rollout_id: str) -> str:
+        async with LightningStoreClient(server.endpoint, spool_dir=None) as store:
+            rollout = await store.get_rollout_by_id(rollout_id)
+            assert rollout is not None
+            return rollout.status
+
+    with process:
+        (rollout_id,) = asyncio.run(enqueue())
+        wait_until((folder / "begun").exists, "the program has begun")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        log = next(line for line in process.stderr if "SIGINT: stopping" in line)
+        os.write(go, b"\n")
+        os.close(go)
+        log += process.communicate(timeout=30)[1]
+    assert process.returncode == ExitCode.INTERRUPTED, log
+    assert "after the stop event, stage 1" in log
+    assert asyncio.run(status(rollout_id)) == "succeeded", log
 
 
 def test_a_server_with_tls(folder: Path, tmp_path: Path) -> None:

@@ -64,8 +64,11 @@ class Interrupts:
         return self._count > 1
 
     def conclude(self) -> None:
-        """The run has come to its end: a signal that comes now only hurries what is left to do."""
-        self._count += 1
+        """The run has come to its end: a signal that comes now only hurries what is left to do.
+
+        If it was a signal that ended it, nobody has asked for hurry yet.
+        """
+        self._count = max(self._count, 1)
 
     def check(self) -> None:
         """Raise ``Interrupted`` if there was a signal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -106,6 +107,9 @@ async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, ke
             f"the certificate of the server at {root} is not trusted here ({why}); "
             "set SSL_CERT_FILE to that of its authority"
         ) from error
+    except aiohttp.ClientConnectorError as error:
+        reason = error.os_error
+        return os.strerror(reason.errno) if reason.errno and reason.errno > 0 else str(reason.strerror or reason)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     except ValueError as error:

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 
 from agentlightning.errors import ExecutionFailed
@@ -43,6 +44,7 @@ class RunnerHostRun(Run):
         self._server: Joined | None = None
         """The one that the runners are, or were, at work for."""
         self._told = False
+        self._joining: Future[Joined | None] | None = None
 
     def execute(self, runner: RunnerBundle) -> None:
         """Run them. Raises as ``ExecutionStrategy.execute``."""
@@ -117,7 +119,11 @@ class RunnerHostRun(Run):
                 stopped=self._stopped,
                 held_back=held_back,
             )
-        joined = self._thread.call(joining)
+        self._joining = self._thread.begin(joining)
+        try:
+            joined = self._joining.result()
+        except CancelledError:
+            return False
         if joined is not None:
             self._told = self._told and joined == self._server
             self._server = joined
@@ -167,5 +173,7 @@ class RunnerHostRun(Run):
 
     def _interrupted(self) -> None:
         self._changed.set()
+        if self._joining is not None:
+            self._joining.cancel()
         if self._ending is not None:
             self._ending.begin("stop")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -270,3 +271,14 @@ def test_a_host_stays_when_its_runner_crashes_on_the_way_out(folder: Path) -> No
         host.says("all runners have left (drain)")
         host.end()
     assert len(programs.noted(folder, "runner")) == 1
+
+
+def test_ctrl_c_ends_the_wait_for_a_server_at_once(folder: Path) -> None:
+    """Also while one that listens does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, Host(silent.getsockname()[1], folder) as host:
+        silent.settimeout(20)
+        connection, _ = silent.accept()
+        with connection:
+            began = time.monotonic()
+            host.end()
+            assert time.monotonic() - began < 3  # of the 5 seconds that an answer may take

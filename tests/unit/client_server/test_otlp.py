@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from agentlightning.errors import InvalidValue, NotJson, TooLarge
 from agentlightning.store.client_server.server.limits import ServerLimits
+from agentlightning.store.client_server.server.otlp import PROTOBUF_MEDIA, encode_refusal
+from agentlightning.store.client_server.server.protobuf_size import check_fields
 from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import Span
@@ -271,3 +275,62 @@ async def test_a_client_that_leaves_in_the_middle_is_no_failure_of_the_server(
             await asyncio.sleep(0.01)
         await server.stop()
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+# --- Little that stands for much ---------------------------------------------------------------------
+
+
+def _within(field: int, content: bytes) -> bytes:
+    """A message as a field of another."""
+    size, length = len(content), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([field << 3 | 2, *length, size]) + content
+
+
+_EMPTY_GROUPS = b"\x0a\x00" * 2_000_000
+_EMPTY_SPANS = _within(1, _within(2, b"\x12\x00" * 2_000_000))
+_EMPTY_ATTRIBUTES = _within(1, _within(2, _within(2, b"\x4a\x00" * 2_000_000)))
+_MANY_SPANS = _within(1, _within(2, b"\x12\x00" * 10_001))
+
+
+@pytest.mark.parametrize("content", [_EMPTY_GROUPS, _EMPTY_SPANS, _EMPTY_ATTRIBUTES, _MANY_SPANS])
+async def test_a_small_body_that_stands_for_very_many_objects_is_not_read(content: bytes) -> None:
+    """Two bytes on the wire are hundreds in memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    async with _serving() as (_, server):
+        answer = await _post(server, gzip.compress(content, 1), content_encoding="gzip")
+        assert answer.status == 413, answer
+        assert b"retry-after" not in answer.headers
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+@pytest.mark.parametrize("end", [b"\x0a", b"\x0a\x05", b"\x0f", b"\x08" + b"\xff" * 11, b"\x09"])
+async def test_a_body_whose_fields_are_not_whole_is_found_out_before_it_is_read(end: bytes) -> None:
+    whole = b"\x10" + b"\x80" * 9 + b"\x01"  # a field of eleven bytes
+    check_fields(whole * 9, ExportTraceServiceRequest.DESCRIPTOR, 10)
+    with pytest.raises(NotJson):
+        check_fields(whole * 9 + end, ExportTraceServiceRequest.DESCRIPTOR, 10)
+
+
+def test_fields_are_counted_at_every_depth() -> None:
+    request = _request({"a": "x", "b": ["y", "z"], "c": 1, "d": 2.5}, {"e": True}, resource=OWNER)
+    content = request.SerializeToString()
+    most = _count_fields(request)
+    check_fields(content, request.DESCRIPTOR, most)
+    with pytest.raises(TooLarge):
+        check_fields(content, request.DESCRIPTOR, most - 1)
+
+
+def _count_fields(message: Any) -> int:
+    count = 0
+    for field, value in message.ListFields():
+        for each in value if field.is_repeated else [value]:
+            count += 1 + (_count_fields(each) if field.message_type else 0)
+    return count
+
+
+def test_a_long_refusal_is_cut_between_characters() -> None:
+    refusal = encode_refusal(PROTOBUF_MEDIA, InvalidValue("x" + "é" * 2000))
+    assert refusal.partition(b"x")[2].decode() == "é" * 999

@@ -19,10 +19,13 @@ from pydantic import ValidationError
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, NotJson, TooLarge, UnsupportedMedia
 from agentlightning.semconv import LightningResourceAttributes
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.wire.strict_json import decode_strict
+from agentlightning.store.client_server.server.protobuf_size import check_fields
+from agentlightning.store.client_server.wire.strict_json import MAX_NODES, decode_strict
+from agentlightning.store.requests import check_batch
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
 
 if TYPE_CHECKING:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
     from opentelemetry.proto.trace.v1 import trace_pb2
 
@@ -36,6 +39,10 @@ _SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
 _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
+
+
+_Resource = tuple[OtelResource, dict[str, Any]]
+"""What made spans, and the attributes of that."""
 
 
 class Outcome(NamedTuple):
@@ -80,12 +87,15 @@ async def store_traces(store: LightningStore, media: bytes, content: bytes) -> O
     Raises:
         UnsupportedMedia: it is of neither type.
         NotJson: it is not such a request.
+        TooLarge: it has more fields, or more spans, than are taken at a time.
         StoreUnavailable: the store takes nothing now; the exporter may send all of it again.
     """
     reasons: list[str] = []
     spans: list[Span] = []
-    for resource, scope_spans in _resource_spans(media, content):
-        for each in scope_spans:
+    groups = _by_resource(_read(media, content))
+    check_batch([each for _, group in groups for each in group], "spans")
+    for resource, group in groups:
+        for each in group:
             try:
                 spans.append(_convert(each, resource))
             except _Refused as refused:
@@ -120,7 +130,7 @@ def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
     code = 14 if error.status in (429, 503, 507) else 3
     if media == JSON_MEDIA:
         return json.dumps({"code": code, "message": error.message}).encode()
-    text = error.message.encode()[:2000]
+    text = error.message.encode()[:2000].decode(errors="ignore").encode()  # whole characters
     length = bytes([len(text)]) if len(text) < 128 else bytes([len(text) & 0x7F | 0x80, len(text) >> 7])
     return b"\x08" + bytes([code]) + b"\x12" + length + text
 
@@ -145,9 +155,7 @@ async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str
 # --- From OTLP to spans ------------------------------------------------------------------------------
 
 
-def _resource_spans(
-    media: bytes, content: bytes
-) -> Iterable[tuple[tuple[OtelResource, dict[str, Any]], Iterable[trace_pb2.Span]]]:
+def _read(media: bytes, content: bytes) -> ExportTraceServiceRequest:
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -155,6 +163,7 @@ def _resource_spans(
     if media == JSON_MEDIA:
         _parse_json(content, request)
     elif media == PROTOBUF_MEDIA:
+        check_fields(content, ExportTraceServiceRequest.DESCRIPTOR, MAX_NODES)
         try:
             request.ParseFromString(content)
         except DecodeError as error:
@@ -163,10 +172,19 @@ def _resource_spans(
         raise UnsupportedMedia(
             f"the body is {media[:80].decode('latin-1')!r}; send application/x-protobuf or application/json"
         )
-    for group in request.resource_spans:
-        attributes = _attributes(group.resource.attributes)
-        resource = OtelResource(attributes=attributes, schema_url=group.schema_url)
-        yield (resource, attributes), [span for scope in group.scope_spans for span in scope.spans]
+    return request
+
+
+def _by_resource(request: ExportTraceServiceRequest) -> list[tuple[_Resource, list[trace_pb2.Span]]]:
+    return [
+        (_resource(group), [span for scope in group.scope_spans for span in scope.spans])
+        for group in request.resource_spans
+    ]
+
+
+def _resource(group: trace_pb2.ResourceSpans) -> _Resource:
+    attributes = _attributes(group.resource.attributes)
+    return OtelResource(attributes=attributes, schema_url=group.schema_url), attributes
 
 
 def _parse_json(content: bytes, request: Any) -> None:
@@ -196,7 +214,7 @@ def _with_base64_ids(value: Any) -> Any:
     }
 
 
-def _convert(span: trace_pb2.Span, of: tuple[OtelResource, dict[str, Any]]) -> Span:
+def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
     resource, shared = of
     attributes = _attributes(span.attributes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import socket
 import threading
@@ -25,9 +26,10 @@ from agentlightning import (
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
-from agentlightning.proxy import connections, serving
-from agentlightning.proxy.connections import Connections
+from agentlightning.proxy import serving
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
+from agentlightning.serving import connection
+from agentlightning.serving.bounds import Bounds
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
 
@@ -98,8 +100,8 @@ async def test_a_pause_can_hold_calls_instead() -> None:
 
 
 async def test_a_large_request_that_is_held_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_BYTES_PER_SECOND", 1e9)
-    monkeypatch.setattr(serving, "Connections", lambda most: Connections(most, arrival_seconds=0.05))
+    monkeypatch.setattr(connection, "BYTES_PER_SECOND", 1e9)
+    _bound(monkeypatch, header_seconds=0.05, body_seconds=0.05)
     messages: Any = [{"role": "user", "content": "x" * 3_000_000}]
     async with proxied(OpenAIBackend()) as scene, scene.client() as agent:
         await scene.proxy.pause(hold_seconds=0.5)  # longer than the request may take to arrive
@@ -302,7 +304,7 @@ async def test_calls_that_take_up_too_much_memory_are_turned_away() -> None:
 async def test_a_request_that_does_not_arrive_is_sent_away(
     sent: bytes, seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "Connections", lambda most: Connections(most, arrival_seconds=seconds))
+    _bound(monkeypatch, header_seconds=seconds, body_seconds=seconds)
     async with proxied(OpenAIBackend()) as scene:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(scene.proxy))
         writer.write(sent)
@@ -312,7 +314,7 @@ async def test_a_request_that_does_not_arrive_is_sent_away(
 
 
 async def test_more_connections_than_allowed_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "Connections", lambda most: Connections(2))
+    _bound(monkeypatch, connections=2)
     async with proxied(OpenAIBackend()) as scene:
         open_ones = [await asyncio.open_connection("127.0.0.1", port_of(scene.proxy)) for _ in range(3)]
         async with asyncio.timeout(WAIT_SECONDS):
@@ -322,6 +324,15 @@ async def test_more_connections_than_allowed_are_turned_away(monkeypatch: pytest
             with suppress(ConnectionError):
                 await writer.wait_closed()
         await ask(scene, max_retries=100)
+
+
+def _bound(monkeypatch: pytest.MonkeyPatch, **bounds: Any) -> None:
+    """Proxies have these bounds from now on."""
+
+    def made(connections: int, connections_per_address: int) -> Bounds:
+        return Bounds(**({"connections": connections, "connections_per_address": connections_per_address} | bounds))
+
+    monkeypatch.setattr(serving, "Bounds", made)
 
 
 def port_of(proxy: LLMProxy) -> int:
@@ -448,7 +459,7 @@ async def test_start_stop_and_restart() -> None:
         set_active_llm_proxy(proxy)
         assert get_active_llm_proxy() is proxy
         port = port_of(proxy)
-        taken = rf"cannot listen on 127\.0\.0\.1:{port}"
+        taken = rf"port {port} on 127\.0\.0\.1 is taken by process {os.getpid()} "
         with socket.create_server(("127.0.0.1", port)), pytest.raises(InvalidValue, match=taken):
             await LLMProxy(port=port).start()
         assert not [thread for thread in threading.enumerate() if thread.name == "agl-llm-proxy"]

@@ -20,9 +20,10 @@ from agentlightning.proxy.control import control_routes
 from agentlightning.proxy.exchange import Exchange, ProxySettings, open_exchange
 from agentlightning.proxy.models import Ask, ModelConfig, backends_of
 from agentlightning.proxy.routing import Routing
-from agentlightning.proxy.serving import AppThread, bound_socket
+from agentlightning.proxy.serving import AppThread
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
+from agentlightning.serving import ports
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
 
@@ -138,7 +139,11 @@ class LLMProxy:
         """
         if self.is_running():
             return
-        listener = bound_socket(self._host, self._wanted_port)
+        try:
+            listener = ports.bind(self._host, self._wanted_port)
+            ports.listen(listener, self._host)
+        except OSError as error:
+            raise InvalidValue(str(error)) from error
         port: int = listener.getsockname()[1]
         thread = AppThread(
             self._open_app, listener, "agl-llm-proxy", max_connections=2 * self._settings.max_calls + _SPARE

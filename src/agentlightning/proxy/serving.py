@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -11,19 +10,19 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-import uvicorn
 import uvloop
 from typing_extensions import override
 
-from agentlightning.errors import InvalidValue
-from agentlightning.proxy.connections import Connections, bounded_protocol
+from agentlightning.proxy.refusals import Refused
+from agentlightning.serving.bounds import Bounds, Doorkeeper
+from agentlightning.serving.connection import BoundedConnection
+from agentlightning.serving.files import allow_many_files
+from agentlightning.serving.server import LoopServer, server_config
 
-__all__ = ["AppThread", "bound_socket"]
+__all__ = ["AppThread"]
 
 _T = TypeVar("_T")
-_BACKLOG = 2048
-_KEEPALIVE_SECONDS = 75
-_STOP_SECONDS = 2
+_STOP_SECONDS = 2.0
 
 
 class AppThread:
@@ -45,7 +44,7 @@ class AppThread:
     ) -> None:
         self._open_app = open_app
         self._listener = listener
-        self._connections = Connections(max_connections)
+        self._doorkeeper = Doorkeeper(Bounds(max_connections, connections_per_address=max_connections))
         self._ready: Future[None] = Future()
         self._ended: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -54,7 +53,7 @@ class AppThread:
 
     async def start(self) -> None:
         """Begin; the application takes requests after. Raises what went wrong in the thread."""
-        _allow_many_files()
+        allow_many_files()
         self._thread.start()
         await asyncio.wrap_future(self._ready)
 
@@ -96,7 +95,9 @@ class AppThread:
         self._stop = asyncio.Event()
         stopping = asyncio.create_task(self._stop.wait())
         async with self._open_app() as app:
-            server = _Server(_config_of(app, self._connections), self._ready)
+            config = server_config(app, self._connect, date_header=False)  # which would have to be kept up to date
+            server = LoopServer(config, _STOP_SECONDS)
+            server.answering.add_done_callback(lambda _: self._ready.set_result(None))
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # The socket was still open while the application was laid down, so that what came then was told why.
@@ -104,71 +105,16 @@ class AppThread:
         server.end()
         await serving
 
-
-def _allow_many_files() -> None:
-    """Let this process have as many connections as the system allows: a stream takes two, often of 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # then as many as it has now
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    def _connect(self, **arguments: Any) -> _Connection:
+        return _Connection(self._doorkeeper, **arguments)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens, and whose end is waited for, not polled for."""
-
-    def __init__(self, config: uvicorn.Config, ready: Future[None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-        self._ending = asyncio.Event()
-
-    def end(self) -> None:
-        """Let ``serve`` return soon."""
-        self._ending.set()
+class _Connection(BoundedConnection):
+    """One that sends clients away in the words of OpenAI's API."""
 
     @override
-    async def main_loop(self) -> None:
-        await self._ending.wait()
-
-    @override
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready.set_result(None)
-
-
-def _config_of(app: Any, connections: Connections) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=bounded_protocol(connections),  # type: ignore[arg-type]  # a factory, which is all that uvicorn calls it as
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,  # it would have to be kept up to date
-        timeout_keep_alive=_KEEPALIVE_SECONDS,
-        timeout_graceful_shutdown=_STOP_SECONDS,
-    )
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens nowhere yet, bound to ``host`` and ``port`` (0: any free one).
-
-    Raises:
-        InvalidValue: the host is unknown, or the port is taken; the message says which.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-            listener.setblocking(False)
-        except BaseException:
-            listener.close()
-            raise
-    except (OSError, OverflowError) as error:
-        raise InvalidValue(
-            f"cannot listen on {host}:{port}: {error}; give another port (0 takes a free one) or another host"
-        ) from error
-    return listener
+    def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
+        code = {self.OVERLOADED: "proxy_overloaded", self.TOO_SLOW: "request_too_slow"}.get(status, "headers_too_large")
+        again = 1 if status == self.OVERLOADED else None
+        refused = Refused(status, code, f"{why[0].upper()}{why[1:]}.", retry_after_seconds=again)
+        return {"content-type": "application/json", **refused.headers()}, refused.body()

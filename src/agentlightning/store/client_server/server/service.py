@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import resource
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 
+from agentlightning.serving.files import allow_many_files
 from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.engine import EngineStore
 
@@ -33,7 +32,7 @@ def run_service(server: LightningStoreServer, store: EngineStore, ready: Callabl
     Raises:
         AgentLightningError: the store cannot be opened, or the port cannot be had.
     """
-    _allow_many_files()
+    allow_many_files()
     server.take_port()  # first, so that a start that fails leaves no new database behind
     try:
         asyncio.run(_serve(server, store, ready))
@@ -71,10 +70,3 @@ def _collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 20, 20)
-
-
-def _allow_many_files() -> None:
-    """Let as many connections be open as the system allows: each is a file to it."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,161 @@
+"""Connections that may not take more than their share: of number, of time, of memory.
+
+uvicorn reads requests and writes replies; this adds the bounds that it does not have. A client that sends half a
+request and then nothing (slowloris) is sent away after a while, whatever it does in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Any, ClassVar, cast
+
+from typing_extensions import override
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from agentlightning.serving.bounds import BYTES_PER_SECOND, Doorkeeper
+
+__all__ = ["BoundedConnection"]
+
+_LINGER_SECONDS = 1.0
+"""How long a client that is still sending is listened to, so that it can read why it is sent away."""
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection of uvicorn's with bounds.
+
+    Args:
+        doorkeeper: counts it, and knows the bounds.
+        arguments: of uvicorn.
+    """
+
+    OVERLOADED: ClassVar[int] = 503
+    TOO_SLOW: ClassVar[int] = 408
+    HEADERS_TOO_LARGE: ClassVar[int] = 431
+
+    def __init__(self, doorkeeper: Doorkeeper, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._doorkeeper = doorkeeper
+        self._bounds = doorkeeper.bounds
+        self._address = ""
+        self._in_headers = False
+        self._in_message = False
+        self._began = 0.0
+        self._received = 0
+        """Of the request that is arriving."""
+        self._is_deaf = False
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
+        """Headers and body of the answer to a client that is sent away; ``why`` is a sentence."""
+        raise NotImplementedError
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        refusal = self._doorkeeper.enter(self._address)
+        if refusal is not None:
+            self._send_away(self.OVERLOADED, refusal)
+            return
+        self._began = monotonic()
+        self._set_deadline(self._bounds.header_seconds)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        self._doorkeeper.leave(self._address)
+        super().connection_lost(exc)
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf or self.transport.is_closing():
+            return
+        was_in_message = self._in_message
+        if was_in_message:
+            self._received += len(data)
+            if self._are_headers_too_large():
+                return
+        super().data_received(data)
+        if not self._in_message:
+            if self._deadline is not None:
+                self._cancel_deadline()
+            return
+        if not was_in_message:
+            self._received = len(data)
+            if self._are_headers_too_large():
+                return
+        if self._deadline is None and not self.transport.is_closing():
+            self._set_deadline(self._bounds.header_seconds if self._in_headers else self._bounds.body_seconds)
+
+    def _are_headers_too_large(self) -> bool:
+        """Whether the client is sent away, since the headers have no end."""
+        if not self._in_headers or self._received <= self._bounds.header_bytes:
+            return False
+        self._send_away(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
+        return True
+
+    @override
+    def on_message_begin(self) -> None:
+        self.begin_message()
+        super().on_message_begin()
+
+    def begin_message(self) -> None:
+        """The first bytes of a request are there."""
+        self._in_headers = self._in_message = True
+        self._received = 0
+        self._began = monotonic()
+
+    @override
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+
+    @override
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        super().on_message_complete()
+
+    # --- Deadlines -------------------------------------------------------------------------------
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = self.loop.call_later(seconds, self._check_deadline)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _check_deadline(self) -> None:
+        """The time for the first part of a request is up: how much more does the rest get?"""
+        self._deadline = None
+        if self.flow.read_paused:  # it is we who do not read on
+            self._began = monotonic()
+            self._set_deadline(self._bounds.body_seconds)
+            return
+        in_body = self._in_message and not self._in_headers
+        allowed = self._bounds.header_seconds
+        if in_body:
+            allowed = self._bounds.body_seconds + self._received / BYTES_PER_SECOND
+        left = self._began + allowed - monotonic()
+        if left > 0:
+            self._set_deadline(left)
+            return
+        part = "body" if in_body else "headers"
+        self._send_away(self.TOO_SLOW, f"the {part} of the request did not arrive within {allowed:.3g} s")
+
+    def _send_away(self, status: int, why: str) -> None:
+        """Answer, if nothing has been answered yet, and close the connection."""
+        self._cancel_deadline()
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        answered = cycle is not None and cycle.response_started and not cycle.response_complete
+        if not self.transport.is_closing() and not answered:
+            headers, body = self.refusal(status, why)
+            headers |= {"content-length": str(len(body)), "connection": "close"}
+            lines = [f"HTTP/1.1 {status} ", *(f"{name}: {value}" for name, value in headers.items())]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        if status == self.HEADERS_TOO_LARGE:  # a connection that is closed with bytes unread is reset, reply and all
+            self._is_deaf = True
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()

@@ -1,0 +1,113 @@
+"""uvicorn with a start that is told, an end that is waited for instead of polled for, and a drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from typing_extensions import override
+
+__all__ = ["KEEPALIVE_SECONDS", "LoopServer", "server_config"]
+
+KEEPALIVE_SECONDS = 75.0
+_FLUSH_SECONDS = 2.0
+_log = logging.getLogger(__name__)
+
+
+def server_config(
+    app: Any, connection: Callable[..., asyncio.Protocol], *, keepalive_seconds: float = KEEPALIVE_SECONDS, **more: Any
+) -> uvicorn.Config:
+    """How uvicorn serves here: HTTP/1.1 alone, without logs of its own, without trust in proxies.
+
+    Args:
+        app: an ASGI application.
+        connection: makes the protocol of a connection from uvicorn's arguments.
+        keepalive_seconds: how long a connection may stay open between requests.
+        more: of ``uvicorn.Config``.
+    """
+    return uvicorn.Config(
+        app,
+        http=connection,  # type: ignore[arg-type]  # a factory, which is all that uvicorn calls it as
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=int(keepalive_seconds),
+        **more,
+    )
+
+
+class LoopServer(uvicorn.Server):
+    """Answers on a socket, in the event loop of ``serve``.
+
+    Args:
+        config: of uvicorn.
+        drain_seconds: how long requests may go on when the end begins; those that are not done then are cancelled.
+        on_drain: called when the end begins.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, drain_seconds: float, on_drain: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(config)
+        self.answering: Future[None] = Future()
+        """Done when requests are answered."""
+        self._drain_seconds = drain_seconds
+        self._on_drain = on_drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Event | None = None
+
+    def end(self) -> None:
+        """Let ``serve`` finish and return. From any thread, once ``answering`` is done."""
+        assert self._loop is not None
+        assert self._ending is not None
+        with suppress(RuntimeError):  # the loop has ended by itself
+            self._loop.call_soon_threadsafe(self._ending.set)
+
+    @override
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
+        if not self.config.loaded:
+            self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        await self.startup(sockets=sockets)
+        await self.on_tick(0)
+        self.answering.set_result(None)
+        tick = 0
+        while not self._ending.is_set():
+            tick += 10  # uvicorn counts ten a second, and makes the Date header anew at each tenth
+            await self.on_tick(tick)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), 1.0)
+        await self._finish()
+
+    async def _finish(self) -> None:
+        if self._on_drain is not None:
+            self._on_drain()
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        tasks = set(self.server_state.tasks)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._drain_seconds)
+            if late:
+                _log.warning("%d requests were not done after %g s, and are ended", len(late), self._drain_seconds)
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(late, timeout=1.0)
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _FLUSH_SECONDS
+        # Replies may still be on their way; connections tell nobody but this set of their end.
+        while self.server_state.connections and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)

@@ -9,7 +9,7 @@ from agentlightning import LitAgent, LitAgentRunner, OtelTracer
 from agentlightning.store.base import LightningStore
 from execution_programs import folder, note
 
-__all__ = ["AgentRunner", "HeldAgent", "ShortAgent"]
+__all__ = ["AgentRunner", "HeldAgent", "HoardingAgent", "ShortAgent"]
 
 
 class ShortAgent(LitAgent[Any]):
@@ -43,6 +43,13 @@ class HeldAgent(LitAgent[Any]):
                 raise
             (folder() / f"finished-{attempt}").touch()
         return 0.25
+
+
+class HoardingAgent(LitAgent[Any]):
+    """It wants as many blocks of 64 MB as its input says."""
+
+    def rollout(self, task: Any, resources: Any, rollout: Any) -> float:
+        return float(len([bytes(64 * 1024 * 1024) for _ in range(task)]))
 
 
 class AgentRunner:

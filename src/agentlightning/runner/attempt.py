@@ -14,7 +14,7 @@ from agentlightning.litagent.hooks import Hook
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.runner import outcome as outcomes
 from agentlightning.runner.calling import agents_part, as_reward, as_spans, call_agent
-from agentlightning.runner.outcome import SUCCEEDED, Outcome, failed
+from agentlightning.runner.outcome import SUCCEEDED, Outcome, agent_failed, failed
 from agentlightning.runner.threads import AgentThreads
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
@@ -175,7 +175,7 @@ class AttemptRun:
                 self.attempt_id,
                 exc_info=agents_part(error),
             )
-            return failed(outcomes.AGENT_ERROR, error), None
+            return agent_failed(error), None
 
     def _taken(self, result: Any) -> Outcome:
         """Turn what the agent returned into spans."""

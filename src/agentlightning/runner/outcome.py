@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from agentlightning.lifecycle.reasons import RESOURCE_EXHAUSTED
 from agentlightning.tracer.mending import fits, mend_text
 from agentlightning.types import AttemptStatus
 from agentlightning.types.attributes import full_qualified_name
@@ -18,6 +19,7 @@ __all__ = [
     "TIMEOUT",
     "TRACE_NOT_STORED",
     "Outcome",
+    "agent_failed",
     "failed",
 ]
 
@@ -59,6 +61,11 @@ def failed(code: str, error: BaseException) -> Outcome:
     if len(message) > _MESSAGE_CHARACTERS:
         message = message[:_MESSAGE_CHARACTERS] + "…"
     return Outcome("failed", code, message, error)
+
+
+def agent_failed(error: BaseException) -> Outcome:
+    """The outcome of an attempt whose agent has raised. Memory that could not be had is not a mistake of the agent."""
+    return failed(RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else AGENT_ERROR, error)
 
 
 def _text_of(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from agentlightning import (
     RolloutConfig,
 )
 from agentlightning.errors import ExecutionFailed
+from execution_agents import AgentRunner, HoardingAgent
 
 RETRIES = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "failed"])
 SOON = RestartPolicy(first_delay=0.02, longest_delay=0.1, most_per_minute=5)
@@ -195,3 +196,15 @@ def test_a_runner_that_has_used_up_its_quota_is_reported_as_that(end_by: str, qu
         ("succeeded", "completed"),
     ]
     assert {"memory": "MemoryError", "cpu": "having used up 1 s of CPU time"}[end_by] in attempts[0].reason_message
+
+
+def test_an_agent_that_gets_no_more_memory_is_reported_as_that(folder: Path) -> None:
+    """Whether the kernel kills its runner for it, or Python tells the agent; rollouts after it are run."""
+    algorithm = Inputs(64, 1)
+    quotas = Quotas(memory_bytes=600 * 1024 * 1024)
+    ClientServerExecutionStrategy(n_runners=1, start_method="forkserver", quotas=quotas, **QUICK).execute(
+        algorithm, AgentRunner(HoardingAgent()), InMemoryLightningStore()
+    )
+    (greedy,), (modest,) = algorithm.attempts
+    assert (greedy.status in ("failed", "unresponsive"), greedy.reason_code) == (True, "resource_exhausted")
+    assert modest.status == "succeeded"

@@ -67,6 +67,29 @@ def test_two_runners_in_processes_and_a_config_of_ones_own() -> None:
     assert algorithm.configs == [mine] * 8
 
 
+def test_a_run_can_be_called_again_in_the_same_process(tmp_path: Path) -> None:
+    """As a cell of a notebook is."""
+    algorithm = agl.Baseline(polling_interval=0.05)
+
+    def trainer() -> agl.Trainer:
+        return agl.Trainer(
+            algorithm=algorithm, strategy=SHM, run="cell", runs_folder=tmp_path, initial_resources=PROMPT
+        )
+
+    first, second = trainer(), trainer()
+    first.fit(double, [1, 2])
+    second.fit(double, [1, 2])
+    second.fit(double, [1, 2])
+
+    async def count() -> int:
+        async with second.store as store:  # pyright: ignore - a file's
+            return (await store.statistics())["total_rollouts"]
+
+    assert asyncio.run(count()) == 2
+    with pytest.raises(InvalidValue, match="begun with 2 inputs, not 3"):
+        first.fit(double, [1, 2, 3])
+
+
 @STRATEGIES
 def test_what_the_algorithm_raises_comes_out(strategy: dict[str, Any]) -> None:
     @agl.algo

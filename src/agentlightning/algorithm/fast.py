@@ -80,7 +80,8 @@ class Baseline(FastAlgorithm):
 
         Raises:
             IdReused: the run of this name was begun with other inputs.
-            InvalidValue: the proxy has several models, so the initial resources must say which to use.
+            InvalidValue: it was begun with more or fewer; or a dataset is none; or the proxy has several models, so
+                the initial resources must say which to use.
         """
         check_dataset(train_dataset, "train_dataset")
         check_dataset(val_dataset, "val_dataset")
@@ -107,11 +108,29 @@ class Baseline(FastAlgorithm):
             resources_id = published.resources_id
             if run is not None:
                 await give_to_leftovers(store, run.name, lambda _: published)
-        checkpoint = (run.load_checkpoint() if run else None) or {"epoch": 0}
-        for epoch in range(checkpoint["epoch"], self._n_epochs):
+        for epoch in range(self._epochs_done(len(work)), self._n_epochs):
             await self._run_epoch(store, epoch, work, resources_id)
             if run is not None:
-                run.save_checkpoint({"epoch": epoch + 1})
+                run.save_checkpoint({"epoch": epoch + 1, "inputs": len(work)})
+
+    def _epochs_done(self, inputs: int) -> int:
+        """Epochs that earlier starts of the run have done.
+
+        Raises:
+            InvalidValue: they had another number of inputs.
+        """
+        run = self.get_run()
+        checkpoint = None if run is None else run.load_checkpoint()
+        if run is None or checkpoint is None:
+            return 0
+        if checkpoint["inputs"] != inputs:
+            raise InvalidValue(
+                f"the run {run.name!r} was begun with {checkpoint['inputs']} inputs, not {inputs}; give the same, or "
+                "another name"
+            )
+        if checkpoint["epoch"] >= self._n_epochs:
+            _logger.info("the run %r has done its %d epochs; there is nothing to run", run.name, self._n_epochs)
+        return int(checkpoint["epoch"])
 
     def _split(self, train: Dataset[Any] | None, val: Dataset[Any] | None) -> list[_Work]:
         inputs = [] if train is None else [train[index] for index in range(len(train))]

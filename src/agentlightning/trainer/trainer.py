@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ class Trainer:
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = adapter_of(adapter)
         self.algorithm = algorithm_of(algorithm)
-        self.store = store_of(store, self._default_store)
+        self.store, self._store_is_ours = store_of(store, self._default_store), store is None
         self.strategy = strategy_of(strategy, n_runners, port)
         self.llm_proxy = proxy_of(llm_proxy, self.store)
         warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
@@ -218,12 +219,24 @@ class Trainer:
         runner_role = RunnerRole(self._make_runner, agent, self.hooks)
 
         def execute() -> None:
-            self.strategy.execute(algorithm_role, runner_role, self.store)
+            try:
+                self.strategy.execute(algorithm_role, runner_role, self.store)
+            finally:
+                self._let_go()
 
         if loop_is_running():
             run_beside_loop(execute, algorithm_role.interrupt)
         else:
             execute()
+
+    def _let_go(self) -> None:
+        """Close the file of the run, for whoever wants it next: another trainer of that name, in a notebook perhaps.
+
+        ``store`` opens it again when it is next asked for something.
+        """
+        if self._store_is_ours and isinstance(self.store, SqliteLightningStore):
+            asyncio.run(self.store.close())
+            self.store = self._default_store()
 
     def _default_store(self) -> LightningStore:
         if self.run_folder is None:

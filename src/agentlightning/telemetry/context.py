@@ -7,7 +7,8 @@ from contextvars import ContextVar
 
 __all__ = ["CURRENT", "WorkContext"]
 
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+_NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 
 
 class WorkContext:
@@ -33,11 +34,20 @@ class WorkContext:
         fields = dict(self.ids) if self.ids else {}
         if self.request_id is not None:
             fields["request_id"] = self.request_id
-        if self.traceparent is not None:
-            parts = _TRACEPARENT.fullmatch(self.traceparent)
-            if parts is not None:
-                fields["trace_id"], fields["parent_span_id"] = parts.groups()
+        trace = None if self.traceparent is None else _trace_of(self.traceparent)
+        if trace is not None:
+            fields["trace_id"], fields["parent_span_id"] = trace
         return fields
+
+
+def _trace_of(traceparent: str) -> tuple[str, str] | None:
+    """Trace id and span id (W3C Trace Context, section 3.2: later versions may say more behind what there is now)."""
+    parts = _TRACEPARENT.fullmatch(traceparent)
+    if parts is None:
+        return None
+    version, trace_id, span_id, more = parts.groups()
+    unknown = version == "ff" or (version == "00" and more is not None)
+    return None if unknown or trace_id == _NO_TRACE or span_id == _NO_SPAN else (trace_id, span_id)
 
 
 CURRENT: ContextVar[WorkContext | None] = ContextVar("agentlightning_work", default=None)

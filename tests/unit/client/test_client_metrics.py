@@ -26,7 +26,7 @@ def _text(spool: SpoolReport | None) -> dict[str, float]:
         failures=3,
         retries=2,
         given_up=1,
-        cached_resources_age_seconds=None,
+        cached_resources_age_seconds=42.0,
         spool=spool,
     )
     registry = CollectorRegistry()
@@ -46,6 +46,8 @@ def test_everything_has_its_name() -> None:
     assert found["agl_client_breaker_share"] == 0.25
     assert found["agl_client_seconds_since_answer"] == 1.5
     assert [found[f"agl_client_{each}_total"] for each in ("calls", "failures", "retries", "given_up")] == [10, 3, 2, 1]
+    assert found["agl_client_cached_resources_age_seconds"] == 42
+    assert found["agl_client_spool_adopted_total"] == 1
     assert [found[f"agl_client_spool_{each}"] for each in ("spans", "bytes")] == [4, 4000]
     assert [found[f"agl_client_spool_{each}_total"] for each in ("spooled", "delivered", "refused", "pushed_back")] == [
         9,

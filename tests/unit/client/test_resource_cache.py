@@ -119,3 +119,15 @@ def test_it_does_not_grow_without_end(cache: ResourceCache, tmp_path: Path, cloc
     assert not cache.has("rs-43", None)
     assert cache.has("rs-44", None)
     assert cache.has("rs-299", None)
+
+
+def test_what_the_server_has_no_more_is_forgotten(cache: ResourceCache) -> None:
+    cache.forget("rs-1", None)
+    cache.keep(_update(), "rs-1", None)
+    cache.keep(_update(), None, None)
+    cache.forget("rs-1", None)
+    assert not cache.has("rs-1", None)
+    assert cache.read("rs-1", None) is None
+    assert cache.has(None, None)
+    cache.keep(_update(), "rs-1", None)
+    assert cache.has("rs-1", None)

@@ -130,9 +130,33 @@ def test_lines_carry_the_ids_of_their_work(tmp_path: Path) -> None:
     assert "request_id" not in outside
 
 
-@pytest.mark.parametrize("traceparent", ["", "00-xyz-1-01", TRACEPARENT[:-1], "ff" + TRACEPARENT[2:]])
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "",
+        "00-xyz-1-01",
+        TRACEPARENT[:-1],
+        "ff" + TRACEPARENT[2:],
+        TRACEPARENT + "-more",
+        f"00-{'0' * 32}-{'1' * 16}-01",
+        f"00-{'1' * 32}-{'0' * 16}-01",
+    ],
+)
 def test_what_is_no_traceparent_is_left_out(traceparent: str) -> None:
     assert WorkContext("rq-1", traceparent).fields() == {"request_id": "rq-1"}
+
+
+def test_a_traceparent_of_a_later_version_is_understood() -> None:
+    fields = WorkContext(None, "01" + TRACEPARENT[2:] + "-more").fields()
+    assert fields == {"trace_id": "0af7651916cd43dd8448eb211c80319c", "parent_span_id": "b7ad6b7169203331"}
+
+
+async def test_a_path_cannot_forge_lines(tmp_path: Path) -> None:
+    setup_logging("debug", console=False, files=tmp_path / "log", format="console")
+    async with InMemoryLightningStore() as store:
+        await AsgiCalls(store).call("GET", "/agl/v1/%0aforged%1b[31m")
+    assert not any(line.startswith("forged") for line in (tmp_path / "log").read_text().splitlines())
+    assert "\x1b[31m" not in (tmp_path / "log").read_text()
 
 
 async def test_requests_are_logged_with_their_id_and_trace(tmp_path: Path) -> None:

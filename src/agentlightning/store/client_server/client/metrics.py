@@ -24,6 +24,7 @@ _SPOOL_COUNTERS: Sequence[tuple[str, str]] = (
     ("delivered", "Spans that the server has taken from the disk."),
     ("refused", "Spans that the server refused for good."),
     ("pushed_back", "Calls that found no room on the disk."),
+    ("adopted", "Spools of dead processes that were taken over."),
 )
 
 
@@ -63,6 +64,12 @@ class ClientMetrics:
         if report.seconds_since_answer is not None:
             yield GaugeMetricFamily(
                 "agl_client_seconds_since_answer", "Since any reply of the server.", value=report.seconds_since_answer
+            )
+        if report.cached_resources_age_seconds is not None:
+            yield GaugeMetricFamily(
+                "agl_client_cached_resources_age_seconds",
+                "Age of the resources that were last read from the disk; missing while they come from the server.",
+                value=report.cached_resources_age_seconds,
             )
         for name, text in _COUNTERS:
             yield CounterMetricFamily(f"agl_client_{name}", text, value=getattr(report, name))

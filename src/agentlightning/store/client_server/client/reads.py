@@ -285,4 +285,6 @@ class ReadingClient(LightningStore):
         self._on_cached_resources(None)
         if found is not None:
             cache.keep(found, resources_id, version)
+        elif kept:
+            cache.forget(resources_id, version)
         return found

@@ -79,6 +79,16 @@ class ResourceCache:
                 return
             self._kept[path] = (*mark, now)
 
+    def forget(self, resources_id: str | None, version: int | None) -> None:
+        """The server said that there is nothing. Arguments as for ``keep``."""
+        path = self._path(resources_id, version)
+        with self._lock:
+            self._kept.pop(path, None)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _logger.warning("the old copy of resources in %s could not be removed: %s", path, error)
+
     def has(self, resources_id: str | None, version: int | None) -> bool:
         """Whether something was kept for this. Arguments as for ``keep``."""
         path = self._path(resources_id, version)

@@ -193,7 +193,7 @@ class StoreApp:
         except Exception:
             if not status:
                 raise
-            _log.exception("%s %s failed", exchange.method, exchange.path)  # and it has said so to the client
+            _log.exception("%s %s failed", exchange.method, _shown(exchange.path))  # and it has said so to the client
         return status
 
     async def _refuse(self, exchange: Exchange, error: AgentLightningError, dialect: Dialect) -> int:
@@ -232,7 +232,12 @@ class StoreApp:
         if _log.isEnabledFor(level):
             client = "{}:{}".format(*exchange.client) if exchange.client else "unknown"
             extra = {"client": client, "status": status, "milliseconds": round(seconds * 1000, 3)}
-            _log.log(level, "%s %s → %d", exchange.method, exchange.path, status, extra=extra)
+            _log.log(level, "%s %s → %d", exchange.method, _shown(exchange.path), status, extra=extra)
+
+
+def _shown(path: str) -> str:
+    """A path for a log line, in which it cannot begin another one."""
+    return path if path.isprintable() else ascii(path)
 
 
 class _Watch:

@@ -205,7 +205,7 @@ class LightningStoreServer(DelegatingStore):
             raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
         if not is_loopback(self.host) and self._key is None:
             raise InvalidValue(
-                f"other machines can reach {self.host}, and there is no API key: set AGL_API_KEY (or api_key=, "
+                f"other machines can reach {self.host!r}, and there is no API key: set AGL_API_KEY (or api_key=, "
                 f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
             )
         listener = self._build(self.store)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 __all__ = ["loop_is_running", "run_beside_loop"]
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 0.2
 
 
 def loop_is_running() -> bool:
@@ -45,8 +47,10 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
         try:  # around the start as well: from then on an interrupt has something to end
             while to_start:
                 to_start.pop().start()
-            # Waits for the end. Not by Thread.join, which takes a thread for ended when a signal interrupts it.
-            outcome.exception()
+            # Not by Thread.join, which takes a thread for ended when a signal interrupts it; and not without a limit,
+            # because a signal that comes just before a thread begins to wait does not wake it.
+            while not outcome.done():
+                wait([outcome], timeout=_LOOK_SECONDS)
             break
         except KeyboardInterrupt:
             interrupted = True

@@ -6,6 +6,7 @@ loaded until it is used (PEP 562): the first use of a name loads the module that
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -554,7 +555,8 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULE_NAMES:
         value = getattr(import_module(_MODULE_NAMES[name]), name)
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With these two Python adds the name that may have been meant.
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     globals()[name] = value  # the next use does not come by here
     return value
 

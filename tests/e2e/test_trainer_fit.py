@@ -163,6 +163,7 @@ async def cell():
         algorithm=once,
         strategy={"type": "cs", "server_host": "127.0.0.1", "server_port": 0},
         initial_resources={"p": agl.PromptTemplate(template="x", engine="f-string")},
+        progress="off",
     )
     trainer.fit(agent, [2])
 

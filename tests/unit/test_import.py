@@ -80,8 +80,9 @@ def test_version_is_the_installed_one() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="'agentlightning' has no attribute 'Trainr'"):
+    with pytest.raises(AttributeError, match="'agentlightning' has no attribute 'Trainr'") as caught:
         _ = agl.Trainr
+    assert (caught.value.name, caught.value.obj) == ("Trainr", agl), "so that Python can say: did you mean 'Trainer'?"
 
 
 def test_star_import_brings_every_name() -> None:

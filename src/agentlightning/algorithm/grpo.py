@@ -34,6 +34,11 @@ __all__ = ["GRPO"]
 _logger = logging.getLogger(__name__)
 
 _EMPTY_STEPS = 3
+_DROPPED_WORDS = {
+    "failed": "failed rollouts",
+    "unrewarded": "rollouts without a reward",
+    "unusable": "rollouts without a model call that can be learned from",
+}
 """After so many steps in a row without one whole group the run fails: something is wrong with the agent."""
 
 
@@ -140,7 +145,12 @@ class GRPO(Algorithm):
         took_up = self._take_up()
         begin = took_up or 0
         if begin >= self._n_steps:
-            _logger.info("the run has done its %d steps; the policy is as it was left", self._n_steps)
+            _logger.warning(
+                "this run has done its steps already (%d of %d); the policy is as it was left. For more, raise "
+                "n_steps; to begin anew, give the run another name",
+                begin,
+                self._n_steps,
+            )
             return
         if took_up is None:
             self._keep(0)
@@ -350,10 +360,10 @@ class GRPO(Algorithm):
 
 
 def _describe_dropped(gathered: GatheredGroups) -> str:
-    counts = [f"{count} {why}" for why, count in gathered.dropped_rollouts.most_common()]
+    counts = [f"{count} {_DROPPED_WORDS[why]}" for why, count in gathered.dropped_rollouts.most_common()]
     reasons = [*gathered.failures.most_common(1), *gathered.unusable_calls.most_common(1)]
     most = "".join(f"; {count}× {reason}" for reason, count in reasons)
-    return f"dropped {gathered.dropped_groups} groups for rollouts that were {', '.join(counts)}{most}"
+    return f"dropped {gathered.dropped_groups} groups, for {', '.join(counts)}{most}"
 
 
 def _nothing_to_learn(gathered: GatheredGroups) -> NothingToLearn:

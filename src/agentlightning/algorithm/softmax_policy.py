@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -59,8 +60,15 @@ class SoftmaxPolicy:
     ) -> None:
         self._vocabulary = tuple(vocabulary)
         self._ids = {word: token_id for token_id, word in enumerate(self._vocabulary)}
-        if len(self._ids) != len(self._vocabulary) or not all(_WORD.fullmatch(word) for word in self._vocabulary):
-            raise InvalidValue("the vocabulary repeats a word, or has something that is not one word or one sign")
+        odd = [word for word in self._vocabulary if not _WORD.fullmatch(word)]
+        if odd:
+            raise InvalidValue(
+                f"the vocabulary has {odd[0]!r}, which is neither one word (letters, digits, '_') nor one sign; "
+                "give its parts"
+            )
+        repeated = [word for word, count in Counter(self._vocabulary).items() if count > 1]
+        if repeated:
+            raise InvalidValue(f"the vocabulary has {repeated[0]!r} more than once")
         said = self._vocabulary if actions is None else tuple(actions)
         unknown = [word for word in said if word not in self._ids]
         if unknown or not said or len(set(said)) != len(said):

@@ -33,8 +33,10 @@ Url = Annotated[
         "-u",
         envvar="AGL_SERVER_URL",
         metavar="URL|FILE",
-        show_default="http://127.0.0.1:4747",
-        help="The store: a server (http://host:4747), or a database file.",
+        show_default=False,
+        help=(
+            "The store: a server (http://host:4747), or a database file. [dim]\\[default: http://127.0.0.1:4747][/dim]"
+        ),
     ),
 ]
 

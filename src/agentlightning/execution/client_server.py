@@ -150,10 +150,10 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
     def _check(self) -> None:
         if self.role not in get_args(Role):
             raise InvalidValue(f"role {self.role!r} is not one of {', '.join(get_args(Role))} (AGL_CURRENT_ROLE)")
-        if not 0 <= self.server_port <= 65535 or (
-            self.server_port == 0 and self.role == "runner" and self.server_url is None
-        ):
-            raise InvalidValue(f"server_port {self.server_port} is not a port that can be used (AGL_SERVER_PORT)")
+        port = self.server_port
+        is_any = port == 0 and self.role == "runner" and self.server_url is None
+        if type(port) is not int or not 0 <= port <= 65535 or is_any:
+            raise InvalidValue(f"server_port {port!r} is not a port that can be used (AGL_SERVER_PORT)")
         if self.server_url is not None and self.role != "runner":
             raise InvalidValue(
                 f"server_url {self.server_url!r} says where a server is found, and role {self.role!r} serves the store "

@@ -119,8 +119,8 @@ def _factory_of(
     if callable(spec):
         return cast("Callable[..., Any]", spec), {}
     raise InvalidValue(
-        f"{spec_name} is a {type(spec).__name__}; give a {expected_type.__name__}, its class, a function that "
-        "returns one, a name, or a dict with 'type' or 'name'"
+        f"{spec_name} is {spec!r:.60}, of type {type(spec).__name__}; give an object of type {expected_type.__name__}, "
+        "its class, a function that returns one, a name, or a dict with 'type' or 'name'"
     )
 
 

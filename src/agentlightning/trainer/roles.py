@@ -112,6 +112,10 @@ class AlgorithmRole:
 
     async def _work(self, store: LightningStore, progress: Progress) -> None:
         if self.algorithm is None:
+            _logger.warning(
+                "this Trainer has no algorithm: it serves the store, for one that runs elsewhere, until it is stopped; "
+                "for one here, give algorithm=, or call dev() to try the agent out"
+            )
             await asyncio.Event().wait()  # until it is cancelled
             return
         self._equip(self.algorithm, store, progress)

@@ -74,7 +74,10 @@ class TableView:
 
 
 class LogView:
-    """One line of the logger ``agentlightning.trainer`` (level INFO) every ten seconds, and one at the end."""
+    """One line of the logger ``agentlightning.trainer`` (level INFO) every ten seconds, and one at the end.
+
+    Where a program has set up no logging at all, the lines go to stderr, since nobody would see them otherwise.
+    """
 
     interval_seconds = 10.0
 
@@ -82,16 +85,17 @@ class LogView:
         pass
 
     def show(self, snapshot: Snapshot) -> None:
-        _logger.info(
-            "%s rollouts ended of %s (%s), %.1f/s, reward %s, %s, ETA %s",
-            snapshot.finished,
-            snapshot.total,
-            states_line(snapshot),
-            snapshot.rate,
-            "none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}",
-            workers_line(snapshot.workers),
-            duration(snapshot.eta_seconds),
+        if not snapshot.total and snapshot.elapsed_seconds < self.interval_seconds:
+            return  # it has only begun
+        reward = "none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}"
+        line = (
+            f"{snapshot.finished} rollouts ended of {snapshot.total} ({states_line(snapshot)}), {snapshot.rate:.1f}/s, "
+            f"reward {reward}, {workers_line(snapshot.workers)}, ETA {duration(snapshot.eta_seconds)}"
         )
+        if _logger.hasHandlers():
+            _logger.info("%s", line)
+        else:
+            sys.stderr.write(f"{line}\n")
 
     def close(self) -> None:
         pass

@@ -25,11 +25,18 @@ def test_words_that_it_does_not_know_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "actions"),
-    [(["a", "a"], None), (["two words"], None), ([""], None), ([], None), (WORDS, ["pink"]), (WORDS, ["red", "red"])],
+    ("vocabulary", "actions", "named"),
+    [
+        (["b", "a", "a"], None, "'a' more than once"),
+        (["two words"], None, "'two words', which is neither"),
+        ([""], None, "'', which is neither"),
+        ([], None, "at least one"),
+        (WORDS, ["pink"], "'pink'"),
+        (WORDS, ["red", "red"], "each once"),
+    ],
 )
-def test_words_that_cannot_be(vocabulary: list[str], actions: list[str] | None) -> None:
-    with pytest.raises(InvalidValue):
+def test_words_that_cannot_be(vocabulary: list[str], actions: list[str] | None, named: str) -> None:
+    with pytest.raises(InvalidValue, match=named):
         SoftmaxPolicy(vocabulary, actions)
 
 

@@ -88,7 +88,7 @@ def test_optional_defaults_go_where_there_is_room_for_them() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (5, "engine is a int"),
+        (5, "engine is 5, of type int"),
         ("nothing", "neither a dotted path nor a known name"),
         ("no.such.module", "no module 'no'"),
         ("collections.NoSuchClass", "no class or function 'NoSuchClass'"),

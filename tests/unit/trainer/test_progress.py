@@ -144,6 +144,18 @@ def test_a_log_line_says_the_same(caplog: pytest.LogCaptureFixture) -> None:
     assert "reward 0.625" in caplog.text
 
 
+def test_without_any_logging_the_lines_go_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("agentlightning.trainer", "agentlightning", None):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    LogView().show(Snapshot(0.1, {}, 0.0, None, (), (), None, {}, None))
+    LogView().show(a_snapshot())
+    assert capsys.readouterr().err.splitlines() == [
+        "10 rollouts ended of 12 (9 succeeded, 1 failed, 2 running), 3.5/s, reward 0.625, 1 busy, 1 silent, ETA 30 s"
+    ]
+
+
 def test_auto_is_log_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert isinstance(make_view("auto"), LogView)

@@ -100,7 +100,7 @@ class Supervision:
         return self._supervisor is not None and self._supervisor.over
 
     def begin_again(self, names: Collection[str]) -> None:
-        """Start a process in each of these slots whose last one has come to its end."""
+        """Start a process in each of these slots that has none."""
         supervisor = self._supervisor
         assert supervisor is not None
 

@@ -74,9 +74,9 @@ class Supervisor:
             self._launch(slot)
 
     def begin_again(self, names: Collection[str]) -> None:
-        """Start a process in each of these slots whose last one has come to its end."""
+        """Start a process in each of these slots that has none; also where the last ones had crashed too often."""
         for slot in self._slots.values():
-            if slot.name in names and slot.state == "ended" and not self._stop_asked.is_set():
+            if slot.name in names and not slot.live and not self._stop_asked.is_set():
                 self.over = False
                 self._launch(slot)
 

@@ -71,6 +71,79 @@ async def test_headers_without_end_are_ended() -> None:
         assert answer.startswith(b"HTTP/1.1 431")
 
 
+@pytest.mark.parametrize("asked", [b"GET /agl/v1/health", b"POST /agl/v1/workers/w-1"])
+async def test_headers_that_come_whole_are_bounded_as_well(asked: bytes) -> None:
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        for size, status in ((60_000, b"200"), (66_000, b"431")):
+            head = asked + b" HTTP/1.1\r\nhost: localhost\r\nx: "
+            async with _open(server.port, head + b"a" * size + b"\r\n\r\n") as [(reader, _)]:
+                assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == status
+
+
+@pytest.mark.parametrize(
+    ("part", "status"),
+    [
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"POST /agl/v1/spans HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /agl/v1/spans HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n", 400),
+        (HALF_HEADERS, 408),
+    ],
+)
+async def test_whoever_is_sent_away_is_told_why_and_by_which_id(
+    part: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "agentlightning")
+    limits = ServerLimits(header_seconds=0.3)
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:
+        async with _open(server.port, part) as [(reader, _)]:
+            head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+        assert b'agl_http_requests_total{route="other",status="%d"} 1.0' % status in await asyncio.to_thread(
+            _get, server.port, "/metrics"
+        )
+    problem = json.loads(body)
+    assert (problem["status"], problem["code"]) == (status, "bad_request")
+    line, *headers = head.split(b"\r\n")
+    assert line == b"HTTP/1.1 %d %b" % (status, problem["title"].encode())
+    assert b"x-request-id: " + problem["request_id"].encode() in headers
+    assert problem["request_id"] in {getattr(record, "request_id", None) for record in caplog.records}
+
+
+async def test_a_client_that_does_not_read_its_reply_is_cut_off() -> None:
+    """What it asked for would stay in memory."""
+    limits = ServerLimits(body_seconds=0.3)
+    ask = b"GET /agl/v1/rollouts HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:
+        await enqueued(store, *["x" * 600] * 10_000)
+        async with _open(server.port, ask) as [(reader, _)]:  # one that reads gets everything
+            assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == b"200"
+            size = 0
+            while size < 6_000_000:
+                size += len(await asyncio.wait_for(reader.read(2**18), 10))
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", server.port))
+            deaf.sendall(ask)
+            async with asyncio.timeout(30):
+                while b"agl_http_connections 1.0" not in await asyncio.to_thread(_get, server.port, "/metrics"):
+                    await asyncio.sleep(0.05)
+
+
+async def test_requests_that_are_not_done_in_time_end_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    limits = ServerLimits(drain_seconds=0.2)
+    async with (
+        InMemoryLightningStore() as store,
+        LightningStoreServer(store, port=0, limits=limits) as server,
+        _open(server.port, HALF_LARGE_BODY),
+    ):
+        assert server.app is not None
+        while not server.app.load.requests:
+            await asyncio.sleep(0.01)
+        await server.stop()
+    assert "1 requests were not done" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_client_that_asks_first_is_told_to_go_on() -> None:
     """``Expect: 100-continue``, as curl sends it with large bodies."""
     body = b'{"rollouts":[{"input":1,"rollout_id":"ro-1"}]}'

@@ -37,7 +37,8 @@ class ConnectionBounds(Protocol):
 
     @property
     def body_seconds(self) -> float:
-        """How long its body may take, beyond a second for every 64 KiB of it."""
+        """How long its body may take, beyond a second for every 64 KiB of it; and how long a client may take to read
+        a reply, likewise."""
         ...
 
 

@@ -1,21 +1,25 @@
 """Connections that may not take more than their share: of number, of time, of memory.
 
 uvicorn reads requests and writes replies; this adds the bounds that it does not have. A client that sends half a
-request and then nothing (slowloris) is sent away after a while, whatever it does in between.
+request and then nothing (slowloris) is sent away after a while, whatever it does in between. One that does not read
+its reply is cut off, for the reply is held in memory until it does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from time import monotonic
 from typing import Any, ClassVar, cast
 
 from typing_extensions import override
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from agentlightning.serving.bounds import BYTES_PER_SECOND, Doorkeeper
 
 __all__ = ["BoundedConnection"]
+
+_log = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 1.0
 """How long a client that is still sending is listened to, so that it can read why it is sent away."""
@@ -29,6 +33,7 @@ class BoundedConnection(HttpToolsProtocol):
         arguments: of uvicorn.
     """
 
+    MALFORMED: ClassVar[int] = 400
     OVERLOADED: ClassVar[int] = 503
     TOO_SLOW: ClassVar[int] = 408
     HEADERS_TOO_LARGE: ClassVar[int] = 431
@@ -44,7 +49,15 @@ class BoundedConnection(HttpToolsProtocol):
         self._received = 0
         """Of the request that is arriving."""
         self._is_deaf = False
+        self._chunk = 0
+        """Bytes that came last."""
         self._deadline: asyncio.TimerHandle | None = None
+        self._reader_deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the request has been arriving that is arriving now, or was last."""
+        return monotonic() - self._began
 
     def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
         """Headers and body of the answer to a client that is sent away; ``why`` is a sentence."""
@@ -54,16 +67,17 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
+        self._began = monotonic()
         refusal = self._doorkeeper.enter(self._address)
         if refusal is not None:
             self._send_away(self.OVERLOADED, refusal)
             return
-        self._began = monotonic()
         self._set_deadline(self._bounds.header_seconds)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
+        self._cancel_reader_deadline()
         self._doorkeeper.leave(self._address)
         super().connection_lost(exc)
 
@@ -71,6 +85,7 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self.transport.is_closing():
             return
+        self._chunk = len(data)
         was_in_message = self._in_message
         if was_in_message:
             self._received += len(data)
@@ -108,8 +123,23 @@ class BoundedConnection(HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self.end_headers()
         super().on_headers_complete()
+
+    def end_headers(self) -> None:
+        """All headers are there. Raises ``ValueError`` if they are too large after all: they came in one piece."""
+        if max(self._received, self._chunk) > self._bounds.header_bytes:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > self._bounds.header_bytes:
+                raise ValueError(size)
+        self._in_headers = False
+
+    @override
+    def send_400_response(self, msg: str) -> None:
+        if self._in_headers and self._chunk > self._bounds.header_bytes:
+            self._send_away(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
+        else:
+            self._send_away(self.MALFORMED, "this is no request of HTTP/1.1")
 
     @override
     def on_message_complete(self) -> None:
@@ -144,6 +174,29 @@ class BoundedConnection(HttpToolsProtocol):
         part = "body" if in_body else "headers"
         self._send_away(self.TOO_SLOW, f"the {part} of the request did not arrive within {allowed:.3g} s")
 
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        waiting = self.transport.get_write_buffer_size()
+        allowed = self._bounds.body_seconds + waiting / BYTES_PER_SECOND
+        self._reader_deadline = self.loop.call_later(allowed, self._cut_off)
+
+    @override
+    def resume_writing(self) -> None:
+        self._cancel_reader_deadline()
+        super().resume_writing()
+
+    def _cancel_reader_deadline(self) -> None:
+        if self._reader_deadline is not None:
+            self._reader_deadline.cancel()
+            self._reader_deadline = None
+
+    def _cut_off(self) -> None:
+        """The client has not read what it was sent."""
+        waiting = self.transport.get_write_buffer_size()
+        _log.info("%s leaves %d bytes of its reply unread; the connection is ended", self._address, waiting)
+        self.transport.abort()
+
     def _send_away(self, status: int, why: str) -> None:
         """Answer, if nothing has been answered yet, and close the connection."""
         self._cancel_deadline()
@@ -152,8 +205,8 @@ class BoundedConnection(HttpToolsProtocol):
         if not self.transport.is_closing() and not answered:
             headers, body = self.refusal(status, why)
             headers |= {"content-length": str(len(body)), "connection": "close"}
-            lines = [f"HTTP/1.1 {status} ", *(f"{name}: {value}" for name, value in headers.items())]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.transport.write(STATUS_LINE[status] + lines.encode() + b"\r\n" + body)
         if status == self.HEADERS_TOO_LARGE:  # a connection that is closed with bytes unread is reset, reply and all
             self._is_deaf = True
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from typing_extensions import override
@@ -52,16 +53,23 @@ class LoopServer(uvicorn.Server):
         config: of uvicorn.
         drain_seconds: how long requests may go on when the end begins; those that are not done then are cancelled.
         on_drain: called when the end begins.
+        handshake_seconds: how long a client may take to begin with TLS.
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain_seconds: float, on_drain: Callable[[], None] | None = None
+        self,
+        config: uvicorn.Config,
+        drain_seconds: float,
+        on_drain: Callable[[], None] | None = None,
+        *,
+        handshake_seconds: float = 10.0,
     ) -> None:
         super().__init__(config)
         self.answering: Future[None] = Future()
         """Done when requests are answered."""
         self._drain_seconds = drain_seconds
         self._on_drain = on_drain
+        self._handshake_seconds = handshake_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
 
@@ -89,6 +97,20 @@ class LoopServer(uvicorn.Server):
                 await asyncio.wait_for(self._ending.wait(), 1.0)
         await self._finish()
 
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but that a handshake may not take a minute, for which nothing counts the connection."""
+        loop, config = asyncio.get_running_loop(), self.config
+        state = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        tls: dict[str, Any] = {}
+        if config.ssl is not None:
+            tls = {"ssl": config.ssl, "ssl_handshake_timeout": self._handshake_seconds}
+        connect = partial(cast("Callable[..., asyncio.Protocol]", config.http_protocol_class), **state)
+        self.servers = [
+            await loop.create_server(connect, sock=each, backlog=config.backlog, **tls) for each in sockets or ()
+        ]
+        self.started = True
+
     async def _finish(self) -> None:
         if self._on_drain is not None:
             self._on_drain()
@@ -101,9 +123,12 @@ class LoopServer(uvicorn.Server):
             _, late = await asyncio.wait(tasks, timeout=self._drain_seconds)
             if late:
                 _log.warning("%d requests were not done after %g s, and are ended", len(late), self._drain_seconds)
+                self._hang_up()
+                _, late = await asyncio.wait(late, timeout=1.0)
                 for task in late:
                     task.cancel()
-                await asyncio.wait(late, timeout=1.0)
+                if late:
+                    await asyncio.wait(late, timeout=1.0)
         for connection in list(self.server_state.connections):
             connection.transport.close()
         loop = asyncio.get_running_loop()
@@ -111,3 +136,10 @@ class LoopServer(uvicorn.Server):
         # Replies may still be on their way; connections tell nobody but this set of their end.
         while self.server_state.connections and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+    def _hang_up(self) -> None:
+        """Those who wait for the rest of a body, or for somebody to read a reply, learn that it will not come."""
+        for connection in list(self.server_state.connections):
+            cycle = cast("Any", connection).cycle
+            if cycle is not None and not cycle.response_complete:
+                connection.transport.abort()

@@ -226,13 +226,17 @@ async def test_https(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     trusting = ssl.create_default_context(cafile=str(certificate))
     async with InMemoryLightningStore() as store:
-        server = LightningStoreServer(store, port=0, tls_certificate=certificate, tls_key=key)
+        limits = ServerLimits(header_seconds=2.0)
+        server = LightningStoreServer(store, port=0, tls_certificate=certificate, tls_key=key, limits=limits)
         async with server:
+            silent, writer = await asyncio.open_connection("127.0.0.1", server.port)
             assert server.endpoint.startswith("https://")
             status, _, body = await asyncio.to_thread(_get, f"{server.endpoint}/agl/v1/health", trusting)
             assert (status, json.loads(body)) == (200, {"status": "ok"})
             async with LightningStoreClient(server.endpoint, spool_dir=None, tls_ca_file=certificate) as client:
                 await client.enqueue_rollout(1, rollout_id="ro-1")
+            assert await asyncio.wait_for(silent.read(), 20) == b"", "who does not begin with TLS is cut off"
+            writer.close()
         assert await store.get_rollout_by_id("ro-1") is not None
         with pytest.raises(InvalidValue, match="TLS"):
             await LightningStoreServer(store, port=0, tls_certificate=key, tls_key=certificate).start()

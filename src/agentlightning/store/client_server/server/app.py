@@ -81,6 +81,14 @@ class StoreApp:
         found = self._table.find("POST", path)
         return found if found is not None and found.bound.route.hot else None
 
+    def note_refusal(self, client: Sequence[Any] | None, status: int, why: str, seconds: float) -> str:
+        """A client is sent away before its request is there; returns the id that reply and log name."""
+        request_id = self._new_request_id()
+        self.meter.note(_OTHER, status, seconds)
+        extra = {"client": _address(client), "status": status, "request_id": request_id}
+        _log.log(logging.WARNING if status >= 500 else logging.DEBUG, "a client is sent away: %s", why, extra=extra)
+        return request_id
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self.serve(Exchange(scope, receive, send))
@@ -92,7 +100,7 @@ class StoreApp:
     async def serve(self, exchange: Exchange, found: Match | None = None) -> None:
         """Answer a request; ``found`` is what its path leads to, where that is known. Raises nothing."""
         began = perf_counter()
-        exchange.request_id = exchange.asked_request_id() or f"{self._run}-{next(self._numbers):x}"
+        exchange.request_id = exchange.asked_request_id() or self._new_request_id()
         context = WorkContext(exchange.request_id, exchange.traceparent())
         CURRENT.set(context)
         label, dialect, status = _OTHER, CANONICAL, 499
@@ -217,6 +225,9 @@ class StoreApp:
         body = encode_problem(error, exchange.request_id, status=status)
         return Reply(status, body, headers, content_type=_PROBLEM_TYPE)
 
+    def _new_request_id(self) -> str:
+        return f"{self._run}-{next(self._numbers):x}"
+
     def _check_open(self) -> None:
         if self.draining:
             raise StoreUnavailable("the server is stopping; send this again, to the one that takes its place")
@@ -230,9 +241,12 @@ class StoreApp:
         """Log the request: failures and slow ones always, others where somebody wants to see everything."""
         level = logging.WARNING if status >= 500 else logging.INFO if seconds > _SLOW_SECONDS else logging.DEBUG
         if _log.isEnabledFor(level):
-            client = "{}:{}".format(*exchange.client) if exchange.client else "unknown"
-            extra = {"client": client, "status": status, "milliseconds": round(seconds * 1000, 3)}
+            extra = {"client": _address(exchange.client), "status": status, "milliseconds": round(seconds * 1000, 3)}
             _log.log(level, "%s %s → %d", exchange.method, _shown(exchange.path), status, extra=extra)
+
+
+def _address(client: Sequence[Any] | None) -> str:
+    return "{}:{}".format(*client) if client else "unknown"
 
 
 def _shown(path: str) -> str:

@@ -7,7 +7,7 @@ unusual about a request, is left to uvicorn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from typing_extensions import override
@@ -38,6 +38,10 @@ class DirectApp(Protocol):
         """Answer a request. Raises nothing."""
         ...
 
+    def note_refusal(self, client: Sequence[Any] | None, status: int, why: str, seconds: float) -> str:
+        """A client is sent away before its request is there; returns the id that reply and log name."""
+        ...
+
 
 class DirectConnection(BoundedConnection):
     """A connection whose hot requests go past ASGI.
@@ -58,8 +62,11 @@ class DirectConnection(BoundedConnection):
     @override
     def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
         error = Overloaded(why) if status == self.OVERLOADED else BadRequest(why)
-        headers = {"content-type": PROBLEM_TYPE, "retry-after": str(self._retry_after_seconds)}
-        return headers, encode_problem(error, "none", status=status)
+        request_id = self._direct.note_refusal(self.client, status, why, self.waited_seconds)
+        headers = {"content-type": PROBLEM_TYPE, "x-request-id": request_id}
+        if status == self.OVERLOADED:
+            headers["retry-after"] = str(self._retry_after_seconds)
+        return headers, encode_problem(error, request_id, status=status)
 
     @override
     def on_message_begin(self) -> None:
@@ -70,7 +77,7 @@ class DirectConnection(BoundedConnection):
 
     @override
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self.end_headers()
         self._collecting = self._begin_direct()
         if self._collecting is None:
             url, headers, expects = self.url, self.headers, self.expect_100_continue

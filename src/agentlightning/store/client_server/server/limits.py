@@ -29,11 +29,12 @@ class ServerLimits:
     header_bytes: int = 64 * 1024
     """The request line and all headers of one request."""
     header_seconds: float = 10.0
-    """How long a request's headers may take to arrive."""
+    """How long a request's headers may take to arrive; and the beginning of TLS."""
     body_bytes: int = 64 * _MIB
     """The body of one request, and what a compressed one may grow to."""
     body_seconds: float = 30.0
-    """How long a request's body may take to arrive, beyond a second for every 64 KiB of it."""
+    """How long a request's body may take to arrive, beyond a second for every 64 KiB of it; and how long a client may
+    take to read what is sent to it, likewise."""
     idle_seconds: float = 75.0
     """How long a connection may stay open between requests."""
     requests: int = 4096

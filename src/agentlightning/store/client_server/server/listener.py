@@ -91,7 +91,9 @@ class Listener:
             ports.listen(listening, self._host)
         except OSError as error:
             raise StoreUnavailable(str(error)) from error
-        server = self._server = LoopServer(config, self._limits.drain_seconds, self._app.drain)
+        server = self._server = LoopServer(
+            config, self._limits.drain_seconds, self._app.drain, handshake_seconds=self._limits.header_seconds
+        )
         self._thread = threading.Thread(target=_answer, args=(server, listening), name="agl-http", daemon=True)
         self._thread.start()
         server.answering.result()

@@ -72,7 +72,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A heading; ``right`` for numbers; ``wide`` for what is wrapped when there is no room."""
+    """A heading; ``right`` for numbers; ``wide`` for what is wrapped, or put below its row, when there is no room."""
 
     title: str
     right: bool = False
@@ -140,6 +140,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> Re
     from rich.table import Table
     from rich.text import Text
 
+    if _narrowest(columns, rows) > console().width:
+        return _stacked(columns, rows)
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold dim")
     for column in columns:
         drawn.add_column(
@@ -150,10 +152,40 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> Re
         )
     for row in rows:
         drawn.add_row(*(Text(clean(each.text), style=each.style) for each in map(_cell, row)))
-    narrowest = _narrowest(columns, rows)
-    if narrowest > console().width:  # ids are whole, so that they can be copied: the terminal wraps the line
-        drawn.width = narrowest
     return drawn
+
+
+def _stacked(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> RenderableType:
+    """Rows without their wide columns, which stand below them.
+
+    Ids are whole, so that they can be copied: if there is no room even for the rest, the terminal wraps the line.
+    """
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    narrow = [index for index, column in enumerate(columns) if not column.wide]
+    cells = [[Cell(clean(text), style) for text, style in map(_cell, row)] for row in rows]
+    widths = {index: max(len(columns[index].title), *(len(row[index].text) for row in cells)) for index in narrow}
+
+    def line(row: Sequence[Cell]) -> Text:
+        fitted = (
+            (row[index].text.rjust(widths[index]) if columns[index].right else row[index].text.ljust(widths[index]))
+            for index in narrow
+        )
+        parts = zip(fitted, (row[index].style for index in narrow), strict=True)
+        text = Text("  ", no_wrap=True, overflow="ignore").join(Text(*part) for part in parts)
+        text.rstrip()
+        return text
+
+    lines: list[RenderableType] = [line([Cell(column.title, "bold dim") for column in columns])]
+    for row in cells:
+        lines.append(line(row))
+        for column, cell in zip(columns, row, strict=True):
+            if column.wide and cell.text:
+                told = Text.assemble((f"{column.title}  ", "dim"), (cell.text, cell.style), overflow="fold")
+                lines.append(Padding(told, (0, 0, 0, 4)))
+    return Group(*lines)
 
 
 def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]]) -> int:

@@ -93,15 +93,12 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
     if overview.oldest_waiting is not None:
         oldest = overview.oldest_waiting
         yield "oldest waiting", Text(f"enqueued {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
-    pace = overview.pace
-    yield (
-        "pace",
-        Text(
-            "nothing ended within a minute"
-            if pace is None
-            else f"{pace.per_minute:,.0f} rollouts a minute, within the last {duration(pace.seconds)}"
-        ),
-    )
+    if overview.waiting or overview.running:
+        pace = overview.pace
+        told = f"{pace.per_minute:,.0f} rollouts a minute, within the last {duration(pace.seconds)}" if pace else ""
+        yield "pace", Text(told or "nothing ended within a minute")
+    elif overview.ended:
+        yield "newest end", Text(ago(max(each.end_time or 0.0 for each in overview.ended), overview.now))
     yield "attempts", Text(f"{statistics.get('total_attempts', 0):,}")
     spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
     free = statistics.get("host", {}).get("disk_free_bytes")
@@ -116,7 +113,8 @@ def _workers(overview: Overview) -> RenderableType | None:
     if not overview.workers:
         return None
     alive = overview.alive
-    silent = len(overview.workers) - len(alive)
+    silent = [each for each in overview.workers if each not in alive]
+    gone = sum(each.directive is not None for each in silent)
     columns = (
         Column("worker"),
         Column("state"),
@@ -127,11 +125,13 @@ def _workers(overview: Overview) -> RenderableType | None:
     rows: list[list[Cell | str]] = [_worker(each, overview) for each in alive[:_SHOWN_WORKERS]]
     hidden = len(alive) - len(rows)
     remarks = [f"{hidden} more alive"] if hidden else []
-    if silent:
-        remarks.append(f"{silent} silent")
+    if gone:
+        remarks.append(f"{gone} gone as asked")
+    if len(silent) > gone:
+        remarks.append(f"{len(silent) - gone} silent")
     parts: list[RenderableType] = [table(columns, rows)] if rows else []
     if remarks:
-        parts.append(Text(f"{' and '.join(remarks)}: `agl workers ls`", style="dim"))
+        parts.append(Text(f"{', '.join(remarks)}: `agl workers ls`", style="dim"))
     return Group(*parts)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -89,8 +89,19 @@ def _row(worker: Worker, now: float) -> list[Cell | str]:
         "" if worker.lease_seconds is None else duration(worker.lease_seconds),
         worker.current_rollout_id or "",
         Cell(worker.directive or "", "yellow"),
-        "" if worker.registration is None else one_line(worker.registration, 80),
+        one_line(_told(worker.registration or {}), 100),
     ]
+
+
+_FOR_PROGRAMS = ("platform", "process_space", "start_time")
+
+
+def _told(registration: Mapping[str, Any]) -> str:
+    """What a worker says of itself, in few words: labels first, and nothing that only programs need."""
+    facts = {name: value for name, value in registration.items() if name not in _FOR_PROGRAMS}
+    labels = facts.pop("labels", None)
+    told = {**(cast("dict[str, Any]", labels) if isinstance(labels, dict) else {"labels": labels}), **facts}
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", {}, []))
 
 
 # --- Orders ------------------------------------------------------------------------------------------

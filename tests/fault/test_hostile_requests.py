@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -372,3 +373,25 @@ async def test_the_bodies_of_all_requests_together_are_bounded() -> None:
         assert (await server.call("POST", "/agl/v1/queues/rollouts/enqueue", body)).status == 429
         assert (await server.call("POST", "/agl/v1/queues/rollouts/enqueue", body[:100] + b'"}]}')).status == 201
         assert (server.load.requests, server.load.bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        ("/agl/v1/spans/bulk", {"spans": [{}] * 10_000}),
+        ("/agl/v1/queues/rollouts/enqueue", {"rollouts": [{"config": 1, "mode": 2, "priority": "x"}] * 10_000}),
+        ("/agl/v1/waits/rollouts", {"rollout_ids": [1] * 10_000}),
+        ("/agl/v1/rollouts/search", {"rollout_id_in": [1] * 10_000, "status_in": ["x"] * 10_000}),
+        ("/agl/v1/spans/next/bulk", {"rollout_attempt_ids": [[1, 2, 3]] * 10_000}),
+        ("/agl/v1/workers/w-1", {"attempt_ids": [1] * 10_000}),
+        ("/agl/v1/spans", {}),
+    ],
+)
+async def test_very_many_wrong_items_are_refused_in_few_words(target: str, body: dict[str, Any]) -> None:
+    async with _serving() as (_, server):
+        began = time.process_time()
+        answer = await server.call("POST", target, json.dumps(body).encode())
+        assert time.process_time() - began < 1.0
+        _check_problem(answer, 422)
+        assert len(answer.body) < 4000
+        assert 1 <= len(json.loads(answer.body)["errors"]) <= 10

@@ -114,6 +114,11 @@ class EngineStore(ReadingStore):
         same._shown = json_views
         return same
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault, such as a full disk, has ended all writing for good. Reads may still be answered."""
+        return self._core.backend.stopped
+
     def measures(self) -> Sequence[Measure]:
         """Numbers that say how the backend is doing."""
         return self._core.backend.measures()

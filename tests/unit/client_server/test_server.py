@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreUnavailable
@@ -22,8 +23,9 @@ from agentlightning.store.base import LightningStore
 from agentlightning.store.client_server.client.client import LightningStoreClient
 from agentlightning.store.client_server.server.limits import ServerLimits
 from agentlightning.store.client_server.server.server import LightningStoreServer
-from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from asgi_calls import AsgiCalls
+from faulty_disk import FaultyDisk
 from scenes import enqueued, requests, started
 
 KEY = "a-key-for-tests"
@@ -347,6 +349,23 @@ async def test_health_says_what_can_be_relied_on() -> None:
     status, readiness = await _json(closed, "GET", "/agl/v1/health/ready")
     assert (status, readiness["status"]) == (503, "unavailable")
     assert "agl_store_up 0.0" in (await closed.call("GET", "/metrics")).body.decode()
+
+
+async def test_a_store_that_takes_no_writes_any_more_is_not_ready(tmp_path: Path) -> None:
+    """Reads are still answered."""
+    with FaultyDisk() as disk:
+        async with SqliteLightningStore(tmp_path / "store.db", vfs=disk.name) as store:
+            await store.enqueue_rollout(1, rollout_id="ro-1")
+            server = AsgiCalls(store)
+            assert (await _json(server, "GET", "/agl/v1/health/ready"))[0] == 200
+            disk.break_down("sync", "-wal", apsw.FullError)
+            refused = await server.call("POST", "/agl/v1/workers/w-1", b"")
+            assert (refused.status, refused.headers[b"retry-after"]) == (507, b"1")
+            disk.mend()
+            status, readiness = await _json(server, "GET", "/agl/v1/health/ready")
+            assert (status, readiness["status"]) == (503, "unavailable")
+            assert (await _json(server, "GET", "/agl/v1/rollouts/ro-1"))[0] == 200
+            assert "agl_store_stopped 1.0" in (await server.call("GET", "/metrics")).body.decode()
 
 
 async def test_a_store_of_somebody_else_is_served_as_well() -> None:

@@ -26,6 +26,7 @@ DIRECTIVE_HEADER = b"agl-directive"
 """In the reply to a claim of a worker that has been asked to drain or to stop: which of the two."""
 _STREAMED_ITEMS = 512
 _MESSAGE_BYTES = 300
+_PLACES_SHOWN = 10
 _INTEGER = re.compile(r"-?[0-9]{1,40}")
 
 
@@ -231,7 +232,8 @@ def _invalid(error: ValidationError, where: str) -> InvalidRequest:
     """What pydantic found, in our words: the first of it as the message, up to ten as a list."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     places = [
-        {"loc": [where, *each["loc"]], "msg": each["msg"][:_MESSAGE_BYTES], "type": each["type"]} for each in found
+        {"loc": [where, *each["loc"]], "msg": each["msg"][:_MESSAGE_BYTES], "type": each["type"]}
+        for each in found[:_PLACES_SHOWN]
     ]
     first = found[0]
     path = ".".join(str(part)[:80] for part in first["loc"])

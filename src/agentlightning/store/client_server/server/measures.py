@@ -30,6 +30,7 @@ async def measure(store: LightningStore, serving: Serving) -> Sequence[Gauge]:
     except AgentLightningError:
         gauges.append(Gauge("agl_store_up", "1 while the store answers.", 0.0))
     if isinstance(store, EngineStore):
+        gauges.append(Gauge("agl_store_stopped", "1 when a fault has ended all writing.", float(store.stopped)))
         gauges += [
             Gauge(f"agl_store_{each.name}", each.help, each.value, counter=each.grows) for each in store.measures()
         ]

@@ -32,6 +32,7 @@ from agentlightning.store.client_server.server.otlp import (
 from agentlightning.store.client_server.wire.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.store.client_server.wire.messages import Health, Readiness
 from agentlightning.store.client_server.wire.routes import DIALECTS, OTLP_TRACES_PATH
+from agentlightning.store.engine import EngineStore
 from agentlightning.telemetry.apps import untraced_app
 from agentlightning.telemetry.metrics import METRICS_TYPE, RequestMeter, render_metrics
 
@@ -140,6 +141,8 @@ class _HealthRoutes:
                 await self._store.statistics()
         except (AgentLightningError, TimeoutError) as error:
             return Readiness(status="unavailable", detail=str(error) or "the store does not answer")
+        if isinstance(self._store, EngineStore) and self._store.stopped:
+            return Readiness(status="unavailable", detail="a fault has ended all writing: see the log, and restart")
         return Readiness(status="ready")
 
 
@@ -205,7 +208,7 @@ async def _content(request: Request, limit: int, grow: Callable[[int], None]) ->
         case "identity":
             return raw
         case "gzip":
-            content = inflate(raw, limit)
+            content = await asyncio.to_thread(inflate, raw, limit)
             grow(size + len(content))
             return content
         case other:

@@ -7,6 +7,7 @@ Spans that do not, or that the store refuses, are counted and named in ``partial
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -38,6 +39,8 @@ _ATTEMPT_ID = LightningResourceAttributes.ATTEMPT_ID.value
 _SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
 _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
+_LARGE_BYTES = 256 * 1024
+"""From this size on, reading a request may take so long that others would notice."""
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
@@ -90,6 +93,16 @@ async def store_traces(store: LightningStore, media: bytes, content: bytes) -> O
         TooLarge: it has more fields, or more spans, than are taken at a time.
         StoreUnavailable: the store takes nothing now; the exporter may send all of it again.
     """
+    if len(content) < _LARGE_BYTES:
+        spans, reasons = _spans_in(media, content)
+    else:  # beside the event loop, in which others wait
+        spans, reasons = await asyncio.to_thread(_spans_in, media, content)
+    accepted = await _store(store, spans, reasons)
+    return Outcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
+
+
+def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
+    """The spans of a request, and why others of it are not among them."""
     reasons: list[str] = []
     spans: list[Span] = []
     groups = _by_resource(_read(media, content))
@@ -102,8 +115,7 @@ async def store_traces(store: LightningStore, media: bytes, content: bytes) -> O
                 reasons.append(str(refused))
             except (ValidationError, InvalidValue) as error:
                 reasons.append(f"span {each.name[:80]!r} is not valid: {str(error)[:200]}")
-    accepted = await _store(store, spans, reasons)
-    return Outcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
+    return spans, reasons
 
 
 def encode_outcome(media: bytes, outcome: Outcome) -> bytes:

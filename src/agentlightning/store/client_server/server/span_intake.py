@@ -11,14 +11,16 @@ from __future__ import annotations
 from typing import Any, cast, get_args
 
 import msgspec
+from pydantic import TypeAdapter, ValidationError
 
+from agentlightning.errors import InvalidValue
 from agentlightning.store.client_server.wire.messages import SpansBody
 from agentlightning.store.client_server.wire.strict_json import decode_strict
 from agentlightning.store.door import MAX_JSON_BYTES, check_id, check_json_size
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.requests import check_batch, span_drafts
 from agentlightning.store.span_json import MAX_SEQUENCE_ID
-from agentlightning.types import Span, StatusCode
+from agentlightning.types import AttributeValue, Event, Link, Span, StatusCode
 
 __all__ = ["draft_of_span", "drafts_of_spans", "plain_draft"]
 
@@ -29,6 +31,9 @@ _COUNT = len(_FIELDS)
 _STATUS = frozenset({"status_code", "description"})
 _RESOURCE = frozenset({"attributes", "schema_url"})
 _SCALARS = frozenset({str, bool, int, float})
+_LARGE_BYTES = 64 * 1024
+"""From this size on, what is wrong with a span may be so much that telling all would hold up others."""
+_ATTRIBUTE, _EVENT, _LINK = TypeAdapter[Any](AttributeValue), TypeAdapter(Event), TypeAdapter(Link)
 
 
 def draft_of_span(raw: bytes) -> SpanDraft:
@@ -40,7 +45,11 @@ def draft_of_span(raw: bytes) -> SpanDraft:
     """
     decoded = decode_strict(raw)
     draft = plain_draft(decoded)
-    return span_drafts([Span.model_validate(decoded)])[0] if draft is None else draft
+    if draft is not None:
+        return draft
+    if len(raw) > _LARGE_BYTES:
+        _check_large(decoded)
+    return span_drafts([Span.model_validate(decoded)])[0]
 
 
 def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
@@ -54,7 +63,39 @@ def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
             drafts = [plain_draft(each) for each in items]
             if None not in drafts:
                 return cast("list[SpanDraft]", drafts)
-    return span_drafts(SpansBody.model_validate(decode_strict(raw)).spans)  # plain ones were used up
+    decoded = decode_strict(raw)  # plain ones were used up
+    if len(raw) > _LARGE_BYTES:
+        _check_large(decoded)
+    return span_drafts(SpansBody.model_validate(decoded).spans)
+
+
+def _check_large(value: Any) -> None:
+    """Raise ``InvalidValue`` for the first attribute, event or link that is not valid.
+
+    Pydantic would list all of them before anybody could stop it, and take a minute for those of one body.
+    """
+    if type(value) is not dict:
+        return
+    for name, part in cast("dict[str, Any]", value).items():
+        if name == "attributes" and type(part) is dict:
+            for key, each in cast("dict[str, Any]", part).items():
+                if type(each) not in _SCALARS:
+                    _check_part(_ATTRIBUTE, each, f"the attribute {key[:80]!r}")
+        elif name == "resource":
+            _check_large(part)
+        elif name in ("events", "links", "spans") and type(part) is list:
+            for number, each in enumerate(cast("list[Any]", part)):
+                _check_large(each)
+                if name != "spans":
+                    _check_part(_EVENT if name == "events" else _LINK, each, f"{name}.{number}")
+
+
+def _check_part(kind: TypeAdapter[Any], value: Any, what: str) -> None:
+    try:
+        kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise InvalidValue(f"{what} is not valid: {first['msg'][:300]}") from error
 
 
 def plain_draft(decoded: Any) -> SpanDraft | None:

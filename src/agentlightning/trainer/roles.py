@@ -14,7 +14,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from agentlightning.execution.base import ExecutionStrategy
+from agentlightning.execution.client_server import ClientServerExecutionStrategy
 from agentlightning.execution.events import ExecutionEvent
+from agentlightning.execution.shared_memory import SharedMemoryExecutionStrategy
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
@@ -37,11 +40,13 @@ if TYPE_CHECKING:
     from agentlightning.litagent.litagent import LitAgent
     from agentlightning.proxy.llm_proxy import LLMProxy
 
-__all__ = ["AlgorithmRole", "RunnerFactory", "RunnerRole"]
+__all__ = ["AlgorithmRole", "RunnerFactory", "RunnerRole", "linger_seconds"]
 
 _logger = logging.getLogger(__name__)
 
 _STOP_CHECK_SECONDS = 0.1
+_PART_OF_PATIENCE = 0.8
+"""Of the time in which the algorithm's side must end: what is left is for its own end."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class AlgorithmRole:
     train_dataset: Dataset[Any] | None
     val_dataset: Dataset[Any] | None
     progress: ProgressSpec
+    linger_seconds: float
+    """How long what it serves stays up once the run is stopped, for runners that finish what they hold."""
     _interrupted: bool = field(default=False, init=False)
 
     def interrupt(self) -> None:
@@ -76,14 +83,17 @@ class AlgorithmRole:
             await requeue_cut_off(store)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
-        """Run to the end of the algorithm, or until the event is set; the proxy is stopped after."""
+        """Run to the end of the algorithm, or until the event is set and runners have finished what they hold.
+
+        The proxy is stopped after.
+        """
         progress = Progress(store, make_view(self.progress))
         if self.llm_proxy is not None:
             self.llm_proxy.set_store(store)
         leftovers = None if self.run is None else asyncio.create_task(watch_leftovers(store))
         try:
             async with progress:
-                await self._until_stopped(self._work(store, progress), event)
+                await self._until_stopped(self._work(store, progress), store, event)
         finally:
             if leftovers is not None:
                 leftovers.cancel()
@@ -93,18 +103,29 @@ class AlgorithmRole:
             if self.llm_proxy is not None and self.llm_proxy.is_running():
                 await self.llm_proxy.stop()
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, None], event: ExecutionEvent) -> None:
-        """Do the work; cancel it when the run is stopped first."""
+    async def _until_stopped(
+        self, work: Coroutine[Any, Any, None], store: LightningStore, event: ExecutionEvent
+    ) -> None:
+        """Do the work; when the run is stopped first, cancel it, but not before runners can do without it."""
         working = asyncio.create_task(work)
-        tasks = {working, asyncio.create_task(self._stop(event))}
+        waiting = asyncio.create_task(self._wait_for_end(working, store, event))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self._interrupted = True
+            await asyncio.wait([waiting])
+            raise
         finally:
-            for task in tasks:
+            for task in (waiting, working):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(waiting, working, return_exceptions=True)
         if not working.cancelled():
             working.result()
+
+    async def _wait_for_end(self, working: asyncio.Task[None], store: LightningStore, event: ExecutionEvent) -> None:
+        await _either(working, self._stop(event))
+        if not working.done():
+            await _either(working, _until_nothing_runs(store), self.linger_seconds)
 
     async def _stop(self, event: ExecutionEvent) -> None:
         while not (event.is_set() or self._interrupted):  # noqa: ASYNC110 - an event of processes, which wakes no loop
@@ -135,6 +156,35 @@ class AlgorithmRole:
         if self.run is not None:
             algorithm.set_run(self.run)
         algorithm.set_reporter(progress.report)
+
+
+def linger_seconds(strategy: ExecutionStrategy) -> float:
+    """How long an algorithm may stay for the sake of runners: less than the strategy's patience with it.
+
+    In a store that serves other runs too there may always be something that runs; there it does not stay at all.
+    """
+    if isinstance(strategy, ClientServerExecutionStrategy):
+        return _PART_OF_PATIENCE * strategy.graceful_timeout if strategy.managed_store else 0.0
+    if isinstance(strategy, SharedMemoryExecutionStrategy):
+        return _PART_OF_PATIENCE * strategy.graceful_delay
+    return 0.0
+
+
+async def _either(working: asyncio.Task[None], other: Coroutine[Any, Any, None], seconds: float | None = None) -> None:
+    """Wait until one of them has ended, or the time is up; the other coroutine is cancelled then."""
+    meanwhile = asyncio.create_task(other)
+    try:
+        await asyncio.wait([working, meanwhile], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        meanwhile.cancel()
+        (outcome,) = await asyncio.gather(meanwhile, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            _logger.warning("could not wait for runners to finish what they hold: %s", outcome)
+
+
+async def _until_nothing_runs(store: LightningStore) -> None:
+    while await store.query_rollouts(status_in=["preparing", "running"], limit=1):  # noqa: ASYNC110 - a store tells no end
+        await asyncio.sleep(_STOP_CHECK_SECONDS)
 
 
 async def _in_thread(work: Callable[[], Any]) -> None:

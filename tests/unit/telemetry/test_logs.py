@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.errors import InvalidValue
+from agentlightning.store.client_server.server import app
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.telemetry.logs import setup_logging
@@ -157,6 +158,19 @@ async def test_a_path_cannot_forge_lines(tmp_path: Path) -> None:
         await AsgiCalls(store).call("GET", "/agl/v1/%0aforged%1b[31m")
     assert not any(line.startswith("forged") for line in (tmp_path / "log").read_text().splitlines())
     assert "\x1b[31m" not in (tmp_path / "log").read_text()
+
+
+async def test_slow_requests_are_logged_and_those_that_wait_are_not_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_SLOW_SECONDS", 0.0)
+    setup_logging("info", console=False, files=tmp_path / "log")
+    async with InMemoryLightningStore() as store:
+        server = AsgiCalls(store)
+        body = b'{"worker_id": "w", "wait_seconds": 0.001}'
+        await server.call("POST", "/agl/v1/queues/rollouts/dequeue", body)
+        await server.call("GET", "/agl/v1/statistics")
+    assert [line["event"] for line in _lines(tmp_path / "log")] == ["GET /agl/v1/statistics → 200"]
 
 
 async def test_requests_are_logged_with_their_id_and_trace(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ class StoreApp:
 
     async def _wait(self, exchange: Exchange, call: Call) -> Reply:
         """Answer a call that may wait: until there is an answer, the client is gone, or the server stops."""
+        exchange.may_wait = True
         watch = _Watch(exchange, self._drained())
         try:
             return await self._answerer.answer(call)
@@ -239,7 +240,8 @@ class StoreApp:
 
     def _note(self, exchange: Exchange, label: str, status: int, seconds: float) -> None:
         """Log the request: failures and slow ones always, others where somebody wants to see everything."""
-        level = logging.WARNING if status >= 500 else logging.INFO if seconds > _SLOW_SECONDS else logging.DEBUG
+        is_slow = seconds > _SLOW_SECONDS and not exchange.may_wait
+        level = logging.WARNING if status >= 500 else logging.INFO if is_slow else logging.DEBUG
         if _log.isEnabledFor(level):
             extra = {"client": _address(exchange.client), "status": status, "milliseconds": round(seconds * 1000, 3)}
             _log.log(level, "%s %s → %d", exchange.method, _shown(exchange.path), status, extra=extra)

@@ -32,6 +32,7 @@ class Exchange:
         "client",
         "extra_headers",
         "headers",
+        "may_wait",
         "method",
         "path",
         "query",
@@ -59,6 +60,8 @@ class Exchange:
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.headers: dict[bytes, bytes] = dict(self.raw_headers)
         self.request_id = ""
+        self.may_wait = False
+        """Whether it asks to be answered when there is something to say, so that its time says nothing."""
         self.extra_headers: list[tuple[bytes, bytes]] = []
 
     # --- The request -----------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import socket
-import string
 import sys
 import time
 from typing import Any
@@ -33,7 +32,7 @@ WAIT_SECONDS = 10.0
 
 def attributes() -> dict[str, Any]:
     """Eight random attributes, about 400 bytes."""
-    texts = {f"text.{index}": "".join(random.choices(string.ascii_letters, k=64)) for index in range(5)}
+    texts = {f"text.{index}": random.randbytes(32).hex() for index in range(5)}
     return texts | {"number": random.random(), "count": random.randrange(1000), "flag": random.random() < 0.5}
 
 

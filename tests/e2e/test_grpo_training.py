@@ -114,7 +114,8 @@ async def test_one_bad_rollout_teaches_nothing_and_is_no_reward_of_zero(fault: F
     policy = SoftmaxPolicy(game.VOCABULARY)
     algorithm = GRPO(policy, group_size=8, batch_size=1, n_steps=1)
     async with ready(algorithm, one_is_bad) as (_, _, reports):
-        await algorithm.run([{"secret": 8}])
+        with pytest.raises(NothingToLearn, match=r"dropped 1 group \("):
+            await algorithm.run([{"secret": 8}])
     numbers = reports.steps[0][1]
     assert (numbers["groups_used"], numbers["groups_dropped"], numbers[counted]) == (0, 1, 1)
     assert list(policy.contexts()) == [], "the only group was dropped, so nothing may have been learned"
@@ -148,12 +149,13 @@ async def test_a_lost_worker_is_retried_and_its_group_is_used() -> None:
     assert (numbers["groups_used"], numbers["groups_dropped"], numbers["attempts_retried"]) == (2, 0, 1)
 
 
-async def test_when_nothing_ever_succeeds_the_run_fails_and_says_why() -> None:
-    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=2, n_steps=20)
+@pytest.mark.parametrize(("n_steps", "tried"), [(20, 3), (1, 1)])
+async def test_when_nothing_ever_succeeds_the_run_fails_and_says_why(n_steps: int, tried: int) -> None:
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=2, n_steps=n_steps)
     async with ready(algorithm, lambda _: "fail") as (_, runners, _):
-        with pytest.raises(NothingToLearn, match=r"dropped 2 groups .* agent_error: .* the test said so"):
+        with pytest.raises(NothingToLearn, match=r"dropped 2 groups \(failed rollouts: 4; .* agent_error: .* the test said so"):
             await algorithm.run(SECRETS)
-    assert len(runners.played) == 3 * 2 * 2
+    assert len(runners.played) == tried * 2 * 2
 
 
 async def test_validation_takes_the_most_probable_words_and_changes_nothing() -> None:

@@ -103,8 +103,8 @@ def _begin(runner: str, graceful_timeout: float, folder: Path, method: str = "fo
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_begins_at_stage_1_and_ends_with_130(number: signal.Signals, code: int, folder: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_begins_at_stage_1_and_ends_with_its_code(number: signal.Signals, code: int, folder: Path) -> None:
     with _begin("works", 5.0, folder) as process:
         began = time.monotonic()
         process.send_signal(number)

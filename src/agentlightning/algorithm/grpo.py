@@ -34,12 +34,12 @@ __all__ = ["GRPO"]
 _logger = logging.getLogger(__name__)
 
 _EMPTY_STEPS = 3
+"""After so many steps in a row without one whole group the run fails: something is wrong with the agent."""
 _DROPPED_WORDS = {
     "failed": "failed rollouts",
     "unrewarded": "rollouts without a reward",
     "unusable": "rollouts without a model call that can be learned from",
 }
-"""After so many steps in a row without one whole group the run fails: something is wrong with the agent."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class GRPO(Algorithm):
         Raises:
             InvalidValue: there are no tasks, or the run of this name was begun with other settings.
             IdReused: the run of this name was begun with other tasks.
-            NothingToLearn: in three steps on end no group was whole.
+            NothingToLearn: in three steps on end, or in all if there are fewer, no group was whole.
         """
         check_dataset(train_dataset, "train_dataset")
         check_dataset(val_dataset, "val_dataset")
@@ -159,8 +159,8 @@ class GRPO(Algorithm):
             for step in range(begin, self._n_steps):
                 gathered = await self._step(step, train_dataset, val_dataset, session)
                 empty_steps = 0 if gathered.groups else empty_steps + 1
-                if empty_steps == _EMPTY_STEPS:
-                    raise _nothing_to_learn(gathered)
+                if empty_steps == min(_EMPTY_STEPS, self._n_steps):
+                    raise _nothing_to_learn(empty_steps, gathered)
 
     # --- One step --------------------------------------------------------------------------------
 
@@ -360,14 +360,15 @@ class GRPO(Algorithm):
 
 
 def _describe_dropped(gathered: GatheredGroups) -> str:
-    counts = [f"{count} {_DROPPED_WORDS[why]}" for why, count in gathered.dropped_rollouts.most_common()]
+    counts = [f"{_DROPPED_WORDS[why]}: {count}" for why, count in gathered.dropped_rollouts.most_common()]
     reasons = [*gathered.failures.most_common(1), *gathered.unusable_calls.most_common(1)]
     most = "".join(f"; {count}× {reason}" for reason, count in reasons)
-    return f"dropped {gathered.dropped_groups} groups, for {', '.join(counts)}{most}"
+    groups = "1 group" if gathered.dropped_groups == 1 else f"{gathered.dropped_groups} groups"
+    return f"dropped {groups} ({', '.join(counts)}{most})"
 
 
-def _nothing_to_learn(gathered: GatheredGroups) -> NothingToLearn:
+def _nothing_to_learn(steps: int, gathered: GatheredGroups) -> NothingToLearn:
     return NothingToLearn(
-        f"in {_EMPTY_STEPS} steps on end no group of rollouts was whole, so nothing could be learned; the last step "
+        f"in {steps} {'step' if steps == 1 else 'steps on end'} no group of rollouts was whole, so nothing could be learned; the last step "
         f"{_describe_dropped(gathered)}. Does every rollout succeed, call the model and get a reward?"
     )

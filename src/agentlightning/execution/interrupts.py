@@ -28,9 +28,10 @@ class Interrupted(KeyboardInterrupt, SystemExit):
 
 
 class Interrupts:
-    """While it is entered, in the main thread, SIGINT and SIGTERM begin an abort; a second one hurries it.
+    """While it is entered, in the main thread, a signal begins an abort; a second one hurries it.
 
-    In another thread, where Python takes no signals, it does nothing. SIGTERM is left to whoever handles it already.
+    SIGINT, SIGTERM, and SIGHUP, which a terminal sends when it is closed; the last two are left to whoever handles
+    or ignores them already. In another thread, where Python takes no signals, it does nothing.
 
     Args:
         on_first: called at the first signal, in the main thread, between two steps of whatever runs there.
@@ -50,8 +51,9 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._take)
-            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._take)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:

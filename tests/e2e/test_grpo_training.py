@@ -153,7 +153,9 @@ async def test_a_lost_worker_is_retried_and_its_group_is_used() -> None:
 async def test_when_nothing_ever_succeeds_the_run_fails_and_says_why(n_steps: int, tried: int) -> None:
     algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=2, batch_size=2, n_steps=n_steps)
     async with ready(algorithm, lambda _: "fail") as (_, runners, _):
-        with pytest.raises(NothingToLearn, match=r"dropped 2 groups \(failed rollouts: 4; .* agent_error: .* the test said so"):
+        with pytest.raises(
+            NothingToLearn, match=r"dropped 2 groups \(failed rollouts: 4; .* agent_error: .* the test said so"
+        ):
             await algorithm.run(SECRETS)
     assert len(runners.played) == tried * 2 * 2
 

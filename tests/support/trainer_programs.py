@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["LEFT_BEHIND", "RESUMABLE", "RESUMABLE_GRPO", "start_program"]
+__all__ = ["LEFT_BEHIND", "RESUMABLE", "RESUMABLE_GRPO", "end_programs", "start_program"]
+
+_started: list[subprocess.Popen[str]] = []
 
 RESUMABLE = """
 import sys, time
@@ -99,7 +101,7 @@ async def own(store, run, train_dataset, llm_proxy):
 
 def algorithm():
     match algorithm_name:
-        case "grpo" | "grpo without a proxy":
+        case "grpo":
             return agl.GRPO(policy=agl.SoftmaxPolicy(VOCABULARY), n_steps=1, batch_size=4, group_size=2)
         case "baseline":
             return agl.Baseline(train_split=1.0, max_queue_length=8, polling_interval=0.05)
@@ -110,7 +112,7 @@ if __name__ == "__main__":
     models = [{"model_name": "policy", "litellm_params": parameters}]
     trainer = agl.Trainer(
         algorithm=algorithm(),
-        llm_proxy=None if algorithm_name == "grpo without a proxy" else SlowProxy(model_list=models),
+        llm_proxy=SlowProxy(model_list=models),
         strategy={"type": "cs", "role": role, "server_host": "127.0.0.1", "server_port": int(port)},
         rollout_config=agl.RolloutConfig(max_attempts=2, retry_condition=["unresponsive"]),
         run="survivor",
@@ -122,7 +124,7 @@ if __name__ == "__main__":
 """
 """One runner, and eight rollouts: while the file ``gate`` is there, the first keeps the others waiting.
 
-Arguments: ``grpo``, ``grpo without a proxy``, ``baseline``, ``waits`` or ``polls`` (algorithms of a user's own); a
+Arguments: ``grpo``, ``baseline``, ``waits`` or ``polls`` (algorithms of a user's own); a
 folder; the URL of a model; the strategy's role and port. The agent touches the file ``cut off`` when its model fails
 it; while the file ``slow`` is there, the proxy takes a second to start.
 """
@@ -132,7 +134,7 @@ def start_program(text: str, folder: Path, *arguments: str) -> subprocess.Popen[
     """Start a program in a session of its own, in ``folder``; its output comes through pipes."""
     script = folder / "program.py"
     script.write_text(text, encoding="utf-8")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-W", "error", str(script), *arguments],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "COV_"))},
@@ -141,3 +143,14 @@ def start_program(text: str, folder: Path, *arguments: str) -> subprocess.Popen[
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+def end_programs() -> None:
+    """Kill those that a test that failed has left; what they had started ends by itself."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

@@ -369,6 +369,7 @@ def _describe_dropped(gathered: GatheredGroups) -> str:
 
 def _nothing_to_learn(steps: int, gathered: GatheredGroups) -> NothingToLearn:
     return NothingToLearn(
-        f"in {steps} {'step' if steps == 1 else 'steps on end'} no group of rollouts was whole, so nothing could be learned; the last step "
-        f"{_describe_dropped(gathered)}. Does every rollout succeed, call the model and get a reward?"
+        f"in {steps} {'step' if steps == 1 else 'steps on end'} no group of rollouts was whole, so nothing could be "
+        f"learned; the last step {_describe_dropped(gathered)}. Does every rollout succeed, call the model and get a "
+        "reward?"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.client_server.server import app
+from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.telemetry.logs import setup_logging
@@ -171,6 +173,27 @@ async def test_slow_requests_are_logged_and_those_that_wait_are_not_slow(
         await server.call("POST", "/agl/v1/queues/rollouts/dequeue", body)
         await server.call("GET", "/agl/v1/statistics")
     assert [line["event"] for line in _lines(tmp_path / "log")] == ["GET /agl/v1/statistics → 200"]
+
+
+async def test_the_same_for_those_that_go_past_asgi_and_a_stop_that_sends_them_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_SLOW_SECONDS", 0.0)
+    setup_logging("info", console=False, files=tmp_path / "log")
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        claim = b'{"worker_id": "w", "wait_seconds": 60.0}'
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for path, body in ((b"enqueue", b'{"rollouts": []}'), (b"dequeue", claim)):
+            head = b"POST /agl/v1/queues/rollouts/%b HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+            writer.write(head % (path, len(body)) + body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 201")
+        while await store.get_worker_by_id("w") is None:
+            await asyncio.sleep(0.01)
+        await server.stop()
+        assert b"HTTP/1.1 503" in await reader.read()
+        writer.close()
+    requests = [line["event"] for line in _lines(tmp_path / "log") if "POST" in line["event"]]
+    assert requests == ["POST /agl/v1/queues/rollouts/enqueue → 201"]
 
 
 async def test_requests_are_logged_with_their_id_and_trace(tmp_path: Path) -> None:

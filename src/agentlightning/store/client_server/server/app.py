@@ -239,9 +239,13 @@ class StoreApp:
         return self._draining
 
     def _note(self, exchange: Exchange, label: str, status: int, seconds: float) -> None:
-        """Log the request: failures and slow ones always, others where somebody wants to see everything."""
+        """Log the request: failures and slow ones always, others where somebody wants to see everything.
+
+        That those who still wait are sent elsewhere when the server stops is no failure.
+        """
+        is_failed = status >= 500 and not (status == 503 and self.draining)
         is_slow = seconds > _SLOW_SECONDS and not exchange.may_wait
-        level = logging.WARNING if status >= 500 else logging.INFO if is_slow else logging.DEBUG
+        level = logging.WARNING if is_failed else logging.INFO if is_slow else logging.DEBUG
         if _log.isEnabledFor(level):
             extra = {"client": _address(exchange.client), "status": status, "milliseconds": round(seconds * 1000, 3)}
             _log.log(level, "%s %s → %d", exchange.method, _shown(exchange.path), status, extra=extra)

@@ -191,6 +191,7 @@ class DirectExchange(Exchange):
         self.raw_headers = raw_headers
         self.headers = headers
         self.request_id = ""
+        self.may_wait = False
         self.extra_headers = []
         self.found = found
         self.body = b""

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 LOAD = Path(__file__).with_name("e2e_load.py")
 PATTERNS = ("batch", "queue", "single")
 IN_FLIGHT = 64
-CONCURRENCY = 16
+CONCURRENCY = 32
 RUN_SECONDS = 600.0
 PEER_SHARE = 10
 """The peer does one in so many of the rollouts, since it is that much slower; rates are compared."""

@@ -18,7 +18,7 @@ class _Signal:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] = self._loop.create_future()
+        self._future: asyncio.Future[bool] = self._loop.create_future()
 
     def raise_flag(self, error: AgentLightningError | None = None) -> None:
         try:
@@ -27,18 +27,23 @@ class _Signal:
             return
 
     async def wait(self, timeout: float | None) -> bool:
-        """Return when the flag is raised or the time is up; whether it was raised."""
-        await asyncio.wait([self._future], timeout=timeout)
+        """Return when the flag is raised or the time is up; whether it was raised. To be called once."""
+        end = None if timeout is None else self._loop.call_later(timeout, self._give_up)
+        try:
+            return await self._future
+        finally:
+            if end is not None:
+                end.cancel()
+
+    def _give_up(self) -> None:
         if not self._future.done():
-            return False
-        self._future.result()
-        return True
+            self._future.set_result(False)
 
     def _settle(self, error: AgentLightningError | None) -> None:
         if self._future.done():
             return
         if error is None:
-            self._future.set_result(None)
+            self._future.set_result(True)
         else:
             self._future.set_exception(error)
 

@@ -55,7 +55,9 @@ async def worker_of(tx: Transaction, worker_id: str) -> WorkerRow:
 
 
 async def save_worker(tx: Transaction, before: WorkerRow, after: WorkerRow) -> WorkerRow:
-    """Write a worker."""
+    """Write a worker, if it has changed."""
+    if after is before:
+        return before
     if after.deadline is not None and after.deadline != before.deadline:
         tx.publish(Deadline(after.deadline))
     return await tx.put(before, after)

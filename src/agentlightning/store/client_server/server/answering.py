@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -200,9 +201,11 @@ class Answerer:
         route = call.bound.route
         if call.arguments.get("limit") == 0 and call.bound.dialect.empty_limit_is_empty:
             return Reply(route.status, b"[]")
+        began = monotonic()
         claimed = await self._store.dequeue_many_rollouts(**call.arguments)
         worker_id = call.arguments.get("worker_id")
-        if claimed or worker_id is None:
+        has_waited_in_vain = 0 < call.arguments.get("wait_seconds", 0) <= monotonic() - began
+        if claimed or worker_id is None or has_waited_in_vain:  # one that is asked something does not wait to the end
             return Reply(route.status, encode_result(route, claimed))
         worker = await self._records.get_worker_by_id(worker_id)
         directive = None if worker is None else worker.directive

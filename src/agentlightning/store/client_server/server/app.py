@@ -59,7 +59,9 @@ class StoreApp:
         self._load = Load(limits)
         self._numbers = count(1)
         self._run = secrets.token_hex(4)
-        self._draining: asyncio.Event | None = None
+        self._draining = False
+        self.waits: set[Wait] = set()
+        """What clients wait for, longer than a moment."""
         self.meter = RequestMeter()
 
     @property
@@ -70,11 +72,13 @@ class StoreApp:
     @property
     def draining(self) -> bool:
         """Whether the server is about to stop, and takes no new requests."""
-        return self._draining is not None and self._draining.is_set()
+        return self._draining
 
     def drain(self) -> None:
         """Take no new requests, and answer those that wait. Call in the server's loop."""
-        self._drained().set()
+        self._draining = True
+        for wait in list(self.waits):
+            wait.end()
 
     def find_hot(self, path: str) -> Match | None:
         """The route that a POST to ``path`` leads to, if it is one of the hot ones."""
@@ -165,16 +169,16 @@ class StoreApp:
     async def _wait(self, exchange: Exchange, call: Call) -> Reply:
         """Answer a call that may wait: until there is an answer, the client is gone, or the server stops."""
         exchange.may_wait = True
-        watch = _Watch(exchange, self._drained())
+        wait = Wait(exchange, self)
         try:
             return await self._answerer.answer(call)
         except asyncio.CancelledError:
-            if not watch.ended_wait():
+            if not wait.was_ended():
                 raise
             self._check_open()
             raise ClientGone from None
         finally:
-            watch.stop()
+            wait.stop()
 
     async def _elsewhere(self, exchange: Exchange) -> int:
         """Answer what is not in the table; returns the status."""
@@ -233,11 +237,6 @@ class StoreApp:
         if self.draining:
             raise StoreUnavailable("the server is stopping; send this again, to the one that takes its place")
 
-    def _drained(self) -> asyncio.Event:
-        if self._draining is None:
-            self._draining = asyncio.Event()
-        return self._draining
-
     def _note(self, exchange: Exchange, label: str, status: int, seconds: float) -> None:
         """Log the request: failures and slow ones always, others where somebody wants to see everything.
 
@@ -260,45 +259,49 @@ def _shown(path: str) -> str:
     return path if path.isprintable() else ascii(path)
 
 
-class _Watch:
-    """Ends the wait of the task that makes it, when its client has gone or the server stops.
+class Wait:
+    """The wait of the task that makes it, which may be ended before its time: its client goes, or the server stops.
 
-    Most calls that may wait do not, so it begins to watch a little later.
+    Most calls that may wait do not, so nothing is done about it in the first moment.
+
+    Args:
+        exchange: with the client.
+        app: the server.
     """
 
     _LATER_SECONDS = 0.05
 
-    def __init__(self, exchange: Exchange, drained: asyncio.Event) -> None:
+    def __init__(self, exchange: Exchange, app: StoreApp) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         self._exchange = exchange
-        self._drained = drained
+        self._app = app
         self._ended = False
-        self._watching: asyncio.Task[None] | None = None
+        self._forget: Callable[[], object] | None = None
         self._start = task.get_loop().call_later(self._LATER_SECONDS, self._begin)
 
-    def ended_wait(self) -> bool:
+    def end(self) -> None:
+        """Wait no longer."""
+        if not self._ended:
+            self._ended = True
+            self._task.cancel()
+
+    def was_ended(self) -> bool:
         """Whether it was this that cancelled the task; then the task is as if it had not been."""
         if self._ended:
             self._task.uncancel()
         return self._ended
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """There is an answer."""
         self._start.cancel()
-        if self._watching is not None:
-            self._watching.cancel()
+        self._app.waits.discard(self)
+        if self._forget is not None:
+            self._forget()
 
     def _begin(self) -> None:
-        self._watching = self._task.get_loop().create_task(self._watch())
-
-    async def _watch(self) -> None:
-        ends = [asyncio.ensure_future(self._exchange.gone()), asyncio.ensure_future(self._drained.wait())]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in ends:
-                each.cancel()
-        self._ended = True
-        self._task.cancel()
+        self._app.waits.add(self)
+        self._forget = self._exchange.when_gone(self.end)
+        if self._app.draining:
+            self.end()

@@ -6,7 +6,6 @@ unusual about a request, is left to uvicorn.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -168,7 +167,7 @@ class DirectExchange(Exchange):
         "disconnected",
         "found",
         "keep_alive",
-        "left",
+        "on_end",
         "protocol",
         "response_complete",
         "response_started",
@@ -195,7 +194,7 @@ class DirectExchange(Exchange):
         self.extra_headers = []
         self.found = found
         self.body = b""
-        self.left: asyncio.Future[None] | None = None
+        self.on_end: Callable[[], None] | None = None
         self.disconnected = False
         self.keep_alive = True
         self.response_started = False
@@ -208,16 +207,21 @@ class DirectExchange(Exchange):
 
     def set(self) -> None:
         """The connection is lost."""
-        if self.left is not None and not self.left.done():
-            self.left.set_result(None)
+        if self.on_end is not None:
+            self.on_end()
 
     async def read_body(self, limit: int, arrived: Callable[[int], None]) -> bytes:
         return self.body
 
-    async def gone(self) -> None:
-        if not self.disconnected:
-            self.left = asyncio.get_running_loop().create_future()
-            await self.left
+    @override
+    def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
+        self.on_end = tell
+        if self.disconnected:
+            tell()
+        return self._forget
+
+    def _forget(self) -> None:
+        self.on_end = None
 
     async def send(self, reply: Reply) -> int:
         if reply.parts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -144,8 +145,13 @@ class Exchange:
             arrived(size)
         return b"".join(parts)
 
-    async def gone(self) -> None:
-        """Return when the client has gone."""
+    def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
+        """Call ``tell`` when the client has gone; returns what takes that back."""
+        listening = asyncio.ensure_future(self._hear_of_end())
+        listening.add_done_callback(lambda done: None if done.cancelled() else tell())
+        return listening.cancel
+
+    async def _hear_of_end(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 

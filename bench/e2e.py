@@ -1,6 +1,6 @@
 """How fast a whole run is: Trainer, runner processes, store; and what a span costs the process it is made in.
 
-    scripts/bench e2e [--rounds 5] [--rollouts 1000] [--runners 2] [--peer VENV] [--only NAME ...] [--json FILE]
+    scripts/bench e2e [--rounds 5] [--rollouts 2000] [--runners 2] [--peer VENV] [--only NAME ...] [--json FILE]
 
 The workload is that of 0.3.0's own benchmark, with its sleeps taken out: agents open nested spans with random
 attributes and emit a reward (six spans a rollout), submitted all at once (``batch``), as fast as they are done
@@ -32,6 +32,7 @@ LOAD = Path(__file__).with_name("e2e_load.py")
 PATTERNS = ("batch", "queue", "single")
 IN_FLIGHT = 64
 CONCURRENCY = 32
+"""Rollouts that each runner of ours works on at once: two runners have room for all that are in flight."""
 RUN_SECONDS = 600.0
 PEER_SHARE = 10
 """The peer does one in so many of the rollouts, since it is that much slower; rates are compared."""
@@ -238,7 +239,7 @@ def sending(url: str, spans: list[Any], size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rollouts", type=int, default=1000)
+    parser.add_argument("--rollouts", type=int, default=2000)
     parser.add_argument("--runners", type=int, default=2)
     parser.add_argument("--peer", type=Path, help="virtual environment with agentlightning 0.3.0")
     parser.add_argument("--only", nargs="+", choices=[*PATTERNS, "span"], default=[*PATTERNS, "span"])

@@ -107,8 +107,11 @@ class BoundedConnection(HttpToolsProtocol):
         """Whether the client is sent away, since the headers have no end."""
         if not self._in_headers or self._received <= self._bounds.header_bytes:
             return False
-        self._send_away(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
+        self._refuse_headers()
         return True
+
+    def _refuse_headers(self) -> None:
+        self._send_away(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
 
     @override
     def on_message_begin(self) -> None:
@@ -137,7 +140,7 @@ class BoundedConnection(HttpToolsProtocol):
     @override
     def send_400_response(self, msg: str) -> None:
         if self._in_headers and self._chunk > self._bounds.header_bytes:
-            self._send_away(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
+            self._refuse_headers()
         else:
             self._send_away(self.MALFORMED, "this is no request of HTTP/1.1")
 

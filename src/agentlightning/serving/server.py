@@ -14,15 +14,15 @@ from typing import Any, cast
 import uvicorn
 from typing_extensions import override
 
-__all__ = ["KEEPALIVE_SECONDS", "LoopServer", "server_config"]
+__all__ = ["LoopServer", "server_config"]
 
-KEEPALIVE_SECONDS = 75.0
+_KEEPALIVE_SECONDS = 75.0
 _FLUSH_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 
 def server_config(
-    app: Any, connection: Callable[..., asyncio.Protocol], *, keepalive_seconds: float = KEEPALIVE_SECONDS, **more: Any
+    app: Any, connection: Callable[..., asyncio.Protocol], *, keepalive_seconds: float = _KEEPALIVE_SECONDS, **more: Any
 ) -> uvicorn.Config:
     """How uvicorn serves here: HTTP/1.1 alone, without logs of its own, without trust in proxies.
 

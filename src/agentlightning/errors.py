@@ -13,41 +13,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = [
-    "AgentLightningError",
-    "BadRequest",
-    "Conflict",
-    "CorruptStore",
-    "DiskFull",
-    "ExecutionFailed",
-    "ForeignFile",
-    "IdReused",
-    "IllegalMove",
-    "InvalidId",
-    "InvalidValue",
-    "MissingExtra",
-    "NewerSchema",
-    "NoSuchRoute",
-    "NotAllowed",
-    "NotAuthenticated",
-    "NotFound",
-    "NotJson",
-    "NothingToLearn",
-    "Overloaded",
-    "SpoolFull",
-    "StaleAttempt",
-    "StoreClosed",
-    "StoreForked",
-    "StoreOwned",
-    "StoreStopped",
-    "StoreUnavailable",
-    "StoreUnreachable",
-    "TooLarge",
-    "UnsupportedMedia",
-    "WrongServer",
-    "error_classes",
-]
-
 
 class AgentLightningError(Exception):
     """Root of the tree. Raised as itself only for a bug of ours."""

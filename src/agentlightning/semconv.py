@@ -10,24 +10,6 @@ from enum import Enum
 
 from pydantic import BaseModel
 
-__all__ = [
-    "AGL_ANNOTATION",
-    "AGL_EXCEPTION",
-    "AGL_MESSAGE",
-    "AGL_OBJECT",
-    "AGL_OPERATION",
-    "AGL_REWARD",
-    "AGL_VIRTUAL",
-    "GenAIAttributes",
-    "LLMCallAttributes",
-    "LightningResourceAttributes",
-    "LightningSpanAttributes",
-    "LinkAttributes",
-    "LinkPydanticModel",
-    "RewardAttributes",
-    "RewardPydanticModel",
-]
-
 AGL_ANNOTATION = "agentlightning.annotation"
 """Span that says something about the attempt; rewards travel in it."""
 AGL_MESSAGE = "agentlightning.message"

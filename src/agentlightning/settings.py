@@ -11,8 +11,6 @@ from typing import overload
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["LightningEnvVar", "resolve_bool_env_var", "resolve_int_env_var", "resolve_str_env_var"]
-
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 

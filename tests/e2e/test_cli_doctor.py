@@ -24,10 +24,10 @@ from agentlightning.cli.checkup import check_server
 from agentlightning.cli.exits import ExitCode
 from agentlightning.cli.probe import ask
 from agentlightning.cli.target import Server
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.resilience import Resilience
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.resilience.resilience import Resilience
-from agentlightning.store.clock import SystemClock
+from agentlightning.store.sources import SystemClock
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, RolloutConfig
 from certificates import self_signed
 from command_line import Done, agl, agl_process, clean_environment

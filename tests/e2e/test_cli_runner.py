@@ -15,9 +15,9 @@ import pytest
 
 import agentlightning as agl_package
 from agentlightning.cli.exits import ExitCode
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.runner.bundle import load_agent
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.server import LightningStoreServer
 from certificates import self_signed
 from command_line import agl, clean_environment
 from execution_programs import wait_until

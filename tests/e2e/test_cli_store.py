@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agl_store import AglStore
 

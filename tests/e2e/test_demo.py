@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import agentlightning as agl
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
-from agentlightning.demo import game, strategy
-from agentlightning.demo.accounting import Account
-from agentlightning.demo.training import Outcome
+from agentlightning.demo import game, game as strategy
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.training import Account, Outcome
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
 AGL = Path(sys.executable).with_name("agl")

@@ -9,8 +9,8 @@ import pytest
 
 from agentlightning.algorithm.grpo import GRPO
 from agentlightning.algorithm.run import Run
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import IdReused, InvalidValue
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.types import AttemptedRollout, Rollout

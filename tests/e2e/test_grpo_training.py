@@ -10,9 +10,9 @@ import pytest
 
 from agentlightning.algorithm.grpo import GRPO
 from agentlightning.algorithm.policy_update import PolicyUpdate
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game
-from agentlightning.demo.strategy import win_rate
+from agentlightning.demo.game import win_rate
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.base import LightningStore

@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 from openai import AsyncOpenAI
 
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.semconv import LLMCallAttributes as Call
-from agentlightning.store.client_server.client.client import LightningStoreClient
 from command_line import agl, clean_environment
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, attribute

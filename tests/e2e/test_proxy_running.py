@@ -26,10 +26,10 @@ from agentlightning import (
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
-from agentlightning.proxy import serving
+from agentlightning.proxy import server as serving
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
-from agentlightning.serving import connection
-from agentlightning.serving.bounds import Bounds
+from agentlightning.serving import connections as connection
+from agentlightning.serving.connections import Bounds
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
 

@@ -18,10 +18,10 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import NotAuthenticated, StoreUnavailable, StoreUnreachable
-from agentlightning.runner import shift
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.server import LightningStoreServer
+from agentlightning.runner import worker_loop as shift
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.types import AttemptedRollout, RolloutConfig
 from command_line import clean_environment

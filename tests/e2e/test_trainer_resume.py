@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import agentlightning as agl
-from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
 from agentlightning.demo.game import VOCABULARY
+from agentlightning.demo.policy_endpoint import PolicyEndpoint
 from agentlightning.errors import AgentLightningError
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 from trainer_programs import LEFT_BEHIND, RESUMABLE, RESUMABLE_GRPO, end_programs, start_program

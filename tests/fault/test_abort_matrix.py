@@ -17,7 +17,7 @@ import pytest
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.abort import abort, abort_stages
-from agentlightning.execution.kin import Process, snapshot
+from agentlightning.execution.process_tree import Process, snapshot
 
 GRACEFUL, TERMINATE = 0.6, 0.5
 ALLOWED_SECONDS = GRACEFUL + 3 * TERMINATE + 2

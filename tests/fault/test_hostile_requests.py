@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from agentlightning.errors import error_classes
-from agentlightning.store.client_server.server.limits import ServerLimits
-from agentlightning.store.client_server.wire.routes import DIALECTS, ROUTES
+from agentlightning.http.routes import DIALECTS, ROUTES
+from agentlightning.http.server.limits import ServerLimits
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from asgi_calls import Answer, AsgiCalls
 from store_state import assert_sound, unchanged

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from agentlightning.errors import NotFound, SpoolFull, StoreUnavailable, StoreUnreachable
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.client.resource_cache import CachedResources
-from agentlightning.store.client_server.resilience.resilience import Resilience
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client.cache import CachedResources
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import AttemptedRollout, PromptTemplate, Span
 from fresh_process import FreshProcess

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.errors import AgentLightningError, StoreUnreachable
-from agentlightning.store.client_server.client.client import LightningStoreClient
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from http_load import Journal, check, read_journals, spans_accepted, work
 from store_server_process import StoreServerProcess

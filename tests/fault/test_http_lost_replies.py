@@ -17,10 +17,10 @@ from typing import TypeVar
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.resilience.breaker import BreakerNumbers
-from agentlightning.store.client_server.resilience.resilience import Resilience
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client.breaker import BreakerNumbers
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.types import EnqueueRolloutRequest, PromptTemplate, RolloutConfig, Span
 from chaos_proxy import ChaosProxy, Fault, Seen, chaos_proxy

@@ -16,8 +16,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from agentlightning.store.client_server.server.openapi import openapi_document
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.server.openapi import openapi_document
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 
 SCHEMA = schemathesis.openapi.from_dict(openapi_document("1"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.limits import ServerLimits
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.limits import ServerLimits
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agl_store import AglStore
 from scenes import enqueued

@@ -20,9 +20,8 @@ import apsw
 import pytest
 
 from agentlightning import PromptTemplate, SqliteLightningStore
-from agentlightning.store.clock import SystemClock
 from agentlightning.store.engine import EngineStore
-from agentlightning.store.ids import TimeOrderedIds
+from agentlightning.store.sources import SystemClock, TimeOrderedIds
 from agentlightning.store.sqlite.backend import FileBackend
 from agentlightning.store.sqlite.connections import Durability
 from agentlightning.types import Span

@@ -20,7 +20,7 @@ from agentlightning import (
     RolloutConfig,
     SqliteLightningStore,
 )
-from agentlightning.execution.kin import Process, send
+from agentlightning.execution.process_tree import Process, send
 from execution_agents import AgentRunner, ShortAgent
 
 KILL_SECONDS = 0.5

@@ -16,9 +16,8 @@ import pytest
 import store_programs
 from agentlightning import SqliteLightningStore
 from agentlightning.errors import AgentLightningError, DiskFull, StoreOwned, StoreStopped, StoreUnavailable
-from agentlightning.store.clock import SystemClock
 from agentlightning.store.engine import EngineStore
-from agentlightning.store.ids import TimeOrderedIds
+from agentlightning.store.sources import SystemClock, TimeOrderedIds
 from agentlightning.store.sqlite.backend import FileBackend
 from agentlightning.types import Rollout
 from every_method import READS, WRITES

@@ -25,7 +25,7 @@ from agentlightning.errors import (
     StoreStopped,
     StoreUnavailable,
 )
-from agentlightning.store.sqlite.schema import APPLICATION_ID, MIGRATIONS
+from agentlightning.store.sqlite.connections import APPLICATION_ID, MIGRATIONS
 from every_method import READS
 from fresh_process import run_fresh
 from scenes import finish, prompt, span_of

@@ -16,8 +16,7 @@ import pytest
 import store_programs
 from agentlightning import SqliteLightningStore
 from agentlightning.errors import NewerSchema
-from agentlightning.store.sqlite.connections import open_writer
-from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity, migrate
+from agentlightning.store.sqlite.connections import MIGRATIONS, check_identity, migrate, open_writer
 from faulty_disk import FaultyDisk
 from fresh_process import FreshProcess
 from store_state import assert_sound

@@ -23,7 +23,7 @@ from agentlightning.errors import (
     StoreClosed,
     StoreUnavailable,
 )
-from agentlightning.store.sqlite.schema import APPLICATION_ID, MIGRATIONS
+from agentlightning.store.sqlite.connections import APPLICATION_ID, MIGRATIONS
 from scenes import claimed, finish, span_of
 from store_state import assert_sound, dump
 

@@ -22,8 +22,7 @@ from agentlightning.lifecycle.deadlines import Due
 from agentlightning.lifecycle.records import AttemptRow, Moment, Policy, RolloutRow, WorkerRow
 from agentlightning.store import sweep
 from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
-from agentlightning.store.sqlite.row_cache import RowCache
-from agentlightning.store.sqlite.transaction import SqliteTransaction
+from agentlightning.store.sqlite.transaction import RowCache, SqliteTransaction
 from model_compare import Divergence
 from model_machine import ComparingMachine
 from model_rules import StoreMachine

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from agentlightning.http.server.admin import build_operations
+from agentlightning.http.server.app import StoreApp
+from agentlightning.http.server.endpoints import Answerer
+from agentlightning.http.server.limits import Gate, Load, ServerLimits
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.server.answering import Answerer
-from agentlightning.store.client_server.server.app import StoreApp
-from agentlightning.store.client_server.server.gate import Gate
-from agentlightning.store.client_server.server.limits import Load, ServerLimits
-from agentlightning.store.client_server.server.operations import build_operations
 from agentlightning.telemetry.metrics import RequestMeter
 
 __all__ = ["Answer", "AsgiCalls"]

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from agentlightning.execution.kin import snapshot
+from agentlightning.execution.process_tree import snapshot
 from agentlightning.store.base import LightningStore
 
 __all__ = [

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 from agentlightning.demo import game
-from agentlightning.demo.chat import ChatClient
+from agentlightning.demo.agent import ChatClient
 from agentlightning.semconv import AGL_ANNOTATION
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, Span

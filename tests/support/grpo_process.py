@@ -17,8 +17,8 @@ from typing import Any
 
 from agentlightning.algorithm.grpo import GRPO
 from agentlightning.algorithm.run import Run
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.types import AttemptedRollout, RolloutConfig
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agentlightning.errors import StaleAttempt
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
 from agentlightning.types import AttemptedRollout, RolloutConfig, Span
 
 __all__ = ["Journal", "Promised", "check", "main", "read_journals", "spans_accepted", "work"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.resilience.transport import WireReply, WireRequest
+from agentlightning.http.client.transport import WireReply, WireRequest
 
 __all__ = ["Act", "ScriptedTransport", "lost", "replies", "silent"]
 

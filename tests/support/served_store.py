@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.server.server import LightningStoreServer
-from agentlightning.store.clock import Clock
+from agentlightning.store.sources import Clock
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from command_line import clean_environment
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.resilience.resilience import Resilience
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.resilience import Resilience
 from agentlightning.types import Span
 from fresh_process import say
 

@@ -26,7 +26,7 @@ import msgspec
 from agentlightning.errors import Conflict, IdReused, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.store.engine import EngineStore
-from agentlightning.store.ids import TimeOrderedIds
+from agentlightning.store.sources import TimeOrderedIds
 from agentlightning.store.sqlite.backend import FileBackend
 from agentlightning.types import (
     Attempt,

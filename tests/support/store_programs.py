@@ -15,8 +15,7 @@ import apsw
 
 from agentlightning import SqliteLightningStore
 from agentlightning.errors import AgentLightningError, StoreForked, StoreOwned, StoreStopped
-from agentlightning.store.sqlite.connections import open_writer
-from agentlightning.store.sqlite.schema import MIGRATIONS
+from agentlightning.store.sqlite.connections import MIGRATIONS, open_writer
 from agentlightning.types import RolloutConfig
 from every_method import READS, SQLITE_ONLY, WRITES
 from fresh_process import say

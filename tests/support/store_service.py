@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from clocks import ManualClock
 

@@ -8,9 +8,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agl_store import AglStore
 from clocks import ManualClock

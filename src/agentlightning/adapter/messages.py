@@ -6,14 +6,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from agentlightning.adapter.base import TraceAdapter
-from agentlightning.adapter.conversations import Conversation, Message, group_genai_dict
-from agentlightning.adapter.model_calls import read_model_call
+from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan, log_unusable
+from agentlightning.adapter.calls import Conversation, Message, group_genai_dict as group_genai_dict, read_model_call
 from agentlightning.adapter.tree import LLM_CALL_MATCH, TraceTree
-from agentlightning.adapter.usable import Adapted, UnusableSpan, log_unusable
 from agentlightning.types import Span
-
-__all__ = ["OpenAIMessages", "TraceToMessages", "convert_to_openai_messages", "group_genai_dict"]
 
 _logger = logging.getLogger(__name__)
 

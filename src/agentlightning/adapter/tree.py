@@ -9,13 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agentlightning.adapter.model_calls import has_token_ids, read_model_call
-from agentlightning.adapter.same_call import FoundCall, one_for_each_reply, one_of_each_nest
+from agentlightning.adapter.calls import FoundCall, has_token_ids, one_for_each_reply, one_of_each_nest, read_model_call
 from agentlightning.semconv import GenAIAttributes
 from agentlightning.types import Span, Triplet
 from agentlightning.types.rewards import get_reward_value
-
-__all__ = ["LLM_CALL_MATCH", "RewardMatchPolicy", "TraceTree"]
 
 LLM_CALL_MATCH = r"openai\.chat|openai\.completion|^(chat|text_completion|generate_content)( |$)"
 """Names of the spans of model calls: AgentOps' and OpenLLMetry's, and those by OpenTelemetry's conventions."""

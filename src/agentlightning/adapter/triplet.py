@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agentlightning.adapter.base import TraceAdapter
-from agentlightning.adapter.model_calls import has_token_ids, read_model_call
-from agentlightning.adapter.tree import LLM_CALL_MATCH, RewardMatchPolicy, TraceTree
-from agentlightning.adapter.usable import Adapted, UnusableSpan, log_unusable
+from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan, log_unusable
+from agentlightning.adapter.calls import has_token_ids, read_model_call
+from agentlightning.adapter.tree import LLM_CALL_MATCH, RewardMatchPolicy as RewardMatchPolicy, TraceTree as TraceTree
 from agentlightning.semconv import LLMCallAttributes
 from agentlightning.types import Span, Triplet
 from agentlightning.types.rewards import get_reward_value
@@ -17,13 +16,6 @@ from agentlightning.types.rewards import get_reward_value
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-__all__ = [
-    "LlmProxyTraceToTriplet",
-    "RewardMatchPolicy",
-    "TraceToTripletBase",
-    "TraceTree",
-    "TracerTraceToTriplet",
-]
 
 _logger = logging.getLogger(__name__)
 

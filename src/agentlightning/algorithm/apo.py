@@ -19,14 +19,11 @@ from typing import Any
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
-from agentlightning.algorithm.checks import check_counts, check_seconds
+from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once, spans_of
 from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import is_finished
 from agentlightning.types import Dataset, EnqueueRolloutRequest, PromptTemplate, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
-
-__all__ = ["APO"]
 
 _logger = logging.getLogger(__name__)
 

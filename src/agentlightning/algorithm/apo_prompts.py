@@ -12,8 +12,6 @@ from typing import Any
 from agentlightning.errors import InvalidValue
 from agentlightning.types import PromptTemplate
 
-__all__ = ["Trial", "ask_for_critique", "ask_for_edit", "placeholders", "read_prompt"]
-
 _LONGEST = 4000
 """Characters of one conversation that are shown to a model."""
 

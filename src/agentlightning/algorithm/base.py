@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Dataset, NamedResources, RolloutConfig
+from agentlightning.types import LLM, Dataset, NamedResources, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
-    from agentlightning.algorithm.model_proxy import ModelProxy
     from agentlightning.algorithm.run import Run
-
-__all__ = ["Algorithm", "Reporter"]
 
 _logger = logging.getLogger(__name__)
 
@@ -168,3 +165,61 @@ def _given(value: Any, name: str, algorithm: Algorithm) -> Any:
             f"{type(algorithm).__name__} has no {name}; the Trainer gives it one, or call set_{name}() yourself"
         )
     return value
+
+
+# --- What an algorithm needs of the LLM proxy. `LLMProxy` has it; so may a proxy of the user's  ---
+
+
+class ModelProxy(Protocol):
+    """Records the model calls of every attempt, and says which backend answers for which model."""
+
+    @property
+    def model_list(self) -> Sequence[Any]:
+        """The backends, as `update_model_list` was given them."""
+        ...
+
+    def get_store(self) -> LightningStore | None:
+        """Where the calls are recorded."""
+        ...
+
+    def set_store(self, store: LightningStore) -> None:
+        """Say where the calls are to be recorded."""
+        ...
+
+    def is_running(self) -> bool:
+        """Whether it takes calls."""
+        ...
+
+    def start(self) -> Awaitable[None]:
+        """Begin to take calls."""
+        ...
+
+    def stop(self) -> Awaitable[None]:
+        """End, and free the port. May be called again."""
+        ...
+
+    def update_model_list(self, model_list: list[Any]) -> None:
+        """Replace the backends, also while it runs."""
+        ...
+
+    def as_resource(
+        self,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+        model: str | None = None,
+        sampling_parameters: dict[str, Any] | None = None,
+    ) -> LLM:
+        """Return the resource by which an agent reaches it."""
+        ...
+
+    def pause(self) -> Awaitable[Any]:
+        """Take no new calls, and return when those under way are done."""
+        ...
+
+    def resume(self) -> Awaitable[None]:
+        """Take calls again."""
+        ...
+
+    def set_model_version(self, version: str) -> None:
+        """Say which weights answer from now on; every call that is recorded carries it."""
+        ...

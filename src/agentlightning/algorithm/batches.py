@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from agentlightning.errors import IdReused, InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
-
-__all__ = ["batch_iter_over_dataset", "check_dataset", "enqueue_once", "spans_of"]
 
 T = TypeVar("T")
 
@@ -108,3 +107,28 @@ def _check_same(rollout: Rollout, request: EnqueueRolloutRequest) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- What the numbers that algorithms are given must be like ---
+
+
+def check_counts(*, least: int = 1, **counts: int) -> None:
+    """Whether all are whole numbers of at least ``least``.
+
+    Raises:
+        InvalidValue: one is not.
+    """
+    for name, count in counts.items():
+        if type(count) is not int or count < least:
+            raise InvalidValue(f"{name} is {count!r}; give a whole number, at least {least}")
+
+
+def check_seconds(**times: float) -> None:
+    """Whether all are finite times, longer than nothing.
+
+    Raises:
+        InvalidValue: one is not.
+    """
+    for name, seconds in times.items():
+        if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+            raise InvalidValue(f"{name} is {seconds!r}; give seconds, more than 0")

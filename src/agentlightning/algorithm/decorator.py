@@ -10,8 +10,6 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.types import Dataset
 
-__all__ = ["AlgorithmFunc", "FunctionalAlgorithm", "algo"]
-
 AF = TypeVar("AF", bound=bool)
 """Whether the function is a coroutine function."""
 

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_dataset, enqueue_once
-from agentlightning.algorithm.checks import check_counts, check_seconds
-from agentlightning.algorithm.taking_up import give_to_leftovers
+from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once
+from agentlightning.algorithm.resume import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, Rollout, RolloutMode, Span
 from agentlightning.types.rewards import find_final_reward
-
-__all__ = ["Baseline", "FastAlgorithm"]
 
 _logger = logging.getLogger(__name__)
 

@@ -15,21 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
-from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_dataset, enqueue_once, spans_of
-from agentlightning.algorithm.checks import check_counts
+from agentlightning.algorithm.base import Algorithm, ModelProxy
+from agentlightning.algorithm.batches import check_counts, check_dataset, enqueue_once, spans_of
 from agentlightning.algorithm.grpo_groups import GatheredGroups, GroupReader
-from agentlightning.algorithm.model_proxy import ModelProxy
-from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
 from agentlightning.algorithm.policy_update import PolicyUpdate, update_policy
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
-from agentlightning.algorithm.taking_up import give_to_leftovers
+from agentlightning.algorithm.resume import give_to_leftovers
 from agentlightning.algorithm.wiring import running_proxy
+from agentlightning.demo.policy_endpoint import PolicyEndpoint
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, ResourcesUpdate, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
-
-__all__ = ["GRPO"]
 
 _logger = logging.getLogger(__name__)
 

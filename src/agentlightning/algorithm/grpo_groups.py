@@ -15,11 +15,9 @@ from typing import Any, cast
 
 from agentlightning.adapter.triplet import TraceToTripletBase
 from agentlightning.algorithm.policy_update import Choice, GroupMember
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.types import AttemptedRollout, Rollout, Span, Triplet
 from agentlightning.types.rewards import find_final_reward
-
-__all__ = ["GatheredGroups", "GroupReader"]
 
 
 @dataclass

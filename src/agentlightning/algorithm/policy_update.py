@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agentlightning.algorithm.grpo_math import (
+from agentlightning.demo.policy_math import (
     choice_loss,
     choice_slope,
     entropy,
@@ -16,10 +16,8 @@ from agentlightning.algorithm.grpo_math import (
     kl_slope,
     logits_gradient,
 )
-from agentlightning.algorithm.softmax_policy import Context, SoftmaxPolicy
+from agentlightning.demo.softmax_policy import Context, SoftmaxPolicy
 from agentlightning.errors import InvalidValue
-
-__all__ = ["Choice", "GroupMember", "PolicyUpdate", "UpdateNumbers", "update_policy"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,6 @@ from typing import Any, cast
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["Run"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}")
 """Fits into a file name, and leaves room in a rollout id (at most 128 characters) for two numbers."""
 

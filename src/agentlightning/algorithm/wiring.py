@@ -7,12 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.model_proxy import ModelProxy
+from agentlightning.algorithm.base import Algorithm, ModelProxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-
-__all__ = ["running_proxy", "with_llm_proxy", "with_store"]
 
 A = TypeVar("A", bound=Algorithm)
 P = ParamSpec("P")

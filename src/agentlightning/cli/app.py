@@ -13,8 +13,6 @@ import typer
 from agentlightning.cli.exits import ExitCode
 from agentlightning.cli.lazy import Command, Group, build
 
-__all__ = ["COMMANDS", "main"]
-
 _RUN = "Run"
 _LOOK = "Look into it"
 _KEEP = "Keep it well"

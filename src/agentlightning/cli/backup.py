@@ -14,8 +14,6 @@ from agentlightning.errors import InvalidValue
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
 
-__all__ = ["backup"]
-
 
 def backup(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],

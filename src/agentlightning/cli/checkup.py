@@ -23,17 +23,6 @@ from agentlightning.errors import AgentLightningError, BadRequest, NotAllowed, N
 from agentlightning.types import LLM, ResourcesUpdate, Span
 from agentlightning.types.rewards import find_final_reward
 
-__all__ = [
-    "Traced",
-    "check_database",
-    "check_disk",
-    "check_models",
-    "check_server",
-    "check_spans",
-    "check_spool",
-    "sentence",
-]
-
 _SKEW_SECONDS: tuple[tuple[float, Level], ...] = ((5.0, "problem"), (1.0, "warning"))
 _SLOW_SECONDS = 0.5
 _TRIES = 3

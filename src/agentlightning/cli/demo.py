@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from agentlightning.demo.training import Outcome
 
-__all__ = ["demo"]
 
 _RUNS = Path("agl-runs")
 _NAME = "demo"

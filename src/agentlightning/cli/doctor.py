@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.types import ResourcesUpdate
 
-__all__ = ["doctor"]
 
 _SAMPLE = 5
 """How many rollouts are looked at for spans."""
@@ -90,8 +89,8 @@ def _examine_work(url: str | None, api_key: str | None) -> list[Finding]:
 def _spool_folder() -> Path:
     from pathlib import Path
 
+    from agentlightning.http.client.cache import default_folder
     from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-    from agentlightning.store.client_server.client.state_folder import default_folder
 
     chosen = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
     return Path(chosen) if chosen else default_folder()

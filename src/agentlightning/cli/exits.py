@@ -12,8 +12,6 @@ from agentlightning.errors import (
     StoreUnavailable,
 )
 
-__all__ = ["ExitCode", "exit_code"]
-
 
 class ExitCode(IntEnum):
     """Exit codes of `agl`, the same for every command."""

@@ -12,8 +12,6 @@ from agentlightning.cli.output import ago, duration, one_line
 from agentlightning.cli.overview import SILENT_SECONDS, Overview, last_heard, reason_of
 from agentlightning.types import AttemptedRollout, Worker
 
-__all__ = ["Finding", "Level", "explain"]
-
 Level = Literal["problem", "warning", "note"]
 """``problem``: it does not work until somebody does something. ``warning``: it may soon not. ``note``: all is well."""
 

@@ -19,8 +19,6 @@ from typer.main import get_command
 from agentlightning.cli.exits import ExitCode, exit_code
 from agentlightning.errors import AgentLightningError
 
-__all__ = ["Command", "Group", "build"]
-
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 

@@ -6,8 +6,6 @@ from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Attempt, AttemptedRollout, Rollout
 
-__all__ = ["LATEST", "find_attempt", "find_begun_rollout", "find_rollout"]
-
 LATEST = "latest"
 """Stands for the newest; no id may be this."""
 _CANDIDATES = 5

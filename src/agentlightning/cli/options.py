@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ApiKey", "Format", "Level", "Limit", "LogLevel", "Output", "Url"]
-
 
 class Format(StrEnum):
     """How a command prints what it found."""

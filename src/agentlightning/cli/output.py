@@ -21,24 +21,6 @@ if TYPE_CHECKING:
 
     from agentlightning.types import PaginatedResult
 
-__all__ = [
-    "STATUS_STYLES",
-    "Cell",
-    "Column",
-    "ago",
-    "clean",
-    "console",
-    "duration",
-    "json_text",
-    "one_line",
-    "plain",
-    "print_facts",
-    "print_json",
-    "print_rest",
-    "print_table",
-    "size",
-    "table",
-]
 
 STATUS_STYLES: Mapping[str, str] = {
     "succeeded": "green",

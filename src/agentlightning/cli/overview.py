@@ -12,8 +12,6 @@ from typing import NamedTuple
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
 from agentlightning.types import Attempt, AttemptedRollout, Rollout, Worker
 
-__all__ = ["Failures", "Overview", "Pace", "clock_of", "gather", "last_heard", "reason_of"]
-
 RECENT = 200
 """How many of the rollouts that ended last are looked at."""
 _OPEN = 200

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import psutil
 
-__all__ = ["Owner", "find_owner"]
-
 _PROBE_SECONDS = 1.0
 
 

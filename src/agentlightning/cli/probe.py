@@ -20,8 +20,6 @@ from agentlightning.errors import (
     StoreUnreachable,
 )
 
-__all__ = ["Answer", "ask"]
-
 _SECONDS = 5.0
 _STATISTICS = "/agl/v1/statistics"
 _OLD_HEALTH = "/v1/agl/health"

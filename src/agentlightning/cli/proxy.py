@@ -12,8 +12,6 @@ from agentlightning.cli.options import ApiKey, Level, LogLevel, Url
 if TYPE_CHECKING:
     from agentlightning.proxy import LLMProxy, ModelConfig
 
-__all__ = ["proxy"]
-
 
 _MODELS = "Models"
 _STORE = "The record"
@@ -102,7 +100,7 @@ def proxy(
 
 def _model_list(words: list[str], config: Path | None, upstream_key_env: str | None) -> list[ModelConfig]:
     from agentlightning.errors import InvalidValue
-    from agentlightning.proxy.config_file import model_of_word, read_model_list
+    from agentlightning.proxy.models import model_of_word, read_model_list
 
     key = None if upstream_key_env is None else f"os.environ/{upstream_key_env}"
     models = [model_of_word(word, key) for word in words]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.types import PaginatedResult, ResourcesUpdate
 
-__all__ = ["diff", "ls", "rollback", "show"]
 
 _SECRET = "api_key"
 _HIDDEN = "••••"

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["restore"]
-
 
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="The file that `agl backup` made.")],

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.types import Attempt, PaginatedResult, Rollout, RolloutStatus
 
-__all__ = ["ls", "show"]
 
 _SHOWN_ATTEMPTS = 20
 _SHOWN_NAMES = 12

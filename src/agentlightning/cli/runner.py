@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from agentlightning.execution.events import ExecutionEvent
     from agentlightning.store.base import LightningStore
 
-__all__ = ["runner"]
-
 
 class _Level(StrEnum):
     DEBUG = "debug"
@@ -86,8 +84,8 @@ def runner(
     from agentlightning.cli.target import Database, locate
     from agentlightning.errors import InvalidValue
     from agentlightning.execution.client_server import ClientServerExecutionStrategy
+    from agentlightning.http.client.client import LightningStoreClient
     from agentlightning.runner.bundle import RunAgent
-    from agentlightning.store.client_server.client.client import LightningStoreClient
     from agentlightning.telemetry.logs import setup_logging
 
     if (agent is None) == (exec_ is None):

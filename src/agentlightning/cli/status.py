@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from agentlightning.cli.overview import Overview
     from agentlightning.store.base import LightningStore
 
-__all__ = ["status"]
 
 _SILENCE_SECONDS = 3.0
 """Answers come sooner than this; what takes longer is shown as silence."""

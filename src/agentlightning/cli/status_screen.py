@@ -13,8 +13,6 @@ from agentlightning.cli.output import STATUS_STYLES, Cell, Column, ago, clean, d
 from agentlightning.cli.overview import Overview, last_heard, reason_of
 from agentlightning.types import Worker
 
-__all__ = ["record_of", "screen_of"]
-
 _SHOWN_WORKERS = 12
 _SHOWN_FAILURES = 5
 

@@ -13,8 +13,6 @@ from agentlightning.cli.options import LogLevel
 if TYPE_CHECKING:
     from agentlightning.store.engine import EngineStore
 
-__all__ = ["store"]
-
 
 class _Format(StrEnum):
     CONSOLE = "console"
@@ -86,8 +84,7 @@ def store(
       agl store --db runs/today.db --port 0
       AGL_API_KEY=... agl store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    from agentlightning.store.client_server.server.server import LightningStoreServer
-    from agentlightning.store.client_server.server.service import run_service
+    from agentlightning.http.server.server import LightningStoreServer, run_service
     from agentlightning.telemetry.logs import setup_logging
 
     if (tls_cert is None) != (tls_key is None):

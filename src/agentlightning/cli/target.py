@@ -20,7 +20,6 @@ from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolv
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
 
-__all__ = ["DEFAULT_PORT", "Database", "Server", "act", "locate", "look", "open_store", "open_view"]
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
 
 
 def _server(url: str, api_key: str | None) -> Server:
-    from agentlightning.store.client_server.wire.address import parse_address
+    from agentlightning.http.routes import parse_address
 
     address = parse_address(url)
     key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY, fallback="") or None
@@ -95,7 +94,7 @@ async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenera
         StoreUnavailable: the server cannot be used; the message says why and what to do.
         NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
     """
-    from agentlightning.store.client_server.client.client import LightningStoreClient
+    from agentlightning.http.client.client import LightningStoreClient
 
     target = locate(url, api_key)
     if isinstance(target, Server):
@@ -146,8 +145,8 @@ def act(url: str | None, api_key: str | None, action: Callable[[LightningStore],
 @asynccontextmanager
 async def _served(server: Server) -> AsyncGenerator[LightningStore]:
     """For somebody who waits at a keyboard: with little patience, and nothing kept on this machine."""
-    from agentlightning.store.client_server.client.client import LightningStoreClient
-    from agentlightning.store.client_server.resilience.resilience import Resilience
+    from agentlightning.http.client.client import LightningStoreClient
+    from agentlightning.http.client.resilience import Resilience
 
     _check_answers(server)
     async with LightningStoreClient(

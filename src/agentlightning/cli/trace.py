@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.types import Attempt, PaginatedResult, Rollout, Span
 
-__all__ = ["trace"]
 
 _NAME_LIMIT = 60
 _NOTE_WIDTH = 34

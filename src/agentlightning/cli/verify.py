@@ -12,8 +12,6 @@ from agentlightning.cli.options import ApiKey, Format, Output, Url
 if TYPE_CHECKING:
     from agentlightning.types import VerificationReport
 
-__all__ = ["print_report", "verify"]
-
 
 def verify(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABLE) -> None:
     """Check every record against the rules, and name each one that breaks one.

@@ -11,8 +11,6 @@ from agentlightning.semconv import GenAIAttributes, LightningSpanAttributes, LLM
 from agentlightning.types import Span
 from agentlightning.types.rewards import get_rewards_from_span
 
-__all__ = ["Line", "lines"]
-
 
 class Line(NamedTuple):
     """One span, as it is to be drawn."""

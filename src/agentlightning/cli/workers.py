@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.types import PaginatedResult, Worker, WorkerDirective
 
-__all__ = ["drain", "ls", "resume", "stop"]
 
 _LOOK_SECONDS = 0.5
 

@@ -10,26 +10,14 @@ is the one in the middle. So what it learns of 7 numbers holds for the 7 below t
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue
-
-__all__ = [
-    "GUESSES",
-    "HIGHEST",
-    "LOWEST",
-    "VOCABULARY",
-    "Game",
-    "Outcome",
-    "describe",
-    "parse",
-    "prompt",
-    "start",
-    "step",
-]
 
 LOWEST = 1
 HIGHEST = 15
@@ -123,3 +111,39 @@ def describe(best_guesses: Mapping[tuple[int, int], int]) -> str:
     lower = best_guesses.get((LOWEST, first - 1))
     then = [f"if {word} {guess}" for word, guess in (("higher", higher), ("lower", lower)) if guess is not None]
     return f"first guess {first}" + (f"; {', '.join(then)}" if then else "")
+
+
+# --- What a policy for the guessing game has learned: how often it wins, and its strategy in wo ---
+
+
+def best_guess(policy: SoftmaxPolicy, now: Game) -> int:
+    """The most probable guess (temperature 0) in a situation."""
+    context = tuple(policy.encode(prompt(now)))
+    choice = policy.choose(context, random.Random(0), temperature=0)  # chance has no part in it
+    return parse(now, policy.decode([choice.token_id]))
+
+
+def win_rate(policy: SoftmaxPolicy) -> float:
+    """The share of all secrets that the policy finds when it always takes its best guess."""
+    secrets = range(LOWEST, HIGHEST + 1)
+    return sum(_plays(policy, secret).reward for secret in secrets) / len(secrets)
+
+
+def in_words(policy: SoftmaxPolicy) -> str:
+    """The first two guesses of the strategy, such as ``first guess 8; if higher 12, if lower 4``."""
+    opening = Game(secret=LOWEST)
+    first = best_guess(policy, opening)
+    following = [(first + 1, HIGHEST), (LOWEST, first - 1)]
+    guesses = {(LOWEST, HIGHEST): first}
+    for low, high in following:
+        if low <= high:
+            left = opening.guesses_left - 1
+            guesses[low, high] = best_guess(policy, Game(secret=low, low=low, high=high, guesses_left=left))
+    return describe(guesses)
+
+
+def _plays(policy: SoftmaxPolicy, secret: int) -> Game:
+    now = start(secret)
+    while now.outcome == "playing":
+        now = step(now, best_guess(policy, now))
+    return now

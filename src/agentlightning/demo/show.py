@@ -8,8 +8,6 @@ from rich.text import Text
 from agentlightning.trainer.progress import Snapshot
 from agentlightning.trainer.views import TableView, duration, render, workers_line
 
-__all__ = ["DemoLines", "DemoTable", "Notices"]
-
 
 class Notices:
     """Things that happened, in their order, for whoever shows them."""

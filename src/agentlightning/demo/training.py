@@ -3,29 +3,155 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentlightning.algorithm.grpo import GRPO
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game
-from agentlightning.demo.accounting import Account, take_account
 from agentlightning.demo.agent import play
-from agentlightning.demo.sabotage import Sabotage
+from agentlightning.demo.game import in_words, win_rate
 from agentlightning.demo.show import Notices
-from agentlightning.demo.strategy import in_words, win_rate
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.execution.client_server import ClientServerExecutionStrategy
+from agentlightning.lifecycle import reasons
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.runner.agent import LitAgentRunner
+from agentlightning.runner.identity import process_space
+from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.trainer.progress import ProgressView
 from agentlightning.trainer.trainer import Trainer
-from agentlightning.types import Dataset
+from agentlightning.types import Attempt, AttemptedRollout, Dataset, Worker
 
-__all__ = ["LEARNED", "Outcome", "train"]
+# --- What the store says after a run: whether anything was lost, and whether anything was count ---
+
+
+@dataclass(frozen=True)
+class Retried:
+    """A rollout that needed more than one attempt."""
+
+    rollout_id: str
+    status: str
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def lost_its_worker(self) -> bool:
+        """Whether an attempt ended because its worker died, after it had begun or before."""
+        return any(attempt.reason_code in (reasons.WORKER_LOST, reasons.UNCONFIRMED) for attempt in self.attempts)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Every rollout of a store, accounted for."""
+
+    rollouts: int
+    succeeded: int
+    retried: tuple[Retried, ...]
+
+    lost: int
+    """Rollouts that never came to an end."""
+
+    counted_twice: int
+    """Rollouts with more than one attempt that succeeded."""
+
+    violations: int
+    """Records that break a rule of the store, as ``agl verify`` counts them."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether all is as promised."""
+        return not (self.lost or self.counted_twice or self.violations)
+
+
+async def take_account(store: LightningStore) -> Account:
+    """Go through everything stored."""
+    rollouts = await store.query_rollouts()
+    retried: list[Retried] = []
+    for rollout in rollouts:
+        if isinstance(rollout, AttemptedRollout) and rollout.attempt.sequence_id > 1:
+            attempts = await store.query_attempts(rollout.rollout_id)
+            retried.append(Retried(rollout.rollout_id, rollout.status, tuple(attempts)))
+    report = await store.verify()
+    return Account(
+        rollouts=len(rollouts),
+        succeeded=sum(rollout.status == "succeeded" for rollout in rollouts),
+        retried=tuple(retried),
+        lost=sum(not is_finished(rollout) for rollout in rollouts),
+        counted_twice=sum(sum(attempt.status == "succeeded" for attempt in each.attempts) > 1 for each in retried),
+        violations=len(report.violations),
+    )
+
+
+# --- A runner process is killed on purpose, in the middle of its work, to show that nothing is  ---
+
+_SETTLE_SECONDS = 0.05
+"""How long requests that a stopped process has sent may still be on their way."""
+
+
+class Sabotage:
+    """Kills one runner process with SIGKILL while it holds a rollout.
+
+    Args:
+        store: where workers and their attempts are seen.
+    """
+
+    def __init__(self, store: LightningStore) -> None:
+        self._store = store
+        self.worker_id: str | None = None
+        """Whom it hit; None so far."""
+        self.rollout_id: str | None = None
+        """A rollout that the worker held when it died."""
+
+    async def strike(self) -> bool:
+        """Kill a worker of this machine that is at work; whether there was one.
+
+        The process is halted first (SIGSTOP), so that what it holds cannot be finished between looking and killing.
+        """
+        for worker in _local(await self._store.query_workers(status_in=["busy"])):
+            assert worker.registration is not None  # it has told its process
+            pid: int = worker.registration["pid"]
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(_SETTLE_SECONDS)
+                rollout_id = await self._working_on(worker.worker_id)
+                if rollout_id is None:
+                    os.kill(pid, signal.SIGCONT)
+                    continue
+                os.kill(pid, signal.SIGKILL)
+                self.worker_id, self.rollout_id = worker.worker_id, rollout_id
+                return True
+        return False
+
+    async def _working_on(self, worker_id: str) -> str | None:
+        """A rollout that the worker has begun and not ended."""
+        worker = await self._store.get_worker_by_id(worker_id)
+        if worker is None or worker.current_rollout_id is None:
+            return None
+        attempt = await self._store.get_latest_attempt(worker.current_rollout_id)
+        is_begun = attempt is not None and attempt.worker_id == worker_id and attempt.status == "running"
+        return worker.current_rollout_id if is_begun else None
+
+
+def _local(workers: Sequence[Worker]) -> list[Worker]:
+    """Those whose process id means something here."""
+    here = process_space()
+    return [
+        worker
+        for worker in workers
+        if worker.registration is not None
+        and here is not None
+        and worker.registration.get("process_space") == here
+        and type(worker.registration.get("pid")) is int
+    ]
+
+
+# ---
 
 LEARNED = 0.85
 """From this win rate on, of the best guesses over all secrets, the policy counts as having learned the game."""

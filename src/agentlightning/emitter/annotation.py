@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar, cast, overload
 
-from agentlightning.emitter.emitting import as_attributes, emit, tracer_for
+from agentlightning.emitter.emit import as_attributes, emit, tracer_for
 from agentlightning.semconv import AGL_ANNOTATION, AGL_OPERATION, LightningSpanAttributes
 from agentlightning.types import SpanCoreFields, SpanRecordingContext
-
-__all__ = ["OperationContext", "emit_annotation", "operation"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAME = LightningSpanAttributes.OPERATION_NAME.value

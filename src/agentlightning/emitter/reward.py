@@ -9,29 +9,18 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, TypedDict, TypeVar, cast
 
-from agentlightning.emitter.emitting import as_attributes, emit
+from agentlightning.emitter.emit import as_attributes, emit
 from agentlightning.errors import InvalidValue
 from agentlightning.semconv import AGL_ANNOTATION, LightningSpanAttributes
 from agentlightning.types import SpanCoreFields
 from agentlightning.types.rewards import (
     PRIMARY_NAME,
-    find_final_reward,
-    find_reward_spans,
-    get_reward_value,
-    get_rewards_from_span,
-    is_reward_span,
+    find_final_reward as find_final_reward,
+    find_reward_spans as find_reward_spans,
+    get_reward_value as get_reward_value,
+    get_rewards_from_span as get_rewards_from_span,
+    is_reward_span as is_reward_span,
 )
-
-__all__ = [
-    "RewardDimension",
-    "emit_reward",
-    "find_final_reward",
-    "find_reward_spans",
-    "get_reward_value",
-    "get_rewards_from_span",
-    "is_reward_span",
-    "reward",
-]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from agentlightning.execution.kin import Process, send
-
-__all__ = ["Ending", "Stage", "abort", "abort_stages", "tell"]
+from agentlightning.execution.process_tree import Process, send
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.02

@@ -10,8 +10,6 @@ from agentlightning.execution.events import ExecutionEvent
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
 from agentlightning.store.base import LightningStore
 
-__all__ = ["AlgorithmBundle", "ExecutionStrategy", "RunnerBundle", "prepare_store", "resolve_managed_store_flag"]
-
 
 class AlgorithmBundle(Protocol):
     """The algorithm's side of a run, ready to be called.

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from agentlightning.execution.events import ThreadingEvent
-from agentlightning.execution.linux import die_with_parent
 from agentlightning.execution.messages import Child, Job, Outcome, Start
-
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "READY", "STOP", "Lines", "live", "outcome_of"]
+from agentlightning.execution.process_tree import die_with_parent
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

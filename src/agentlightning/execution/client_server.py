@@ -10,24 +10,21 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal, cast, get_args
 
 from agentlightning.errors import InvalidValue
-from agentlightning.execution.algorithm_runs import AlgorithmRun, SplitRun
 from agentlightning.execution.base import (
     AlgorithmBundle,
     ExecutionStrategy,
     RunnerBundle,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.nursery import StartMethod
-from agentlightning.execution.quotas import Quotas
-from agentlightning.execution.restarts import RestartPolicy
+from agentlightning.execution.launcher import StartMethod
+from agentlightning.execution.quotas import Quotas, RestartPolicy
+from agentlightning.execution.roles import AlgorithmRun, SplitRun
 from agentlightning.execution.run import RunSettings
 from agentlightning.execution.runner_host import RunnerHostRun
+from agentlightning.http.routes import parse_address
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.wire.address import parse_address
-
-__all__ = ["ClientServerExecutionStrategy", "Role"]
 
 Role = Literal["algorithm", "runner", "both"]
 MainProcess = Literal["algorithm", "runner"]

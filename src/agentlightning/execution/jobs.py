@@ -11,14 +11,11 @@ from typing import Any
 from agentlightning.errors import StoreUnavailable, StoreUnreachable
 from agentlightning.execution.base import AlgorithmBundle, RunnerBundle
 from agentlightning.execution.events import ExecutionEvent
-from agentlightning.execution.joining import join_server
-from agentlightning.execution.leaving import say_goodbye
+from agentlightning.execution.membership import join_server, say_goodbye
 from agentlightning.execution.messages import Child
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-
-__all__ = ["AlgorithmJob", "Door", "RunnerJob", "opened", "run_runner"]
 
 _JOIN_SECONDS = 30.0
 """A server that the supervisor has seen before; it may be restarting."""

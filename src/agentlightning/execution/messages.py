@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, Protocol
 from agentlightning.execution.events import ThreadingEvent
 from agentlightning.execution.quotas import Quotas
 
-__all__ = ["Child", "Close", "Exited", "Job", "Outcome", "Ready", "Start", "Started", "Stop", "ToNursery"]
-
 
 class Start(NamedTuple):
     """To the nursery: start a process."""

@@ -14,16 +14,12 @@ from contextlib import contextmanager
 from agentlightning.errors import ExecutionFailed
 from agentlightning.execution.base import RunnerBundle
 from agentlightning.execution.jobs import Door, RunnerJob
-from agentlightning.execution.joining import Joined, anybody_may, join_server
-from agentlightning.execution.returning import away, welcome
+from agentlightning.execution.membership import Joined, anybody_may, away, join_server, welcome
 from agentlightning.execution.run import Run, RunSettings, runner_slots
-from agentlightning.execution.shutdown import Shutdown
-from agentlightning.execution.slots import Slot
-from agentlightning.execution.supervision import Supervision
+from agentlightning.execution.supervision import Shutdown, Supervision
+from agentlightning.execution.supervisor import Slot
+from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-
-__all__ = ["RunnerHostRun"]
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1

@@ -20,11 +20,8 @@ from agentlightning.execution.base import (
     prepare_store,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.events import ExecutionEvent, ThreadingEvent
-from agentlightning.execution.interrupts import Interrupts
+from agentlightning.execution.events import ExecutionEvent, Interrupts, ThreadingEvent
 from agentlightning.store.base import LightningStore
-
-__all__ = ["SharedMemoryExecutionStrategy"]
 
 _log = logging.getLogger(__name__)
 _SIGNAL_SECONDS = 0.1

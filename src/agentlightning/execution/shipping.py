@@ -15,8 +15,6 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["pack", "unpack"]
-
 _DEEPEST = 12
 
 

@@ -14,8 +14,6 @@ from urllib.parse import quote
 from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.types import NamedResources, ResourcesUpdate, RolloutLegacy, Task, TaskIfAny, TaskInput
 
-__all__ = ["AgentLightningClient", "DevTaskLoader"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.legacy.task_queue import TaskQueue
-from agentlightning.telemetry.apps import untraced_app
+from agentlightning.telemetry.context import untraced_app
 from agentlightning.types import (
     GenericResponse,
     NamedResources,
@@ -21,8 +21,6 @@ from agentlightning.types import (
     Task,
     TaskIfAny,
 )
-
-__all__ = ["AgentLightningServer"]
 
 
 class AgentLightningServer:

@@ -11,8 +11,6 @@ from typing import Any
 
 from agentlightning.types import NamedResources, ResourcesUpdate, RolloutLegacy, RolloutMode, Task
 
-__all__ = ["TaskQueue"]
-
 
 class TaskQueue:
     """Tasks in the order in which they came; one that is claimed and not reported in time is handed out again.

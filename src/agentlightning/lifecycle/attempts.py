@@ -22,25 +22,6 @@ from agentlightning.lifecycle.states import (
 )
 from agentlightning.types import AttemptStatus, RolloutStatus
 
-__all__ = [
-    "MAX_REDELIVERIES",
-    "Started",
-    "beat",
-    "close",
-    "end",
-    "ended",
-    "expire",
-    "lose",
-    "reclaim",
-    "report",
-    "run",
-    "stale",
-    "standing",
-    "start",
-    "steady",
-    "touch",
-]
-
 MAX_REDELIVERIES = 3
 """How often a rollout whose claim was never confirmed is handed out again before it counts as poison."""
 

@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 
 from agentlightning.lifecycle.records import AttemptRow, Policy, WorkerRow
 
-__all__ = ["Due", "attempt_deadline", "attempt_due", "worker_due"]
-
 
 class Due(NamedTuple):
     """The first thing that will end an attempt if nothing else happens."""

@@ -5,21 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = [
-    "BY_STATUS",
-    "CANCELLED",
-    "COMPLETED",
-    "POISON",
-    "REPORTED",
-    "REQUEUED",
-    "RESOURCE_EXHAUSTED",
-    "SUPERSEDED",
-    "TIMEOUT",
-    "UNCONFIRMED",
-    "UNRESPONSIVE",
-    "WORKER_LOST",
-]
-
 COMPLETED: Final = "completed"
 """Reported as succeeded."""
 REPORTED: Final = "reported"

@@ -14,19 +14,6 @@ import msgspec
 from agentlightning.lifecycle.states import CLAIMABLE, FINAL, LIVE
 from agentlightning.types import AttemptStatus, RolloutMode, RolloutStatus, WorkerDirective, WorkerStatus
 
-__all__ = [
-    "AttemptRow",
-    "Claim",
-    "Moment",
-    "Pair",
-    "Policy",
-    "Reason",
-    "ResourcesRow",
-    "RolloutRow",
-    "SpanRow",
-    "WorkerRow",
-]
-
 
 class Moment(NamedTuple):
     """One reading of the store's two clocks, taken together."""

@@ -13,8 +13,6 @@ from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, Policy, R
 from agentlightning.lifecycle.states import FINAL, AttemptEnd, check_rollout_move
 from agentlightning.types import RolloutStatus
 
-__all__ = ["Change", "cancel", "check_editable", "set_policy", "set_status"]
-
 
 class Change(NamedTuple):
     """A rollout and its latest attempt, if it has one."""

@@ -23,18 +23,6 @@ from typing import Literal
 from agentlightning.errors import IllegalMove
 from agentlightning.types import AttemptStatus, RolloutStatus
 
-__all__ = [
-    "ATTEMPT_MOVES",
-    "CLAIMABLE",
-    "ENDED",
-    "FINAL",
-    "LIVE",
-    "ROLLOUT_MOVES",
-    "AttemptEnd",
-    "check_attempt_move",
-    "check_rollout_move",
-]
-
 AttemptEnd = Literal["succeeded", "failed", "timeout", "unresponsive"]
 """The states an attempt can end in."""
 

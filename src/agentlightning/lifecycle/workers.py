@@ -8,8 +8,6 @@ from agentlightning.lifecycle.deadlines import worker_due
 from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
 from agentlightning.types import AttemptStatus, WorkerDirective
 
-__all__ = ["beat", "came_empty", "direct", "expire", "holds", "lose", "register", "released", "took"]
-
 _IDLE_NOTED_SECONDS = 60.0
 """How long a worker that asks in vain again and again is not noted anew: a fleet that waits costs no writes."""
 

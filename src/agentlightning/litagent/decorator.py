@@ -22,8 +22,6 @@ from agentlightning.types import (
     RolloutRawResult,
 )
 
-__all__ = ["FunctionalLitAgent", "FunctionalLitAgentFunc", "llm_rollout", "prompt_rollout", "rollout"]
-
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 _R = TypeVar("_R", bound=Resource)

@@ -12,11 +12,9 @@ from typing import Any, cast
 
 import msgspec
 
-from agentlightning.proxy.answers import Answer, choices_of, integers, logprobs_of, read_head, read_usage
-from agentlightning.proxy.asks import CallKind
+from agentlightning.proxy.capture import CallKind
 from agentlightning.proxy.models import Ask
-
-__all__ = ["ReplyAssembly"]
+from agentlightning.proxy.replies import Answer, choices_of, integers, logprobs_of, read_head, read_usage
 
 _encode = msgspec.json.encode
 _NUMBER_BYTES = 8

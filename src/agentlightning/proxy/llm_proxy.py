@@ -12,22 +12,47 @@ from typing import Any, get_args
 
 from fastapi import FastAPI
 
-from agentlightning.errors import InvalidValue
-from agentlightning.proxy.active import forget_llm_proxy, set_active_llm_proxy
-from agentlightning.proxy.app import build_app
-from agentlightning.proxy.arguments import ask_for_of_callbacks, warn_of_unused
-from agentlightning.proxy.control import control_routes
-from agentlightning.proxy.exchange import Exchange, ProxySettings, open_exchange
-from agentlightning.proxy.models import Ask, ModelConfig, backends_of
-from agentlightning.proxy.routing import Routing
-from agentlightning.proxy.serving import AppThread
+from agentlightning.errors import InvalidValue, NotFound
+from agentlightning.proxy.app import build_app, control_routes
+from agentlightning.proxy.models import Ask, ModelConfig, ask_for_of_callbacks, backends_of, warn_of_unused
+from agentlightning.proxy.server import AppThread
+from agentlightning.proxy.session import Exchange, ProxySettings, open_exchange
+from agentlightning.proxy.upstream import Routing
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving import ports
+from agentlightning.serving import server as ports
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
 
-__all__ = ["LLMProxy"]
+# --- The proxy that runs in this process, for code that is not handed one ---
+
+_active: list[LLMProxy] = []
+"""At most one. The interface of 0.3 is a pair of module functions, so its state belongs to the module."""
+
+
+def get_active_llm_proxy() -> LLMProxy:
+    """The proxy that was started last in this process.
+
+    Raises:
+        NotFound: there is none.
+    """
+    if not _active:
+        raise NotFound("no LLM proxy is active in this process; start one, or call set_active_llm_proxy")
+    return _active[0]
+
+
+def set_active_llm_proxy(proxy: LLMProxy) -> None:
+    """Make ``proxy`` the one that ``get_active_llm_proxy`` returns."""
+    _active[:] = [proxy]
+
+
+def forget_llm_proxy(proxy: LLMProxy) -> None:
+    """There is no active proxy after, if ``proxy`` was it."""
+    if _active and _active[0] is proxy:
+        _active.clear()
+
+
+# ---
 
 _LOOPBACK = "127.0.0.1"
 _NO_KEY = "not-needed"

@@ -11,15 +11,17 @@ protocol itself: nothing is translated.
 
 from __future__ import annotations
 
+import json
 import os
+import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast, get_args
 from urllib.parse import urlsplit
 
 from agentlightning.errors import InvalidValue
-
-__all__ = ["Ask", "Backend", "ModelConfig", "backends_of"]
 
 Ask: TypeAlias = Literal["token_ids", "logprobs", "usage"]
 """Something that a backend is asked for beyond what the agent asked."""
@@ -231,3 +233,127 @@ def _check_keys(table: Any, known: set[str] | frozenset[str], where: str) -> Non
     unknown = sorted(str(key) for key in set(cast("dict[Any, Any]", table)) - known)
     if unknown:
         raise InvalidValue(f"{where} has {', '.join(unknown)}, which the proxy does not know; it knows {sorted(known)}")
+
+
+# --- The constructor arguments of agentlightning 0.3 that this proxy has no use for ---
+
+_MIDDLEWARES = frozenset({"rollout_attempt", "stream_conversion", "message_inspection"})
+_CALLBACKS: Mapping[str, Ask | None] = {
+    "return_token_ids": "token_ids",
+    "logprobs": "logprobs",
+    "opentelemetry": None,
+}
+
+
+def warn_of_unused(
+    *,
+    litellm_config: Mapping[str, Any] | None,
+    num_workers: int,
+    launch_mode: str | None,
+    launcher_args: object,
+    middlewares: Sequence[object] | None,
+) -> None:
+    """Say what became of arguments that are not used any more.
+
+    Raises:
+        InvalidValue: an argument would change what is answered or recorded, so it cannot be passed over.
+    """
+    if litellm_config:
+        if "model_list" in litellm_config:
+            raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
+        _warn("litellm_config", f"LiteLLM is not used, so {', '.join(litellm_config)} have no effect", "model_list")
+    if num_workers != 1:
+        _warn("num_workers", "one event loop serves all calls", "several proxies with the same model_list")
+    if launch_mode is not None and launch_mode != "thread":
+        _warn("launch_mode", "the proxy runs in a thread of this process", "`agl proxy`, which is a process of its own")
+    if launcher_args is not None:
+        _warn("launcher_args", "there is no launcher", "host and port")
+    unknown = [each for each in middlewares or () if not (isinstance(each, str) and each in _MIDDLEWARES)]
+    if unknown:
+        raise InvalidValue(
+            f"middlewares has {unknown!r}, which would change requests or replies unseen by the record; "
+            "put them before the backend, or into the agent's client"
+        )
+    if middlewares is not None:
+        _warn("middlewares", "what these did is built in", "nothing")
+
+
+def ask_for_of_callbacks(callbacks: Sequence[object]) -> frozenset[Ask]:
+    """What backends are asked for, as ``callbacks`` of 0.3 say it.
+
+    Raises:
+        InvalidValue: a callback is unknown, or recording is left out.
+    """
+    unknown = [each for each in callbacks if not (isinstance(each, str) and each in _CALLBACKS)]
+    if unknown:
+        raise InvalidValue(
+            f"callbacks has {unknown!r}; the proxy has no LiteLLM and knows only {', '.join(_CALLBACKS)} "
+            "(in place of the first two, give ask_for)"
+        )
+    if "opentelemetry" not in callbacks:
+        raise InvalidValue(
+            "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
+            "let agents call the backend itself if nothing is to be recorded"
+        )
+    asked: set[Ask] = {"usage"}
+    for each in cast("Sequence[str]", callbacks):
+        ask = _CALLBACKS[each]
+        if ask is not None:
+            asked.add(ask)
+    return frozenset(asked)
+
+
+def _warn(argument: str, reason: str, instead: str) -> None:
+    warnings.warn(
+        f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+
+
+# --- The model list of `agl proxy`, from a file or from words of the command line ---
+
+
+def read_model_list(path: Path) -> list[ModelConfig]:
+    """The ``model_list`` of a TOML or JSON file.
+
+    Raises:
+        InvalidValue: the file cannot be read, or has no such list. What stands in an entry is checked by the proxy.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            content: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            raise InvalidValue(f"{str(path)!r} is neither .toml nor .json; write the model list as one of these")
+    except OSError as error:
+        raise InvalidValue(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, InvalidValue):
+            raise
+        raise InvalidValue(f"{str(path)!r} cannot be understood: {error}") from error
+    entries = cast("Mapping[str, Any]", content).get("model_list") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise InvalidValue(f"{str(path)!r} has no model_list; give a list of model_name and litellm_params")
+    others = sorted(set(cast("dict[str, Any]", content)) - {"model_list"})
+    if others:
+        raise InvalidValue(f"{str(path)!r} has {', '.join(others)} beside model_list; give options to the command")
+    return cast("list[ModelConfig]", entries)
+
+
+def model_of_word(word: str, api_key: str | None) -> ModelConfig:
+    """An entry of the model list from ``NAME=URL``.
+
+    Args:
+        api_key: the backend's, or ``os.environ/NAME``.
+
+    Raises:
+        InvalidValue: it is not of that form.
+    """
+    name, equals, url = word.partition("=")
+    if not (name and equals and url):
+        raise InvalidValue(f"{word!r} is no model; write NAME=URL, such as policy=http://gpu:8000/v1")
+    params: dict[str, Any] = {"model": f"openai/{name}", "api_base": url}
+    return {"model_name": name, "litellm_params": params if api_key is None else {**params, "api_key": api_key}}

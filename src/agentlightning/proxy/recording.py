@@ -2,17 +2,107 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 import secrets
-from collections.abc import Mapping
-from typing import Any, cast
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from agentlightning.proxy.records import CallRecord
+from agentlightning.errors import (
+    AgentLightningError,
+    Conflict,
+    InvalidValue,
+    NotFound,
+    StoreClosed,
+    StoreForked,
+    StoreStopped,
+)
+from agentlightning.proxy.capture import CallKind
+from agentlightning.proxy.errors import Refused
+from agentlightning.proxy.replies import Answer
 from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
+from agentlightning.store.base import LightningStore
 from agentlightning.types import Attributes, AttributeValue, OtelResource, Span, SpanContext, TraceStatus
 
-__all__ = ["span_of"]
+# --- What is known of one model call while it goes on ---
+
+
+class Caller(NamedTuple):
+    """For which attempt an agent calls, and which of its spans the call belongs to."""
+
+    rollout_id: str
+    attempt_id: str
+    trace_id: str | None = None
+    parent_span_id: str | None = None
+
+
+class Question(NamedTuple):
+    """The request of an agent, read."""
+
+    model: str
+    is_streamed: bool
+    body: dict[str, Any]
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One call: filled in as it goes on, and made a span at its end."""
+
+    kind: CallKind
+    caller: Caller | None
+    start_time: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    request: bytes = b""
+    question: Question | None = None
+    backend: str | None = None
+    model_version: str | None = None
+    retries: int = 0
+    first_byte: float | None = None
+    """When the backend's first byte of the reply came, on the clock of ``started``."""
+    ended: float | None = None
+    status: int | None = None
+    """The HTTP status that the agent got."""
+    answer: Answer = field(default_factory=Answer)
+    error_type: str | None = None
+    error_message: str | None = None
+
+    def fail(self, error_type: str, message: str, status: int | None = None) -> None:
+        """The call did not work out."""
+        self.error_type, self.error_message = error_type, message
+        self.status = status if status is not None else self.status
+
+    def refuse(self, refused: Refused) -> None:
+        """The call ends with an error of the proxy's own."""
+        self.fail(refused.code, refused.message, refused.status)
+        self.answer.body = refused.body()
+
+
+def read_question(body: bytes) -> Question:
+    """The request of an agent.
+
+    Raises:
+        Refused: it is no JSON object, or names no model.
+    """
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise Refused(400, "invalid_json", f"The body is a JSON {type(fields).__name__}; send an object.")
+    known = cast("dict[str, Any]", fields)
+    model = known.get("model")
+    if not isinstance(model, str) or not model:
+        raise Refused(400, "model_required", "The field 'model' is missing; name one of GET /v1/models.", param="model")
+    return Question(model, known.get("stream") is True, known)
+
+
+# ---
 
 _MAX_BODY_CHARS = 1_500_000
 """A request or a reply longer than this is shortened: the store takes spans up to 4 MiB."""
@@ -151,3 +241,162 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _shortened(each) for name, each in cast("dict[str, Any]", value).items()}
     return value
+
+
+# --- Brings the spans of model calls to the store, in bulk, beside the calls ---
+
+_logger = logging.getLogger(__name__)
+
+_MAX_BATCH_SPANS = 500
+_MAX_BATCH_BYTES = 4 * 1024 * 1024
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 5.0
+_REFUSED_FOR_GOOD = (InvalidValue, NotFound, Conflict)
+_GONE_FOR_GOOD = (StoreClosed, StoreForked, StoreStopped)
+
+
+class _Parcel(NamedTuple):
+    span: Span
+    size: int
+    accepted: asyncio.Future[bool]
+
+
+class SpanDelivery:
+    """A queue of spans and the task that empties it. To be used from one event loop.
+
+    Args:
+        store: where the spans go, asked before each batch.
+        max_waiting_bytes: how much may wait.
+    """
+
+    def __init__(self, store: Callable[[], LightningStore | None], *, max_waiting_bytes: int) -> None:
+        self._store = store
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting: deque[_Parcel] = deque()
+        self._waiting_bytes = 0
+        self._news = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._task: asyncio.Task[None] | None = None
+        self.lost = 0
+        """Spans that the store refused for good, or that were left over at the end."""
+
+    def start(self) -> None:
+        """Begin to bring spans to the store."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name="agl-proxy-spans")
+
+    @property
+    def waiting(self) -> int:
+        """How many spans the store has not accepted yet."""
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be put in."""
+        return self._waiting_bytes >= self._max_waiting_bytes
+
+    def put(self, span: Span, size: int) -> asyncio.Future[bool]:
+        """Take in one span of about ``size`` bytes.
+
+        Returns:
+            True once the store has accepted it, False if it never will. Need not be awaited.
+        """
+        accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Parcel(span, size, accepted))
+        self._waiting_bytes += size
+        self._empty.clear()
+        self._news.set()
+        return accepted
+
+    async def close(self, timeout_seconds: float) -> int:
+        """Bring what waits to the store, for at most so long, and end. Returns how many spans are lost in all."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._empty.wait()
+        except TimeoutError:
+            _logger.error(
+                "%d spans of model calls are lost: the store did not take them within %g s of the proxy's end",
+                len(self._waiting),
+                timeout_seconds,
+            )
+            self._drop(list(self._waiting))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        return self.lost
+
+    async def _work(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting:
+                batch = self._next_batch()
+                try:
+                    await self._deliver(batch)
+                except Exception as error:  # noqa: BLE001 - whatever is wrong with the store, the spans are kept
+                    self._report(error, len(self._waiting), pause)
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                    pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+                else:
+                    pause = _FIRST_PAUSE_SECONDS
+            self._empty.set()
+
+    def _next_batch(self) -> list[_Parcel]:
+        batch: list[_Parcel] = []
+        size = 0
+        for parcel in self._waiting:
+            size += parcel.size
+            if batch and (size > _MAX_BATCH_BYTES or len(batch) >= _MAX_BATCH_SPANS):
+                break
+            batch.append(parcel)
+        return batch
+
+    async def _deliver(self, batch: list[_Parcel]) -> None:
+        """Hand the first parcels of the queue over. What the store refuses is looked for by halves."""
+        store = self._store()
+        if store is None:
+            raise StoreClosed("the proxy has no store")
+        try:
+            await store.add_many_spans([parcel.span for parcel in batch])
+        except _REFUSED_FOR_GOOD as error:
+            if len(batch) > 1:
+                await self._deliver(batch[: len(batch) // 2])
+                await self._deliver(batch[len(batch) // 2 :])
+                return
+            span = batch[0].span
+            _logger.error(
+                "the store does not take the span of a model call of rollout %s, attempt %s; it is lost: %s",
+                span.rollout_id,
+                span.attempt_id,
+                error,
+            )
+            self._drop(batch)
+        else:
+            self._remove(batch, accepted=True)
+
+    def _drop(self, parcels: list[_Parcel]) -> None:
+        self.lost += len(parcels)
+        self._remove(parcels, accepted=False)
+
+    def _remove(self, parcels: list[_Parcel], *, accepted: bool) -> None:
+        for parcel in parcels:
+            self._waiting.popleft()
+            self._waiting_bytes -= parcel.size
+            if not parcel.accepted.done():
+                parcel.accepted.set_result(accepted)
+
+    @staticmethod
+    def _report(error: Exception, waiting: int, pause: float) -> None:
+        known = isinstance(error, (AgentLightningError, OSError))
+        level = logging.ERROR if isinstance(error, _GONE_FOR_GOOD) or not known else logging.WARNING
+        _logger.log(
+            level,
+            "the store does not take spans of model calls; %d wait, next try in about %g s: %s",
+            waiting,
+            pause,
+            error,
+            exc_info=None if known else error,
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["DONE", "EventSplitter", "EventTooLarge", "data_of", "event_of"]
-
 DONE = b"[DONE]"
 """The data of the event with which OpenAI's streams end."""
 

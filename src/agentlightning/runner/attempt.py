@@ -5,23 +5,76 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
-from agentlightning.emitter.exception import emit_exception
+from agentlightning.emitter.emit import emit_exception
 from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import AgentLightningError, Conflict, NotFound, StoreClosed
-from agentlightning.litagent.hooks import Hook
-from agentlightning.litagent.litagent import LitAgent
-from agentlightning.runner import outcome as outcomes
-from agentlightning.runner.calling import agents_part, as_reward, as_spans, call_agent
-from agentlightning.runner.outcome import SUCCEEDED, Outcome, agent_failed, failed
-from agentlightning.runner.threads import AgentThreads
+from agentlightning.lifecycle.reasons import RESOURCE_EXHAUSTED
+from agentlightning.litagent.litagent import Hook, LitAgent
+from agentlightning.runner.calling import AgentThreads, agents_part, as_reward, as_spans, call_agent
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
-from agentlightning.types import AttemptedRollout, NamedResources, Span, Task
+from agentlightning.tracer.sanitize import fits, mend_text
+from agentlightning.types import AttemptedRollout, AttemptStatus, NamedResources, Span, Task
+from agentlightning.types.attributes import full_qualified_name
 
-__all__ = ["AttemptRun", "ResourceLookup", "Stage"]
+# --- How an attempt ended, as it is reported to the store ---
+
+AGENT_ERROR: Final = "agent_error"
+"""The agent raised an exception."""
+BAD_RESULT: Final = "bad_result"
+"""The agent returned what is neither a reward nor spans."""
+MISSING_RESOURCES: Final = "missing_resources"
+"""The resources that the rollout was enqueued with are not in the store."""
+TRACE_NOT_STORED: Final = "trace_not_stored"
+"""The agent is done, but the store did not take its spans."""
+RUNNER_ERROR: Final = "runner_error"
+"""The runner failed at something of its own, which is a bug; its log says where."""
+ABORTED: Final = "aborted"
+"""The runner was told to stop."""
+TIMEOUT: Final = "timeout"
+"""It took longer than the rollout's ``timeout_seconds``."""
+
+_MESSAGE_CHARACTERS = 2000
+
+
+class Outcome(NamedTuple):
+    """What is reported of an attempt."""
+
+    status: AttemptStatus
+    reason_code: str | None = None
+    reason_message: str | None = None
+    error: BaseException | None = None
+    """What was raised, for ``step``."""
+
+
+SUCCEEDED: Final = Outcome("succeeded")
+
+
+def failed(code: str, error: BaseException) -> Outcome:
+    """The outcome of an attempt that an exception has ended; its message begins with the exception's type."""
+    message = f"{full_qualified_name(type(error))}: {_text_of(error)}"
+    message = message if fits(message) else mend_text(message)
+    if len(message) > _MESSAGE_CHARACTERS:
+        message = message[:_MESSAGE_CHARACTERS] + "…"
+    return Outcome("failed", code, message, error)
+
+
+def agent_failed(error: BaseException) -> Outcome:
+    """The outcome of an attempt whose agent has raised. Memory that could not be had is not a mistake of the agent."""
+    return failed(RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else AGENT_ERROR, error)
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as mistake:  # noqa: BLE001 - it is the agent's class, and may do anything
+        return f"(its text cannot be had: {type(mistake).__name__})"
+
+
+# ---
 
 REPORT_RETRY_SECONDS = 5.0
 REPORT_TRIES = 24
@@ -97,7 +150,7 @@ class AttemptRun:
             outcome = self._given_up
         except Exception as error:  # the boundary of an attempt: whatever it was, the rollout must not hang
             _logger.exception("attempt %s could not be carried out", self.attempt_id)
-            outcome = failed(outcomes.RUNNER_ERROR, error)
+            outcome = failed(RUNNER_ERROR, error)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -113,7 +166,7 @@ class AttemptRun:
         seconds = self.rollout.config.timeout_seconds
         if seconds is None:
             return None
-        outcome = Outcome("timeout", outcomes.TIMEOUT, f"not finished within {seconds:g} s")
+        outcome = Outcome("timeout", TIMEOUT, f"not finished within {seconds:g} s")
         return asyncio.get_running_loop().call_later(seconds, self.give_up, outcome)
 
     # --- The work --------------------------------------------------------------------------------
@@ -123,17 +176,17 @@ class AttemptRun:
         try:
             resources = await stage.resources.of(rollout)
         except AgentLightningError as error:
-            return failed(outcomes.MISSING_RESOURCES, error)
+            return failed(MISSING_RESOURCES, error)
         if resources is None:
             version = "" if rollout.resources_version is None else f" version {rollout.resources_version}"
             message = f"resources {rollout.resources_id!r}{version} are not in the store"
-            return Outcome("failed", outcomes.MISSING_RESOURCES, message, NotFound(message))
+            return Outcome("failed", MISSING_RESOURCES, message, NotFound(message))
         await self._call_hooks("on_rollout_start")
         self._call_agent_hook(lambda agent, runner, tracer: agent.on_rollout_start(self._as_task(), runner, tracer))
         try:
             outcome = await self._traced(resources)
         except AgentLightningError as error:  # the trace has ended, and the store did not take it
-            return failed(outcomes.TRACE_NOT_STORED, error)
+            return failed(TRACE_NOT_STORED, error)
         if outcome.status == "succeeded" and stage.hooks:
             self._spans = [*stage.tracer.get_last_trace(), *self._spans]
         return outcome
@@ -167,7 +220,7 @@ class AttemptRun:
         except asyncio.CancelledError as error:
             if self._given_up is not None or _is_cancelled():
                 raise
-            return failed(outcomes.AGENT_ERROR, error), None  # the agent cancelled something of its own
+            return failed(AGENT_ERROR, error), None  # the agent cancelled something of its own
         except Exception as error:
             _logger.warning(
                 "rollout %s, attempt %s: the agent failed",
@@ -189,7 +242,7 @@ class AttemptRun:
                 self._spans = self._new(as_spans(result, self.rollout))
         except Exception as error:  # noqa: BLE001 - what the agent returned may do anything, too
             _logger.warning("rollout %s, attempt %s: %s", self.rollout.rollout_id, self.attempt_id, error)
-            return failed(outcomes.BAD_RESULT, error)
+            return failed(BAD_RESULT, error)
         return SUCCEEDED
 
     def _new(self, spans: list[Span]) -> list[Span]:

@@ -15,12 +15,10 @@ from agentlightning.errors import InvalidValue
 from agentlightning.litagent.decorator import rollout
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.runner.agent import LitAgentRunner
+from agentlightning.runner.base import StopEvent
 from agentlightning.runner.program import ProgramAgent
-from agentlightning.runner.stopping import StopEvent
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.otel import OtelTracer
-
-__all__ = ["RunAgent", "load_agent"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ import psutil
 
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 
-__all__ = ["process_space", "registration", "worker_name"]
-
 _FOREIGN = re.compile(r"[^A-Za-z0-9._~-]+")
 _HOST_CHARACTERS = 64
 

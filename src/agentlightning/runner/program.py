@@ -17,27 +17,269 @@ no reward. An exit code other than 0 fails the attempt.
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 import os
+import secrets
 import shlex
 import signal
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+from aiohttp import web
 
 from agentlightning.emitter.annotation import operation
-from agentlightning.emitter.message import emit_message
+from agentlightning.emitter.emit import emit_message
 from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import LitAgent
-from agentlightning.runner.process_group import Output, run_group
-from agentlightning.runner.reward_inbox import RewardInbox
-from agentlightning.runner.reward_text import WrittenReward, read_reward
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
 
-__all__ = ["ProgramAgent", "ProgramFailed"]
+# --- A program with all that it starts: run, listened to, and stopped as a whole ---
+
+_CHUNK_BYTES = 64 * 1024
+_LEFTOVER_SECONDS = 2.0
+"""How long output may still come after the program has ended; only a child that left the group can send any."""
+
+
+class Output:
+    """The beginning and the end of what a program writes; what is between is counted.
+
+    Args:
+        limit_bytes: how much is kept.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.total = 0
+        """Bytes written."""
+        self._half = limit_bytes // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take what was written."""
+        self.total += len(data)
+        room = self._half - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: -self._half]
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are not kept."""
+        return self.total - len(self._head) - min(len(self._tail), self._half)
+
+    def text(self) -> str:
+        """What is kept, with a note of what is missing."""
+        tail = self._tail[-self._half :] if self._half else b""
+        gap = f"\n… {self.missing} bytes are left out …\n".encode() if self.missing else b""
+        return (
+            (bytes(self._head) + gap + bytes(tail))
+            .decode("utf-8", "replace")
+            .replace("\0", "\N{REPLACEMENT CHARACTER}")
+        )
+
+    def last_line(self) -> str:
+        """The last line that is not empty."""
+        lines = [line for line in self.text().splitlines() if line.strip()]
+        return lines[-1].strip() if lines else ""
+
+
+async def run_group(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str | None,
+    stdout: Output,
+    stderr: Output,
+    *,
+    stop_seconds: float,
+) -> int:
+    """Run a program in a process group of its own, until it ends.
+
+    When this is cancelled, the whole group gets SIGTERM and, ``stop_seconds`` later, SIGKILL. What the program
+    leaves behind in its group when it ends by itself is killed.
+
+    Args:
+        command: the program and its arguments.
+        env: its whole environment.
+        cwd: its working directory; None: ours.
+        stdout, stderr: take what it writes.
+        stop_seconds: how long it may take to stop.
+
+    Returns:
+        Its exit code; if a signal ended it, minus the signal's number.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    process, readers = await _start(command, env, cwd, stdout, stderr)
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        await _stop(process, stop_seconds)
+        raise
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        await asyncio.wait(readers, timeout=_LEFTOVER_SECONDS)
+        for reader in readers:
+            reader.cancel()
+
+
+async def _start(
+    command: Sequence[str], env: Mapping[str, str], cwd: str | None, stdout: Output, stderr: Output
+) -> tuple[asyncio.subprocess.Process, list[asyncio.Task[None]]]:
+    """The process, and the tasks that read what it writes.
+
+    The pipes are ours: those that asyncio makes would keep ``wait`` waiting for children that hold on to them.
+    """
+    out_read, out_write = os.pipe()
+    err_read, err_write = os.pipe()
+    readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out_write,
+            stderr=err_write,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except BaseException:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.wait(readers)
+        raise
+    finally:
+        os.close(out_write)
+        os.close(err_write)
+    return process, readers
+
+
+async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:
+    _signal_group(process.pid, signal.SIGTERM)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await process.wait()
+            return
+    _signal_group(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # gone, or of another user by now
+        os.killpg(group, number)
+
+
+async def _read(descriptor: int, output: Output) -> None:
+    """Read a pipe to its end, then close it."""
+    reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
+    pipe = os.fdopen(descriptor, "rb", buffering=0)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        while data := await reader.read(_CHUNK_BYTES):
+            output.add(data)
+    finally:
+        transport.close()
+
+
+# --- Rewards that programs write as text: a number, or JSON ---
+
+
+class WrittenReward(NamedTuple):
+    """A reward as ``emit_reward`` takes it."""
+
+    value: float | dict[str, Any]
+    primary_key: str | None = None
+
+
+def read_reward(text: str) -> WrittenReward | None:
+    """The reward that a text says, or None if it says none.
+
+    ``0.5``; or ``{"reward": 0.5}``; or, of several dimensions, ``{"reward": {"accuracy": 1, "speed": 0.2},
+    "primary_key": "accuracy"}``.
+    """
+    try:
+        said: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    key: Any = None
+    if isinstance(said, dict):
+        fields = cast("dict[str, Any]", said)
+        said, key = fields.get("reward"), fields.get("primary_key")
+    if isinstance(said, float) or (isinstance(said, int) and abs(said) <= sys.float_info.max):
+        return WrittenReward(float(said))
+    if isinstance(said, dict) and (key is None or isinstance(key, str)):
+        return WrittenReward(cast("dict[str, Any]", said), key)
+    return None
+
+
+# --- A letter box for one reward: an HTTP server on this machine, for as long as a program runs ---
+
+_MAX_BYTES = 64 * 1024
+
+
+class RewardInbox:
+    """Takes rewards by POST at ``url``, which only who is told can know. Use as an async context manager.
+
+    Args:
+        take: called with each reward; what it raises as ``TypeError``, ``ValueError`` or
+            ``OverflowError`` is the sender's mistake.
+    """
+
+    def __init__(self, take: Callable[[WrittenReward], None]) -> None:
+        self.url = ""
+        """Where to post; known inside of the block."""
+        self.received = 0
+        """How many rewards have come."""
+        self._take = take
+        self._runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> RewardInbox:
+        path = f"/reward/{secrets.token_urlsafe(16)}"
+        app = web.Application(client_max_size=_MAX_BYTES)
+        app.router.add_post(path, self._receive)
+        app.router.add_put(path, self._receive)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}{path}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        text = (await request.read()).decode("utf-8", "replace")
+        reward = read_reward(text)
+        if reward is None:
+            wanted = 'a number, or {"reward": number}, or {"reward": {name: number, …}, "primary_key": name}'
+            return web.Response(status=422, text=f"{text[:200]!r} is no reward; send {wanted}\n")
+        try:
+            self._take(reward)
+        except (TypeError, ValueError, OverflowError) as error:
+            return web.Response(status=422, text=f"{error}\n")
+        self.received += 1
+        return web.Response(status=204)
+
+
+# ---
 
 _VARIABLE_BYTES = 120 * 1024
 """Linux takes 128 KiB in one variable (MAX_ARG_STRLEN), its name included."""

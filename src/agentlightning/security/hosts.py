@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["AllowedHosts", "AllowedOrigins", "is_loopback"]
-
 _REMEMBERED = 256
 
 

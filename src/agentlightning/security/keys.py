@@ -9,8 +9,6 @@ import re
 
 from agentlightning.errors import InvalidValue
 
-__all__ = ["ApiKey"]
-
 _USABLE = re.compile(r"[\x21-\x7e]{8,512}")
 
 

@@ -23,28 +23,6 @@ from agentlightning.lifecycle.records import (
     WorkerRow,
 )
 
-__all__ = [
-    "AttemptsBy",
-    "Backend",
-    "Deadline",
-    "Directed",
-    "Event",
-    "Filter",
-    "Finished",
-    "Measure",
-    "Page",
-    "PageQuery",
-    "ReadTransaction",
-    "ResourcesBy",
-    "Row",
-    "Stopped",
-    "Swept",
-    "Table",
-    "Transaction",
-    "Unreadable",
-    "Waiting",
-]
-
 T = TypeVar("T")
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 

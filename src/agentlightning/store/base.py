@@ -49,15 +49,6 @@ from agentlightning.types import (
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-__all__ = [
-    "LightningStore",
-    "LightningStoreCapabilities",
-    "LightningStoreStatistics",
-    "StoreHost",
-    "is_finished",
-    "is_queuing",
-    "is_running",
-]
 
 JsonObject = Mapping[str, Any]
 """A JSON object, as callers give it."""

@@ -24,8 +24,6 @@ from agentlightning.store.backend import (
 from agentlightning.store.sweep import Alarm, Deadlines, sweep
 from agentlightning.store.waits import ClaimTicket, ClaimWaiters, FinishWaiters, FinishWatch
 
-__all__ = ["Core"]
-
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _RETRY_SWEEP_SECONDS = 1.0

@@ -13,22 +13,20 @@ from typing import Any, Literal, Self, get_args
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
-from agentlightning.store import json_views, views
+from agentlightning.store import json_records as json_views, records as views
+from agentlightning.store.arguments import (
+    check_batch,
+    check_claim_limit,
+    check_pairs,
+    digest_of,
+    draft_of,
+    edit_of,
+    report_of,
+    span_drafts,
+)
 from agentlightning.store.backend import Backend, Measure
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
-from agentlightning.store.door import (
-    canonical,
-    check_finite,
-    check_id,
-    check_one_of,
-    check_text,
-    check_version,
-    encode_required,
-    encode_resources,
-    reason_of,
-)
-from agentlightning.store.ids import IdSource
 from agentlightning.store.operations import (
     attempts as attempt_ops,
     resources as resources_ops,
@@ -38,15 +36,17 @@ from agentlightning.store.operations import (
 )
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.reading import ReadingStore
-from agentlightning.store.requests import (
-    check_batch,
-    check_claim_limit,
-    check_pairs,
-    digest_of,
-    draft_of,
-    edit_of,
-    report_of,
-    span_drafts,
+from agentlightning.store.sources import IdSource
+from agentlightning.store.validation import (
+    canonical,
+    check_finite,
+    check_id,
+    check_one_of,
+    check_text,
+    check_version,
+    encode_required,
+    encode_resources,
+    reason_of,
 )
 from agentlightning.types import (
     UNSET,
@@ -66,8 +66,6 @@ from agentlightning.types import (
     Worker,
     WorkerDirective,
 )
-
-__all__ = ["EngineStore"]
 
 _CONFIRM_SECONDS = 10.0
 

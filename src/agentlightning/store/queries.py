@@ -9,10 +9,8 @@ from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutRow
 from agentlightning.store.backend import Filter, PageQuery, Table
-from agentlightning.store.door import MAX_BATCH, check_one_of, check_paging, shown
+from agentlightning.store.validation import MAX_BATCH, check_one_of, check_paging, shown
 from agentlightning.types import Attempt, AttemptedRollout, ResourcesUpdate, Span, Worker
-
-__all__ = ["Paging", "as_of", "contains", "either", "equals", "paged", "within"]
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
-from agentlightning.store import views
+from agentlightning.store import records as views
 from agentlightning.store.backend import Filter, Finished, Page, PageQuery, ReadTransaction, ResourcesBy
 from agentlightning.store.base import (
     LightningStore,
@@ -19,9 +19,9 @@ from agentlightning.store.base import (
     StoreHost,
 )
 from agentlightning.store.core import Core
-from agentlightning.store.door import check_finite, check_id, check_version
-from agentlightning.store.operations.loading import load_change
+from agentlightning.store.operations.rows import load_change
 from agentlightning.store.queries import Paging, as_of, contains, either, equals, paged, within
+from agentlightning.store.validation import check_finite, check_id, check_version
 from agentlightning.store.verify import verify
 from agentlightning.types import (
     Attempt,
@@ -34,8 +34,6 @@ from agentlightning.types import (
     Worker,
     WorkerStatus,
 )
-
-__all__ = ["ReadingStore"]
 
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _WORKER_STATES = get_args(WorkerStatus)

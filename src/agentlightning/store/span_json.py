@@ -14,10 +14,8 @@ from typing import cast, get_args
 import msgspec
 
 from agentlightning.errors import InvalidValue, NotJson, TooLarge
-from agentlightning.store.door import INT64_END, MAX_JSON_BYTES, check_id, check_json_size, check_json_value
+from agentlightning.store.validation import INT64_END, MAX_JSON_BYTES, check_id, check_json_size, check_json_value
 from agentlightning.types import OtelResource, Span, SpanContext, StatusCode, TraceStatus
-
-__all__ = ["encode_any", "encode_plain", "encode_span", "span_json"]
 
 MAX_SEQUENCE_ID = 2**52
 """The largest span sequence id that may be given: it leaves room for those that are issued after it, below 2^53,

@@ -19,9 +19,7 @@ from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRo
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Deadline, Swept, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
-from agentlightning.store.operations.saving import save, save_worker
-
-__all__ = ["Alarm", "Deadlines", "sweep"]
+from agentlightning.store.operations.rows import save, save_worker
 
 _log = logging.getLogger(__name__)
 _SLICE = 200

@@ -15,11 +15,9 @@ from agentlightning.lifecycle.deadlines import attempt_deadline, worker_due
 from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.states import ATTEMPT_MOVES, ROLLOUT_MOVES
 from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table, Unreadable
+from agentlightning.store.records import resources_view
 from agentlightning.store.span_json import span_json
-from agentlightning.store.views import resources_view
 from agentlightning.types import Span, VerificationReport, Violation, WorkerDirective, WorkerStatus
-
-__all__ = ["verify"]
 
 _SLICE = 500
 _VIOLATION_LIMIT = 1_000

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable
 from agentlightning.errors import AgentLightningError
 from agentlightning.store.backend import Finished
 
-__all__ = ["ClaimTicket", "ClaimWaiters", "FinishWaiters", "FinishWatch"]
-
 
 class _Signal:
     """A one-shot flag that any thread may raise and one loop waits for."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from contextvars import ContextVar
+from typing import Any
 
-__all__ = ["CURRENT", "WorkContext"]
+from fastapi import FastAPI
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
@@ -52,3 +53,17 @@ def _trace_of(traceparent: str) -> tuple[str, str] | None:
 
 CURRENT: ContextVar[WorkContext | None] = ContextVar("agentlightning_work", default=None)
 """The work of this task."""
+
+
+# --- Web applications of our own, which leave no spans in the traces of the agents beside them ---
+
+_NOTHING = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
+
+def untraced_app(**arguments: Any) -> FastAPI:
+    """``FastAPI(**arguments)``, which tells OpenTelemetry nothing of its requests.
+
+    A server may run in the process of a runner. From 0.165 on FastAPI gives every request a span of the process's
+    tracer, which would count as the agent's. Earlier versions take the argument and make nothing of it.
+    """
+    return FastAPI(**arguments, telemetry=_NOTHING)  # pyright: ignore[reportArgumentType] - not a type of all versions

@@ -19,7 +19,6 @@ from agentlightning.telemetry.context import CURRENT
 if TYPE_CHECKING:
     from structlog.typing import Processor
 
-__all__ = ["LogFormat", "setup_logging"]
 
 LogFormat = Literal["console", "json"]
 """``console``: for people; ``json``: one object in each line."""

@@ -2,7 +2,7 @@
 
 The result equals that of ``Span.from_opentelemetry`` (a test holds the two together), in a tenth of the time: what
 the SDK's span holds was checked by the SDK, so the records are put together without checking it again. On the way,
-what no store would take is mended (see `agentlightning.tracer.mending`).
+what no store would take is mended (see `agentlightning.tracer.sanitize`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel
 
 from agentlightning.errors import InvalidValue
-from agentlightning.tracer import mending
+from agentlightning.tracer import sanitize as mending
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
 from agentlightning.types.otel import convert_attributes
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext as OtelSpanContext
 
-__all__ = ["SpanConverter", "put_together"]
 
 _M = TypeVar("_M", bound=BaseModel)
 _SHAPES: dict[type[BaseModel], tuple[set[str], bool]] = {

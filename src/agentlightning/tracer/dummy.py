@@ -8,12 +8,9 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from agentlightning.store.base import LightningStore
-from agentlightning.tracer.active import activated
-from agentlightning.tracer.base import Tracer
+from agentlightning.tracer.base import Tracer, activated
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.attributes import format_exception_attributes
-
-__all__ = ["DummySpanRecordingContext", "DummyTracer"]
 
 
 class DummySpanRecordingContext:

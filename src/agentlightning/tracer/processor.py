@@ -22,8 +22,6 @@ from agentlightning.tracer.recording import Recording, current, last
 from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import Span
 
-__all__ = ["LightningSpanProcessor"]
-
 OPEN_SPANS_LIMIT = 100_000
 """Spans that were started and never ended are forgotten, oldest first, beyond this many."""
 

@@ -15,7 +15,6 @@ from agentlightning.types import Span
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-__all__ = ["Recording", "current", "last"]
 
 _logger = logging.getLogger(__name__)
 

@@ -34,8 +34,6 @@ from agentlightning.store.base import LightningStore
 from agentlightning.tracer.recording import Recording
 from agentlightning.types import Span
 
-__all__ = ["SpanSender"]
-
 BATCH_SPANS = 1000
 """How many spans go into one call."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.1, 5.0

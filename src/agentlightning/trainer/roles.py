@@ -23,11 +23,15 @@ from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
-from agentlightning.trainer.components import ComponentSpec, build_component
-from agentlightning.trainer.leftovers import end_leftovers, watch_leftovers
+from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_component
 from agentlightning.trainer.progress import Progress
-from agentlightning.trainer.registry import TracerRegistry
-from agentlightning.trainer.resuming import hold_until_asked, requeue_cut_off, with_taking_up
+from agentlightning.trainer.resume import (
+    end_leftovers,
+    hold_until_asked,
+    requeue_cut_off,
+    watch_leftovers,
+    with_taking_up,
+)
 from agentlightning.trainer.views import ProgressSpec, make_view
 from agentlightning.trainer.wrappers import with_reward_observer, with_rollout_config
 from agentlightning.types import Dataset, NamedResources, RolloutConfig
@@ -36,11 +40,9 @@ if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
     from agentlightning.algorithm.base import Algorithm
     from agentlightning.algorithm.run import Run
-    from agentlightning.litagent.hooks import Hook
-    from agentlightning.litagent.litagent import LitAgent
+    from agentlightning.litagent.litagent import Hook, LitAgent
     from agentlightning.proxy.llm_proxy import LLMProxy
 
-__all__ = ["AlgorithmRole", "RunnerFactory", "RunnerRole", "linger_seconds"]
 
 _logger = logging.getLogger(__name__)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentlightning.adapter.base import TraceAdapter
 from agentlightning.algorithm.base import Algorithm
@@ -14,15 +16,13 @@ from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
-from agentlightning.litagent.hooks import Hook
-from agentlightning.litagent.litagent import LitAgent
+from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.tracer.base import Tracer
-from agentlightning.trainer.components import ComponentSpec
-from agentlightning.trainer.notebook import loop_is_running, run_beside_loop
-from agentlightning.trainer.parts import (
+from agentlightning.trainer.components import (
+    ComponentSpec,
     adapter_of,
     algorithm_of,
     hooks_of,
@@ -41,7 +41,60 @@ from agentlightning.types import Dataset, NamedResources, RolloutConfig
 if TYPE_CHECKING:
     from agentlightning.proxy.llm_proxy import LLMProxy
 
-__all__ = ["Trainer"]
+
+# --- Running blocking work where an event loop is already running, as in a notebook ---
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.2
+
+
+def loop_is_running() -> bool:
+    """Whether this thread is inside a running event loop, where ``asyncio.run`` is refused."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
+    """Run ``work`` in a thread of its own and wait for its result, in a thread whose loop is running.
+
+    A Ctrl+C reaches only the main thread. It is passed on by ``interrupt``, and raised here when the work has ended.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C while waiting.
+        Exception: what ``work`` raised.
+    """
+    outcome = Future[T]()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - carried to the waiting thread, whatever it is
+            outcome.set_exception(error)
+
+    to_start = [threading.Thread(target=run, name="agentlightning-fit", daemon=True)]
+    interrupted = False
+    while True:
+        try:  # around the start as well: from then on an interrupt has something to end
+            while to_start:
+                to_start.pop().start()
+            # Not by Thread.join, which takes a thread for ended when a signal interrupts it; and not without a limit,
+            # because a signal that comes just before a thread begins to wait does not wake it.
+            while not outcome.done():
+                wait([outcome], timeout=_LOOK_SECONDS)
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            interrupt()
+    if interrupted:
+        raise KeyboardInterrupt
+    return outcome.result()
+
+
+# ---
 
 
 class Trainer:

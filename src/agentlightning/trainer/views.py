@@ -14,11 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from agentlightning.errors import InvalidValue
-from agentlightning.trainer.curve import sparkline
-from agentlightning.trainer.progress import ProgressView, Snapshot
+from agentlightning.trainer.progress import ProgressView, Snapshot, sparkline
 from agentlightning.types import Worker
-
-__all__ = ["LogView", "ProgressSpec", "SilentView", "TableView", "make_view", "render", "workers_line"]
 
 _logger = logging.getLogger("agentlightning.trainer")
 

@@ -21,8 +21,6 @@ from agentlightning.types import (
 )
 from agentlightning.types.rewards import find_final_reward
 
-__all__ = ["DEFAULT_ROLLOUT_CONFIG", "Forwarding", "with_reward_observer", "with_rollout_config"]
-
 DEFAULT_ROLLOUT_CONFIG = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "timeout"])
 """Lost workers and timeouts are retried, up to 3 attempts in all; errors of the agent are not."""
 

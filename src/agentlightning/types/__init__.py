@@ -3,7 +3,16 @@
 Importing this loads pydantic and nothing heavier; OpenTelemetry and Jinja are loaded by those who use them.
 """
 
-from agentlightning.types.paging import FilterField, FilterOptions, PaginatedResult, SortOptions
+from agentlightning.types.contract import (
+    UNSET,
+    FilterField,
+    FilterOptions,
+    PaginatedResult,
+    SortOptions,
+    Unset,
+    VerificationReport,
+    Violation,
+)
 from agentlightning.types.resources import (
     LLM,
     NamedResources,
@@ -23,6 +32,9 @@ from agentlightning.types.rollouts import (
     RolloutMode,
     RolloutStatus,
     TaskInput,
+    Worker,
+    WorkerDirective,
+    WorkerStatus,
 )
 from agentlightning.types.spans import (
     Attributes,
@@ -53,9 +65,6 @@ from agentlightning.types.tasks import (
     TaskIfAny,
     Triplet,
 )
-from agentlightning.types.unset import UNSET, Unset
-from agentlightning.types.verification import VerificationReport, Violation
-from agentlightning.types.workers import Worker, WorkerDirective, WorkerStatus
 
 __all__ = [
     "LLM",

@@ -14,19 +14,6 @@ from typing import Any, cast
 
 from agentlightning.types.spans import Attributes, AttributeValue
 
-__all__ = [
-    "check_attributes_sanity",
-    "filter_and_unflatten_attributes",
-    "filter_attributes",
-    "flatten_attributes",
-    "format_exception_attributes",
-    "full_qualified_name",
-    "sanitize_attribute_value",
-    "sanitize_attributes",
-    "sanitize_list_attribute_sanity",
-    "unflatten_attributes",
-]
-
 _SCALARS: frozenset[type[Any]] = frozenset({str, bool, int, float})
 _INT64_END = 2**63
 _TRACEBACK_CHARACTERS = 64 * 1024

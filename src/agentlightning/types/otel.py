@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
-__all__ = ["convert_attributes", "convert_timestamp", "extract_extra_fields", "format_span_id", "format_trace_id"]
-
 # Seconds up to here are dates before the year 5139; nanoseconds from here on are dates after 100 s past the epoch.
 _SECONDS_END = 1e11
 

@@ -17,8 +17,6 @@ from typing import Any, TypeVar, cast
 from agentlightning.semconv import AGL_REWARD, LightningSpanAttributes, RewardAttributes, RewardPydanticModel
 from agentlightning.types.spans import SpanLike
 
-__all__ = ["find_final_reward", "find_reward_spans", "get_reward_value", "get_rewards_from_span", "is_reward_span"]
-
 _S = TypeVar("_S", bound=SpanLike)
 
 PRIMARY_NAME = "primary"

@@ -35,25 +35,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource as OtelSdkResource
     from opentelemetry.sdk.trace import ReadableSpan
 
-__all__ = [
-    "AttributeValue",
-    "Attributes",
-    "Event",
-    "Link",
-    "OtelResource",
-    "Span",
-    "SpanAttributeNames",
-    "SpanContext",
-    "SpanCoreFields",
-    "SpanLike",
-    "SpanNames",
-    "SpanRecordingContext",
-    "StatusCode",
-    "TraceState",
-    "TraceStatus",
-    "convert_timestamp",
-    "extract_extra_fields",
-]
 
 AttributeValue: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 """What an attribute can be: a scalar, or a sequence of scalars of one type."""

@@ -14,7 +14,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.batches import enqueue_once
-from agentlightning.algorithm.taking_up import give_to_leftovers
+from agentlightning.algorithm.resume import give_to_leftovers
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore

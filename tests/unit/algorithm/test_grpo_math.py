@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.algorithm import grpo_math as maths
+from agentlightning.demo import policy_math as maths
 
 LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=6)
 REWARDS = st.lists(st.floats(-5, 5), min_size=2, max_size=8)

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from agentlightning.algorithm.policy_update import Choice, GroupMember, PolicyUpdate, update_policy
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
 from agentlightning.demo import game
-from agentlightning.demo.strategy import in_words, win_rate
+from agentlightning.demo.game import in_words, win_rate
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue
 
 STEPS = 26

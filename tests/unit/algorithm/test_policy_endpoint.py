@@ -14,8 +14,8 @@ import aiohttp
 import openai
 import pytest
 
-from agentlightning.algorithm.policy_endpoint import PolicyEndpoint
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.policy_endpoint import PolicyEndpoint
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "red or blue?"}]}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.algorithm.policy_update import Choice, GroupMember, PolicyUpdate, update_policy
-from agentlightning.algorithm.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue
 
 WORDS = ["red", "green", "blue"]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from agentlightning.store.client_server.resilience.backoff import FixedDelays, FullJitter, retry_after_seconds
+from agentlightning.http.client.retry import FixedDelays, FullJitter, retry_after_seconds
 
 
 def test_the_bound_doubles_up_to_the_cap() -> None:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.resilience.breaker import Breaker, BreakerNumbers, BreakerState, Guarded
-from agentlightning.store.client_server.resilience.failure_window import FailureWindow
-from agentlightning.store.client_server.resilience.transport import RequestShed, WireRequest
-from agentlightning.store.client_server.wire.routes import SHED_ORDER, Priority
+from agentlightning.http.client.breaker import Breaker, BreakerNumbers, BreakerState, FailureWindow, Guarded
+from agentlightning.http.client.transport import RequestShed, WireRequest
+from agentlightning.http.routes import SHED_ORDER, Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies
 from virtual_time import in_virtual_time
 

@@ -18,9 +18,9 @@ import pytest
 import uvloop
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreClosed, StoreUnreachable
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.resilience.resilience import Resilience
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from served_store import served
 from store_server_process import free_port

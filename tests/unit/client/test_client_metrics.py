@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from agentlightning.store.client_server.client.metrics import ClientMetrics
-from agentlightning.store.client_server.resilience.breaker import BreakerState
-from agentlightning.store.client_server.resilience.health import HealthReport, SpoolReport
+from agentlightning.http.client.breaker import BreakerState
+from agentlightning.http.client.health import ClientMetrics, HealthReport, SpoolReport
 
 
 class _Client:

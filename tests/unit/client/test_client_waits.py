@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.client import claiming, reads
-from agentlightning.store.client_server.client.claiming import OpenClaims
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.client.reads import ended_early
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client import claiming, reads
+from agentlightning.http.client.claiming import OpenClaims
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.client.reads import ended_early
+from agentlightning.http.server.server import LightningStoreServer
 from served_store import served
 
 SLICE = 0.2

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.resilience.breaker import BreakerNumbers, BreakerState
-from agentlightning.store.client_server.resilience.health import Health, HealthReport
-from agentlightning.store.client_server.resilience.probe import ProbedWhileUsed, answers_soon
-from agentlightning.store.client_server.resilience.resilience import Resilience, Resilient, make_resilient
-from agentlightning.store.client_server.resilience.transport import WireRequest
+from agentlightning.http.client.breaker import BreakerNumbers, BreakerState
+from agentlightning.http.client.health import Health, HealthReport
+from agentlightning.http.client.resilience import ProbedWhileUsed, Resilience, Resilient, answers_soon, make_resilient
+from agentlightning.http.client.transport import WireRequest
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.client.resource_cache import CachedResources, ResourceCache
+from agentlightning.http.client.cache import CachedResources, ResourceCache
 from agentlightning.types import LLM, ProxyLLM, ResourcesUpdate
 
 

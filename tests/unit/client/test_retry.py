@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.resilience.backoff import Backoff, FixedDelays, FullJitter
-from agentlightning.store.client_server.resilience.retry import Retrying
-from agentlightning.store.client_server.resilience.retry_budget import RetryBudget
-from agentlightning.store.client_server.resilience.transport import RequestShed, Transport, WireReply, WireRequest
+from agentlightning.http.client.retry import Backoff, FixedDelays, FullJitter, RetryBudget, Retrying
+from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.errors import NotFound, SpoolFull
-from agentlightning.store.client_server.spool.folder import SpoolFolder
-from agentlightning.store.client_server.spool.spool import Batch, Spool
+from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
 
 
 def _spans(*numbers: int, size: int = 0) -> list[bytes]:
@@ -73,7 +72,7 @@ def test_a_batch_is_bounded_but_never_too_small_for_one_span(folder: SpoolFolder
 
 
 def test_segments_are_deleted_when_the_server_has_them(folder: SpoolFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentlightning.store.client_server.spool.spool._SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("agentlightning.http.client.spool._SEGMENT_BYTES", 1000)
     spool = folder.create()
     for number in range(20):
         spool.append(_spans(number, size=400))
@@ -221,7 +220,7 @@ def test_only_their_owner_can_read_them(folder: SpoolFolder) -> None:
 _WRITER = """
 import os, sys
 from pathlib import Path
-from agentlightning.store.client_server.spool.folder import SpoolFolder
+from agentlightning.http.client.spool import SpoolFolder
 spool = SpoolFolder(Path(sys.argv[1]), 10**9).create()
 number = 0
 while True:

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.store.client_server.spool.records import HEAD_BYTES, encode_record, read_records
+from agentlightning.http.client.spool import HEAD_BYTES, encode_record, read_records
 
 CONTENTS = [b"", b"a", b'{"span":1}', b"x" * 70_000, "é©\u00a9".encode(), b"\xa9sp" * 5]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store.client_server.client.resource_cache import ResourceCache
-from agentlightning.store.client_server.client.state_folder import state_folder
-from agentlightning.store.client_server.wire.address import parse_address
+from agentlightning.http.client.cache import ResourceCache, state_folder
+from agentlightning.http.routes import parse_address
 from agentlightning.types import LLM, UNSET, ResourcesUpdate
 
 

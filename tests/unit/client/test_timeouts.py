@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.store.client_server.resilience.timeouts import TimeLimited
-from agentlightning.store.client_server.resilience.transport import WireRequest
+from agentlightning.http.client.resilience import TimeLimited
+from agentlightning.http.client.transport import WireRequest
 from scripted_transport import ScriptedTransport, silent
 from virtual_time import in_virtual_time
 

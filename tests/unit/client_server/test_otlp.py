@@ -17,10 +17,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from agentlightning.errors import InvalidValue, NotJson, TooLarge
-from agentlightning.store.client_server.server.limits import ServerLimits
-from agentlightning.store.client_server.server.otlp import PROTOBUF_MEDIA, encode_refusal
-from agentlightning.store.client_server.server.protobuf_size import check_fields
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.server.limits import ServerLimits
+from agentlightning.http.server.otlp import PROTOBUF_MEDIA, check_fields, encode_refusal
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import Span
 from asgi_calls import Answer, AsgiCalls

@@ -11,11 +11,11 @@ import pytest
 from pydantic import TypeAdapter
 
 from agentlightning.errors import AgentLightningError, NotFound, Overloaded, StoreUnavailable, error_classes
+from agentlightning.http.codec import decode_error, encode_problem
+from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Route
+from agentlightning.http.server.matching import RouteTable
+from agentlightning.http.server.openapi import openapi_document
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.server.matching import RouteTable
-from agentlightning.store.client_server.server.openapi import openapi_document
-from agentlightning.store.client_server.wire.codec import decode_error, encode_problem
-from agentlightning.store.client_server.wire.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Route
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from asgi_calls import AsgiCalls
 from every_method import READS, WRITES

@@ -19,10 +19,10 @@ import apsw
 import pytest
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreUnavailable
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.limits import ServerLimits
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.base import LightningStore
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.limits import ServerLimits
-from agentlightning.store.client_server.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from asgi_calls import AsgiCalls
 from faulty_disk import FaultyDisk

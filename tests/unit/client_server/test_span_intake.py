@@ -11,10 +11,10 @@ from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
 from agentlightning.errors import AgentLightningError
-from agentlightning.store.client_server.server.span_intake import draft_of_span, drafts_of_spans, plain_draft
-from agentlightning.store.client_server.wire.strict_json import decode_strict
+from agentlightning.http.codec import decode_strict
+from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_draft
+from agentlightning.store.arguments import span_drafts
 from agentlightning.store.operations.spans import SpanDraft
-from agentlightning.store.requests import span_drafts
 from agentlightning.store.span_json import span_json
 from agentlightning.types import Span
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.errors import NotJson, TooLarge
-from agentlightning.store.client_server.wire.strict_json import MAX_BODY_DEPTH, MAX_NODES, decode_strict
+from agentlightning.http.codec import MAX_BODY_DEPTH, MAX_NODES, decode_strict
 
 REFUSED: Mapping[str, tuple[type[Exception], bytes]] = {
     "NaN": (NotJson, b'{"a": NaN}'),

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from agentlightning.execution.cgroups import make_cgroup
-from agentlightning.execution.kin import MARK, Kin, Process, descendants, send, snapshot
+from agentlightning.execution.process_tree import MARK, Kin, Process, descendants, make_cgroup, send, snapshot
 
 NOBODY = 2**30
 """No process has this number."""

@@ -18,9 +18,9 @@ import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
-from agentlightning.execution.leaving import dismiss, say_goodbye, stranded
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.execution.membership import dismiss, say_goodbye, stranded
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.types import WorkerDirective
 
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.execution.cgroups import Cgroup
+from agentlightning.execution.process_tree import Cgroup
 from agentlightning.execution.quotas import Quotas, exhausted
 
 _FEEL = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentlightning.execution.restarts import RestartPolicy, Restarts
+from agentlightning.execution.quotas import RestartPolicy, Restarts
 
 POLICY = RestartPolicy(most_per_minute=4, first_delay=0.5, factor=2.0, longest_delay=3.0, short_life=1.0)
 

@@ -13,8 +13,8 @@ import pytest
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore, SqliteLightningStore
 from agentlightning.errors import ExecutionFailed, InvalidValue, WrongServer
-from agentlightning.store.client_server.client.client import LightningStoreClient
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.server import LightningStoreServer
 
 METHODS = ("fork", "forkserver", "spawn")
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}

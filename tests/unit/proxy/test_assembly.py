@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from agentlightning.proxy.answers import read_answer
-from agentlightning.proxy.asks import CallKind, without_asked
 from agentlightning.proxy.assembly import ReplyAssembly
+from agentlightning.proxy.capture import CallKind, without_asked
 from agentlightning.proxy.models import Ask
+from agentlightning.proxy.replies import read_answer
 
 
 def assembled(

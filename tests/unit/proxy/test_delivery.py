@@ -11,13 +11,11 @@ import pytest
 
 from agentlightning import InMemoryLightningStore, Span
 from agentlightning.errors import StoreUnavailable
-from agentlightning.proxy.access import Access
-from agentlightning.proxy.delivery import SpanDelivery
-from agentlightning.proxy.exchange import Exchange, ProxySettings
-from agentlightning.proxy.recording import span_of
-from agentlightning.proxy.records import Caller, CallRecord, read_question
-from agentlightning.proxy.refusals import Refused
-from agentlightning.proxy.routing import Routing
+from agentlightning.proxy.admission import Access
+from agentlightning.proxy.errors import Refused
+from agentlightning.proxy.recording import Caller, CallRecord, SpanDelivery, read_question, span_of
+from agentlightning.proxy.session import Exchange, ProxySettings
+from agentlightning.proxy.upstream import Routing
 
 WAIT_SECONDS = 20.0
 

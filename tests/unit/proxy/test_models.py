@@ -8,7 +8,7 @@ import pytest
 
 from agentlightning import LLMProxy
 from agentlightning.errors import InvalidValue
-from agentlightning.proxy.asks import added_to, missing_asks, refused_in
+from agentlightning.proxy.capture import added_to, missing_asks, refused_in
 from agentlightning.proxy.models import Ask, Backend, backends_of
 
 URL = "http://gpu:8000/v1"

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
+from agentlightning.proxy.errors import Refused
 from agentlightning.proxy.models import Backend
-from agentlightning.proxy.refusals import Refused
-from agentlightning.proxy.routing import Routing
+from agentlightning.proxy.upstream import Routing
 
 ROLLOUTS = [f"ro-{number}" for number in range(600)]
 

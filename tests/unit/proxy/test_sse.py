@@ -8,10 +8,10 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
+from agentlightning.proxy.calls import StreamTee
+from agentlightning.proxy.errors import Scrubber
 from agentlightning.proxy.models import Backend
-from agentlightning.proxy.scrubbing import Scrubber
 from agentlightning.proxy.sse import EventSplitter, EventTooLarge, data_of, event_of
-from agentlightning.proxy.tee import StreamTee
 
 _LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
 _EVENTS = st.lists(

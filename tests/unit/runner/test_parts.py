@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from agentlightning.execution.events import MultiprocessingEvent, ThreadingEvent
+from agentlightning.runner.attempt import failed
+from agentlightning.runner.base import StopWatch
+from agentlightning.runner.calling import AgentThreads
+from agentlightning.runner.heartbeat import system_snapshot
 from agentlightning.runner.identity import registration, worker_name
-from agentlightning.runner.outcome import failed
-from agentlightning.runner.stopping import StopWatch
-from agentlightning.runner.threads import AgentThreads
-from agentlightning.runner.vitals import system_snapshot
-from agentlightning.store.door import check_id, encode_json
+from agentlightning.store.validation import check_id, encode_json
 
 # --- Names -----------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ async def test_the_context_is_carried_over_and_exceptions_back() -> None:
 
 def test_a_hanging_agent_does_not_keep_its_process_alive() -> None:
     code = (
-        "import threading; from agentlightning.runner.threads import AgentThreads\n"
+        "import threading; from agentlightning.runner.calling import AgentThreads\n"
         "AgentThreads('x').call(threading.Event().wait); print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)

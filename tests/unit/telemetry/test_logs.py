@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from agentlightning.errors import InvalidValue
-from agentlightning.store.client_server.server import app
-from agentlightning.store.client_server.server.server import LightningStoreServer
+from agentlightning.http.server import app
+from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.telemetry.logs import setup_logging

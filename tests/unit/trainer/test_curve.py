@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.trainer.curve import Curve, sparkline
+from agentlightning.trainer.progress import Curve, sparkline
 
 numbers = st.floats(min_value=-1e6, max_value=1e6)
 

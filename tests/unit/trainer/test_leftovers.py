@@ -9,7 +9,7 @@ from typing import Any
 
 import agentlightning as agl
 from agentlightning.runner.identity import process_space
-from agentlightning.trainer.leftovers import end_leftovers
+from agentlightning.trainer.resume import end_leftovers
 
 
 def pid_of_nobody() -> int:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from agentlightning.trainer.notebook import loop_is_running, run_beside_loop
+from agentlightning.trainer.trainer import loop_is_running, run_beside_loop
 
 PATIENCE_SECONDS = 10.0
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import agentlightning as agl
-from agentlightning.trainer.resuming import hold_until_asked, requeue_cut_off, with_taking_up
+from agentlightning.trainer.resume import hold_until_asked, requeue_cut_off, with_taking_up
 
 HERE = "http://127.0.0.1:9/v1"
 GONE = "http://127.0.0.1:1/v1"

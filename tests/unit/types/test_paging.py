@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from pydantic import ValidationError
 
-from agentlightning.types.paging import FilterField, FilterOptions, PaginatedResult, SortOptions
+from agentlightning.types.contract import FilterField, FilterOptions, PaginatedResult, SortOptions
 from agentlightning.types.rollouts import Rollout
 from agentlightning.types.spans import Span
 

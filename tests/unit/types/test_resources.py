@@ -8,14 +8,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidValue
-from agentlightning.types.resources import (
-    LLM,
-    NamedResources,
-    PromptTemplate,
-    ProxyLLM,
-    Resource,
-    ResourcesUpdate,
-)
+from agentlightning.types.resources import LLM, NamedResources, PromptTemplate, ProxyLLM, Resource, ResourcesUpdate
 from agentlightning.types.rollouts import Attempt, AttemptedRollout
 
 NAMED: TypeAdapter[NamedResources] = TypeAdapter(NamedResources)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.errors import InvalidValue
-from agentlightning.types.templating import format_braces, format_jinja
+from agentlightning.types.resources import format_braces, format_jinja
 
 
 class Secret:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from agentlightning.types.unset import UNSET, Unset
+from agentlightning.types.contract import UNSET, Unset
 
 
 class Change(BaseModel):

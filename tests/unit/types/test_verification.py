@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from agentlightning.types.verification import VerificationReport, Violation
+from agentlightning.types.contract import VerificationReport, Violation
 
 
 def test_a_report_is_ok_when_no_rule_is_broken() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from agentlightning.types.workers import Worker
+from agentlightning.types.rollouts import Worker
 
 
 def test_defaults() -> None:

@@ -13,12 +13,19 @@ from agentlightning.lifecycle.attempts import Started, standing
 from agentlightning.lifecycle.records import AttemptRow, Claim, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import AttemptsBy, Filter, PageQuery, Transaction
-from agentlightning.store.operations.loading import load_change, load_pair, load_rollout
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
-from agentlightning.store.operations.saving import hold, insert_rollout, save, save_started, save_worker, worker_of
+from agentlightning.store.operations.rows import (
+    hold,
+    insert_rollout,
+    load_change,
+    load_pair,
+    load_rollout,
+    save,
+    save_started,
+    save_worker,
+    worker_of,
+)
 from agentlightning.types import AttemptStatus
-
-__all__ = ["Report", "claim", "lose_attempts", "report", "start_attempt", "start_rollout"]
 
 
 class Report(NamedTuple):

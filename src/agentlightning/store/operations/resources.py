@@ -8,8 +8,6 @@ from agentlightning.errors import IdReused, NotFound
 from agentlightning.lifecycle.records import ResourcesRow
 from agentlightning.store.backend import ResourcesBy, Transaction
 
-__all__ = ["add", "roll_back", "update"]
-
 
 async def add(tx: Transaction, resources_id: str, content: bytes, digest: bytes) -> ResourcesRow:
     """Store version 1 of a new id; a repeat returns what the first call stored.

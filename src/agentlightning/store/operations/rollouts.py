@@ -12,11 +12,8 @@ from agentlightning.lifecycle import rollouts
 from agentlightning.lifecycle.records import AttemptRow, Policy, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Filter, PageQuery, ResourcesBy, Transaction
-from agentlightning.store.operations.loading import load_change
-from agentlightning.store.operations.saving import insert_rollout, save
+from agentlightning.store.operations.rows import insert_rollout, load_change, save
 from agentlightning.types import RolloutStatus
-
-__all__ = ["Draft", "Edit", "cancel", "delete_slice", "edit", "enqueue", "existing", "with_resources"]
 
 _SPANS_PER_SLICE = 2_000
 _ROLLOUTS_PER_SLICE = 50

@@ -11,10 +11,7 @@ from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.records import AttemptRow, Pair, SpanRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Transaction
-from agentlightning.store.operations.loading import attempt_of, load_rollout
-from agentlightning.store.operations.saving import save
-
-__all__ = ["SpanDraft", "add_spans", "issue_sequence_ids"]
+from agentlightning.store.operations.rows import attempt_of, load_rollout, save
 
 
 class SpanDraft(NamedTuple):

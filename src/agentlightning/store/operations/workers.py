@@ -12,10 +12,8 @@ from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRo
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Directed, PageQuery, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
-from agentlightning.store.operations.saving import save, save_worker, worker_of
+from agentlightning.store.operations.rows import save, save_worker, worker_of
 from agentlightning.types import WorkerDirective
-
-__all__ = ["Beat", "beat", "direct", "lose"]
 
 
 class Beat(NamedTuple):

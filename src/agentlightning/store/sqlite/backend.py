@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,17 +20,99 @@ import apsw
 from agentlightning.errors import StoreClosed, StoreForked
 from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Measure, ReadTransaction, Transaction
-from agentlightning.store.clock import Clock
+from agentlightning.store.sources import Clock
 from agentlightning.store.sqlite.backup import copy_database
-from agentlightning.store.sqlite.committer import CommitThread, commit_here
-from agentlightning.store.sqlite.connections import Durability, open_reader, open_writer
+from agentlightning.store.sqlite.connections import Durability, OwnerLock, open_reader, open_writer
 from agentlightning.store.sqlite.faults import FAULTS, disk_room, stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
-from agentlightning.store.sqlite.owner import OwnerLock
-from agentlightning.store.sqlite.readers import ReaderPool
 from agentlightning.store.sqlite.transaction import SqliteReads
 
-__all__ = ["FileBackend", "MemoryBackend", "SqliteBackend"]
+# --- The thread that waits for the disk, so that no event loop has to ---
+
+Work = Callable[[], None]
+
+
+def commit_here(work: Work) -> None:
+    """Commit in the calling thread: where there is no disk to wait for."""
+    work()
+
+
+class CommitThread:
+    """Runs what it is given, one after another, in one thread of its own.
+
+    The thread starts with the first work and ends with ``close``, or when nobody holds this
+    object any more.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, work: Work) -> None:
+        """Run ``work`` soon, after all that was given before."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_serve, args=(self._queue,), name="agl-commit", daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._queue.put, None).atexit = False
+        self._queue.put(work)
+
+    def close(self) -> None:
+        """End the thread after what it was given; idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+
+
+def _serve(work_queue: queue.SimpleQueue[Work | None]) -> None:
+    while (work := work_queue.get()) is not None:
+        work()
+        del work
+
+
+# --- Connections that only read ---
+
+_IDLE_LIMIT = 4
+
+
+class ReaderPool:
+    """Lends connections, each to one borrower at a time; any thread may borrow.
+
+    Args:
+        connect: opens a connection that only reads.
+    """
+
+    def __init__(self, connect: Callable[[], apsw.Connection]) -> None:
+        self._connect = connect
+        self._idle: deque[apsw.Connection] = deque()
+        self._closed = False
+
+    @contextmanager
+    def snapshot(self) -> Generator[apsw.Connection]:
+        """A connection inside a read transaction: everything read through it stands at one moment."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            connection.execute("BEGIN")
+            yield connection
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if self._closed or len(self._idle) >= _IDLE_LIMIT:
+                connection.close()
+            else:
+                self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close the idle connections; those on loan are closed when they come back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+
+# ---
 
 T = TypeVar("T")
 

@@ -9,11 +9,9 @@ from pathlib import Path
 import apsw
 
 from agentlightning.errors import CorruptStore, InvalidValue
+from agentlightning.store.sqlite.connections import MIGRATIONS, check_identity
 from agentlightning.store.sqlite.faults import translate, translate_os
-from agentlightning.store.sqlite.schema import MIGRATIONS, check_identity
 from agentlightning.types import VerificationReport
-
-__all__ = ["broken_backup", "check_free", "copy_database", "copy_from_backup", "move_into_place", "unfinished"]
 
 
 def copy_database(source: apsw.Connection, target: Path) -> None:

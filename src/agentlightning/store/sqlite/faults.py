@@ -19,8 +19,6 @@ from agentlightning.errors import (
     StoreUnavailable,
 )
 
-__all__ = ["FAULTS", "disk_room", "stops_store", "translate", "translate_os"]
-
 FAULTS = (apsw.Error, UnicodeDecodeError, msgspec.DecodeError, pydantic.ValidationError)
 """What comes up inside a transaction when the database fails, or when a stored value is not what was written."""
 

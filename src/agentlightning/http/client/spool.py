@@ -1,0 +1,453 @@
+"""Spans of one process that wait on the disk for the server.
+
+A folder of numbered segment files, which are only appended to, and a small file that says how far the server has
+them. Whoever holds the lock on the folder owns it; the lock goes with its process, however that ends, and then the
+spool can be adopted. What is read twice does no harm: the server knows a span by its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+from zlib import crc32
+
+from agentlightning.errors import AgentLightningError, SpoolFull
+
+# --- The file format of a spool: records one after another, each with its length and a checksum ---
+
+_MARK = b"\xa9sp\n"
+_HEAD = struct.Struct("<4sII")
+HEAD_BYTES = _HEAD.size
+"""What a record takes beside its content."""
+
+
+class Record(NamedTuple):
+    """A record that was read, and what was passed over to find it."""
+
+    content: bytes
+    end: int
+    """Where the next one begins."""
+    skipped_bytes: int
+    """Damaged bytes before it."""
+
+
+def encode_record(content: bytes) -> bytes:
+    """A record with this content."""
+    return _HEAD.pack(_MARK, len(content), crc32(content)) + content
+
+
+def read_records(data: bytes, start: int = 0) -> Iterator[Record]:
+    """The whole and undamaged records in ``data``, from ``start`` on."""
+    position = searched_from = start
+    while (found := data.find(_MARK, searched_from)) >= 0:
+        content = _content_at(data, found)
+        if content is None:
+            searched_from = found + 1
+            continue
+        end = found + HEAD_BYTES + len(content)
+        yield Record(content, end, found - position)
+        position = searched_from = end
+
+
+def _content_at(data: bytes, position: int) -> bytes | None:
+    """The content of the record that begins here; None if it is torn or damaged."""
+    begin = position + HEAD_BYTES
+    if begin > len(data):
+        return None
+    _, length, checksum = _HEAD.unpack_from(data, position)
+    content = data[begin : begin + length]
+    return content if len(content) == length and crc32(content) == checksum else None
+
+
+# ---
+
+_logger = logging.getLogger(__name__)
+
+_SEGMENT_BYTES = 8 * 1024 * 1024
+"""A segment is deleted as a whole, when the server has all of it."""
+_CURSOR = "cursor"
+_LOCK = "lock"
+
+
+class _Place(NamedTuple):
+    """Where a record begins."""
+
+    segment: int
+    offset: int
+
+
+class Batch(NamedTuple):
+    """Spans to be sent next, in the order in which they came."""
+
+    spans: list[bytes]
+    after: _Place
+    """Where reading goes on when the server has them."""
+    damaged_bytes: int
+    """Bytes passed over because they are no whole records."""
+
+
+class Spool:
+    """The spool in a folder that this process has locked. Safe from any thread.
+
+    Args:
+        folder: where the files are.
+        lock: file descriptor that holds the lock; closed with the spool.
+    """
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self._lock_fd: int | None = lock
+        self._lock = threading.RLock()
+        self._writing: int | None = None
+        self._size = 0
+        self._segments = _segments_in(folder)
+        self._read = _read_cursor(folder, self._segments)
+        self._end = self._end_of_last()
+
+    @classmethod
+    def take(cls, folder: Path) -> Self | None:
+        """The spool in ``folder``, if it is there and no living process holds it."""
+        try:
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it before may have deleted it meanwhile; then this is the lock of nothing.
+            there = os.stat(folder / _LOCK).st_ino == os.fstat(handle).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            there = False
+        if not there:
+            os.close(handle)
+            return None
+        return cls(folder, handle)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the server has everything."""
+        with self._lock:
+            return self._read >= self._end
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes on the disk, those included that the server has but that could not be deleted yet."""
+        with self._lock:
+            return sum(_size_of(self._path(each)) for each in self._segments)
+
+    def append(self, spans: Sequence[bytes]) -> None:
+        """Write spans behind all others; on the disk when this returns.
+
+        Args:
+            spans: each as JSON.
+
+        Raises:
+            SpoolFull: the disk does not take them. Then none of them is in the spool.
+        """
+        data = b"".join([encode_record(each) for each in spans])
+        with self._lock:
+            try:
+                handle = self._segment_to_write()
+                _write_all(handle, data)
+                os.fsync(handle)
+            except OSError as error:
+                self._cut_off()
+                raise SpoolFull(
+                    f"{len(spans)} spans could not be written to {self.folder}: {error}. They are still yours to keep; "
+                    "make room on the disk, or set AGL_SPOOL_DIR to a folder on another one"
+                ) from error
+            self._size += len(data)
+            self._end = _Place(self._segments[-1], self._size)
+
+    def next_batch(self, max_spans: int, max_bytes: int) -> Batch | None:
+        """The spans to be sent next; None if there is none. The same again until ``acknowledge``."""
+        with self._lock:
+            while self._read < self._end:
+                batch = self._read_from(self._read, max_spans, max_bytes)
+                if batch.spans:
+                    return batch
+                self._move_to(batch.after)  # a damaged or torn rest
+            return None
+
+    def acknowledge(self, batch: Batch) -> None:
+        """The server has these spans, or they are in quarantine."""
+        if batch.damaged_bytes:
+            _logger.error("%d bytes in %s were damaged; spans may be lost in them", batch.damaged_bytes, self.folder)
+        with self._lock:
+            if self._lock_fd is not None:
+                self._move_to(batch.after)
+
+    def close(self) -> None:
+        """Let go of the files; delete them if the server has everything. Idempotent."""
+        with self._lock:
+            if self._lock_fd is None:
+                return
+            if self.empty:
+                self._stop_writing()
+                for name in [*(self._path(each) for each in self._segments), self.folder / _CURSOR]:
+                    name.unlink(missing_ok=True)
+                (self.folder / _LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # something foreign is in it
+                    self.folder.rmdir()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptors and leave the files, as for another process. Idempotent."""
+        self._stop_writing()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _path(self, segment: int) -> Path:
+        return self.folder / f"{segment:08d}.seg"
+
+    def _segment_to_write(self) -> int:
+        if self._lock_fd is None:
+            raise OSError("the spool is closed")
+        if self._writing is not None and self._size < _SEGMENT_BYTES:
+            return self._writing
+        self._stop_writing()
+        number = self._segments[-1] + 1 if self._segments else self._read.segment + 1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._writing = os.open(self._path(number), flags, 0o600)
+        self._segments.append(number)
+        self._size = 0
+        _sync_folder(self.folder)
+        return self._writing
+
+    def _cut_off(self) -> None:
+        """Take back what an append has written in part. If even that fails, the rest is torn and passed over."""
+        if self._writing is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._writing, self._size)
+        self._stop_writing()
+
+    def _stop_writing(self) -> None:
+        if self._writing is not None:
+            os.close(self._writing)
+            self._writing = None
+
+    def _end_of_last(self) -> _Place:
+        if not self._segments:
+            return self._read
+        last = self._segments[-1]
+        return max(self._read, _Place(last, _size_of(self._path(last))))
+
+    def _read_from(self, start: _Place, max_spans: int, max_bytes: int) -> Batch:
+        """Spans of one segment; none if there is no whole record left in it."""
+        path = self._path(start.segment)
+        last = start.segment == self._end.segment
+        size = self._end.offset if last else _size_of(path)
+        wanted = max_bytes
+        while True:
+            try:
+                with path.open("rb") as file:
+                    file.seek(start.offset)
+                    data = file.read(min(wanted, size - start.offset))
+            except FileNotFoundError:
+                data = b""
+            batch = _records_of(data, start, max_spans)
+            reached_end = start.offset + len(data) >= size
+            if batch.spans or reached_end:
+                break
+            wanted *= 4  # one record is larger than a batch
+        if batch.spans:
+            return batch
+        lost = len(data)
+        if lost:
+            _logger.warning("%d bytes at the end of %s are no whole record: torn by a crash, or damaged", lost, path)
+        return Batch([], self._end if last else _Place(self._next_segment(start.segment), 0), lost)
+
+    def _next_segment(self, segment: int) -> int:
+        return next((each for each in self._segments if each > segment), self._end.segment)
+
+    def _move_to(self, place: _Place) -> None:
+        """Reading goes on here; segments before it are deleted, and so is the last one when it is done with."""
+        self._read = place
+        if place >= self._end:
+            self._stop_writing()
+        done = [
+            each for each in self._segments if each < place.segment or (place >= self._end and each <= place.segment)
+        ]
+        try:
+            # First the cursor: it may point to what is gone, but never before what is still there and was read.
+            _write_cursor(self.folder, place)
+            for each in done:
+                self._path(each).unlink(missing_ok=True)
+                self._segments.remove(each)
+        except OSError as error:  # they are read again by whoever comes next, and the server drops the repeats
+            _logger.warning("the spool in %s could not be cleared of what the server has: %s", self.folder, error)
+
+
+def _records_of(data: bytes, start: _Place, max_spans: int) -> Batch:
+    spans: list[bytes] = []
+    end, damaged = start.offset, 0
+    for record in read_records(data):
+        spans.append(record.content)
+        end, damaged = start.offset + record.end, damaged + record.skipped_bytes
+        if len(spans) == max_spans:
+            break
+    return Batch(spans, _Place(start.segment, end), damaged)
+
+
+def _segments_in(folder: Path) -> list[int]:
+    return sorted(int(each.stem) for each in folder.glob("*.seg") if each.stem.isdigit())
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
+    """How far the server has them; the beginning, if that is not known or cannot be."""
+    beginning = _Place(segments[0], 0) if segments else _Place(0, 0)
+    try:
+        segment, offset = map(int, (folder / _CURSOR).read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return beginning
+    possible = segment not in segments or offset <= _size_of(folder / f"{segment:08d}.seg")
+    return max(beginning, _Place(segment, offset)) if possible else beginning
+
+
+def _write_cursor(folder: Path, place: _Place) -> None:
+    """In one write of fixed length, so that a kill leaves the old text or the new one."""
+    handle = os.open(folder / _CURSOR, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(handle, f"{place.segment:010d} {place.offset:012d}\n".encode(), 0)
+    finally:
+        os.close(handle)
+
+
+# --- All spools on this machine for one server: the own one, those of others, and what the serv ---
+
+_COUNT_AGAIN_SECONDS = 1.0
+
+
+class SpoolFolder:
+    """The spools for one server.
+
+    Args:
+        root: where they are; made when the first is. Readable by its owner only.
+        max_bytes: the most that all spools together may take.
+        wall: Unix seconds.
+        monotonic: seconds since some moment.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        max_bytes: int,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.root = root
+        self._max_bytes = max_bytes
+        self._wall = wall
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._others_bytes = 0
+        self._counted_at: float | None = None
+
+    @property
+    def quarantine_file(self) -> Path:
+        """Spans that the server refused for good: a JSON object a line, with the error and the span."""
+        return self.root / "quarantine.jsonl"
+
+    def create(self) -> Spool:
+        """A new, empty spool that this process owns.
+
+        Raises:
+            SpoolFull: the folder cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            while True:
+                folder = self.root / f"{os.getpid()}-{secrets.token_hex(4)}.spool"
+                folder.mkdir(mode=0o700)
+                spool = Spool.take(folder)
+                if spool is not None:  # else somebody took it for a dead one's, and has removed it
+                    return spool
+        except OSError as error:
+            raise SpoolFull(
+                f"no spool can be made in {self.root}: {error}. Set AGL_SPOOL_DIR to a folder that can be written"
+            ) from error
+
+    def orphans_exist(self) -> bool:
+        """Whether there may be spools of dead processes."""
+        return any(self.root.glob("*.spool"))
+
+    def adopt(self) -> list[Spool]:
+        """The spools of dead processes, which are this process's from now on; empty ones are removed."""
+        found: list[Spool] = []
+        for folder in sorted(self.root.glob("*.spool")):
+            spool = Spool.take(folder)
+            if spool is None:
+                continue
+            if spool.empty:
+                spool.close()
+            else:
+                found.append(spool)
+        return found
+
+    def check_room(self, own: Spool, more_bytes: int) -> None:
+        """Raise ``SpoolFull`` unless so many more bytes may be written to this process's spool."""
+        used = own.waiting_bytes + self._bytes_of_others(own)
+        if used + more_bytes > self._max_bytes:
+            raise SpoolFull(
+                f"{used:,} bytes of spans wait in {self.root} for the server, and {self._max_bytes:,} are allowed; "
+                f"{more_bytes:,} more were not taken. Bring the server back, or allow more (spool_max_bytes)"
+            )
+
+    def quarantine(self, span: bytes, error: AgentLightningError) -> None:
+        """Put away a span that the server refuses for good, with the reason."""
+        line = {"time": self._wall(), "code": error.code, "message": error.message, "span": json.loads(span)}
+        handle = os.open(self.quarantine_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(handle, json.dumps(line).encode() + b"\n")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _bytes_of_others(self, own: Spool) -> int:
+        """What the other spools take, counted about once a second."""
+        with self._lock:
+            now = self._monotonic()
+            if self._counted_at is None or now - self._counted_at >= _COUNT_AGAIN_SECONDS:
+                self._counted_at = now
+                self._others_bytes = sum(
+                    _size(each) for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder
+                )
+            return self._others_bytes
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

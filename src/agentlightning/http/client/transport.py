@@ -1,0 +1,258 @@
+"""The seam between what a client wants to say and how it gets there.
+
+Everything that makes a client sturdy (retries, the circuit breaker, timeouts, health) is a
+`Transport` around another `Transport`; the innermost one speaks HTTP. Each can be tested alone,
+with a transport of the test's own inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import ssl
+import threading
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+import aiohttp
+from yarl import URL
+
+from agentlightning.errors import StoreUnreachable
+from agentlightning.http.routes import Priority
+
+
+class WireRequest(NamedTuple):
+    """One request, encoded once and sent as often as it takes."""
+
+    method: str
+    target: str
+    """Path and query below the server's root, percent-encoded: ``/v1/agl/rollouts?limit=1``."""
+    body: bytes | None = None
+    priority: Priority = "write"
+    timeout_seconds: float = 30.0
+    """How long one try may take until the whole reply is there."""
+    patience_seconds: float = 120.0
+    """How long all tries together may take."""
+    waits_while_shed: bool = True
+    """Whether to wait when the circuit breaker holds it back; otherwise that is an error at once."""
+    long_poll: bool = False
+    """Whether the server may sit on it until something happens; then it must not use up the connections."""
+
+
+class WireReply(NamedTuple):
+    """What came back: any status at all."""
+
+    status: int
+    headers: Mapping[str, str]
+    """By name, in any case of letters."""
+    body: bytes
+
+
+class Transport(Protocol):
+    """Takes a request to the server and brings the reply."""
+
+    async def send(self, request: WireRequest) -> WireReply:
+        """The server's reply, whatever its status.
+
+        Raises:
+            StoreUnreachable: there was none. Whether the server did what was asked is unknown.
+            RequestShed: it was held back (only between a breaker and the retries around it).
+        """
+        ...
+
+
+class RequestShed(Exception):
+    """The circuit breaker held a request back; nothing was sent. Retries turn it into ``StoreUnreachable``.
+
+    Args:
+        message: why.
+        retry_after_seconds: when to ask the breaker again.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
+
+
+def is_transient(status: int) -> bool:
+    """Whether the same request may get another answer later. 501 and 505 say that it never will."""
+    return status in _TRANSIENT or (status > 507 and status < 600)
+
+
+# --- The innermost transport: HTTP/1.1 by aiohttp, with one bounded session for each event loop ---
+
+_JSON = {"Content-Type": "application/json"}
+
+
+class _Session(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    session: aiohttp.ClientSession
+    polls: asyncio.Semaphore
+    """Long polls hold a connection for long; these are the ones that they may hold."""
+    lifetime: AsyncGenerator[aiohttp.ClientSession, None]
+
+
+class HttpTransport:
+    """Sends requests from any thread and any event loop.
+
+    Args:
+        root: scheme, host and port of the server, without a slash at the end.
+        headers: sent with every request.
+        connect_seconds: how long opening a connection may take.
+        max_connections: the most there are at once in each event loop; further requests wait for one.
+        ssl_context: how the server's certificate is checked; None: as the system does.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        headers: Mapping[str, str],
+        *,
+        connect_seconds: float,
+        max_connections: int,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self._root = root
+        self._headers = dict(headers)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
+        self._connect_seconds = connect_seconds
+        self._max_connections = max_connections
+        self._ssl = ssl_context
+        self._lock = threading.Lock()
+        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
+        self._urls: dict[str, URL] = {}
+
+    async def send(self, request: WireRequest) -> WireReply:
+        """One try, without a limit of time but that for connecting.
+
+        Raises:
+            StoreUnreachable: no connection, or no whole reply.
+        """
+        opened = await self._session()
+        if not request.long_poll:
+            return await self._exchange(opened.session, request)
+        async with opened.polls:
+            return await self._exchange(opened.session, request)
+
+    async def _exchange(self, session: aiohttp.ClientSession, request: WireRequest) -> WireReply:
+        try:
+            async with session.request(
+                request.method,
+                self._url(request.target),
+                data=_payload(request.body),
+                headers=None if request.body is None else _JSON,
+                allow_redirects=False,
+            ) as response:
+                return WireReply(response.status, response.headers, await response.read())
+        except TimeoutError as error:  # aiohttp's own is one, too
+            raise StoreUnreachable(
+                f"no connection to {self._root} within {self._connect_seconds:g} s: {error or 'it timed out'}"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise StoreUnreachable(f"{type(error).__name__}: {error or 'the connection was closed'}") from error
+
+    async def close(self) -> None:
+        """Close all sessions, also those of other event loops. Later requests open new ones; idempotent."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+            self._sessions.clear()
+        for each in sessions:
+            await _close(each)
+
+    def _url(self, target: str) -> URL:
+        """The URL of a target; those without ids and questions are few, and parsed once."""
+        if "?" in target or len(self._urls) > 256:
+            return URL(self._root + target, encoded=True)
+        url = self._urls.get(target)
+        if url is None:
+            url = URL(self._root + target, encoded=True)
+            if target.count("/") <= 5:
+                self._urls[target] = url
+        return url
+
+    async def _session(self) -> _Session:
+        loop = asyncio.get_running_loop()
+        known = self._sessions.get(loop)
+        return known if known is not None else await self._open(loop)
+
+    async def _open(self, loop: asyncio.AbstractEventLoop) -> _Session:
+        lifetime = self._lifetime()
+        session = await anext(lifetime)  # does not suspend, so no other task of this loop comes between
+        with self._lock:
+            closed = [self._sessions.pop(other) for other in list(self._sessions) if other.is_closed()]
+            polls = asyncio.Semaphore(max(1, self._max_connections * 3 // 4))
+            opened = self._sessions[loop] = _Session(loop, session, polls, lifetime)
+        for each in closed:
+            _let_go(each)
+        return opened
+
+    async def _lifetime(self) -> AsyncGenerator[aiohttp.ClientSession, None]:
+        connector = aiohttp.TCPConnector(
+            limit=self._max_connections, ssl=True if self._ssl is None else self._ssl, ttl_dns_cache=30
+        )
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            timeout=self._timeout,
+            read_bufsize=2**18,
+        )
+        try:
+            yield session
+        finally:
+            with self._lock:
+                known = self._sessions.get(asyncio.get_running_loop())
+                if known is not None and known.session is session:
+                    del self._sessions[known.loop]
+            await session.close()
+
+
+def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
+    """A large body is sent in pieces, between which the event loop can do other things."""
+    return io.BytesIO(body) if body is not None and len(body) > 2**18 else body
+
+
+async def _close(each: _Session) -> None:
+    if each.loop is asyncio.get_running_loop():
+        await each.lifetime.aclose()
+    elif each.loop.is_running():
+        ending = asyncio.run_coroutine_threadsafe(_end(each.lifetime), each.loop)
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.wrap_future(ending)
+        except TimeoutError:  # that loop is busy or ended meanwhile; then its own end closes the session
+            ending.cancel()
+    else:
+        _let_go(each)
+
+
+async def _end(lifetime: AsyncGenerator[aiohttp.ClientSession, None]) -> None:
+    await lifetime.aclose()
+
+
+def _let_go(each: _Session) -> None:
+    """Close the session of a loop that does not run, and may never run again."""
+    connector = each.session.connector
+    each.session.detach()
+    if connector is None:
+        return
+    pools = cast("Any", connector)
+    idle = [protocol for pool in pools._conns.values() for protocol, _ in pool]
+    for protocol in [*idle, *pools._acquired]:
+        transport = protocol.transport
+        if transport is None:
+            continue
+        try:
+            transport.abort()
+        except RuntimeError:
+            # A closed loop calls nothing back any more, so what abort() would have had it call is called here.
+            ended = getattr(transport, "_call_connection_lost", None)
+            if ended is not None:
+                ended(None)
+    pools._conns.clear()
+    pools._acquired.clear()
+    pools._closed = True

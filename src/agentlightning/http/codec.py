@@ -1,0 +1,250 @@
+"""Results and errors as bytes, and back: what server and client must agree on.
+
+Errors travel as problem details (RFC 9457) with the stable ``code`` of their class, and are raised on
+the other side as what they were.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import msgspec
+from pydantic import BaseModel, TypeAdapter
+
+from agentlightning.errors import AgentLightningError, BadRequest, NotJson, StoreUnavailable, TooLarge, error_classes
+from agentlightning.http.messages import Problem
+from agentlightning.http.routes import Route
+from agentlightning.store.validation import INT64_END, MAX_DEPTH
+from agentlightning.types import PaginatedResult, Span
+
+JSON_TYPE = "application/json"
+PROBLEM_TYPE = "application/problem+json"
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def encode_result(route: Route, result: Any) -> bytes:
+    """The body of a reply with the result of the route's method (for spans in bulk: ``sequence_ids_of`` it).
+
+    Records may be JSON already, as bytes.
+    """
+    if route.reply_field is not None:
+        return json.dumps({route.reply_field: result}, separators=(",", ":")).encode()
+    if isinstance(result, PaginatedResult):
+        return b"".join(encode_page_parts(cast("PaginatedResult[BaseModel]", result)))
+    if isinstance(result, Sequence) and not isinstance(result, bytes):
+        return b"[" + b",".join([_record(each) for each in cast("Sequence[BaseModel]", result)]) + b"]"
+    return _record(result)
+
+
+def encode_page_parts(page: PaginatedResult[Any], items_per_part: int = 256) -> Iterable[bytes]:
+    """The body of a reply with one page, in parts, so that a large one is never in memory as a whole."""
+    yield b'{"items":['
+    for start in range(0, len(page.items), items_per_part):
+        part = b",".join([_record(each) for each in page.items[start : start + items_per_part]])
+        yield b"," + part if start else part
+    yield f'],"limit":{page.limit},"offset":{page.offset},"total":{page.total}}}'.encode()
+
+
+def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
+    """The sequence id of each span given; 0 where it is not among those that are new.
+
+    Both in the same order; of spans with equal ids, the first is the one that was stored.
+    """
+    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
+    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
+
+
+def decode_reply(route: Route, content: bytes) -> Any:
+    """The result that a 2xx reply carries.
+
+    Raises:
+        StoreUnavailable: it is not what the route replies, so something that is no server of ours answered.
+    """
+    try:
+        reply = _adapter(route).validate_json(content)
+    except ValueError as error:
+        raise StoreUnavailable(
+            f"the reply to {route.verb} {route.path} is not what a store server sends ({content[:80]!r}); "
+            "check the address, and what stands between"
+        ) from error
+    return reply if route.reply_field is None else getattr(reply, route.reply_field)
+
+
+@cache
+def _adapter(route: Route) -> TypeAdapter[Any]:
+    return TypeAdapter(route.reply)
+
+
+def _record(record: Any) -> bytes:
+    """One record as JSON. Spans set by themselves how non-finite numbers are written."""
+    if isinstance(record, bytes):
+        return record
+    if isinstance(record, BaseModel):
+        return record.model_dump_json().encode()
+    return json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def encode_problem(
+    error: AgentLightningError,
+    request_id: str,
+    *,
+    status: int | None = None,
+    errors: Sequence[Mapping[str, Any]] | None = None,
+) -> bytes:
+    """The body of a reply that refuses a request.
+
+    Args:
+        error: what its class and message say.
+        request_id: names the request in the server's log.
+        status: the HTTP status, where it is not that of the class.
+        errors: which parts of the request are not valid.
+    """
+    status = error.status if status is None else status
+    problem = Problem(
+        title=http.HTTPStatus(status).phrase,
+        status=status,
+        code=error.code,
+        detail=error.message,
+        request_id=request_id,
+        errors=None if errors is None else [dict(each) for each in errors],
+    )
+    return problem.model_dump_json(exclude_none=True).encode()
+
+
+def decode_error(status: int, content: bytes) -> AgentLightningError:
+    """The error that a reply outside 2xx stands for, to be raised.
+
+    A problem of our own becomes what it was on the server. Whatever a proxy between says becomes
+    ``BadRequest`` (4xx) or ``StoreUnavailable``.
+    """
+    try:
+        problem = Problem.model_validate_json(content)
+    except ValueError:
+        message = f"the server answered {status}: {content[:200]!r}"
+        return BadRequest(message) if 400 <= status < 500 and status != 429 else StoreUnavailable(message)
+    kind = error_classes().get(problem.code)
+    if kind is None:  # of a newer version
+        kind = BadRequest if status < 500 and status != 429 else StoreUnavailable
+    return kind(problem.detail)
+
+
+# --- The strict JSON door: what every body that comes in has to pass, before anything else look ---
+
+MAX_BODY_DEPTH = MAX_DEPTH + 6
+"""The deepest nesting of a body: that of a value, below the objects and arrays of the wire that may hold it."""
+MAX_NODES = 1_000_000
+"""The most keys and values in one body."""
+
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+_SPACED_COLONS = (b" :", b"\t:", b"\n:", b"\r:")
+
+
+def decode_strict(raw: bytes, what: str = "the body") -> Any:
+    """The value that ``raw`` stands for; ``what`` names it in errors.
+
+    Raises:
+        NotJson: it is not strict JSON.
+        TooLarge: it is nested deeper than ``MAX_BODY_DEPTH``, or has more than ``MAX_NODES`` keys and values.
+    """
+    # Each node but the first comes after one of these, so this bounds their number without decoding.
+    if len(raw) > MAX_NODES and raw.count(b",") + raw.count(b":") + raw.count(b"[") + raw.count(b"{") > MAX_NODES:
+        _check_nodes(raw, what)
+    try:
+        value = _decode(raw)
+    except RecursionError as error:
+        raise _too_deep(what) from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise NotJson(f"{what} is not JSON: {_reason(raw, error)}") from error
+    if b"\\" in raw and b"\\u0000" in raw and _NUL.search(raw):
+        raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
+    if isinstance(value, (dict, list)):
+        keys = _count_keys(value, MAX_BODY_DEPTH, what)
+        if keys and _encode(value) != raw:  # JSON that we would write ourselves has no key twice
+            _check_unique(raw, keys, what)
+    elif isinstance(value, int):
+        _check_int(value, what)
+    return cast(Any, value)
+
+
+def _count_keys(container: Any, depth: int, what: str) -> int:
+    """How many keys all objects in this one have together; checks depth and integers on the way."""
+    if depth == 0:
+        raise _too_deep(what)
+    if type(container) is dict:
+        items: Any = cast("dict[str, Any]", container).values()
+        keys = len(items)
+    else:
+        items = container
+        keys = 0
+    for item in items:
+        kind = cast("type[Any]", type(item))
+        if kind is str or kind is float:
+            continue
+        if kind is dict or kind is list:
+            keys += _count_keys(item, depth - 1, what)
+        elif kind is int:
+            _check_int(item, what)
+    return keys
+
+
+def _check_int(value: int, what: str) -> None:
+    if not -INT64_END <= value < INT64_END:
+        raise NotJson(f"{what} holds an integer outside ±2^63; send it as a string")
+
+
+def _check_unique(raw: bytes, keys: int, what: str) -> None:
+    """Raise if there are more keys in the text than there are in the decoded value.
+
+    In nearly all JSON every key is directly followed by its colon, so that the keys can be counted by
+    counting ``":`` outside of strings. Inside of strings it is ``\\":``, unless the backslash before
+    the quote is itself escaped. Where counting does not settle it, all objects are looked at.
+    """
+    if not any(spaced in raw for spaced in _SPACED_COLONS) and b'\\\\"' not in raw:
+        found = raw.count(b'":') - (raw.count(b'\\":') if b"\\" in raw else 0)
+        if found == keys:
+            return
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise NotJson(f"{what} has the key {key[:80]!r} twice in one object; give each key once")
+            seen.add(key)
+
+    json.loads(raw, object_pairs_hook=unique)
+
+
+def _check_nodes(raw: bytes, what: str) -> None:
+    """Raise if there are too many keys and values, not counting what only looks like some inside of strings."""
+    outside = re.sub(rb'"(?:[^"\\]|\\.)*+"', b"", raw)
+    nodes = outside.count(b",") + outside.count(b":") + outside.count(b"[") + outside.count(b"{") + 1
+    if nodes > MAX_NODES:
+        raise TooLarge(f"{what} has more than {MAX_NODES:,} keys and values; send less at a time")
+
+
+def _too_deep(what: str) -> TooLarge:
+    return TooLarge(f"{what} is nested deeper than {MAX_BODY_DEPTH} levels")
+
+
+def _reason(raw: bytes, error: Exception) -> str:
+    if not raw.strip():
+        return "it is empty"
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "it begins with a byte order mark; send UTF-8 without one"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error.reason})"
+    if re.search(rb"\\u[dD][89a-fA-F]", raw) and "truncated" in str(error):
+        return "it holds half of a surrogate pair, which is no character"
+    return str(error)

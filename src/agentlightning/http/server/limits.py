@@ -1,0 +1,164 @@
+"""How much a server takes at once, and what it refuses first when that is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded
+from agentlightning.http.routes import SHED_ORDER, Priority
+from agentlightning.http.server.endpoints import Reply
+from agentlightning.http.server.exchange import Exchange
+from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
+from agentlightning.security.keys import ApiKey
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Bounds on everything a client can make a server hold.
+
+    Raises:
+        InvalidValue: one of them is not positive.
+    """
+
+    connections: int = 8192
+    """Open connections in all. A new one beyond is answered by 503 and closed."""
+    connections_per_address: int = 4096
+    """Open connections from one address."""
+    header_bytes: int = 64 * 1024
+    """The request line and all headers of one request."""
+    header_seconds: float = 10.0
+    """How long a request's headers may take to arrive; and the beginning of TLS."""
+    body_bytes: int = 64 * _MIB
+    """The body of one request, and what a compressed one may grow to."""
+    body_seconds: float = 30.0
+    """How long a request's body may take to arrive, beyond a second for every 64 KiB of it; and how long a client may
+    take to read what is sent to it, likewise."""
+    idle_seconds: float = 75.0
+    """How long a connection may stay open between requests."""
+    requests: int = 4096
+    """Requests being worked on, those that wait for work or for the end of rollouts not counted."""
+    in_flight_bytes: int = 256 * _MIB
+    """The bodies of all requests being worked on."""
+    drain_seconds: float = 10.0
+    """How long requests may go on when the server stops. Those that wait are answered at once."""
+    retry_after_seconds: int = 1
+    """When a request that was refused because of load may be sent again."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not value > 0:
+                raise InvalidValue(f"{name} {value!r} is not valid; give more than 0")
+
+
+_SHARES: Mapping[Priority, float] = MappingProxyType(
+    {priority: 0.5 + 0.5 * place / (len(SHED_ORDER) - 1) for place, priority in enumerate(SHED_ORDER)}
+)
+"""How full the server may be for a request to be taken: half for those that are shed first, all for the last."""
+
+
+class Load:
+    """What a server works on at this moment. Used by one event loop."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._most_requests = {each: limits.requests * share for each, share in _SHARES.items()}
+        self._most_bytes = {each: limits.in_flight_bytes * share for each, share in _SHARES.items()}
+        self.requests = 0
+        self.bytes = 0
+
+    def take(self, priority: Priority, size: int) -> None:
+        """Begin to work on a request; ``give_back`` it.
+
+        Raises:
+            Overloaded: there is too much to do for a request of this priority.
+        """
+        if self.requests >= self._most_requests[priority] or self.bytes + size > self._most_bytes[priority]:
+            raise Overloaded(
+                f"the server works on {self.requests:,} requests of {self.bytes:,} bytes, and takes no more of this "
+                f"kind ({priority}) now; nothing was done, send it again later"
+            )
+        self.requests += 1
+        self.bytes += size
+
+    def grow(self, priority: Priority, size: int) -> None:
+        """The body of a request that was taken is larger than it was said to be. Raises as ``take``."""
+        if self.bytes + size > self._most_bytes[priority]:
+            raise Overloaded(f"the bodies of all requests have {self.bytes:,} bytes; send this one again later")
+        self.bytes += size
+
+    def give_back(self, size: int) -> None:
+        """A request of this size is done."""
+        self.requests -= 1
+        self.bytes -= size
+
+
+# --- Who may send requests: by host name, by web page, by key ---
+
+OPEN_PATHS = frozenset(
+    f"{prefix}/health{which}" for prefix in ("/agl/v1", "/v1/agl") for which in ("", "/live", "/ready")
+)
+"""Paths that need no key: they say nothing but that there is a server, to probes that have none."""
+_PREFLIGHT = (
+    (b"access-control-allow-methods", b"GET, POST, DELETE"),
+    (b"access-control-allow-headers", b"authorization, content-type, traceparent, x-request-id"),
+    (b"access-control-max-age", b"600"),
+)
+
+
+class Gate:
+    """Lets requests through, or refuses them.
+
+    Args:
+        key: what a request must show; None: nothing.
+        hosts: the names the server answers to.
+        origins: the web pages it answers.
+        open_paths: paths for which no key is needed.
+    """
+
+    def __init__(
+        self,
+        key: ApiKey | None,
+        hosts: AllowedHosts,
+        origins: AllowedOrigins,
+        open_paths: Collection[str] = OPEN_PATHS,
+    ) -> None:
+        self._key = key
+        self._hosts = hosts
+        self._origins = origins
+        self._open_paths = open_paths
+
+    def check(self, exchange: Exchange) -> Reply | None:
+        """The reply to a browser that asks what it may do (CORS preflight); None for every other request.
+
+        Raises:
+            NotAuthenticated: the key is missing, or another.
+            NotAllowed: the host name or the origin is none of those that may be.
+        """
+        headers = exchange.headers
+        host = headers.get(b"host")
+        shown = self._key is not None and self._key.opens(headers.get(b"authorization"))
+        if not shown and not self._hosts.allows(host):
+            name = (host or b"")[:80].decode("latin-1")
+            raise NotAllowed(
+                f"this server does not answer to the name {name!r}; use its address, or start it with "
+                "--allowed-host (it refuses unknown names because web pages can make up names for your machine)"
+            )
+        origin = headers.get(b"origin")
+        if origin is not None:
+            if not self._origins.allows(origin, host):
+                page = origin[:80].decode("latin-1")
+                raise NotAllowed(f"this server does not answer web pages from {page!r}; start it with --cors-origin")
+            visible = self._origins.shown_to(origin)
+            if visible is not None:
+                exchange.extra_headers += [(b"access-control-allow-origin", visible), (b"vary", b"origin")]
+                if exchange.method == "OPTIONS" and b"access-control-request-method" in headers:
+                    return Reply(204, headers=_PREFLIGHT)
+        if self._key is not None and not shown and exchange.path not in self._open_paths:
+            raise NotAuthenticated(
+                "this server wants an API key: send 'Authorization: Bearer KEY', or set AGL_API_KEY for our client"
+            )
+        return None

@@ -1,0 +1,191 @@
+"""The OpenAPI document, made from the table of routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import cleandoc, getdoc
+from typing import Any, cast
+
+from pydantic import TypeAdapter
+
+from agentlightning.http.messages import Health, Problem, Readiness
+from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH, ROUTES, Dialect, Route
+from agentlightning.store.base import LightningStore
+
+OPENAPI_PATHS = tuple(f"{dialect.prefix}/openapi.json" for dialect in DIALECTS)
+_REFERENCES = "#/components/schemas/{model}"
+_REFUSALS: Mapping[str, str] = {
+    "400": "Not a request that this server understands.",
+    "401": "The API key is missing, or another.",
+    "403": "The host name or the web page is not allowed.",
+    "404": "Something that the request names is unknown.",
+    "409": "The state of a record does not allow this, it is stale, or an id was used for something else.",
+    "413": "Too large.",
+    "415": "Not JSON.",
+    "422": "Not valid.",
+    "429": "Too much to do. Nothing was done; send it again after `Retry-After`.",
+    "503": "Cannot be done now. Send it again after `Retry-After`.",
+    "507": "The disk is full.",
+}
+
+
+def openapi_document(version: str) -> dict[str, Any]:
+    """The document for all routes, below every prefix, as OpenAPI 3.1 has it."""
+    schemas: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    for dialect in DIALECTS:
+        for route in ROUTES:
+            operations = paths.setdefault(dialect.prefix + route.path, {})
+            operations[route.verb.lower()] = _operation(route, dialect, schemas)
+        for path, model, text in (
+            ("/health", Health, "The server answers."),
+            ("/health/live", Health, "The server answers."),
+            ("/health/ready", Readiness, "The server takes requests."),
+        ):
+            paths[dialect.prefix + path] = {"get": _probe(dialect.prefix + path, model, text, schemas)}
+        detail = f"{dialect.prefix}/health/detail"
+        paths[detail] = {"get": _plain(detail, "What the server works on, and its store holds.", "application/json")}
+    paths["/metrics"] = {"get": _plain("/metrics", "Metrics in the text format of Prometheus.", "text/plain")}
+    paths[OTLP_TRACES_PATH] = {"post": _otlp(schemas)}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Agent Lightning store",
+            "version": version,
+            "description": "Queue of rollouts, record of attempts, log of spans, versions of resources.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "basic": {"type": "http", "scheme": "basic"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"basic": []}],
+    }
+
+
+def _operation(route: Route, dialect: Dialect, schemas: dict[str, Any]) -> dict[str, Any]:
+    text = cleandoc(getdoc(getattr(LightningStore, route.method)) or "")
+    reply: Any = route.reply
+    if route.unknown_is_none and dialect.unknown_is_null:
+        reply = route.reply | None
+    operation: dict[str, Any] = {
+        "operationId": _operation_id(route.verb, dialect.prefix + route.path),
+        "summary": text.split("\n", 1)[0],
+        "description": text,
+        "tags": [route.path.split("/")[1]],
+        "x-permission": route.permission,
+        "parameters": [*_path_parameters(route), *_query_parameters(route, schemas)],
+        "responses": {
+            str(route.status): {
+                "description": "Done.",
+                "content": {"application/json": {"schema": _schema(reply, schemas, "serialization")}},
+            },
+            **_refusals(schemas),
+        },
+    }
+    if route.method == "dequeue_many_rollouts":
+        operation["responses"]["200"]["headers"] = {
+            "Agl-Directive": {
+                "description": "What the worker is asked to do.",
+                "schema": {"type": "string", "enum": ["drain", "stop"]},
+            }
+        }
+    if route.body is not None:
+        operation["requestBody"] = {
+            "required": not route.body_optional,
+            "content": {"application/json": {"schema": _schema(route.body, schemas, "validation")}},
+        }
+    return operation
+
+
+def _path_parameters(route: Route) -> list[dict[str, Any]]:
+    names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
+    schema = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": r"^[A-Za-z0-9._~:@\-]+$"}
+    return [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
+
+
+def _query_parameters(route: Route, schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    if route.query is None:
+        return []
+    model = _schema(route.query, schemas, "validation", inline=True)
+    required = cast("list[str]", model.get("required", []))
+    parameters: list[dict[str, Any]] = []
+    for name, schema in cast("dict[str, dict[str, Any]]", model["properties"]).items():
+        choices = [each for each in schema.get("anyOf", ()) if each != {"type": "null"}]
+        shown = {**schema, **choices[0]} if choices else dict(schema)
+        shown.pop("anyOf", None)
+        if shown.get("default", 0) is None:
+            del shown["default"]  # null cannot be said in a query; it is what absent means
+        parameters.append({"name": name, "in": "query", "required": name in required, "schema": shown})
+    return parameters
+
+
+def _refusals(schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/problem+json": {"schema": _schema(Problem, schemas, "serialization")}}
+    return {status: {"description": text, "content": content} for status, text in _REFUSALS.items()}
+
+
+def _probe(path: str, model: type[Any], text: str, schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": _schema(model, schemas, "serialization")}}
+    return {
+        "operationId": _operation_id("GET", path),
+        "summary": text,
+        "tags": ["health"],
+        "security": [{}],
+        "responses": {
+            "200": {"description": text, "content": content},
+            "503": {"description": "Not now.", "content": content},
+            **{status: refusal for status, refusal in _refusals(schemas).items() if status in ("400", "403")},
+        },
+    }
+
+
+def _plain(path: str, text: str, media: str) -> dict[str, Any]:
+    return {
+        "operationId": _operation_id("GET", path),
+        "summary": text,
+        "tags": ["health"],
+        "responses": {
+            "200": {"description": text, "content": {media: {}}},
+            **{status: {"description": words} for status, words in _REFUSALS.items()},
+        },
+    }
+
+
+def _otlp(schemas: dict[str, Any]) -> dict[str, Any]:
+    media: dict[str, Any] = {"application/x-protobuf": {}, "application/json": {"schema": {"type": "object"}}}
+    text = "Store spans sent by an OpenTelemetry exporter (OTLP/HTTP)."
+    return {
+        "operationId": "add_otlp_traces",
+        "summary": text,
+        "description": "Spans say whose they are by the attributes `agentlightning.rollout_id` and "
+        "`agentlightning.attempt_id`; those that do not, or are refused, are counted in `partial_success`.",
+        "tags": ["spans"],
+        "x-permission": "run",
+        "requestBody": {"required": False, "content": media},
+        "responses": {
+            "200": {"description": "Stored, but for those that `partial_success` counts.", "content": media},
+            **{
+                status: {"description": words, "content": {**media, **_refusals(schemas)[status]["content"]}}
+                for status, words in _REFUSALS.items()
+            },
+        },
+    }
+
+
+def _schema(kind: Any, schemas: dict[str, Any], mode: Any, *, inline: bool = False) -> dict[str, Any]:
+    """The schema of a type; those it refers to are put among ``schemas``, and it too unless it is to be ``inline``."""
+    schema = TypeAdapter[Any](kind).json_schema(ref_template=_REFERENCES, mode=mode)
+    schemas.update(schema.pop("$defs", {}))
+    title = schema.get("title")
+    if inline or schema.get("type") != "object" or not isinstance(kind, type) or not title:
+        return schema
+    schemas[title] = schema
+    return {"$ref": _REFERENCES.format(model=title)}
+
+
+def _operation_id(verb: str, path: str) -> str:
+    return f"{verb.lower()}{path}".replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")

@@ -1,0 +1,398 @@
+"""Spans by OTLP/HTTP: what OpenTelemetry exporters send (opentelemetry.io/docs/specs/otlp, "OTLP/HTTP").
+
+A span says by attributes whose it is: ``agentlightning.rollout_id`` and ``agentlightning.attempt_id``, and if
+it likes ``agentlightning.span_sequence_id``; on itself or, for all spans of a process, on its resource.
+Spans that do not, or that the store refuses, are counted and named in ``partial_success``; the others are stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from pydantic import ValidationError
+
+from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, NotJson, TooLarge, UnsupportedMedia
+from agentlightning.http.codec import MAX_NODES, decode_strict
+from agentlightning.semconv import LightningResourceAttributes
+from agentlightning.store.arguments import check_batch
+from agentlightning.store.base import LightningStore
+from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import Descriptor
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+    from opentelemetry.proto.trace.v1 import trace_pb2
+
+
+# --- How many objects a protobuf message becomes when it is read, counted on its bytes ---
+
+_SMALLEST_FIELD_BYTES = 2
+_LONGEST_VARINT = 70
+_VARINT, _DELIMITED = 0, 2
+_OTHER_BYTES = {1: 8, 3: 0, 4: 0, 5: 4}
+"""What comes after the tag in fields of the other kinds. What is in a group (3, 4) is looked at like what is not."""
+
+_Shape = dict[int, Any]
+"""The fields of a message that are messages themselves, by number."""
+
+
+def check_fields(content: bytes, message: Descriptor, most: int) -> None:
+    """Look at all fields of a message and of those within it, before it is read.
+
+    Args:
+        content: the bytes of the message.
+        message: its type.
+        most: the most fields that it may have.
+
+    Raises:
+        TooLarge: it has more.
+        NotJson: it is no such message. That there are few fields does not show that it is one.
+    """
+    if len(content) < most * _SMALLEST_FIELD_BYTES:
+        return
+    try:
+        _count(content, _shape_of(message, {}), most)
+    except LookupError as error:
+        raise _not_whole(message) from error
+
+
+def _count(content: bytes, shape: _Shape, most: int) -> None:
+    count = 0
+    waiting: list[tuple[int, int, Mapping[int, Any]]] = [(0, len(content), shape)]
+    while waiting:
+        position, end, fields = waiting.pop()
+        while position < end:
+            count += 1
+            if count > most:
+                raise TooLarge(f"the body has more than {most:,} fields; send fewer spans at a time")
+            tag, position = _varint(content, position)
+            kind = tag & 7
+            if kind == _DELIMITED:
+                length, position = _varint(content, position)
+                within = fields.get(tag >> 3)
+                if within is not None and length:
+                    waiting.append((position, position + length, within))
+                position += length
+            elif kind == _VARINT:
+                _, position = _varint(content, position)
+            else:
+                position += _OTHER_BYTES[kind]
+        if position > end:
+            raise IndexError(position)
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """A number, and where it ends. Raises ``LookupError`` if it does not."""
+    byte = content[position]
+    position += 1
+    value, shift = byte & 0x7F, 7
+    while byte & 0x80:
+        if shift == _LONGEST_VARINT:
+            raise IndexError(position)
+        byte = content[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+    return value, position
+
+
+def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:
+    """Types may hold one another, so the shapes do, too."""
+    shape = known.get(message.full_name)
+    if shape is None:
+        shape = known[message.full_name] = {}
+        for field in message.fields:
+            if field.message_type is not None:
+                shape[field.number] = _shape_of(field.message_type, known)
+    return shape
+
+
+def _not_whole(message: Descriptor) -> NotJson:
+    return NotJson(f"the body is no {message.name}: its fields are not whole")
+
+
+# ---
+
+PROTOBUF_MEDIA = b"application/x-protobuf"
+JSON_MEDIA = b"application/json"
+_ROLLOUT_ID = LightningResourceAttributes.ROLLOUT_ID.value
+_ATTEMPT_ID = LightningResourceAttributes.ATTEMPT_ID.value
+_SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
+_STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
+_REASONS_SHOWN = 5
+_LARGE_BYTES = 256 * 1024
+"""From this size on, reading a request may take so long that others would notice."""
+_ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
+
+
+_Resource = tuple[OtelResource, dict[str, Any]]
+"""What made spans, and the attributes of that."""
+
+
+class Outcome(NamedTuple):
+    """What became of the spans of one request."""
+
+    accepted: int
+    rejected: int
+    reasons: Sequence[str]
+
+
+class _Refused(Exception):
+    """A span that cannot be stored, and why."""
+
+
+def inflate(raw: bytes, limit: int) -> bytes:
+    """The content of gzip data.
+
+    Raises:
+        NotJson: it is not gzip data, or not all of it.
+        TooLarge: there are more than ``limit`` bytes in it; no more than those were unpacked.
+    """
+    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        content = unpacker.decompress(raw, limit + 1)
+    except zlib.error as error:
+        raise NotJson(f"the body is not gzip data: {error}") from error
+    if len(content) > limit or unpacker.unconsumed_tail:
+        raise TooLarge(f"the body unpacks to more than {limit:,} bytes; send fewer spans at a time")
+    if not unpacker.eof or unpacker.unused_data:
+        raise NotJson("the body is not one whole piece of gzip data")
+    return content
+
+
+async def store_traces(store: LightningStore, media: bytes, content: bytes) -> Outcome:
+    """Store the spans of an ``ExportTraceServiceRequest``.
+
+    Args:
+        store: takes them.
+        media: ``PROTOBUF_MEDIA`` or ``JSON_MEDIA``.
+        content: the request, unpacked.
+
+    Raises:
+        UnsupportedMedia: it is of neither type.
+        NotJson: it is not such a request.
+        TooLarge: it has more fields, or more spans, than are taken at a time.
+        StoreUnavailable: the store takes nothing now; the exporter may send all of it again.
+    """
+    if len(content) < _LARGE_BYTES:
+        spans, reasons = _spans_in(media, content)
+    else:  # beside the event loop, in which others wait
+        spans, reasons = await asyncio.to_thread(_spans_in, media, content)
+    accepted = await _store(store, spans, reasons)
+    return Outcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
+
+
+def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
+    """The spans of a request, and why others of it are not among them."""
+    reasons: list[str] = []
+    spans: list[Span] = []
+    groups = _by_resource(_read(media, content))
+    check_batch([each for _, group in groups for each in group], "spans")
+    for resource, group in groups:
+        for each in group:
+            try:
+                spans.append(_convert(each, resource))
+            except _Refused as refused:
+                reasons.append(str(refused))
+            except (ValidationError, InvalidValue) as error:
+                reasons.append(f"span {each.name[:80]!r} is not valid: {str(error)[:200]}")
+    return spans, reasons
+
+
+def encode_outcome(media: bytes, outcome: Outcome) -> bytes:
+    """The ``ExportTraceServiceResponse``, in the encoding of the request."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+    message = "; ".join(outcome.reasons)
+    if media == JSON_MEDIA:
+        partial = {"rejectedSpans": str(outcome.rejected), "errorMessage": message}
+        return json.dumps({"partialSuccess": partial} if outcome.rejected else {}).encode()
+    response = ExportTraceServiceResponse()
+    if outcome.rejected:
+        response.partial_success.rejected_spans = outcome.rejected
+        response.partial_success.error_message = message
+    return response.SerializeToString()
+
+
+def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
+    """A ``google.rpc.Status`` with the message of an error, in the encoding of the request.
+
+    The message has two fields that matter here: 1, ``code`` (3: INVALID_ARGUMENT; 14: UNAVAILABLE), a varint;
+    and 2, ``message``, a string.
+    """
+    code = 14 if error.status in (429, 503, 507) else 3
+    if media == JSON_MEDIA:
+        return json.dumps({"code": code, "message": error.message}).encode()
+    text = error.message.encode()[:2000].decode(errors="ignore").encode()  # whole characters
+    length = bytes([len(text)]) if len(text) < 128 else bytes([len(text) & 0x7F | 0x80, len(text) >> 7])
+    return b"\x08" + bytes([code]) + b"\x12" + length + text
+
+
+async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str]) -> int:
+    """Store spans, those of each attempt together; where one of them is refused, one by one."""
+    try:
+        await store.add_many_spans(spans)
+    except (InvalidValue, NotFound) as error:
+        if len(spans) == 1:
+            reasons.append(f"span {spans[0].span_id}: {error.message[:200]}")
+            return 0
+    else:
+        return len(spans)
+    groups: dict[tuple[str, str], list[Span]] = {}
+    for span in spans:
+        groups.setdefault((span.rollout_id, span.attempt_id), []).append(span)
+    parts = list(groups.values()) if len(groups) > 1 else [[span] for span in spans]
+    return sum([await _store(store, part, reasons) for part in parts])
+
+
+# --- From OTLP to spans ------------------------------------------------------------------------------
+
+
+def _read(media: bytes, content: bytes) -> ExportTraceServiceRequest:
+    from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    request = ExportTraceServiceRequest()
+    if media == JSON_MEDIA:
+        _parse_json(content, request)
+    elif media == PROTOBUF_MEDIA:
+        check_fields(content, ExportTraceServiceRequest.DESCRIPTOR, MAX_NODES)
+        try:
+            request.ParseFromString(content)
+        except DecodeError as error:
+            raise NotJson(f"the body is no ExportTraceServiceRequest: {error}") from error
+    else:
+        raise UnsupportedMedia(
+            f"the body is {media[:80].decode('latin-1')!r}; send application/x-protobuf or application/json"
+        )
+    return request
+
+
+def _by_resource(request: ExportTraceServiceRequest) -> list[tuple[_Resource, list[trace_pb2.Span]]]:
+    return [
+        (_resource(group), [span for scope in group.scope_spans for span in scope.spans])
+        for group in request.resource_spans
+    ]
+
+
+def _resource(group: trace_pb2.ResourceSpans) -> _Resource:
+    attributes = _attributes(group.resource.attributes)
+    return OtelResource(attributes=attributes, schema_url=group.schema_url), attributes
+
+
+def _parse_json(content: bytes, request: Any) -> None:
+    """Read the JSON form, in which ids are hexadecimal, while protobuf's own JSON has base64 for bytes."""
+    from google.protobuf.json_format import ParseDict, ParseError
+
+    decoded = decode_strict(content)
+    if not isinstance(decoded, dict):
+        raise NotJson("the body is no ExportTraceServiceRequest: it is not an object")
+    try:
+        ParseDict(_with_base64_ids(decoded), request, ignore_unknown_fields=True)
+    except (ParseError, ValueError, TypeError, AttributeError) as error:
+        raise NotJson(f"the body is no ExportTraceServiceRequest: {str(error)[:300]}") from error
+
+
+def _with_base64_ids(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_base64_ids(each) for each in cast("list[Any]", value)]
+    if not isinstance(value, dict):
+        return value
+    fields = cast("dict[str, Any]", value)
+    return {
+        name: base64.b64encode(bytes.fromhex(each)).decode()
+        if name in _ID_FIELDS and isinstance(each, str)
+        else _with_base64_ids(each)
+        for name, each in fields.items()
+    }
+
+
+def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
+    resource, shared = of
+    attributes = _attributes(span.attributes)
+
+    def said(name: str) -> Any:
+        return attributes.get(name, shared.get(name))
+
+    rollout_id, attempt_id, sequence_id = said(_ROLLOUT_ID), said(_ATTEMPT_ID), said(_SEQUENCE_ID)
+    if not isinstance(rollout_id, str) or not isinstance(attempt_id, str):
+        raise _Refused(
+            f"span {span.name[:80]!r} does not say whose it is: set the attributes {_ROLLOUT_ID} and {_ATTEMPT_ID}"
+        )
+    if sequence_id is not None and (not isinstance(sequence_id, int) or sequence_id < 0):
+        raise _Refused(f"span {span.name[:80]!r} has {_SEQUENCE_ID} {sequence_id!r:.80}; give 0 or more")
+    if len(span.trace_id) != 16 or len(span.span_id) != 8:
+        raise _Refused(f"span {span.name[:80]!r} has a trace id or a span id of a wrong length")
+    context = SpanContext(
+        trace_id=span.trace_id.hex(), span_id=span.span_id.hex(), is_remote=False, trace_state=_state(span.trace_state)
+    )
+    return Span(
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=sequence_id or 0,
+        trace_id=context.trace_id,
+        span_id=context.span_id,
+        parent_id=span.parent_span_id.hex() or None,
+        name=span.name,
+        status=TraceStatus(
+            status_code=_STATUS_CODES[span.status.code] if 0 <= span.status.code < 3 else "UNSET",
+            description=span.status.message or None,
+        ),
+        attributes=attributes,
+        events=[
+            Event(name=event.name, attributes=_attributes(event.attributes), timestamp=_seconds(event.time_unix_nano))
+            for event in span.events
+        ],
+        links=[
+            Link(
+                context=SpanContext(
+                    trace_id=link.trace_id.hex(),
+                    span_id=link.span_id.hex(),
+                    is_remote=False,
+                    trace_state=_state(link.trace_state),
+                ),
+                attributes=_attributes(link.attributes),
+            )
+            for link in span.links
+        ],
+        start_time=_seconds(span.start_time_unix_nano),
+        end_time=_seconds(span.end_time_unix_nano),
+        context=context,
+        parent=None,
+        resource=resource,
+    )
+
+
+def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+    values = ((pair.key, _value(pair.value)) for pair in pairs)
+    return {key: value for key, value in values if value is not None}
+
+
+def _value(value: AnyValue) -> Any:
+    """An attribute's value; what our attributes do not have (objects, mixed lists, bytes) becomes text."""
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        items = [_value(each) for each in value.array_value.values]
+        uniform = any(all(type(each) is kind for each in items) for kind in (str, bool, int, float))
+        return items if uniform else json.dumps(items)
+    if kind == "kvlist_value":
+        return json.dumps({pair.key: _value(pair.value) for pair in value.kvlist_value.values})
+    if kind == "bytes_value":
+        return base64.b64encode(value.bytes_value).decode()
+    return None if kind is None else getattr(value, kind)
+
+
+def _seconds(nanoseconds: int) -> float | None:
+    return nanoseconds / 1e9 if nanoseconds and math.isfinite(nanoseconds) else None
+
+
+def _state(header: str) -> dict[str, str]:
+    pairs = (part.strip().partition("=") for part in header.split(",") if "=" in part)
+    return {key: value for key, _, value in pairs}

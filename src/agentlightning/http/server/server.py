@@ -1,0 +1,328 @@
+"""``LightningStoreServer``: serves a store over HTTP, and is that store for the process that serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from agentlightning.errors import InvalidValue, StoreUnavailable
+from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.routes import OTLP_TRACES_PATH
+from agentlightning.http.server.admin import build_operations
+from agentlightning.http.server.app import StoreApp
+from agentlightning.http.server.connections import Listener, TlsFiles
+from agentlightning.http.server.endpoints import Answerer
+from agentlightning.http.server.forwarding import DelegatingStore
+from agentlightning.http.server.limits import Gate, Load, ServerLimits
+from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
+from agentlightning.security.keys import ApiKey
+from agentlightning.serving.server import allow_many_files
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+from agentlightning.store.base import LightningStore, LightningStoreCapabilities
+from agentlightning.store.engine import EngineStore
+from agentlightning.telemetry.metrics import RequestMeter
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 4747
+
+_REPLACED: Mapping[str, str] = {
+    "launch_mode": "the server always runs in a thread of its own; for a process of its own, run `agl store`",
+    "launcher_args": "limits=ServerLimits(…) and the arguments of this class say the same",
+    "tracker": "GET /metrics has the numbers, for Prometheus",
+}
+"""Arguments of 0.3 that have no effect any more, and what came in their place."""
+
+
+class LightningStoreServer(DelegatingStore):
+    """Serves a store over HTTP from a thread of its own, which any event loop or thread may start and stop.
+
+    The object is a store, too: in the process that made it, it is ``store`` itself; pickled, or inherited by
+    fork, it is a client of its own endpoint. ``store`` stays the caller's, who closes it after ``stop``.
+
+    Args:
+        store: what is served; safe to use from any thread.
+        host: name or address to listen on. Default: this machine only.
+        port: 0 for any that is free; ``port`` says which after ``start``. Default: 4747.
+        cors_allow_origins: web pages that may use the server, such as ``https://lab.example``; ``*`` for all.
+        n_workers: of 0.3; one process serves a store, so only 1 is possible.
+        api_key: what every request has to show. Default: ``AGL_API_KEY``. Without one, only loopback is served.
+        allowed_hosts: names under which the server is reached, besides its addresses and ``localhost``.
+        tls_certificate, tls_key: files in PEM, for HTTPS.
+        run_id: the run that is served, if it is one; runners of another one stay away.
+        limits: bounds on everything that a client can make the server hold.
+        replaced: other arguments of 0.3: accepted, with a warning that says what came in their place.
+
+    Raises:
+        InvalidValue: an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        store: LightningStore,
+        host: str | None = None,
+        port: int | None = None,
+        cors_allow_origins: Sequence[str] | str | None = None,
+        *,
+        n_workers: int = 1,
+        api_key: str | None = None,
+        allowed_hosts: Sequence[str] = (),
+        tls_certificate: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        run_id: str | None = None,
+        limits: ServerLimits = ServerLimits(),  # noqa: B008 - a value that cannot change
+        **replaced: Any,
+    ) -> None:
+        unknown = replaced.keys() - _REPLACED.keys()
+        if unknown:
+            raise TypeError(f"LightningStoreServer takes no argument {', '.join(sorted(unknown))}")
+        for name, value in replaced.items():
+            if value is not None:
+                warnings.warn(f"{name} has no effect any more: {_REPLACED[name]}", DeprecationWarning, stacklevel=2)
+        if n_workers != 1:
+            raise InvalidValue(f"n_workers {n_workers!r} is not possible: one process serves a store; leave it out")
+        if (tls_certificate is None) != (tls_key is None):
+            raise InvalidValue("for HTTPS give both tls_certificate and tls_key; for HTTP give neither")
+        self.store: LightningStore | None = store
+        """What is served; None in another process."""
+        self.host = DEFAULT_HOST if host is None else host
+        self.port = DEFAULT_PORT if port is None else port
+        self.run_id = run_id
+        self.app: StoreApp | None = None
+        """The ASGI application, while the server runs."""
+        self._key = api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+        self._gate = Gate(
+            ApiKey(self._key) if self._key else None,
+            AllowedHosts([self.host, *allowed_hosts]),
+            AllowedOrigins(cors_allow_origins),
+        )
+        self._tls = (
+            None if tls_certificate is None or tls_key is None else TlsFiles(Path(tls_certificate), Path(tls_key))
+        )
+        self._limits = limits
+        self._listener: Listener | None = None
+        self._bound: Listener | None = None
+        self._changing = threading.Lock()
+        self._owner = os.getpid()
+        self._client: LightningStoreClient | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"host": self.host, "port": self.port, "run_id": self.run_id, "_key": self._key, "_tls": self._tls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.store = self.app = self._listener = self._bound = self._client = None
+        self._changing = threading.Lock()
+        self._owner = -1
+
+    def __repr__(self) -> str:
+        return f"LightningStoreServer({self.store!r}, {self.endpoint!r})"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    # --- Serving ---------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients on this machine find the server, without a prefix: ``http://127.0.0.1:4747``."""
+        host = {"0.0.0.0": DEFAULT_HOST, "::": "::1", "": DEFAULT_HOST}.get(self.host, self.host)
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    async def start(self) -> None:
+        """Serve; returns when requests are answered. Nothing happens if the server runs already.
+
+        Raises:
+            InvalidValue: others could reach the server, and there is no key; or the files for TLS are not usable.
+            StoreUnavailable: the port cannot be had; the message says why. Or this is a copy in another process.
+        """
+        await asyncio.to_thread(self.start_blocking)
+
+    def start_blocking(self) -> None:
+        """``start``, for a thread without an event loop."""
+        with self._changing:
+            if self._listener is not None:
+                return
+            listener, self._bound = self._bind(), None
+            listener.start()
+            self._listener = listener
+        _log.info("serving %s at %s", type(self.store).__name__, self.endpoint)
+
+    def take_port(self) -> None:
+        """Have the port, and all else that ``start`` may lack, before anything else is begun. Idempotent.
+
+        Nothing is listened on yet; ``start`` does that, or ``stop`` gives the port back. Raises as ``start``.
+        """
+        with self._changing:
+            if self._listener is None:
+                self._bound = self._bind()
+
+    async def stop(self) -> None:
+        """Take no new requests, answer those that wait, finish the others, let go of the port; idempotent."""
+        await asyncio.to_thread(self.stop_blocking)
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    def stop_blocking(self) -> None:
+        """``stop``, for a thread without an event loop."""
+        with self._changing:
+            bound, self._bound = self._bound, None
+            if bound is not None:
+                bound.stop()
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.stop()
+                self.app = None
+                _log.info("stopped serving at %s", self.endpoint)
+
+    async def run_forever(self) -> None:
+        """Serve until this task is cancelled. Raises as ``start``."""
+        await self.start()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await self.stop()
+
+    def _bind(self) -> Listener:
+        if self._bound is not None:
+            return self._bound
+        if not self._owned or self.store is None:
+            raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
+        if not is_loopback(self.host) and self._key is None:
+            raise InvalidValue(
+                f"other machines can reach {self.host!r}, and there is no API key: set AGL_API_KEY (or api_key=, "
+                f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
+            )
+        listener = self._build(self.store)
+        self.port = listener.bind()
+        return listener
+
+    def _build(self, store: LightningStore) -> Listener:
+        """Put the parts together: the composition root of a server."""
+        operations = build_operations(store, self._limits, lambda: serving, self.run_id)
+        app = StoreApp(Answerer(store), self._gate, self._limits, operations)
+        listener = Listener(app, self.host, self.port, self._limits, self._tls)
+        serving = _Serving(app, listener)
+        self.app = app
+        return listener
+
+    # --- Being a store ---------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        return {"thread_safe": True, "async_safe": True, "zero_copy": True, "otlp_traces": True}
+
+    def otlp_traces_endpoint(self) -> str:
+        """URL that takes spans by OTLP/HTTP."""
+        return self.endpoint + OTLP_TRACES_PATH
+
+    @property
+    def _owned(self) -> bool:
+        return self._owner == os.getpid()
+
+    def _target(self) -> LightningStore:
+        if self._owned and self.store is not None:
+            return self.store
+        with self._changing:
+            if self._client is None:
+                self._client = LightningStoreClient(self.endpoint, api_key=self._key)
+            return self._client
+
+
+class _Serving:
+    """What health and metrics tell of a running server."""
+
+    def __init__(self, app: StoreApp, listener: Listener) -> None:
+        self._app = app
+        self._listener = listener
+
+    @property
+    def meter(self) -> RequestMeter:
+        return self._app.meter
+
+    @property
+    def load(self) -> Load:
+        return self._app.load
+
+    @property
+    def draining(self) -> bool:
+        return self._app.draining
+
+    @property
+    def open_connections(self) -> int:
+        return self._listener.doorkeeper.total
+
+
+# --- A server as a whole process: from the first signal that it answers to the last byte on the ---
+
+_YOUNG_OBJECTS = 20_000
+"""How many more objects are made than freed before the collector looks at the young ones."""
+
+
+def run_service(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what was begun and close the store. For the main thread.
+
+    A second signal ends the process at once, which loses nothing that was acknowledged.
+
+    Args:
+        server: serves ``store``.
+        store: opened here, and closed at the end.
+        ready: called when requests are answered.
+
+    Raises:
+        AgentLightningError: the store cannot be opened, or the port cannot be had.
+    """
+    allow_many_files()
+    server.take_port()  # first, so that a start that fails leaves no new database behind
+    try:
+        asyncio.run(_serve(server, store, ready))
+    finally:
+        server.stop_blocking()
+
+
+async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with store:
+        await server.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _end, number, ended)
+        _collect_seldom()
+        ready()
+        await ended.wait()
+        await server.stop()
+    _log.info("stopped; everything that was acknowledged is in the store")
+
+
+def _end(number: signal.Signals, ended: asyncio.Event) -> None:
+    _log.info("%s: finishing what was begun", number.name)
+    ended.set()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(each)
+        signal.signal(each, signal.SIG_DFL)
+
+
+def _collect_seldom() -> None:
+    """Let the garbage collector pass over what is there for good, and look for cycles less often.
+
+    Requests leave hardly any cycles behind; looking for them took a twentieth of the processor.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 20, 20)

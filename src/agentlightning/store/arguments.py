@@ -1,0 +1,200 @@
+"""What callers ask for, checked and encoded, before any transaction begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from agentlightning.errors import InvalidValue, TooLarge
+from agentlightning.lifecycle import reasons
+from agentlightning.lifecycle.records import RolloutRow
+from agentlightning.store.operations.attempts import Report
+from agentlightning.store.operations.rollouts import Draft, Edit
+from agentlightning.store.operations.spans import SpanDraft
+from agentlightning.store.sources import IdSource
+from agentlightning.store.span_json import encode_span
+from agentlightning.store.validation import (
+    MAX_BATCH,
+    canonical,
+    check_finite,
+    check_id,
+    check_one_of,
+    encode_json,
+    encode_object,
+    encode_policy,
+    reason_of,
+    shown,
+)
+from agentlightning.types import UNSET, AttemptStatus, EnqueueRolloutRequest, RolloutMode, RolloutStatus, Span
+
+_CLAIM_LIMIT = 1_000
+_MODES = get_args(RolloutMode)
+_ROLLOUT_STATES = get_args(RolloutStatus)
+_ATTEMPT_STATES = get_args(AttemptStatus)
+
+
+def check_batch(items: Sequence[Any], what: str) -> None:
+    """Raise ``InvalidValue`` if this is no list, ``TooLarge`` if there is more than one call may carry."""
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidValue(f"{what} is a {type(items).__name__}; give a list")
+    if len(items) > MAX_BATCH:
+        raise TooLarge(f"{len(items):,} {what} in one call; send at most {MAX_BATCH:,} at a time")
+
+
+def check_claim_limit(limit: object) -> None:
+    """Raise ``InvalidValue`` unless this many rollouts may be claimed at a time."""
+    if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
+        raise InvalidValue(f"limit {shown(limit)} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(rollout_id, attempt_id) pairs, if that is what they are.
+
+    Raises:
+        InvalidValue: one is not a pair, or has a bad id.
+    """
+    check_batch(pairs, "ids")
+    checked: list[tuple[str, str]] = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(f"{shown(pair)} is not a pair of rollout_id and attempt_id")
+        checked.append((check_id(pair[0], "rollout_id"), check_id(pair[1], "attempt_id")))
+    return checked
+
+
+def digest_of(*parts: bytes) -> bytes:
+    """16 bytes that tell one request from another (BLAKE2b over the parts and their lengths)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = False) -> Draft:
+    """A new rollout: ``queuing``, or ``preparing`` because it is ``started`` at once.
+
+    Raises:
+        InvalidValue: a field is not valid.
+    """
+    if not isinstance(request, EnqueueRolloutRequest):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
+    if type(request.priority) is not int or not -(2**31) <= request.priority < 2**31:
+        raise InvalidValue(f"priority {shown(request.priority)} is not valid; give a signed 32-bit number")
+    if request.mode is not None:
+        check_one_of(request.mode, _MODES, "mode")
+    if request.resources_id is not None:
+        check_id(request.resources_id, "resources_id")
+    repeatable = request.rollout_id is not None
+    rollout_id = check_id(request.rollout_id, "rollout_id") if repeatable else ids.mint("ro-")
+    content = encode_json(request.input, "input")
+    metadata = encode_object(request.metadata, "metadata")
+    policy = encode_policy(request.config)
+    digest = b""
+    if repeatable or started:
+        told = repr((started, request.mode, request.resources_id, policy, request.priority, metadata is None))
+        digest = digest_of(canonical(content), b"" if metadata is None else canonical(metadata), told.encode())
+    row = RolloutRow(
+        seq=0,
+        version=1,
+        rollout_id=rollout_id,
+        status="preparing" if started else "queuing",
+        priority=request.priority,
+        input=content,
+        mode=request.mode,
+        resources_id=request.resources_id,
+        resources_version=None,
+        policy=policy,
+        metadata=metadata,
+        start_time=0.0,
+        end_time=None,
+        reason_code=None,
+        reason_message=None,
+        attempts=0,
+        redeliveries=0,
+        latest_attempt_id=None,
+        digest=digest,
+    )
+    return Draft(row, repeatable)
+
+
+def edit_of(fields: Mapping[str, Any], status: Any, reason_code: str | None, reason_message: str | None) -> Edit:
+    """Changes to a rollout; fields that are ``UNSET`` are not among them.
+
+    Raises:
+        InvalidValue: a field is not valid.
+    """
+    wanted: RolloutStatus | None = None
+    if status is not UNSET:
+        check_one_of(status, _ROLLOUT_STATES, "status")
+        wanted = status
+    default = reasons.BY_STATUS.get(wanted or "", reasons.REPORTED)
+    edit = Edit({}, wanted, reason_of(reason_code, reason_message, default))
+    for field, value in fields.items():
+        if value is UNSET:
+            continue
+        match field:
+            case "input":
+                edit.fields["input"] = encode_json(value, "input")
+            case "mode":
+                if value is not None:
+                    check_one_of(value, _MODES, "mode")
+                edit.fields["mode"] = value
+            case "resources_id":
+                edit.fields["resources_id"] = None if value is None else check_id(value, "resources_id")
+            case "config":
+                if value is None:
+                    raise InvalidValue("config cannot be None; give a RolloutConfig, or leave it out")
+                edit.fields["config"] = encode_policy(value)
+            case "metadata":
+                edit.fields["metadata"] = encode_object(value, "metadata")
+            case _:
+                raise KeyError(field)
+    return edit
+
+
+def report_of(
+    status: Any,
+    worker_id: Any,
+    last_heartbeat_time: Any,
+    metadata: Any,
+    reason_code: str | None,
+    reason_message: str | None,
+) -> Report:
+    """What a worker says about its attempt; what is ``UNSET`` is not said.
+
+    Raises:
+        InvalidValue: a field is not valid.
+    """
+    if status is not UNSET:
+        check_one_of(status, _ATTEMPT_STATES, "status")
+    default = reasons.COMPLETED if status == "succeeded" else reasons.REPORTED
+    return Report(
+        status=None if status is UNSET else status,
+        reason=reason_of(reason_code, reason_message, default),
+        worker_id=None if worker_id is UNSET else check_id(worker_id, "worker_id"),
+        last_heartbeat_time=None
+        if last_heartbeat_time is UNSET
+        else check_finite(last_heartbeat_time, "last_heartbeat_time"),
+        metadata=None if metadata is UNSET else (encode_object(metadata, "metadata"),),
+    )
+
+
+def span_drafts(spans: Sequence[Span]) -> list[SpanDraft]:
+    """Spans, checked and encoded.
+
+    Raises:
+        InvalidValue, NotJson, TooLarge: a span that no store would take; all of them are refused with it.
+    """
+    check_batch(spans, "spans")
+    checked: set[str] = set()
+    drafts: list[SpanDraft] = []
+    for span in spans:
+        if not isinstance(span, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(f"{shown(span)} is a {type(span).__name__}; give a Span")
+        for what, value in (("rollout_id", span.rollout_id), ("attempt_id", span.attempt_id)):
+            if type(value) is not str or value not in checked:
+                checked.add(check_id(value, what))
+        drafts.append(SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, encode_span(span)))
+    return drafts

@@ -1,1 +1,0 @@
-"""The seam that requests leave by, and the wrappers around it that wait, try again and give up."""

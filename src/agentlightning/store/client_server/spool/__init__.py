@@ -1,1 +1,0 @@
-"""Spans on disk, until they are delivered."""

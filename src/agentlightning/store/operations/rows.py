@@ -1,0 +1,154 @@
+"""Finding the rows that an operation is about."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec.structs import replace
+
+from agentlightning.errors import NotFound
+from agentlightning.lifecycle import workers
+from agentlightning.lifecycle.attempts import Started
+from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutRow, WorkerRow
+from agentlightning.lifecycle.rollouts import Change
+from agentlightning.store.backend import AttemptsBy, Deadline, Finished, ReadTransaction, Transaction, Waiting
+
+
+async def load_rollout(tx: ReadTransaction, rollout_id: str) -> RolloutRow:
+    """The rollout.
+
+    Raises:
+        NotFound: it is unknown.
+    """
+    rollout = await tx.get(RolloutRow, rollout_id)
+    if rollout is None:
+        raise NotFound(f"there is no rollout {rollout_id!r} in this store")
+    return rollout
+
+
+async def load_change(tx: ReadTransaction, rollout_id: str) -> Change:
+    """The rollout and its latest attempt. Raises as ``load_rollout``."""
+    rollout = await load_rollout(tx, rollout_id)
+    if rollout.latest_attempt_id is None:
+        return Change(rollout, None)
+    return Change(rollout, await tx.get(AttemptRow, rollout.latest_attempt_id))
+
+
+async def attempt_of(tx: ReadTransaction, rollout_id: str, attempt_id: str) -> AttemptRow:
+    """The attempt, provided that it is one of this rollout's.
+
+    Raises:
+        NotFound: it is not.
+    """
+    attempt = await tx.get(AttemptRow, attempt_id)
+    if attempt is None or attempt.rollout_id != rollout_id:
+        raise NotFound(f"rollout {rollout_id!r} has no attempt {attempt_id!r} in this store")
+    return attempt
+
+
+async def load_pair(tx: ReadTransaction, rollout_id: str, attempt_id: str | Literal["latest"]) -> Pair:
+    """A rollout and one of its attempts.
+
+    Raises:
+        NotFound: one of them is unknown.
+    """
+    if attempt_id != "latest":
+        return Pair(await load_rollout(tx, rollout_id), await attempt_of(tx, rollout_id, attempt_id))
+    rollout, attempt = await load_change(tx, rollout_id)
+    if attempt is None:
+        raise NotFound(f"rollout {rollout_id!r} has no attempt yet")
+    return Pair(rollout, attempt)
+
+
+# --- Writing what ``lifecycle`` decided, with everything that follows from it: counters, events ---
+
+
+async def save(tx: Transaction, before: Change, after: Change) -> Change:
+    """Write a rollout and its attempt where they differ from what was stored."""
+    attempt = after.attempt
+    if attempt is not None and before.attempt is not None and attempt is not before.attempt:
+        attempt = await _save_attempt(tx, before.attempt, attempt)
+    rollout = after.rollout
+    if rollout is not before.rollout:
+        rollout = await _save_rollout(tx, before.rollout, rollout, attempt)
+    return Change(rollout, attempt)
+
+
+async def save_started(tx: Transaction, before: Change, started: Started) -> Change:
+    """Write a new attempt, its rollout, and the attempt that it replaced."""
+    if started.replaced is not None and before.attempt is not None:
+        await _save_attempt(tx, before.attempt, started.replaced)
+    attempt = replace(started.attempt, seq=await tx.insert(started.attempt))
+    tx.count({"attempts": 1})
+    if attempt.deadline is not None:
+        tx.publish(Deadline(attempt.deadline))
+    return Change(await _save_rollout(tx, before.rollout, started.rollout, attempt), attempt)
+
+
+async def insert_rollout(tx: Transaction, rollout: RolloutRow) -> RolloutRow:
+    """Store a new rollout."""
+    rollout = replace(rollout, seq=await tx.insert(rollout))
+    tx.count({f"rollouts.{rollout.status}": 1})
+    if rollout.claimable:
+        tx.publish(Waiting(1))
+    return rollout
+
+
+async def worker_of(tx: Transaction, worker_id: str) -> WorkerRow:
+    """The worker; a new one is registered."""
+    worker = await tx.get(WorkerRow, worker_id)
+    if worker is None:
+        worker = WorkerRow(seq=0, version=1, worker_id=worker_id)
+        worker = replace(worker, seq=await tx.insert(worker))
+        tx.count({"workers": 1})
+    return worker
+
+
+async def save_worker(tx: Transaction, before: WorkerRow, after: WorkerRow) -> WorkerRow:
+    """Write a worker, if it has changed."""
+    if after is before:
+        return before
+    if after.deadline is not None and after.deadline != before.deadline:
+        tx.publish(Deadline(after.deadline))
+    return await tx.put(before, after)
+
+
+async def hold(tx: Transaction, attempt: AttemptRow) -> None:
+    """Note that an attempt's worker, if it has one, works on it."""
+    if attempt.worker_id is not None:
+        worker = await worker_of(tx, attempt.worker_id)
+        await save_worker(tx, worker, workers.holds(worker, attempt, tx.now()))
+
+
+async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) -> None:
+    """Note that a worker does not work on an attempt any more."""
+    worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
+    if worker is not None:
+        held = await tx.attempts_by(AttemptsBy("worker_id", worker.worker_id, live_only=True, limit=1))
+        other = held[0] if held else None
+        await save_worker(tx, worker, workers.released(worker, attempt.status, other, tx.now()))
+
+
+async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow) -> AttemptRow:
+    saved = await tx.put(before, after)
+    if after.deadline is not None and after.deadline != before.deadline:
+        tx.publish(Deadline(after.deadline))
+    moved = before.worker_id != after.worker_id
+    if before.live and (moved or not after.live):
+        await _release(tx, before.worker_id, saved)
+    if after.live and (moved or not before.live):
+        await hold(tx, saved)
+    return saved
+
+
+async def _save_rollout(
+    tx: Transaction, before: RolloutRow, after: RolloutRow, attempt: AttemptRow | None
+) -> RolloutRow:
+    saved = await tx.put(before, after)
+    if saved.status != before.status:
+        tx.count({f"rollouts.{before.status}": -1, f"rollouts.{saved.status}": 1})
+        if saved.final:
+            tx.publish(Finished(saved, attempt))
+        elif saved.claimable and not before.claimable:
+            tx.publish(Waiting(1))
+    return saved

@@ -1,0 +1,242 @@
+"""Rows as SQL values and back, and the statements that carry them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from operator import is_
+from types import MappingProxyType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec.structs import astuple
+
+from agentlightning.lifecycle.records import AttemptRow, Policy, ResourcesRow, RolloutRow, WorkerRow
+from agentlightning.store.backend import Filter, PageQuery, Table
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class Codec(Generic[R]):
+    """One table and the row class that it stores: columns are the fields of the class, in order.
+
+    Args:
+        table: the table.
+        row: the row class.
+        encoded: fields that are not stored as they are: to the stored value, and back.
+        derived: columns behind the fields, computed from the row's status.
+    """
+
+    def __init__(
+        self,
+        table: Literal["rollouts", "attempts", "resources", "workers"],
+        row: type[R],
+        *,
+        encoded: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = MappingProxyType({}),
+        derived: Mapping[str, Callable[[R], Any]] = MappingProxyType({}),
+    ) -> None:
+        self.table: Literal["rollouts", "attempts", "resources", "workers"] = table
+        self.fields = row.__struct_fields__
+        self.columns = (*self.fields, *derived)
+        self.select = f"SELECT {', '.join(self.fields)} FROM {table}"
+        stored = self.columns[1:]
+        self.insert = f"INSERT INTO {table} ({', '.join(stored)}) VALUES ({', '.join('?' * len(stored))})"
+        self._row = row
+        self._encoded = {self.fields.index(name): way for name, way in encoded.items()}
+        self._derived = tuple(derived.values())
+        self._decisive = self.fields.index("status") if derived else -1
+        self._updates: dict[tuple[int, ...], str] = {}
+
+    def encode(self, row: R) -> list[Any]:
+        """The values of all columns."""
+        values = [*astuple(row), *[derive(row) for derive in self._derived]]
+        for index, (encode, _) in self._encoded.items():
+            values[index] = encode(values[index])
+        return values
+
+    def decode(self, values: Sequence[Any]) -> R:
+        """The row with these values of its fields."""
+        if self._encoded:
+            values = list(values)
+            for index, (_, decode) in self._encoded.items():
+                values[index] = decode(values[index])
+        return self._row(*values)
+
+    def names(self, alias: str) -> str:
+        """The fields as columns of a table that a query calls ``alias``."""
+        return ", ".join(f"{alias}.{field}" for field in self.fields)
+
+    def update(self, old: R, new: R) -> tuple[str, list[Any]]:
+        """The statement that turns the stored ``old`` into ``new``, and its values.
+
+        Only columns that differ are written, so an index is touched only when it must be. The
+        row is found by ``seq``, on condition that its ``version`` is the one that was read.
+        """
+        before, after = astuple(old), astuple(new)
+        changed = tuple([i for i, same in enumerate(map(is_, before, after)) if not same])
+        derived = [derive(new) for derive in self._derived] if self._decisive in changed else []
+        statement = self._updates.get(changed)
+        if statement is None:
+            statement = self._updates[changed] = self._update_statement(changed, bool(derived))
+        values = [after[i] for i in changed]
+        for index, (encode, _) in self._encoded.items():
+            if index in changed:
+                values[changed.index(index)] = encode(after[index])
+        return statement, [*values, *derived, before[0], before[1]]
+
+    def _update_statement(self, changed: tuple[int, ...], derived: bool) -> str:
+        columns = [self.fields[i] for i in changed]
+        if derived:
+            columns += self.columns[len(self.fields) :]
+        assignments = "".join(f", {column} = ?" for column in columns)
+        return f"UPDATE {self.table} SET version = version + 1{assignments} WHERE seq = ? AND version = ?"
+
+
+@lru_cache(maxsize=1024)
+def _encode_policy(policy: Policy) -> bytes:
+    return msgspec.json.encode(policy)
+
+
+@lru_cache(maxsize=1024)
+def _decode_policy(encoded: bytes) -> Policy:
+    return msgspec.json.decode(encoded, type=Policy)
+
+
+ROLLOUTS: Codec[RolloutRow] = Codec(
+    "rollouts",
+    RolloutRow,
+    encoded={"policy": (_encode_policy, _decode_policy)},
+    derived={"claimable": lambda row: int(row.claimable)},
+)
+ATTEMPTS: Codec[AttemptRow] = Codec("attempts", AttemptRow, derived={"live": lambda row: int(row.live)})
+RESOURCES: Codec[ResourcesRow] = Codec("resources", ResourcesRow)
+WORKERS: Codec[WorkerRow] = Codec("workers", WorkerRow)
+
+_BY_ROW: dict[type[msgspec.Struct], Codec[Any]] = {
+    RolloutRow: ROLLOUTS,
+    AttemptRow: ATTEMPTS,
+    ResourcesRow: RESOURCES,
+    WorkerRow: WORKERS,
+}
+
+
+def codec_of(row: msgspec.Struct) -> Codec[Any]:
+    """The codec of a row's class."""
+    return _BY_ROW[type(row)]
+
+
+# --- A ``PageQuery`` as SQL ---
+
+
+class Statement(NamedTuple):
+    """SQL and its values."""
+
+    sql: str
+    values: list[Any]
+
+
+_ROLLOUTS_WITH_LATEST = "rollouts t LEFT JOIN attempts a ON a.attempt_id = t.latest_attempt_id"
+_SPANS_OF_ATTEMPTS = "attempts a CROSS JOIN spans t ON t.attempt_seq = a.seq"
+_FROM: dict[Table, str] = {
+    "rollouts": _ROLLOUTS_WITH_LATEST,
+    "attempts": "attempts t",
+    "spans": _SPANS_OF_ATTEMPTS,
+    "resources": "resources t",
+    "workers": "workers t",
+}
+_COUNT_FROM: dict[Table, str] = {**_FROM, "rollouts": "rollouts t"}
+_SELECT: dict[Table, str] = {
+    "rollouts": f"{ROLLOUTS.names('t')}, {ATTEMPTS.names('a')}",
+    "attempts": ATTEMPTS.names("t"),
+    "spans": "t.attempt_seq, a.rollout_id, a.attempt_id, t.sequence_id, t.issued, t.span_id, t.body",
+    "resources": RESOURCES.names("t"),
+    "workers": WORKERS.names("t"),
+}
+_CODECS: dict[Table, Codec[Any]] = {each.table: each for each in (ROLLOUTS, ATTEMPTS, RESOURCES, WORKERS)}
+_SPAN_COLUMNS = {
+    "rollout_id": "a.rollout_id",
+    "attempt_id": "a.attempt_id",
+    "sequence_id": "t.sequence_id",
+    "span_id": "t.span_id",
+}
+_NEWEST = "t.version = (SELECT max(n.version) FROM resources n WHERE n.resources_id = t.resources_id)"
+
+
+def page_statement(query: PageQuery) -> Statement:
+    """Selects the rows of the page."""
+    where = _where(query)
+    sql = f"SELECT {_SELECT[query.table]} FROM {_FROM[query.table]}{where.sql} ORDER BY {_order(query)}"
+    if query.limit == -1 and query.offset == 0:
+        return Statement(sql, where.values)
+    return Statement(f"{sql} LIMIT ? OFFSET ?", [*where.values, query.limit, query.offset])
+
+
+def total_statement(query: PageQuery) -> Statement:
+    """Counts the rows of all pages."""
+    where = _where(query)
+    return Statement(f"SELECT count(*) FROM {_COUNT_FROM[query.table]}{where.sql}", where.values)
+
+
+def counted_by(query: PageQuery) -> list[str] | None:
+    """The counters whose sum is the total; None if it has to be counted. A name may end in ``*``."""
+    if query.scope or (query.table == "resources" and not query.newest_only):
+        return None
+    if query.table == "rollouts":
+        match query.filters:
+            case ():
+                return ["rollouts.*"]
+            case (Filter("status", "within", states),):
+                return [f"rollouts.{state}" for state in set(states)]
+            case _:
+                return None
+    return None if query.filters else [query.table]
+
+
+def _where(query: PageQuery) -> Statement:
+    values: list[Any] = []
+    conditions = [_condition(query.table, each, values) for each in query.scope]
+    if query.newest_only:
+        conditions.append(_NEWEST)
+    chosen = [_condition(query.table, each, values) for each in query.filters]
+    if chosen:
+        conditions.append(f"({f' {query.logic.upper()} '.join(chosen)})")
+    return Statement(f" WHERE {' AND '.join(conditions)}" if conditions else "", values)
+
+
+def _condition(table: Table, condition: Filter, values: list[Any]) -> str:
+    column = _column(table, condition.field)
+    match condition.test:
+        case "equals":
+            values.append(condition.value)
+            return f"{column} = ?"
+        case "within":
+            values.append(json.dumps(list(condition.value)))
+            return f"{column} IN (SELECT value FROM json_each(?))"
+        case "below":
+            values.append(condition.value)
+            return f"{column} < ?"
+        case "contains":
+            values.append(condition.value)
+            return f"instr({column}, ?) > 0"
+
+
+def _order(query: PageQuery) -> str:
+    way = "DESC" if query.descending else "ASC"
+    if query.sort_by is None:
+        return f"t.seq {way}"
+    column = _column(query.table, query.sort_by)
+    if query.table == "spans" and query.sort_by == "sequence_id":
+        return f"a.sequence_id {way}, {column} {way}, t.seq {way}"
+    if query.sort_by.endswith("_time"):
+        missing = "FIRST" if query.descending else "LAST"
+        return f"{column} {way} NULLS {missing}, t.seq {way}"
+    return f"{column} {way}, t.seq {way}"
+
+
+def _column(table: Table, field: str) -> str:
+    if table == "spans":
+        return _SPAN_COLUMNS.get(field) or f"json_extract(t.body, '$.{field}')"
+    if field not in _CODECS[table].fields:
+        raise KeyError(field)
+    return f"t.{field}"

@@ -34,8 +34,11 @@ from agentlightning.algorithm.fast import (
 from agentlightning.algorithm.grpo import (
     GRPO as GRPO,
 )
-from agentlightning.algorithm.policy_update import (
+from agentlightning.algorithm.policy import (
+    Policy as Policy,
+    PolicyBatch as PolicyBatch,
     PolicyUpdate as PolicyUpdate,
+    SampledCall as SampledCall,
 )
 from agentlightning.algorithm.run import (
     Run as Run,

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from agentlightning.algorithm.grpo import GRPO
-from agentlightning.algorithm.policy_update import PolicyUpdate
+from agentlightning.algorithm.policy import PolicyUpdate
 from agentlightning.demo import game
 from agentlightning.demo.game import win_rate
 from agentlightning.demo.softmax_policy import SoftmaxPolicy

@@ -1,8 +1,8 @@
 """Groups: the attempts at one task that GRPO compares with each other.
 
-A group is used whole or not at all. One attempt that failed, or has no reward, or of which nothing can be
-learned, and the group is dropped: to fill in a 0 would teach that the failure was the policy's doing, and
-to leave the attempt out would compare with a mean that it was not part of by chance.
+A group is used as a whole or not at all. If one of its attempts failed, has no reward, or has no call to train on, the
+group is dropped. A reward of 0 in its place would teach that the policy caused the failure; and the mean of the others
+would be the mean of another experiment, because attempts do not fail at random.
 """
 
 from __future__ import annotations
@@ -11,40 +11,66 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 from agentlightning.adapter.triplet import TraceToTripletBase
-from agentlightning.algorithm.policy_update import Choice, GroupMember
-from agentlightning.demo.softmax_policy import SoftmaxPolicy
-from agentlightning.types import AttemptedRollout, Rollout, Span, Triplet
+from agentlightning.algorithm.policy import GroupMember, Policy, SampledCall
+from agentlightning.errors import InvalidValue
+from agentlightning.types import AttemptedRollout, Rollout, Span
 from agentlightning.types.rewards import find_final_reward
+
+_SAME_REWARD = 1e-9
+"""A standard deviation up to this is rounding: all rewards of the group are equal."""
+
+
+def group_advantages(rewards: Sequence[float], *, scale_by_deviation: bool) -> list[float]:
+    """Return how much better than its group each attempt did.
+
+    ``A_i = (r_i - mean(r)) / std(r)`` with the population's standard deviation: Shao et al., DeepSeekMath, 2024,
+    https://arxiv.org/abs/2402.03300, section 4.1.2 (GRPO). Or ``A_i = r_i - mean(r)``: Liu et al., Understanding
+    R1-Zero-Like Training, 2025, https://arxiv.org/abs/2503.20783 (Dr. GRPO), because dividing by the deviation gives
+    tasks that are almost always, or almost never, solved more weight than others.
+
+    Args:
+        rewards: r_1 … r_G, shape [G], finite, at least one.
+        scale_by_deviation: GRPO, else Dr. GRPO.
+
+    Returns:
+        Shape [G]. They sum to 0, and all are 0 if all rewards are equal: such a group teaches nothing.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    differences = [reward - mean for reward in rewards]
+    deviation = math.sqrt(math.fsum(difference * difference for difference in differences) / len(rewards))
+    if deviation <= _SAME_REWARD:
+        return [0.0] * len(rewards)
+    return [difference / deviation for difference in differences] if scale_by_deviation else differences
 
 
 @dataclass
-class GatheredGroups:
-    """What one step's rollouts came to."""
+class StepGroups:
+    """What the rollouts of one step gave: the complete groups, and counts of everything that was dropped."""
 
     groups: list[list[GroupMember]] = field(default_factory=list[list[GroupMember]])
-    """Those that are whole, in order."""
+    """The complete groups, in the order of their tasks."""
 
     rewards: list[float] = field(default_factory=list[float])
     """Of all rollouts that have one, also of those whose group was dropped."""
 
     dropped_groups: int = 0
+
     dropped_rollouts: Counter[str] = field(default_factory=Counter[str])
-    """Rollouts that broke their group, by why: ``failed``, ``unrewarded`` or ``unusable``."""
+    """Rollouts because of which their group was dropped, by cause: ``failed``, ``unrewarded`` or ``unusable``."""
 
     retried_attempts: int = 0
-    """Attempts that came to nothing and were followed by another."""
+    """Attempts that ended without a result and were followed by another."""
 
     unusable_calls: Counter[str] = field(default_factory=Counter[str])
-    """Model calls that nothing can be learned from, by reason."""
+    """Model calls that cannot be trained on, by reason."""
 
     failures: Counter[str] = field(default_factory=Counter[str])
-    """Why rollouts failed, in the words of the store."""
+    """Rollouts that did not succeed, by status and reason as the store gives them."""
 
     def numbers(self) -> dict[str, float]:
-        """All counts, for ``Algorithm.report``."""
+        """Return all counts, for ``Algorithm.report``."""
         numbers = {
             "groups_used": float(len(self.groups)),
             "groups_dropped": float(self.dropped_groups),
@@ -61,97 +87,83 @@ class GatheredGroups:
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Makes groups of rollouts that have ended.
+    """Makes groups of rollouts and their spans.
 
     Args:
-        policy: whose words are to be found in the spans; reads texts where token ids were not recorded.
-        model: its name; calls of other models are none of our business.
+        policy: reads the tokens of each call.
+        model: name of the policy; calls of other models are ignored.
         adapter: makes triplets of spans.
-        group_size: rollouts of one task, which follow each other.
+        group_size: number of consecutive rollouts that have the same task.
+        scale_by_deviation: see ``group_advantages``.
     """
 
-    policy: SoftmaxPolicy
+    policy: Policy
     model: str
     adapter: TraceToTripletBase
     group_size: int
+    scale_by_deviation: bool
 
-    def gather(self, rollouts: Sequence[Rollout | None], spans: Mapping[str, Sequence[Span]]) -> GatheredGroups:
-        """The groups, and what was dropped.
+    def read(self, rollouts: Sequence[Rollout | None], spans: Mapping[str, Sequence[Span]]) -> StepGroups:
+        """Return the complete groups, and counts of what was dropped.
 
         Args:
-            rollouts: group by group; None for one that the store knows no more.
-            spans: of the newest attempt of each that succeeded, by rollout id.
+            rollouts: group after group; None for one that is not in the store any more.
+            spans: of the latest attempt of each rollout that succeeded, by rollout id.
         """
-        gathered = GatheredGroups()
+        step = StepGroups()
         for begin in range(0, len(rollouts), self.group_size):
-            group = [self._member(rollout, spans, gathered) for rollout in rollouts[begin : begin + self.group_size]]
-            whole = [member for member in group if member is not None]
-            if len(whole) == len(group):
-                gathered.groups.append(whole)
-            else:
-                gathered.dropped_groups += 1
-        return gathered
+            group = [self._attempt(rollout, spans, step) for rollout in rollouts[begin : begin + self.group_size]]
+            complete = [attempt for attempt in group if attempt is not None]
+            if len(complete) < len(group):
+                step.dropped_groups += 1
+                continue
+            advantages = group_advantages(
+                [reward for _, reward, _ in complete], scale_by_deviation=self.scale_by_deviation
+            )
+            step.groups.append(
+                [
+                    GroupMember(rollout_id, reward, advantage, calls)
+                    for (rollout_id, reward, calls), advantage in zip(complete, advantages, strict=True)
+                ]
+            )
+        return step
 
-    def _member(
-        self, rollout: Rollout | None, spans: Mapping[str, Sequence[Span]], gathered: GatheredGroups
-    ) -> GroupMember | None:
+    def _attempt(
+        self, rollout: Rollout | None, spans: Mapping[str, Sequence[Span]], step: StepGroups
+    ) -> tuple[str, float, list[SampledCall]] | None:
         if isinstance(rollout, AttemptedRollout):
-            gathered.retried_attempts += rollout.attempt.sequence_id - 1
+            step.retried_attempts += rollout.attempt.sequence_id - 1
         if rollout is None or rollout.status != "succeeded":
-            gathered.dropped_rollouts["failed"] += 1
-            gathered.failures[_why(rollout)] += 1
+            step.dropped_rollouts["failed"] += 1
+            step.failures[_failure_of(rollout)] += 1
             return None
-        seen = spans.get(rollout.rollout_id, ())
-        reward = find_final_reward(seen)
+        recorded = spans.get(rollout.rollout_id, ())
+        reward = find_final_reward(recorded)
         if reward is None:
-            gathered.dropped_rollouts["unrewarded"] += 1
+            step.dropped_rollouts["unrewarded"] += 1
             return None
-        gathered.rewards.append(reward)
-        choices = self._choices(seen, gathered.unusable_calls)
-        if not choices:
-            gathered.dropped_rollouts["unusable"] += 1
+        step.rewards.append(reward)
+        calls = self._calls(recorded, step.unusable_calls)
+        if not calls:
+            step.dropped_rollouts["unusable"] += 1
             return None
-        return GroupMember(rollout.rollout_id, reward, choices)
+        return rollout.rollout_id, reward, calls
 
-    def _choices(self, spans: Sequence[Span], unusable: Counter[str]) -> list[Choice]:
+    def _calls(self, spans: Sequence[Span], unusable: Counter[str]) -> list[SampledCall]:
         adapted = self.adapter.examine(spans)
         unusable.update(each.reason for each in adapted.unusable)
-        choices: list[Choice] = []
+        calls: list[SampledCall] = []
         for triplet in adapted.made:
             if triplet.metadata.get("model") not in (None, self.model):
                 continue
-            said = self._choices_of_call(triplet)
-            if not said:
-                unusable["the reply has no word, or one that the policy never says"] += 1
-            choices.extend(said)
-        return choices
-
-    def _choices_of_call(self, triplet: Triplet) -> list[Choice]:
-        """One choice for each word of the reply; none if one of them is not the policy's."""
-        prompt: Sequence[int] = triplet.prompt["token_ids"]
-        reply: Sequence[int] = triplet.response["token_ids"]
-        logprobs: Sequence[float] | None = triplet.metadata.get("logprobs")
-        if not prompt or not reply:  # recorded by something that knows no tokens: the texts say the same
-            prompt = self.policy.encode("\n".join(_text_of(message) for message in triplet.prompt["messages"]))
-            reply = self.policy.encode(_text_of(triplet.response["message"] or {}))
-            logprobs = None
-        if any(self.policy.place_of(token_id) is None for token_id in reply):
-            return []
-        return [
-            Choice((*prompt, *reply[:place]), token_id, None if logprobs is None else logprobs[place])
-            for place, token_id in enumerate(reply)
-        ]
+            try:
+                calls.append(self.policy.read_call(triplet))
+            except InvalidValue as error:
+                unusable[error.message] += 1
+        return calls
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [cast("Mapping[str, Any]", part) for part in cast("list[Any]", content) if isinstance(part, dict)]
-        return " ".join(str(part.get("text", "")) for part in parts)
-    return content if isinstance(content, str) else ""
-
-
-def _why(rollout: Rollout | None) -> str:
+def _failure_of(rollout: Rollout | None) -> str:
     if rollout is None:
-        return "the store knows it no more"
+        return "not in the store any more"
     return f"{rollout.status}, {rollout.reason_code or 'no reason'}: {rollout.reason_message or 'not explained'}"

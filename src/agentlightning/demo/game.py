@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from agentlightning.demo.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.softmax_table import SoftmaxTable
 from agentlightning.errors import InvalidValue
 
 LOWEST = 1
@@ -116,20 +116,20 @@ def describe(best_guesses: Mapping[tuple[int, int], int]) -> str:
 # --- What a policy for the guessing game has learned: how often it wins, and its strategy in wo ---
 
 
-def best_guess(policy: SoftmaxPolicy, now: Game) -> int:
+def best_guess(policy: SoftmaxTable, now: Game) -> int:
     """The most probable guess (temperature 0) in a situation."""
     context = tuple(policy.encode(prompt(now)))
     choice = policy.choose(context, random.Random(0), temperature=0)  # chance has no part in it
     return parse(now, policy.decode([choice.token_id]))
 
 
-def win_rate(policy: SoftmaxPolicy) -> float:
+def win_rate(policy: SoftmaxTable) -> float:
     """The share of all secrets that the policy finds when it always takes its best guess."""
     secrets = range(LOWEST, HIGHEST + 1)
     return sum(_plays(policy, secret).reward for secret in secrets) / len(secrets)
 
 
-def in_words(policy: SoftmaxPolicy) -> str:
+def in_words(policy: SoftmaxTable) -> str:
     """The first two guesses of the strategy, such as ``first guess 8; if higher 12, if lower 4``."""
     opening = Game(secret=LOWEST)
     first = best_guess(policy, opening)
@@ -142,7 +142,7 @@ def in_words(policy: SoftmaxPolicy) -> str:
     return describe(guesses)
 
 
-def _plays(policy: SoftmaxPolicy, secret: int) -> Game:
+def _plays(policy: SoftmaxTable, secret: int) -> Game:
     now = start(secret)
     while now.outcome == "playing":
         now = step(now, best_guess(policy, now))

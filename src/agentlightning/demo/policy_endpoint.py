@@ -1,4 +1,4 @@
-"""`PolicyEndpoint`: serves a `SoftmaxPolicy` as a language model, by the OpenAI protocol."""
+"""`PolicyEndpoint`: serves a `SoftmaxTable` as a language model, by the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from typing_extensions import override
 
 from agentlightning.demo.policy_replies import Answer, answer_chat, answer_completion, list_models
-from agentlightning.demo.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.softmax_table import SoftmaxTable
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound
 from agentlightning.telemetry.context import untraced_app
 
@@ -44,7 +44,7 @@ class PolicyEndpoint:
 
     def __init__(
         self,
-        policy: SoftmaxPolicy,
+        policy: SoftmaxTable,
         host: str = "127.0.0.1",
         port: int = 0,
         *,

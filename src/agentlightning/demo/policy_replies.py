@@ -1,4 +1,4 @@
-"""What a `SoftmaxPolicy` answers to requests of the OpenAI protocol, as values: nothing here serves anything.
+"""What a `SoftmaxTable` answers to requests of the OpenAI protocol, as values: nothing here serves anything.
 
 Sources: https://platform.openai.com/docs/api-reference/chat and ``/completions``; for ``return_token_ids``,
 ``prompt_token_ids`` and ``token_ids`` https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html.
@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agentlightning.demo.softmax_policy import SoftmaxPolicy, WordChoice
+from agentlightning.demo.softmax_table import SoftmaxTable, WordChoice
 from agentlightning.errors import InvalidValue, NotFound
 
 _NOT_OFFERED: Mapping[str, Any] = {
@@ -114,7 +114,7 @@ def list_models(model: str) -> dict[str, Any]:
 
 
 def answer_chat(
-    policy: SoftmaxPolicy, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
+    policy: SoftmaxTable, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
 ) -> Answer:
     """The reply to ``POST /v1/chat/completions``.
 
@@ -146,7 +146,7 @@ def answer_chat(
 
 
 def answer_completion(
-    policy: SoftmaxPolicy, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
+    policy: SoftmaxTable, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
 ) -> Answer:
     """The reply to ``POST /v1/completions``, whose prompt may be text or token ids. See ``answer_chat``."""
     request = _read(_CompletionRequest, fields, model)
@@ -177,13 +177,13 @@ def answer_completion(
 class _Spoken:
     """The words that were chosen for a prompt, and how to write them down."""
 
-    policy: SoftmaxPolicy
+    policy: SoftmaxTable
     prompt_ids: list[int]
     choices: list[WordChoice]
     shows_ids: bool
 
     @classmethod
-    def by(cls, policy: SoftmaxPolicy, prompt_ids: list[int], request: _Request, rng: random.Random) -> _Spoken:
+    def by(cls, policy: SoftmaxTable, prompt_ids: list[int], request: _Request, rng: random.Random) -> _Spoken:
         own = rng if request.seed is None else random.Random(f"{request.seed} {prompt_ids}")
         temperature = 1.0 if request.temperature is None else request.temperature
         top_p = 1.0 if request.top_p is None else request.top_p

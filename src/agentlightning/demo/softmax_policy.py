@@ -1,173 +1,132 @@
-"""`SoftmaxPolicy`: the smallest language model there is, a table from contexts to softmax choices.
-
-It knows a vocabulary of words; a token id is a word's place in it. Of a prompt it sees those words that
-it knows, in their order, and passes over the rest: that is the context. For every context it has a row
-of logits, one for each word that it may say, and it says one. A context that it has never been taught
-has a row of zeros, so that all words are equally probable.
-"""
+"""`SoftmaxPolicy`: a `SoftmaxTable` that can be served, trained by `GRPO`, and saved."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
-from agentlightning.demo.policy_math import log_softmax, softmax
+from agentlightning.algorithm.policy import PolicyBatch, PolicyUpdate, SampledCall
+from agentlightning.demo.policy_endpoint import PolicyEndpoint
+from agentlightning.demo.policy_math import (
+    choice_loss,
+    choice_slope,
+    entropy,
+    entropy_gradient,
+    kl_penalty,
+    kl_slope,
+    logits_gradient,
+)
+from agentlightning.demo.softmax_table import Context, SoftmaxTable
 from agentlightning.errors import InvalidValue
+from agentlightning.types import Triplet
 
-Context: TypeAlias = tuple[int, ...]
-"""Token ids."""
-
-_WORD = re.compile(r"\w+|[^\w\s]")
 _FORMAT = "agentlightning.softmax_policy.v1"
 
 
-class WordChoice(NamedTuple):
-    """What the policy said."""
-
-    token_id: int
-    logprob: float
-    """Natural logarithm of the word's probability at temperature 1, whatever it was chosen with."""
-
-
-class SoftmaxPolicy:
-    """A table from contexts to logits.
-
-    Any thread may read while one writes: a row is replaced as a whole, never changed in place.
+class SoftmaxPolicy(SoftmaxTable):
+    """A table from contexts to logits that learns; `agentlightning.algorithm.policy.Policy` says what its parts do.
 
     Args:
-        vocabulary: the words it knows, without repeats; each is one word by itself, or one sign.
-        actions: those it may say; None for all.
-        logits: rows to begin with, as many numbers as there are actions.
+        vocabulary: the known words, without repeats; each is one word (letters, digits, ``_``) or one sign.
+        actions: those that may be answers; None for all.
+        logits: rows to begin with, one number for each action.
 
     Raises:
-        InvalidValue: a word is no word or is repeated, an action is no word of the vocabulary, there is
+        InvalidValue: a vocabulary entry is not one word or is repeated, an action is not in the vocabulary, there is
             no action, or a row has another length.
     """
 
-    def __init__(
-        self,
-        vocabulary: Sequence[str],
-        actions: Sequence[str] | None = None,
-        logits: Mapping[Context, Sequence[float]] | None = None,
-    ) -> None:
-        self._vocabulary = tuple(vocabulary)
-        self._ids = {word: token_id for token_id, word in enumerate(self._vocabulary)}
-        odd = [word for word in self._vocabulary if not _WORD.fullmatch(word)]
-        if odd:
-            raise InvalidValue(
-                f"the vocabulary has {odd[0]!r}, which is neither one word (letters, digits, '_') nor one sign; "
-                "give its parts"
-            )
-        repeated = [word for word, count in Counter(self._vocabulary).items() if count > 1]
-        if repeated:
-            raise InvalidValue(f"the vocabulary has {repeated[0]!r} more than once")
-        said = self._vocabulary if actions is None else tuple(actions)
-        unknown = [word for word in said if word not in self._ids]
-        if unknown or not said or len(set(said)) != len(said):
-            raise InvalidValue(
-                f"actions must be words of the vocabulary, at least one, each once; unknown: {unknown}, of {len(said)}"
-            )
-        self._action_ids = tuple(self._ids[word] for word in said)
-        self._places = {token_id: place for place, token_id in enumerate(self._action_ids)}
-        self._rows: dict[Context, tuple[float, ...]] = {}
-        for context, row in (logits or {}).items():
-            self.set_logits(context, row)
+    _reference: SoftmaxPolicy | None = None
+    """The policy at the start of the run, which ``kl_weight`` holds this one to."""
 
-    # --- Words and ids ---------------------------------------------------------------------------
+    def make_endpoint(self, *, model: str, host: str, port: int, seed: int) -> PolicyEndpoint:
+        """Return a server that answers from this table."""
+        return PolicyEndpoint(self, host, port, model=model, seed=seed)
 
-    @property
-    def vocabulary(self) -> Sequence[str]:
-        """The words, by token id."""
-        return self._vocabulary
-
-    @property
-    def action_ids(self) -> Sequence[int]:
-        """Token ids of what it may say, in the order of a row of logits."""
-        return self._action_ids
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the words in the text that it knows, in their order."""
-        return [self._ids[word] for word in _WORD.findall(text) if word in self._ids]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The words, with blanks between them.
+    def read_call(self, triplet: Triplet) -> SampledCall:
+        """Return the tokens of a recorded call. Text is enough: words and token ids determine each other.
 
         Raises:
-            InvalidValue: an id is no token's.
+            InvalidValue: the reply has no word, or one that this policy cannot answer with.
         """
-        if not all(0 <= token_id < len(self._vocabulary) for token_id in token_ids):
-            raise InvalidValue(f"{list(token_ids)} has an id outside 0 to {len(self._vocabulary) - 1}")
-        return " ".join(self._vocabulary[token_id] for token_id in token_ids)
+        prompt: Sequence[int] = triplet.prompt["token_ids"]
+        reply: Sequence[int] = triplet.response["token_ids"]
+        logprobs: Sequence[float] | None = triplet.metadata.get("logprobs")
+        if not prompt or not reply:
+            prompt = self.encode("\n".join(_text_of(message) for message in triplet.prompt["messages"]))
+            reply = self.encode(_text_of(triplet.response["message"] or {}))
+            logprobs = None
+        if not reply or any(self.place_of(token_id) is None for token_id in reply):
+            raise InvalidValue("the reply has no word, or one that the policy never says")
+        return SampledCall(prompt, reply, logprobs)
 
-    def place_of(self, token_id: int) -> int | None:
-        """Where a token stands in a row of logits; None if the policy never says it."""
-        return self._places.get(token_id)
+    def begin_run(self) -> None:
+        """Take the present logits as the reference that ``kl_weight`` holds the policy to."""
+        self._reference = self.copy()
 
-    # --- Choosing --------------------------------------------------------------------------------
+    def update(self, batch: PolicyBatch) -> dict[str, float]:
+        """Change each row of logits along the gradient of the loss of the words sampled in its context.
 
-    def logits(self, context: Context) -> Sequence[float]:
-        """The row of a context, one number for each of `action_ids`."""
-        return self._rows.get(context) or (0.0,) * len(self._action_ids)
-
-    def logprobs(self, context: Context) -> list[float]:
-        """Natural logarithms of the probabilities of `action_ids`, at temperature 1."""
-        return log_softmax(self.logits(context))
-
-    def choose(self, context: Context, rng: random.Random, temperature: float = 1.0, top_p: float = 1.0) -> WordChoice:
-        """Say one word.
-
-        Args:
-            context: token ids of the prompt.
-            rng: where chance comes from; not used at temperature 0.
-            temperature: flattens the probabilities above 1, sharpens them below. 0 takes the most probable
-                word, the first of equals.
-            top_p: choose among the most probable words that together have this probability.
+        Returns:
+            Means over the sampled words, in the last epoch and before it changed the rows; all 0 for an empty batch:
+            ``loss``, ``entropy`` (nats), ``clipped`` (share of words whose gradient was clipped), ``kl`` (nats).
         """
-        row = self.logits(context)
-        logprobs = log_softmax(row)
-        if temperature == 0:
-            place = max(range(len(row)), key=row.__getitem__)
-        else:
-            place = _draw(_nucleus(softmax(row, temperature), top_p), rng)
-        return WordChoice(self._action_ids[place], logprobs[place])
+        samples = self._samples_by_context(batch)
+        entropy_weight = batch.settings.entropy_weight * (1 - batch.progress)
+        sums = _Sums()
+        for _ in range(batch.settings.epochs):
+            sums = _Sums()
+            for context, sampled in samples.items():
+                gradient = _row_gradient(self.logprobs(context), sampled, batch.settings, entropy_weight, sums)
+                row = zip(self.logits(context), gradient, strict=True)
+                self.set_logits(context, [logit - batch.settings.learning_rate * slope for logit, slope in row])
+        return sums.means()
 
-    # --- Learning and keeping --------------------------------------------------------------------
+    def _samples_by_context(self, batch: PolicyBatch) -> dict[Context, list[_Sample]]:
+        reference = self._reference or self
+        samples: dict[Context, list[_Sample]] = {}
+        for member in (member for group in batch.groups for member in group):
+            for call in member.calls:
+                for index, token_id in enumerate(call.completion_ids):
+                    context = (*call.prompt_ids, *call.completion_ids[:index])
+                    place = self.place_of(token_id)
+                    assert place is not None  # read_call refused every other token
+                    old = self.logprobs(context)[place] if call.logprobs is None else call.logprobs[index]
+                    sample = _Sample(place, old, reference.logprobs(context)[place], member.advantage)
+                    samples.setdefault(context, []).append(sample)
+        return samples
 
-    def set_logits(self, context: Context, row: Sequence[float]) -> None:
-        """Replace the row of a context.
+    def save_state(self, folder: Path) -> dict[str, Any]:
+        """Return the policy and its reference as a JSON object; both are small, so no file is written."""
+        return {"policy": self.to_json(), "reference": (self._reference or self).to_json()}
+
+    def load_state(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Become the policy that `save_state` saved.
 
         Raises:
-            InvalidValue: the row has another length than there are actions.
+            InvalidValue: this is not such a state, or it is of a policy with other words.
         """
-        if len(row) != len(self._action_ids):
-            raise InvalidValue(f"a row of {len(row)} logits does not fit {len(self._action_ids)} actions")
-        self._rows[tuple(context)] = tuple(float(logit) for logit in row)
-
-    def contexts(self) -> Iterator[Context]:
-        """The contexts that it was taught, in the order in which they came."""
-        return iter(list(self._rows))
+        self.restore(state["policy"])
+        self._reference = SoftmaxPolicy.from_json(state["reference"])
 
     def copy(self) -> SoftmaxPolicy:
-        """A policy that says the same, and learns by itself."""
+        """Return a policy that answers the same, and learns independently."""
         return SoftmaxPolicy(self._vocabulary, self._actions(), self._rows)
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as a JSON object. Numbers come back exactly."""
+        """Return the policy as a JSON object. Numbers are restored exactly."""
         rows = [[list(context), list(row)] for context, row in list(self._rows.items())]
         return {"format": _FORMAT, "vocabulary": list(self._vocabulary), "actions": self._actions(), "logits": rows}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SoftmaxPolicy:
-        """The policy that `to_json` made this of.
+        """Return the policy of which `to_json` made this object.
 
         Raises:
-            InvalidValue: it is no such object.
+            InvalidValue: it is not such an object.
         """
         try:
             if data["format"] != _FORMAT:
@@ -175,13 +134,13 @@ class SoftmaxPolicy:
             rows = {tuple(cast("list[int]", context)): row for context, row in data["logits"]}
             return cls(data["vocabulary"], data["actions"], rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidValue(f"this is no saved policy: {error!r}") from error
+            raise InvalidValue(f"this is not a saved policy: {error!r}") from error
 
     def restore(self, data: Mapping[str, Any]) -> None:
-        """Become the policy that `to_json` made this of.
+        """Become the policy of which `to_json` made this object.
 
         Raises:
-            InvalidValue: it is no such object, or of a policy with other words.
+            InvalidValue: it is not such an object, or of a policy with other words.
         """
         other = SoftmaxPolicy.from_json(data)
         if other._vocabulary != self._vocabulary or other._action_ids != self._action_ids:
@@ -189,7 +148,7 @@ class SoftmaxPolicy:
         self._rows = other._rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to a file, which is replaced as a whole or not at all."""
+        """Write the policy to a file, which is replaced atomically."""
         target = Path(path)
         unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
@@ -203,32 +162,67 @@ class SoftmaxPolicy:
         """Read a policy from a file that `save` wrote.
 
         Raises:
-            InvalidValue: the file holds no policy.
+            InvalidValue: the file does not hold a policy.
             OSError: it cannot be read.
         """
         try:
             data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InvalidValue(f"{os.fspath(path)} is no saved policy: {error}") from error
+            raise InvalidValue(f"{os.fspath(path)} is not a saved policy: {error}") from error
         return cls.from_json(data)
 
     def _actions(self) -> list[str]:
         return [self._vocabulary[token_id] for token_id in self._action_ids]
 
 
-def _nucleus(probabilities: list[float], top_p: float) -> list[float]:
-    """Weights: the probabilities of the fewest words that reach ``top_p`` together, and 0 for the rest."""
-    if top_p >= 1:
-        return probabilities
-    weights = [0.0] * len(probabilities)
-    reached = 0.0
-    for place in sorted(range(len(probabilities)), key=lambda each: -probabilities[each]):
-        weights[place] = probabilities[place]
-        reached += probabilities[place]
-        if reached >= top_p:
-            break
-    return weights
+class _Sample(NamedTuple):
+    """One sampled word, by its index in the row of its context."""
+
+    place: int
+    old_logprob: float
+    reference_logprob: float
+    advantage: float
 
 
-def _draw(weights: list[float], rng: random.Random) -> int:
-    return rng.choices(range(len(weights)), weights)[0]
+class _Sums:
+    """Sums over sampled words, for what `SoftmaxPolicy.update` returns."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.loss = self.entropy = self.clipped = self.kl = 0.0
+
+    def means(self) -> dict[str, float]:
+        count = self.count or 1
+        sums = {"loss": self.loss, "entropy": self.entropy, "clipped": self.clipped, "kl": self.kl}
+        return {name: total / count for name, total in sums.items()}
+
+
+def _row_gradient(
+    logprobs: Sequence[float], samples: Sequence[_Sample], settings: PolicyUpdate, entropy_weight: float, sums: _Sums
+) -> list[float]:
+    """Return the gradient of the mean loss of one context's samples by the context's row of logits."""
+    slopes = [0.0] * len(logprobs)
+    for sample in samples:
+        logprob = logprobs[sample.place]
+        slope = choice_slope(logprob, sample.old_logprob, sample.advantage, settings.clip)
+        sums.loss += choice_loss(logprob, sample.old_logprob, sample.advantage, settings.clip)
+        sums.clipped += slope == 0 and sample.advantage != 0
+        sums.kl += kl_penalty(logprob, sample.reference_logprob)
+        if settings.kl_weight:
+            slope += settings.kl_weight * kl_slope(logprob, sample.reference_logprob)
+        slopes[sample.place] += slope / len(samples)
+    sums.count += len(samples)
+    sums.entropy += entropy(logprobs) * len(samples)
+    # The entropy bonus is maximised, the loss minimised: hence the minus.
+    return [
+        descent - entropy_weight * spread
+        for descent, spread in zip(logits_gradient(logprobs, slopes), entropy_gradient(logprobs), strict=True)
+    ]
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [cast("Mapping[str, Any]", part) for part in cast("list[Any]", content) if isinstance(part, dict)]
+        return " ".join(str(part.get("text", "")) for part in parts)
+    return content if isinstance(content, str) else ""

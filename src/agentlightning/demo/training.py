@@ -180,7 +180,7 @@ class Outcome:
         return self.win_rate >= LEARNED
 
 
-class SabotagedGRPO(GRPO):
+class SabotagedGRPO(GRPO[SoftmaxPolicy]):
     """GRPO; half-way, one runner is killed.
 
     Args:

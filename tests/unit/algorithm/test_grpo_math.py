@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, strategies as st
 
+from agentlightning.algorithm.grpo_groups import group_advantages
 from agentlightning.demo import policy_math as maths
 
 LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=6)
@@ -41,16 +42,16 @@ def test_softmax_of_huge_logits_does_not_overflow() -> None:
 
 @given(REWARDS, st.booleans())
 def test_advantages_sum_to_nothing_and_keep_the_order(rewards: list[float], scaled: bool) -> None:
-    advantages = maths.group_advantages(rewards, scale_by_deviation=scaled)
+    advantages = group_advantages(rewards, scale_by_deviation=scaled)
     assert math.fsum(advantages) == pytest.approx(0, abs=1e-6)
     for one, other in zip(sorted(zip(rewards, advantages, strict=True)), sorted(advantages), strict=True):
         assert one[1] == pytest.approx(other, abs=1e-9)
 
 
 def test_advantages_by_hand() -> None:
-    assert maths.group_advantages([1, 0, 0, 1], scale_by_deviation=False) == [0.5, -0.5, -0.5, 0.5]
-    assert maths.group_advantages([1, 0, 0, 1], scale_by_deviation=True) == [1, -1, -1, 1]
-    assert maths.group_advantages([3, 0, 0], scale_by_deviation=True) == pytest.approx(
+    assert group_advantages([1, 0, 0, 1], scale_by_deviation=False) == [0.5, -0.5, -0.5, 0.5]
+    assert group_advantages([1, 0, 0, 1], scale_by_deviation=True) == [1, -1, -1, 1]
+    assert group_advantages([3, 0, 0], scale_by_deviation=True) == pytest.approx(
         [math.sqrt(2), -1 / math.sqrt(2), -1 / math.sqrt(2)]
     )
 
@@ -58,7 +59,7 @@ def test_advantages_by_hand() -> None:
 @pytest.mark.parametrize("rewards", [[0.0, 0.0], [0.1 + 0.2, 0.3, 0.3], [7.0]])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_group_of_equals_teaches_nothing(rewards: list[float], scaled: bool) -> None:
-    assert maths.group_advantages(rewards, scale_by_deviation=scaled) == [0.0] * len(rewards)
+    assert group_advantages(rewards, scale_by_deviation=scaled) == [0.0] * len(rewards)
 
 
 @pytest.mark.parametrize(

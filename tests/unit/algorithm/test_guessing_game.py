@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from agentlightning.algorithm.policy_update import Choice, GroupMember, PolicyUpdate, update_policy
+from agentlightning.algorithm.grpo_groups import group_advantages
+from agentlightning.algorithm.policy import GroupMember, PolicyBatch, PolicyUpdate, SampledCall
 from agentlightning.demo import game
 from agentlightning.demo.game import in_words, win_rate
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
@@ -17,27 +18,35 @@ GROUP_SIZE = 16
 SECRETS = range(game.LOWEST, game.HIGHEST + 1)
 
 
-def play(policy: SoftmaxPolicy, secret: int, rng: random.Random) -> GroupMember:
+def play(policy: SoftmaxPolicy, secret: int, rng: random.Random) -> tuple[float, list[SampledCall]]:
     now = game.start(secret)
-    choices: list[Choice] = []
+    calls: list[SampledCall] = []
     while now.outcome == "playing":
         context = tuple(policy.encode(game.prompt(now)))
         word = policy.choose(context, rng)
-        choices.append(Choice(context, word.token_id, word.logprob))
+        calls.append(SampledCall(context, [word.token_id], [word.logprob]))
         now = game.step(now, game.parse(now, policy.decode([word.token_id])))
-    return GroupMember("", now.reward, choices)
+    return now.reward, calls
+
+
+def play_group(policy: SoftmaxPolicy, secret: int, rng: random.Random, settings: PolicyUpdate) -> list[GroupMember]:
+    played = [play(policy, secret, rng) for _ in range(GROUP_SIZE)]
+    advantages = group_advantages([reward for reward, _ in played], scale_by_deviation=settings.scale_by_deviation)
+    return [
+        GroupMember("", reward, advantage, calls) for (reward, calls), advantage in zip(played, advantages, strict=True)
+    ]
 
 
 def train(seed: int, settings: PolicyUpdate) -> tuple[SoftmaxPolicy, list[float]]:
     """The policy after as many rollouts as the demo has, and the mean reward of each step."""
     policy, rng = SoftmaxPolicy(game.VOCABULARY), random.Random(seed)
-    reference = policy.copy()
+    policy.begin_run()
     means: list[float] = []
     for step in range(STEPS):
-        groups = [[play(policy, secret, rng) for _ in range(GROUP_SIZE)] for secret in SECRETS]
+        groups = [play_group(policy, secret, rng, settings) for secret in SECRETS]
         rewards = [member.reward for group in groups for member in group]
         means.append(sum(rewards) / len(rewards))
-        update_policy(policy, reference, groups, settings, step / STEPS)
+        policy.update(PolicyBatch(groups, settings, step / STEPS))
     return policy, means
 
 

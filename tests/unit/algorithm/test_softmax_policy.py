@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.algorithm.policy_update import Choice, GroupMember, PolicyUpdate, update_policy
+from agentlightning.algorithm.policy import GroupMember, Policy, PolicyBatch, PolicyUpdate, SampledCall
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
 from agentlightning.errors import InvalidValue
 
@@ -86,49 +87,80 @@ def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
         SoftmaxPolicy.load(tmp_path / "broken")
 
 
-def member(reward: float, word: int, logprob: float | None) -> GroupMember:
-    return GroupMember("", reward, [Choice((0,), word, logprob)])
+def good_and_bad(good: int, bad: int, logprob: float | None) -> list[GroupMember]:
+    """A group of two attempts of one word each, one with reward 1 and one with reward 0."""
+    return [
+        GroupMember("", 1.0, 0.5, [SampledCall((0,), [good], None if logprob is None else [logprob])]),
+        GroupMember("", 0.0, -0.5, [SampledCall((0,), [bad], None if logprob is None else [logprob])]),
+    ]
+
+
+def test_a_softmax_policy_is_a_policy() -> None:
+    assert isinstance(SoftmaxPolicy(WORDS), Policy)
 
 
 def test_an_update_makes_what_was_better_more_probable() -> None:
     policy = SoftmaxPolicy(WORDS)
-    group = [member(1.0, 2, math.log(1 / 3)), member(0.0, 1, math.log(1 / 3))]
-    numbers = update_policy(policy, policy.copy(), [group], PolicyUpdate(learning_rate=1, entropy_weight=0), 0)
+    settings = PolicyUpdate(learning_rate=1, entropy_weight=0)
+    numbers = policy.update(PolicyBatch([good_and_bad(2, 1, math.log(1 / 3))], settings, 0))
     red, green, blue = policy.logprobs((0,))
     assert blue > red > green
-    assert numbers.entropy == pytest.approx(math.log(3))
-    assert numbers.loss == pytest.approx(0)
+    assert numbers["entropy"] == pytest.approx(math.log(3))
+    assert numbers["loss"] == pytest.approx(0)
+
+
+def test_every_word_of_a_completion_has_the_words_before_it_as_context() -> None:
+    policy = SoftmaxPolicy(WORDS)
+    call = SampledCall([0], [2, 1], [math.log(1 / 3)] * 2)
+    policy.update(PolicyBatch([[GroupMember("", 1.0, 1.0, [call])]], PolicyUpdate(entropy_weight=0), 0))
+    assert list(policy.contexts()) == [(0,), (0, 2)]
+    assert [policy.choose(context, random.Random(0), 0).token_id for context in policy.contexts()] == [2, 1]
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    policy = SoftmaxPolicy(WORDS)
+    assert policy.update(PolicyBatch([], PolicyUpdate(), 0)) == {"loss": 0, "entropy": 0, "clipped": 0, "kl": 0}
+    assert list(policy.contexts()) == []
 
 
 def test_without_recorded_logprobs_the_policy_that_is_updated_counts_as_the_one_that_spoke() -> None:
     recorded, unrecorded = SoftmaxPolicy(WORDS), SoftmaxPolicy(WORDS)
     for policy, logprob in ((recorded, math.log(1 / 3)), (unrecorded, None)):
-        update_policy(policy, policy.copy(), [[member(1, 2, logprob), member(0, 0, logprob)]], PolicyUpdate(), 0.5)
+        policy.update(PolicyBatch([good_and_bad(2, 0, logprob)], PolicyUpdate(), 0.5))
     assert recorded.logits((0,)) == pytest.approx(unrecorded.logits((0,)))
 
 
 def test_clipping_stops_a_step_that_has_gone_far_enough() -> None:
     settings = PolicyUpdate(learning_rate=0.3, epochs=200, clip=0.2, entropy_weight=0)
     policy = SoftmaxPolicy(WORDS)
-    numbers = update_policy(policy, policy.copy(), [[member(1, 2, None), member(0, 0, None)]], settings, 0)
+    numbers = policy.update(PolicyBatch([good_and_bad(2, 0, None)], settings, 0))
     blue = math.exp(policy.logprobs((0,))[2])
     assert 1.2 / 3 < blue < 1.6 / 3
-    assert numbers.clipped == 1
+    assert numbers["clipped"] == 1
     free = SoftmaxPolicy(WORDS)
     wide = PolicyUpdate(learning_rate=0.3, epochs=200, clip=1e9, entropy_weight=0)
-    update_policy(free, free.copy(), [[member(1, 2, None), member(0, 0, None)]], wide, 0)
+    free.update(PolicyBatch([good_and_bad(2, 0, None)], wide, 0))
     assert math.exp(free.logprobs((0,))[2]) > 0.9, "the negative control: without the clip it goes on"
 
 
 def test_the_penalty_holds_the_policy_to_its_beginning() -> None:
-    moved = []
+    moved: list[float] = []
     for weight in (0.0, 5.0):
         policy = SoftmaxPolicy(WORDS)
-        reference = policy.copy()
-        for _ in range(20):
-            group = [member(1, 2, None), member(0, 0, None)]
-            numbers = update_policy(
-                policy, reference, [group], PolicyUpdate(learning_rate=0.1, entropy_weight=0, kl_weight=weight), 0
-            )
-        moved.append(numbers.kl)
+        policy.begin_run()
+        settings = PolicyUpdate(learning_rate=0.1, entropy_weight=0, kl_weight=weight)
+        numbers = [policy.update(PolicyBatch([good_and_bad(2, 0, None)], settings, 0)) for _ in range(20)]
+        moved.append(numbers[-1]["kl"])
     assert moved[0] > moved[1] * 2 > 0
+
+
+def test_the_state_of_a_run_comes_back_with_its_reference(tmp_path: Path) -> None:
+    policy = SoftmaxPolicy(WORDS)
+    policy.begin_run()
+    settings = PolicyUpdate(learning_rate=0.1, kl_weight=1.0)
+    policy.update(PolicyBatch([good_and_bad(2, 0, None)], settings, 0))
+    resumed = SoftmaxPolicy(WORDS)
+    resumed.load_state(json.loads(json.dumps(policy.save_state(tmp_path))), tmp_path)
+    batch = PolicyBatch([good_and_bad(2, 0, None)], settings, 0.5)
+    assert resumed.update(batch) == policy.update(batch)
+    assert resumed.to_json() == policy.to_json()

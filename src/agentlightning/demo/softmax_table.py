@@ -1,0 +1,159 @@
+"""`SoftmaxTable`: the smallest language model there is, a table from contexts to softmax choices.
+
+It knows a vocabulary of words; a token id is a word's index in it. From a prompt it keeps the words that it knows, in
+their order, and ignores the rest: that is the context. Every context has a row of logits, one for each word that the
+table may answer with, and an answer is one word. An unknown context has a row of zeros: all words are equally probable.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from agentlightning.demo.policy_math import log_softmax, softmax
+from agentlightning.errors import InvalidValue
+
+Context: TypeAlias = tuple[int, ...]
+"""Token ids."""
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class WordChoice(NamedTuple):
+    """A word that was sampled."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of the word's probability at temperature 1, at whichever temperature it was sampled."""
+
+
+class SoftmaxTable:
+    """A table from contexts to logits.
+
+    Any thread may read while one writes: a row is replaced as a whole, never changed in place.
+
+    Args:
+        vocabulary: the known words, without repeats; each is one word (letters, digits, ``_``) or one sign.
+        actions: those that may be answers; None for all.
+        logits: rows to begin with, one number for each action.
+
+    Raises:
+        InvalidValue: a vocabulary entry is not one word or is repeated, an action is not in the vocabulary, there is
+            no action, or a row has another length.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        actions: Sequence[str] | None = None,
+        logits: Mapping[Context, Sequence[float]] | None = None,
+    ) -> None:
+        self._vocabulary = tuple(vocabulary)
+        self._ids = {word: token_id for token_id, word in enumerate(self._vocabulary)}
+        odd = [word for word in self._vocabulary if not _WORD.fullmatch(word)]
+        if odd:
+            raise InvalidValue(
+                f"the vocabulary has {odd[0]!r}, which is neither one word (letters, digits, '_') nor one sign; "
+                "give its parts"
+            )
+        repeated = [word for word, count in Counter(self._vocabulary).items() if count > 1]
+        if repeated:
+            raise InvalidValue(f"the vocabulary has {repeated[0]!r} more than once")
+        answers = self._vocabulary if actions is None else tuple(actions)
+        unknown = [word for word in answers if word not in self._ids]
+        if unknown or not answers or len(set(answers)) != len(answers):
+            raise InvalidValue(
+                f"actions must be words of the vocabulary, at least one, each once; unknown: {unknown}, of "
+                f"{len(answers)}"
+            )
+        self._action_ids = tuple(self._ids[word] for word in answers)
+        self._places = {token_id: place for place, token_id in enumerate(self._action_ids)}
+        self._rows: dict[Context, tuple[float, ...]] = {}
+        for context, row in (logits or {}).items():
+            self.set_logits(context, row)
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The words, by token id."""
+        return self._vocabulary
+
+    @property
+    def action_ids(self) -> Sequence[int]:
+        """Token ids of the possible answers, in the order of a row of logits."""
+        return self._action_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of the known words in the text, in their order."""
+        return [self._ids[word] for word in _WORD.findall(text) if word in self._ids]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the words, separated by blanks.
+
+        Raises:
+            InvalidValue: an id is not of this vocabulary.
+        """
+        if not all(0 <= token_id < len(self._vocabulary) for token_id in token_ids):
+            raise InvalidValue(f"{list(token_ids)} has an id outside 0 to {len(self._vocabulary) - 1}")
+        return " ".join(self._vocabulary[token_id] for token_id in token_ids)
+
+    def place_of(self, token_id: int) -> int | None:
+        """Return the index of a token in a row of logits; None if it is not a possible answer."""
+        return self._places.get(token_id)
+
+    def logits(self, context: Context) -> Sequence[float]:
+        """Return the row of a context, one number for each of `action_ids`."""
+        return self._rows.get(context) or (0.0,) * len(self._action_ids)
+
+    def logprobs(self, context: Context) -> list[float]:
+        """Return the natural logarithms of the probabilities of `action_ids`, at temperature 1."""
+        return log_softmax(self.logits(context))
+
+    def choose(self, context: Context, rng: random.Random, temperature: float = 1.0, top_p: float = 1.0) -> WordChoice:
+        """Sample one word.
+
+        Args:
+            context: token ids of the prompt.
+            rng: source of randomness; not used at temperature 0.
+            temperature: flattens the probabilities above 1, sharpens them below. 0 takes the most probable word,
+                the first of equals.
+            top_p: sample from the most probable words that together have this probability (nucleus sampling).
+        """
+        row = self.logits(context)
+        logprobs = log_softmax(row)
+        if temperature == 0:
+            place = max(range(len(row)), key=row.__getitem__)
+        else:
+            weights = _nucleus(softmax(row, temperature), top_p)
+            place = rng.choices(range(len(weights)), weights)[0]
+        return WordChoice(self._action_ids[place], logprobs[place])
+
+    def set_logits(self, context: Context, row: Sequence[float]) -> None:
+        """Replace the row of a context.
+
+        Raises:
+            InvalidValue: the row has another length than there are actions.
+        """
+        if len(row) != len(self._action_ids):
+            raise InvalidValue(f"a row of {len(row)} logits does not fit {len(self._action_ids)} actions")
+        self._rows[tuple(context)] = tuple(float(logit) for logit in row)
+
+    def contexts(self) -> Iterator[Context]:
+        """Iterate over the contexts that have a row, in the order in which they were first set."""
+        return iter(list(self._rows))
+
+
+def _nucleus(probabilities: list[float], top_p: float) -> list[float]:
+    """Weights: the probabilities of the fewest words that reach ``top_p`` together, and 0 for the rest."""
+    if top_p >= 1:
+        return probabilities
+    weights = [0.0] * len(probabilities)
+    reached = 0.0
+    for place in sorted(range(len(probabilities)), key=lambda each: -probabilities[each]):
+        weights[place] = probabilities[place]
+        reached += probabilities[place]
+        if reached >= top_p:
+            break
+    return weights

@@ -26,10 +26,10 @@ from agentlightning import (
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
-from agentlightning.proxy import server as serving
+from agentlightning.proxy import llm_proxy
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from agentlightning.serving import connections as connection
-from agentlightning.serving.connections import Bounds
+from agentlightning.serving.connections import ConnectionBounds
 from openai_backend import WAIT_SECONDS, Hold, OpenAIBackend
 from proxied import MESSAGES, Proxied, attribute, body_of, proxied
 
@@ -329,10 +329,12 @@ async def test_more_connections_than_allowed_are_turned_away(monkeypatch: pytest
 def _bound(monkeypatch: pytest.MonkeyPatch, **bounds: Any) -> None:
     """Proxies have these bounds from now on."""
 
-    def made(connections: int, connections_per_address: int) -> Bounds:
-        return Bounds(**({"connections": connections, "connections_per_address": connections_per_address} | bounds))
+    def made(connections: int, connections_per_address: int) -> ConnectionBounds:
+        return ConnectionBounds(
+            **({"connections": connections, "connections_per_address": connections_per_address} | bounds)
+        )
 
-    monkeypatch.setattr(serving, "Bounds", made)
+    monkeypatch.setattr(llm_proxy, "ConnectionBounds", made)
 
 
 def port_of(proxy: LLMProxy) -> int:

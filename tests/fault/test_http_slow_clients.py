@@ -140,7 +140,7 @@ async def test_requests_that_are_not_done_in_time_end_without_a_traceback(caplog
         while not server.app.load.requests:
             await asyncio.sleep(0.01)
         await server.stop()
-    assert "1 requests were not done" in caplog.text
+    assert "1 requests did not end" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

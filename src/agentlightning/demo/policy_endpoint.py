@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
-from typing_extensions import override
 
 from agentlightning.demo.policy_replies import Answer, answer_chat, answer_completion, list_models
 from agentlightning.demo.softmax_table import SoftmaxTable
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound
+from agentlightning.serving.server import ThreadedServer
 from agentlightning.telemetry.context import untraced_app
 
 _GRACE_SECONDS = 5
@@ -59,8 +57,7 @@ class PolicyEndpoint:
         self._port = port
         self._model = model
         self._rng = random.Random(seed)
-        self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._server: ThreadedServer | None = None
 
     @property
     def model(self) -> str:
@@ -84,33 +81,21 @@ class PolicyEndpoint:
         """
         if self._server is not None:
             return
-        listener = socket.create_server((self._host, self._wanted_port), backlog=2048)
-        # Inherited by every connection. asyncio sets it only where the socket names its protocol, and without it
-        # the second write of a reply waits for the peer's delayed acknowledgement, 40 ms.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            self._make_app(),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=_GRACE_SECONDS,
+        server = ThreadedServer(
+            partial(nullcontext, self._make_app()),
+            self._host,
+            self._wanted_port,
+            name="agentlightning-policy",
+            drain_seconds=_GRACE_SECONDS,
         )
-        self._server = server = _Server(config)
-        self._thread = threading.Thread(
-            target=server.run_in_thread, args=(listener,), name="agentlightning-policy", daemon=True
-        )
-        self._thread.start()
-        await asyncio.wrap_future(server.ready)
+        await asyncio.to_thread(server.start)
+        self._port, self._server = server.port, server
 
     async def stop(self) -> None:
         """End, and free the port. Requests under way are finished first. May be called again."""
         server, self._server = self._server, None
-        thread, self._thread = self._thread, None
-        if server is not None and thread is not None:
-            server.should_exit = True
-            await asyncio.to_thread(thread.join)
+        if server is not None:
+            await asyncio.to_thread(server.stop)
 
     def _make_app(self) -> FastAPI:
         # Plain routes: FastAPI's own take requests apart and put replies together, which costs more than the answer.
@@ -141,29 +126,6 @@ class PolicyEndpoint:
         if answer.streamed:
             return StreamingResponse(_events(answer), media_type="text/event-stream")
         return JSONResponse(answer.body)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server in a thread, which says when it listens, or why it does not."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready: Future[None] = Future()
-
-    @override
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set_result(None)
-
-    def run_in_thread(self, listener: socket.socket) -> None:
-        try:
-            self.run(sockets=[listener])
-        except BaseException as error:
-            if self.ready.done():
-                raise
-            self.ready.set_exception(error)
-        finally:
-            listener.close()
 
 
 def _object_of(body: bytes) -> dict[str, Any]:

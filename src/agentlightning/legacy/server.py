@@ -1,16 +1,22 @@
-"""The v0.1 server: tasks out at ``GET /task``, rollouts in at ``POST /rollout``."""
+"""The v0.1 server: hands out tasks at ``GET /task`` and takes reports at ``POST /rollout``."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, HTTPException
 
 from agentlightning.errors import StoreUnavailable
-from agentlightning.legacy.task_queue import TaskQueue
+from agentlightning.serving.server import ThreadedServer
 from agentlightning.telemetry.context import untraced_app
 from agentlightning.types import (
     GenericResponse,
@@ -23,12 +29,108 @@ from agentlightning.types import (
 )
 
 
+class TaskQueue:
+    """Tasks in the order in which they came, the resources, and the reports that nobody has fetched yet.
+
+    Every method may be called from any thread, because the server answers in a thread of its own.
+
+    Args:
+        task_timeout_seconds: a task that is claimed and not reported for longer is handed out again.
+        wall: Unix seconds.
+    """
+
+    def __init__(self, task_timeout_seconds: float, wall: Callable[[], float] = time.time) -> None:
+        self._timeout = task_timeout_seconds
+        self._wall = wall
+        self._lock = threading.Lock()
+        self._waiting = deque[Task]()
+        self._claimed: dict[str, Task] = {}
+        self._reports: dict[str, RolloutLegacy] = {}
+        self._resources: dict[str, ResourcesUpdate] = {}
+        self._latest: ResourcesUpdate | None = None
+        self._next_report: Future[None] = Future()
+        """Done when the next report comes; then there is another one."""
+
+    def add_task(
+        self, sample: Any, mode: RolloutMode | None, resources_id: str | None, metadata: dict[str, Any] | None
+    ) -> str:
+        """Put a task at the end; returns its rollout id."""
+        task = Task(
+            rollout_id=f"rollout-{uuid.uuid4()}",
+            input=sample,
+            mode=mode,
+            resources_id=resources_id,
+            create_time=self._wall(),
+            num_claims=0,
+            metadata=metadata or {},
+        )
+        self._waiting.append(task)
+        return task.rollout_id
+
+    def next_task(self) -> Task | None:
+        """Put back the tasks that took too long, and claim the first task; None if there is none."""
+        now = self._wall()
+        with self._lock:
+            late = [each for each in self._claimed.values() if now - (each.last_claim_time or 0.0) > self._timeout]
+            self._waiting.extend(self._claimed.pop(task.rollout_id) for task in late)
+            if not self._waiting:
+                return None
+            first = self._waiting.popleft()
+            claimed = first.model_copy(update={"last_claim_time": now, "num_claims": (first.num_claims or 0) + 1})
+            self._claimed[claimed.rollout_id] = claimed
+            return claimed
+
+    def set_resources(self, resources: NamedResources) -> str:
+        """Store resources under a new id, which is the latest from now on; returns the id."""
+        now = self._wall()
+        update = ResourcesUpdate(
+            resources_id=f"res-{uuid.uuid4()}", create_time=now, update_time=now, version=1, resources=resources
+        )
+        self._resources[update.resources_id] = self._latest = update
+        return update.resources_id
+
+    def resources(self, resources_id: str | None) -> ResourcesUpdate | None:
+        """The resources with this id; the latest for None."""
+        return self._latest if resources_id is None else self._resources.get(resources_id)
+
+    def finish(self, rollout: RolloutLegacy) -> None:
+        """Keep a report, also one of an unknown id; a later report of an id replaces the earlier one."""
+        with self._lock:
+            self._claimed.pop(rollout.rollout_id, None)
+            self._reports[rollout.rollout_id] = rollout
+            arrived, self._next_report = self._next_report, Future()
+        arrived.set_result(None)
+
+    def take(self, rollout_id: str) -> RolloutLegacy | None:
+        """Remove and return a report; None if it has not come."""
+        return self._reports.pop(rollout_id, None)
+
+    def take_all(self) -> list[RolloutLegacy]:
+        """Remove and return all reports."""
+        with self._lock:
+            taken, self._reports = self._reports, {}
+        return list(taken.values())
+
+    async def wait_for(self, rollout_id: str, timeout: float | None) -> RolloutLegacy | None:
+        """Remove and return a report as soon as it comes; None after ``timeout`` seconds without it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while True:
+                    next_report = self._next_report  # read before `take`, or a report between the two would be missed
+                    report = self.take(rollout_id)
+                    if report is not None:
+                        return report
+                    # Shielded, because others wait for the same future, which a timeout here would cancel.
+                    await asyncio.shield(asyncio.wrap_future(next_report))
+        return None
+
+
 class AgentLightningServer:
     """Hands out tasks to v0.1 clients and collects what they report.
 
     Args:
-        host: address to bind; the server asks for no key, so keep it on loopback or behind something that does.
-        port: 0 for a free one; ``endpoint`` says which.
+        host: address to listen on. The server asks for no key, so keep it on loopback or behind a proxy that does.
+        port: 0 for any free one; ``endpoint`` says which after ``start``.
         task_timeout_seconds: a task that is claimed and not reported for longer is handed out again.
     """
 
@@ -37,8 +139,7 @@ class AgentLightningServer:
         self.port = port
         self._task_timeout_seconds = task_timeout_seconds
         self._queue: TaskQueue | None = None
-        self._server: uvicorn.Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._server: ThreadedServer | None = None
 
     @property
     def endpoint(self) -> str:
@@ -46,36 +147,36 @@ class AgentLightningServer:
         return f"http://{self.host}:{self.port}"
 
     async def start(self) -> None:
-        """Serve, until ``stop``. What was queued before a stop is still there.
+        """Serve until ``stop``; nothing happens if the server runs already. What was queued before a stop is kept.
 
         Raises:
             StoreUnavailable: the address cannot be bound.
         """
-        if self._serving is not None:
+        if self._server is not None:
             return
         self._queue = self._queue or TaskQueue(self._task_timeout_seconds)
+        # Assigned before it runs, so that `stop` also ends a server whose start was cancelled.
+        server = self._server = ThreadedServer(
+            partial(nullcontext, _app(self._queue)), self.host, self.port, name="agl-v0.1"
+        )
         try:
-            listening = socket.create_server((self.host, self.port))
+            await asyncio.to_thread(server.start)
         except OSError as error:
-            raise StoreUnavailable(f"cannot bind {self.endpoint}: {error.strerror}; give another port") from error
-        self.port = listening.getsockname()[1]
-        server = _Server(uvicorn.Config(_app(self._queue), log_level="warning", lifespan="off"))
-        self._server, self._serving = server, asyncio.create_task(server.serve(sockets=[listening]))
-        await server.is_up.wait()
+            self._server = None
+            raise StoreUnavailable(f"cannot bind {self.endpoint}: {error}") from error
+        self.port = server.port
 
     async def stop(self) -> None:
-        """End serving; idempotent."""
-        serving, self._serving = self._serving, None
-        if serving is not None and self._server is not None:
-            self._server.should_exit = True
-            await serving
+        """Finish the requests in progress and release the port; idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            await asyncio.to_thread(server.stop)
 
     async def run_forever(self) -> None:
         """Serve until the caller is cancelled."""
-        await self.start()
         try:
-            if self._serving is not None:
-                await asyncio.shield(self._serving)
+            await self.start()
+            await asyncio.get_running_loop().create_future()
         finally:
             await self.stop()
 
@@ -90,19 +191,19 @@ class AgentLightningServer:
         return self._started().add_task(sample, mode, resources_id, metadata)
 
     async def update_resources(self, resources: NamedResources) -> str:
-        """Publish resources; returns their id. They are the latest after."""
+        """Publish resources, which are the latest from now on; returns their id."""
         return self._started().set_resources(resources)
 
     async def get_completed_rollout(self, rollout_id: str) -> RolloutLegacy | None:
-        """Hand over the report of a rollout, once; None if there is none yet."""
+        """Return the report of a rollout, once; None if there is none yet."""
         return self._started().take(rollout_id)
 
     async def poll_completed_rollout(self, rollout_id: str, timeout: float | None = None) -> RolloutLegacy | None:
-        """Wait for the report of a rollout, for ``timeout`` seconds or for ever; None if it did not come."""
+        """Wait for the report of a rollout, for ``timeout`` seconds or without limit; None if it did not come."""
         return await self._started().wait_for(rollout_id, timeout)
 
     async def retrieve_completed_rollouts(self) -> list[RolloutLegacy]:
-        """Hand over all reports that have come, once."""
+        """Return all reports that have come, once."""
         return self._started().take_all()
 
     def _started(self) -> TaskQueue:
@@ -111,27 +212,13 @@ class AgentLightningServer:
         return self._queue
 
 
-class _Server(uvicorn.Server):
-    """Says when it answers; leaves signals to the program that it is part of."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = asyncio.Event()
-
-    async def startup(self, sockets: list[Any] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
-
-    async def serve(self, sockets: list[Any] | None = None) -> None:
-        await self._serve(sockets)
-
-
 def _app(queue: TaskQueue) -> FastAPI:
+    """The application: plain functions run in worker threads of FastAPI, so endpoints are coroutines to stay cheap."""
     app = untraced_app(title="Agent Lightning, v0.1 interface")
 
     @app.get("/task")
     async def next_task() -> TaskIfAny:  # pyright: ignore[reportUnusedFunction]
-        task: Task | None = queue.next_task()
+        task = queue.next_task()
         return TaskIfAny(is_available=task is not None, task=task)
 
     @app.get("/resources/latest")
@@ -144,7 +231,7 @@ def _app(queue: TaskQueue) -> FastAPI:
 
     @app.post("/rollout")
     async def finish(rollout: RolloutLegacy) -> GenericResponse:  # pyright: ignore[reportUnusedFunction]
-        await queue.finish(rollout)
+        queue.finish(rollout)
         return GenericResponse(status="ok", message=f"Rollout {rollout.rollout_id} received and stored.")
 
     return app

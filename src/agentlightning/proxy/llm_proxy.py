@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import secrets
@@ -11,16 +12,18 @@ from contextlib import asynccontextmanager
 from typing import Any, get_args
 
 from fastapi import FastAPI
+from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.proxy.app import build_app, control_routes
+from agentlightning.proxy.errors import Refused
 from agentlightning.proxy.models import Ask, ModelConfig, ask_for_of_callbacks, backends_of, warn_of_unused
-from agentlightning.proxy.server import AppThread
 from agentlightning.proxy.session import Exchange, ProxySettings, open_exchange
 from agentlightning.proxy.upstream import Routing
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving import server as ports
+from agentlightning.serving.connections import BoundedConnection, ConnectionBounds
+from agentlightning.serving.server import ThreadedServer
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
 
@@ -57,9 +60,21 @@ def forget_llm_proxy(proxy: LLMProxy) -> None:
 _LOOPBACK = "127.0.0.1"
 _NO_KEY = "not-needed"
 """What agents get as the key of a proxy without one: OpenAI's clients do not start without any."""
+_DRAIN_SECONDS = 2.0
 _SPARE = 64
 """Connections beyond those of calls: idle ones, and for a look at ``/health``."""
 _ASKS = frozenset[Ask](get_args(Ask))
+
+
+class _ProxyConnection(BoundedConnection):
+    """A connection that refuses clients in the format of OpenAI's API."""
+
+    @override
+    def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
+        code = {self.OVERLOADED: "proxy_overloaded", self.TOO_SLOW: "request_too_slow"}.get(status, "headers_too_large")
+        again = 1 if status == self.OVERLOADED else None
+        refused = Refused(status, code, f"{why[0].upper()}{why[1:]}.", retry_after_seconds=again)
+        return {"content-type": "application/json", **refused.headers()}, refused.body()
 
 
 class LLMProxy:
@@ -143,12 +158,12 @@ class LLMProxy:
         self._versions: dict[str, str] = {}
         self._port: int | None = None
         self._owner_pid: int | None = None
-        self._thread: AppThread | None = None
+        self._server: ThreadedServer | None = None
         self._exchange: Exchange | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process is a proxy that does not run there, but knows where this one does."""
-        return {**self.__dict__, "_thread": None, "_exchange": None, "_owner_pid": None}
+        return {**self.__dict__, "_server": None, "_exchange": None, "_owner_pid": None}
 
     # --- Running ---------------------------------------------------------------------------------
 
@@ -164,25 +179,30 @@ class LLMProxy:
         """
         if self.is_running():
             return
+        most = 2 * self._settings.max_calls + _SPARE
+        server = ThreadedServer(
+            self._open_app,
+            self._host,
+            self._wanted_port,
+            name="agl-llm-proxy",
+            bounds=ConnectionBounds(connections=most, connections_per_address=most),
+            connection=_ProxyConnection,
+            drain_seconds=_DRAIN_SECONDS,
+            date_header=False,  # replies pass on the backend's
+        )
         try:
-            listener = ports.bind(self._host, self._wanted_port)
-            ports.listen(listener, self._host)
+            await asyncio.to_thread(server.start)
         except OSError as error:
             raise InvalidValue(str(error)) from error
-        port: int = listener.getsockname()[1]
-        thread = AppThread(
-            self._open_app, listener, "agl-llm-proxy", max_connections=2 * self._settings.max_calls + _SPARE
-        )
-        await thread.start()
-        self._port, self._thread, self._owner_pid = port, thread, os.getpid()
+        self._port, self._server, self._owner_pid = server.port, server, os.getpid()
         self.initialize()
 
     async def stop(self) -> None:
         """Let calls in flight end, bring all spans to the store, and free the port. Idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is None or self._owner_pid != os.getpid():
+        server, self._server = self._server, None
+        if server is None or self._owner_pid != os.getpid():
             return
-        await thread.stop()
+        await asyncio.to_thread(server.stop)
         self._exchange = None
         forget_llm_proxy(self)
 
@@ -195,7 +215,7 @@ class LLMProxy:
 
     def is_running(self) -> bool:
         """Whether calls are taken, by this object in this process."""
-        return self._thread is not None and self._owner_pid == os.getpid() and self._thread.is_alive()
+        return self._server is not None and self._owner_pid == os.getpid() and self._server.is_running
 
     @asynccontextmanager
     async def _open_app(self) -> AsyncGenerator[FastAPI]:
@@ -262,13 +282,13 @@ class LLMProxy:
         Raises:
             InvalidValue: the proxy does not run here.
         """
-        thread, exchange = self._running("paused")
+        server, exchange = self._running("paused")
 
         async def pause() -> int:
             exchange.gate.pause(retry_after_seconds, hold_seconds)
             return await exchange.gate.wait_empty(timeout_seconds)
 
-        return await thread.run(pause())
+        return await server.call(pause())
 
     async def resume(self) -> None:
         """Take calls again.
@@ -276,17 +296,17 @@ class LLMProxy:
         Raises:
             InvalidValue: the proxy does not run here.
         """
-        thread, exchange = self._running("resumed")
+        server, exchange = self._running("resumed")
 
         async def resume() -> None:
             exchange.gate.resume()
 
-        await thread.run(resume())
+        await server.call(resume())
 
-    def _running(self, what: str) -> tuple[AppThread, Exchange]:
-        if self._thread is None or self._exchange is None or not self.is_running():
+    def _running(self, what: str) -> tuple[ThreadedServer, Exchange]:
+        if self._server is None or self._exchange is None or not self.is_running():
             raise InvalidValue(f"the proxy does not run in this process, so it cannot be {what}; start it first")
-        return self._thread, self._exchange
+        return self._server, self._exchange
 
     # --- How agents reach it ---------------------------------------------------------------------
 

@@ -1,4 +1,9 @@
-"""uvicorn with a start that is told, an end that is waited for instead of polled for, and a drain."""
+"""The one way in which this package serves HTTP: an ASGI application on one port, in a thread with its own event loop.
+
+The store's server, the LLM proxy, the demo's policy endpoint and the v0.1 server are all a ``ThreadedServer``. A thread
+of its own keeps them independent of the event loop of the caller, which may be blocked, or may end while the server
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -7,161 +12,270 @@ import errno
 import logging
 import resource
 import socket
-from collections.abc import Callable
+import ssl
+import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from email.utils import formatdate
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import uvicorn
-from typing_extensions import override
+from uvicorn.server import ServerState
 
-_KEEPALIVE_SECONDS = 75.0
-_FLUSH_SECONDS = 2.0
+from agentlightning.errors import InvalidValue
+from agentlightning.serving.connections import BoundedConnection, ConnectionBounds, ConnectionCounter
+
 _log = logging.getLogger(__name__)
 
+_BACKLOG = 2048
+_FLUSH_SECONDS = 2.0
+"""How long replies that were written may take to leave, at the end of a drain."""
+_STOP_SECONDS = 30.0
+"""How long ``stop`` waits for the thread, beyond the time for the drain."""
 
-def server_config(
-    app: Any, connection: Callable[..., asyncio.Protocol], *, keepalive_seconds: float = _KEEPALIVE_SECONDS, **more: Any
-) -> uvicorn.Config:
-    """How uvicorn serves here: HTTP/1.1 alone, without logs of its own, without trust in proxies.
+_T = TypeVar("_T")
+
+
+class TlsFiles(NamedTuple):
+    """The files of an HTTPS server, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class ThreadedServer:
+    """Serves one ASGI application on one port, from ``start`` to ``stop``. It is started once.
 
     Args:
-        app: an ASGI application.
-        connection: makes the protocol of a connection from uvicorn's arguments.
+        open_app: returns an asynchronous context manager of the application. It is entered in the server's loop before
+            the first request, and left when the server stops, while the port is still open, so that requests which
+            arrive meanwhile get the application's own refusal. ``partial(nullcontext, app)`` where none is needed.
+        host: name or address to listen on.
+        port: 0 for any free one; the attribute ``port`` says which after ``bind``.
+        name: of the thread.
+        bounds: on connections.
+        connection: makes a connection from the counter of connections and uvicorn's arguments.
+        drain_seconds: how long requests may go on after ``stop``; after that they are cancelled.
+        on_drain: called in the server's loop when ``stop`` begins.
+        tls: for HTTPS; None: plain HTTP.
         keepalive_seconds: how long a connection may stay open between requests.
-        more: of ``uvicorn.Config``.
-    """
-    return uvicorn.Config(
-        app,
-        http=connection,  # type: ignore[arg-type]  # a factory, which is all that uvicorn calls it as
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=int(keepalive_seconds),
-        **more,
-    )
-
-
-class LoopServer(uvicorn.Server):
-    """Answers on a socket, in the event loop of ``serve``.
-
-    Args:
-        config: of uvicorn.
-        drain_seconds: how long requests may go on when the end begins; those that are not done then are cancelled.
-        on_drain: called when the end begins.
-        handshake_seconds: how long a client may take to begin with TLS.
+        date_header: whether replies have a ``Date`` header that does not come from the application.
     """
 
     def __init__(
         self,
-        config: uvicorn.Config,
-        drain_seconds: float,
-        on_drain: Callable[[], None] | None = None,
+        open_app: Callable[[], AbstractAsyncContextManager[Any]],
+        host: str,
+        port: int,
         *,
-        handshake_seconds: float = 10.0,
+        name: str,
+        bounds: ConnectionBounds = ConnectionBounds(),  # noqa: B008 - a value that cannot change
+        connection: Callable[..., asyncio.Protocol] = BoundedConnection,
+        drain_seconds: float = 5.0,
+        on_drain: Callable[[], None] | None = None,
+        tls: TlsFiles | None = None,
+        keepalive_seconds: float = 75.0,
+        date_header: bool = True,
     ) -> None:
-        super().__init__(config)
-        self.answering: Future[None] = Future()
-        """Done when requests are answered."""
+        self.host = host
+        self.port = port
+        self._open_app = open_app
+        self._counter = ConnectionCounter(bounds)
+        self._connection = connection
         self._drain_seconds = drain_seconds
         self._on_drain = on_drain
-        self._handshake_seconds = handshake_seconds
+        self._tls = tls
+        self._keepalive_seconds = keepalive_seconds
+        self._date_header = date_header
+        self._changing = threading.Lock()
+        self._listening: socket.socket | None = None
+        self._ssl: ssl.SSLContext | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending: asyncio.Event | None = None
+        self._stop_asked = asyncio.Event()
+        self._ready: Future[None] = Future()
+        self._failure: BaseException | None = None
+        """What ended the loop after the start."""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def end(self) -> None:
-        """Let ``serve`` finish and return. From any thread, once ``answering`` is done."""
-        assert self._loop is not None
-        assert self._ending is not None
-        with suppress(RuntimeError):  # the loop has ended by itself
-            self._loop.call_soon_threadsafe(self._ending.set)
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open."""
+        return self._counter.total
 
-    @override
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
-        if not self.config.loaded:
-            self.config.load()
-        self.lifespan = self.config.lifespan_class(self.config)
-        await self.startup(sockets=sockets)
-        await self.on_tick(0)
-        self.answering.set_result(None)
-        tick = 0
-        while not self._ending.is_set():
-            tick += 10  # uvicorn counts ten a second, and makes the Date header anew at each tenth
-            await self.on_tick(tick)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), 1.0)
-        await self._finish()
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are answered."""
+        return self._ready.done() and self._thread.is_alive()
 
-    @override
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but that a handshake may not take a minute, for which nothing counts the connection."""
-        loop, config = asyncio.get_running_loop(), self.config
-        state = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
-        tls: dict[str, Any] = {}
-        if config.ssl is not None:
-            tls = {"ssl": config.ssl, "ssl_handshake_timeout": self._handshake_seconds}
-        connect = partial(cast("Callable[..., asyncio.Protocol]", config.http_protocol_class), **state)
-        self.servers = [
-            await loop.create_server(connect, sock=each, backlog=config.backlog, **tls) for each in sockets or ()
-        ]
-        self.started = True
+    def bind(self) -> int:
+        """Reserve the port without listening on it yet, and load the TLS files; idempotent. Returns the port.
 
-    async def _finish(self) -> None:
+        Raises:
+            OSError: the port cannot be had; the message is a sentence that says why, and who has it if that is known.
+            InvalidValue: the files for TLS cannot be used.
+        """
+        if self._listening is None:
+            if self._tls is not None:
+                try:
+                    self._ssl = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                    self._ssl.load_cert_chain(self._tls.certificate, self._tls.key)
+                except (OSError, ssl.SSLError) as error:
+                    raise InvalidValue(f"the certificate or key for TLS cannot be used: {error}") from error
+            self._listening = _bind(self.host, self.port)
+            self.port = self._listening.getsockname()[1]
+        return self.port
+
+    def start(self) -> None:
+        """Listen; returns when requests are answered. Blocks, so coroutines call it by ``asyncio.to_thread``.
+
+        Raises:
+            OSError, InvalidValue: as ``bind``; also what the application raises when its context is entered.
+        """
+        with self._changing:
+            self.bind()
+            assert self._listening is not None
+            try:
+                self._listening.listen(_BACKLOG)
+                self._listening.setblocking(False)
+            except OSError as error:  # another socket with SO_REUSEADDR has begun to listen since `bind`
+                self._listening.close()
+                raise _cannot_listen(self.host, self.port, error) from error
+            allow_many_files()
+            self._thread.start()
+            self._ready.result()
+
+    def stop(self) -> None:
+        """Take no new requests, finish those in progress and release the port. Idempotent; blocks.
+
+        Raises:
+            Exception: what the application raises when its context is left, or what ended the server's loop.
+        """
+        with self._changing:  # so that a start in another thread is complete first
+            if self._thread.ident is None:  # only bound, or not even that
+                if self._listening is not None:
+                    self._listening.close()
+                return
+        if self._loop is not None and self._thread.is_alive():  # a forked process has a copy of this, but no thread
+            with suppress(RuntimeError):  # the loop has just ended by itself
+                self._loop.call_soon_threadsafe(self._stop_asked.set)
+        self._thread.join(self._drain_seconds + _STOP_SECONDS)
+        if self._thread.is_alive():
+            _log.error("%s does not stop within %g s", self._thread.name, self._drain_seconds + _STOP_SECONDS)
+        elif self._failure is not None:
+            raise self._failure
+
+    async def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the server's loop, and wait for its result in the caller's loop."""
+        assert self._loop is not None, "the server has been started"
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    # --- In the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import uvloop
+
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        except BaseException as error:  # noqa: BLE001 - the boundary of the thread: raised by `start` or by `stop`
+            if self._ready.done():
+                _log.error("%s failed", self._thread.name, exc_info=error)
+                self._failure = error
+            else:
+                self._ready.set_exception(error)
+        finally:
+            if self._listening is not None:
+                self._listening.close()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        state = ServerState()
+        acceptor: asyncio.Server | None = None
+        try:
+            async with self._open_app() as app:
+                acceptor = await self._accept(app, state)
+                self._set_date(state)
+                self._ready.set_result(None)
+                while not self._stop_asked.is_set():
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stop_asked.wait(), 1.0)
+                    self._set_date(state)
+        finally:
+            if acceptor is not None:
+                await self._drain(acceptor, state)
+
+    def _set_date(self, state: ServerState) -> None:
+        """Make the ``Date`` header for the replies of the next second, because making it for each one is slow."""
+        if self._date_header:
+            state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+
+    async def _accept(self, app: Any, state: ServerState) -> asyncio.Server:
+        """Begin to accept connections on the listening socket."""
+        config = uvicorn.Config(
+            app,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            # Without trust in X-Forwarded-For, which any client can write.
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=int(self._keepalive_seconds),
+        )
+        config.load()
+        connect = partial(self._connection, self._counter, config=config, server_state=state, app_state={})
+        # A handshake is not a connection for `ConnectionCounter` yet, so it must end soon; asyncio's default is 60 s.
+        handshake = None if self._ssl is None else self._counter.bounds.header_seconds
+        return await asyncio.get_running_loop().create_server(
+            connect, sock=self._listening, backlog=_BACKLOG, ssl=self._ssl, ssl_handshake_timeout=handshake
+        )
+
+    async def _drain(self, acceptor: asyncio.Server, state: ServerState) -> None:
+        """Let requests in progress end, cancel those that do not, and close all connections."""
         if self._on_drain is not None:
             self._on_drain()
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
+        acceptor.close()
+        for connection in list(state.connections):
             connection.shutdown()
-        tasks = set(self.server_state.tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=self._drain_seconds)
+        if state.tasks:
+            _, late = await asyncio.wait(state.tasks, timeout=self._drain_seconds)
             if late:
-                _log.warning("%d requests were not done after %g s, and are ended", len(late), self._drain_seconds)
-                self._hang_up()
-                _, late = await asyncio.wait(late, timeout=1.0)
-                for task in late:
-                    task.cancel()
-                if late:
-                    await asyncio.wait(late, timeout=1.0)
-        for connection in list(self.server_state.connections):
+                await self._cancel(late, state)
+        for connection in list(state.connections):
             connection.transport.close()
         loop = asyncio.get_running_loop()
         until = loop.time() + _FLUSH_SECONDS
-        # Replies may still be on their way; connections tell nobody but this set of their end.
-        while self.server_state.connections and loop.time() < until:  # noqa: ASYNC110
+        # Replies may still be on their way. uvicorn's connections tell nobody of their end, so this set is polled.
+        while state.connections and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
-    def _hang_up(self) -> None:
-        """Those who wait for the rest of a body, or for somebody to read a reply, learn that it will not come."""
-        for connection in list(self.server_state.connections):
-            cycle = cast("Any", connection).cycle
+    async def _cancel(self, late: set[asyncio.Task[None]], state: ServerState) -> None:
+        """End requests that outlast the drain: first by closing their connections, then by cancelling them."""
+        _log.warning("%d requests did not end within %g s and are cancelled", len(late), self._drain_seconds)
+        for connection in list(state.connections):
+            cycle: Any = getattr(connection, "cycle", None)
             if cycle is not None and not cycle.response_complete:
-                connection.transport.abort()
+                connection.transport.abort()  # wakes a request that waits for its body, or for its reply to be read
+        _, late = await asyncio.wait(late, timeout=1.0)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1.0)
 
 
-# --- A port to listen on, and who has it if somebody else does ---
-
-_BACKLOG = 2048
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that has this port (0: any free one), and does not listen yet.
-
-    Raises:
-        OSError: the port cannot be had; the message is a sentence that says why, and who has it if that is known.
-    """
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound to the port and does not listen. Raises as ``ThreadedServer.bind``."""
     try:
+        # The protocol is named (TCP) in what `getaddrinfo` returns. asyncio sets TCP_NODELAY only on such sockets;
+        # without it the second write of a reply waits 40 ms for the client's delayed acknowledgement.
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError, UnicodeError) as error:
-        raise OSError(f"{host!r} is no name or address of this machine: {error}") from error
+        raise OSError(f"{host!r} is not a name or address of this machine: {error}") from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -172,25 +286,14 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def listen(bound: socket.socket, host: str) -> None:
-    """Listen on a port that was had before. Raises as ``bind``; the socket is closed then."""
-    port: int = bound.getsockname()[1]
-    try:
-        bound.listen(_BACKLOG)
-        bound.setblocking(False)
-    except OSError as error:
-        bound.close()
-        raise _cannot_listen(host, port, error) from error
-
-
 def _cannot_listen(host: str, port: int, error: Exception) -> OSError:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return OSError(f"port {port} on {host} is taken{_taken_by(port)}; stop that, or give another port (0 for any)")
+        return OSError(f"port {port} on {host} is taken{_owner_of(port)}; stop that, or give another port (0 for any)")
     return OSError(f"cannot listen on {host} port {port}: {error}")
 
 
-def _taken_by(port: int) -> str:
-    """Who listens on a port, for an error message; empty if the system does not tell."""
+def _owner_of(port: int) -> str:
+    """Which process listens on a port, for an error message; empty if the system does not tell."""
     import psutil
 
     try:
@@ -205,11 +308,8 @@ def _taken_by(port: int) -> str:
     return ""
 
 
-# --- How many files a process may have open ---
-
-
 def allow_many_files() -> None:
-    """Let this process have as many connections as the system allows; what is usual, 1,024, is soon used up."""
+    """Raise this process's limit of open files to what the system allows; the usual 1,024 is too low for a server."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # then as many as it has now
+    with suppress(ValueError, OSError):  # refused: the process keeps the limit that it has
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -193,7 +193,7 @@ async def test_start_and_stop_may_be_repeated_and_the_port_is_free_after() -> No
     assert not endpoint.is_running()
     with socket.create_server(("127.0.0.1", port)):
         taken = PolicyEndpoint(policy(), port=port)
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(OSError, match="is taken"):
             await taken.start()
         assert not taken.is_running()
     await endpoint.start()

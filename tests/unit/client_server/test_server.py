@@ -84,7 +84,7 @@ async def test_a_port_that_is_taken_is_said_at_once_and_by_whom() -> None:
 
 async def test_an_address_that_is_none() -> None:
     async with InMemoryLightningStore() as store:
-        with pytest.raises(StoreUnavailable, match="no name or address"):
+        with pytest.raises(StoreUnavailable, match="not a name or address"):
             await LightningStoreServer(store, "no.such.host.invalid", 0, api_key=KEY).start()
         with pytest.raises(StoreUnavailable, match="cannot listen"):
             await LightningStoreServer(store, "192.0.2.1", 0, api_key=KEY).start()

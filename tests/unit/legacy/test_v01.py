@@ -8,7 +8,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue, StoreUnavailable
-from agentlightning.legacy.task_queue import TaskQueue
+from agentlightning.legacy.server import TaskQueue
 
 PROMPT = {"prompt": agl.PromptTemplate(template="Say {word}", engine="f-string")}
 

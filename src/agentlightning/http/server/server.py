@@ -10,6 +10,8 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,13 +20,14 @@ from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import OTLP_TRACES_PATH
 from agentlightning.http.server.admin import build_operations
 from agentlightning.http.server.app import StoreApp
-from agentlightning.http.server.connections import Listener, TlsFiles
+from agentlightning.http.server.connections import DirectConnection
 from agentlightning.http.server.endpoints import Answerer
 from agentlightning.http.server.forwarding import DelegatingStore
 from agentlightning.http.server.limits import Gate, Load, ServerLimits
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving.server import allow_many_files
+from agentlightning.serving.connections import ConnectionBounds
+from agentlightning.serving.server import ThreadedServer, TlsFiles, allow_many_files
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
@@ -109,8 +112,8 @@ class LightningStoreServer(DelegatingStore):
             None if tls_certificate is None or tls_key is None else TlsFiles(Path(tls_certificate), Path(tls_key))
         )
         self._limits = limits
-        self._listener: Listener | None = None
-        self._bound: Listener | None = None
+        self._listener: ThreadedServer | None = None
+        self._bound: ThreadedServer | None = None
         self._changing = threading.Lock()
         self._owner = os.getpid()
         self._client: LightningStoreClient | None = None
@@ -159,7 +162,10 @@ class LightningStoreServer(DelegatingStore):
             if self._listener is not None:
                 return
             listener, self._bound = self._bind(), None
-            listener.start()
+            try:
+                listener.start()
+            except OSError as error:
+                raise StoreUnavailable(str(error)) from error
             self._listener = listener
         _log.info("serving %s at %s", type(self.store).__name__, self.endpoint)
 
@@ -193,13 +199,13 @@ class LightningStoreServer(DelegatingStore):
 
     async def run_forever(self) -> None:
         """Serve until this task is cancelled. Raises as ``start``."""
-        await self.start()
         try:
+            await self.start()
             await asyncio.get_running_loop().create_future()
         finally:
             await self.stop()
 
-    def _bind(self) -> Listener:
+    def _bind(self) -> ThreadedServer:
         if self._bound is not None:
             return self._bound
         if not self._owned or self.store is None:
@@ -210,14 +216,35 @@ class LightningStoreServer(DelegatingStore):
                 f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
             )
         listener = self._build(self.store)
-        self.port = listener.bind()
+        try:
+            self.port = listener.bind()
+        except OSError as error:
+            raise StoreUnavailable(str(error)) from error
         return listener
 
-    def _build(self, store: LightningStore) -> Listener:
+    def _build(self, store: LightningStore) -> ThreadedServer:
         """Put the parts together: the composition root of a server."""
         operations = build_operations(store, self._limits, lambda: serving, self.run_id)
         app = StoreApp(Answerer(store), self._gate, self._limits, operations)
-        listener = Listener(app, self.host, self.port, self._limits, self._tls)
+        limits = self._limits
+        listener = ThreadedServer(
+            partial(nullcontext, app),
+            self.host,
+            self.port,
+            name="agl-http",
+            bounds=ConnectionBounds(
+                connections=limits.connections,
+                connections_per_address=limits.connections_per_address,
+                header_bytes=limits.header_bytes,
+                header_seconds=limits.header_seconds,
+                body_seconds=limits.body_seconds,
+            ),
+            connection=partial(DirectConnection, direct=app, retry_after_seconds=limits.retry_after_seconds),
+            drain_seconds=limits.drain_seconds,
+            on_drain=app.drain,
+            tls=self._tls,
+            keepalive_seconds=limits.idle_seconds,
+        )
         serving = _Serving(app, listener)
         self.app = app
         return listener
@@ -248,7 +275,7 @@ class LightningStoreServer(DelegatingStore):
 class _Serving:
     """What health and metrics tell of a running server."""
 
-    def __init__(self, app: StoreApp, listener: Listener) -> None:
+    def __init__(self, app: StoreApp, listener: ThreadedServer) -> None:
         self._app = app
         self._listener = listener
 
@@ -266,7 +293,7 @@ class _Serving:
 
     @property
     def open_connections(self) -> int:
-        return self._listener.doorkeeper.total
+        return self._listener.open_connections
 
 
 # --- A server as a whole process: from the first signal that it answers to the last byte on the ---

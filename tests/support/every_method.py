@@ -30,6 +30,8 @@ WRITES: dict[str, Call] = {
     "update_rollout": lambda store: store.update_rollout("ro-1", metadata={}),
     "cancel_rollout": lambda store: store.cancel_rollout("ro-1"),
     "update_attempt": lambda store: store.update_attempt("ro-1", "latest", "running"),
+    "finish_attempt": lambda store: store.finish_attempt("ro-1", "at-1", "succeeded", [_span()], claim_limit=1),
+    "release_attempt": lambda store: store.release_attempt("ro-1", "at-1"),
     "delete_finished_rollouts": lambda store: store.delete_finished_rollouts(older_than_seconds=1.0),
     "add_span": lambda store: store.add_span(_span()),
     "add_many_spans": lambda store: store.add_many_spans([_span()]),

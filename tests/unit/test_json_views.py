@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from agentlightning.lifecycle.records import AttemptRow, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
 from agentlightning.store import json_records as json_views, records as views
 
 ATTEMPT = AttemptRow(
@@ -91,6 +91,8 @@ SPAN = SpanRow(
         ("rollout_view", (ROLLOUT, None)),
         ("rollout_view", (ROLLOUT, ATTEMPT)),
         ("attempted_view", (ROLLOUT, ATTEMPT)),
+        ("finished_view", (ATTEMPT, [], [])),
+        ("finished_view", (ATTEMPT, [0, 7], [Pair(ROLLOUT, ATTEMPT), Pair(ROLLOUT, ATTEMPT)])),
         ("worker_view", (WORKER,)),
         ("worker_view", (WORKER, ["at-2"])),
         ("resources_view", (RESOURCES,)),

@@ -20,7 +20,7 @@ from agentlightning.errors import AgentLightningError, BadRequest, NotJson, Stor
 from agentlightning.http.messages import Problem
 from agentlightning.http.routes import Route
 from agentlightning.store.validation import INT64_END, MAX_DEPTH
-from agentlightning.types import PaginatedResult, Span
+from agentlightning.types import PaginatedResult
 
 JSON_TYPE = "application/json"
 PROBLEM_TYPE = "application/problem+json"
@@ -50,15 +50,6 @@ def encode_page_parts(page: PaginatedResult[Any], items_per_part: int = 256) -> 
         part = b",".join([_record(each) for each in page.items[start : start + items_per_part]])
         yield b"," + part if start else part
     yield f'],"limit":{page.limit},"offset":{page.offset},"total":{page.total}}}'.encode()
-
-
-def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
-    """The sequence id of each span given; 0 where it is not among those that are new.
-
-    Both in the same order; of spans with equal ids, the first is the one that was stored.
-    """
-    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
-    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
 
 
 def decode_reply(route: Route, content: bytes) -> Any:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, FailFast, Field, StrictFloat, StrictInt
 
 from agentlightning.types import (
+    AttemptEnd,
     AttemptStatus,
     EnqueueRolloutRequest,
     RolloutConfig,
@@ -98,6 +99,19 @@ class UpdateAttemptBody(BaseModel):
     metadata: dict[str, Any] | None = _ABSENT
     reason_code: str | None = None
     reason_message: str | None = None
+
+
+class FinishAttemptBody(BaseModel):
+    """How an attempt ended, its last spans, and how many rollouts its worker wants next."""
+
+    status: AttemptEnd
+    spans: Annotated[list[Span], _FIRST] = _ABSENT
+    metadata: dict[str, Any] | None = _ABSENT
+    reason_code: str | None = None
+    reason_message: str | None = None
+    claim_limit: StrictInt = 0
+    worker_id: str | None = None
+    request_id: str | None = None
 
 
 class RolloutsQuery(BaseModel):

@@ -21,6 +21,7 @@ from agentlightning.http import messages as m
 from agentlightning.types import (
     Attempt,
     AttemptedRollout,
+    FinishedAttempt,
     NamedResources,
     PaginatedResult,
     ResourcesUpdate,
@@ -223,6 +224,19 @@ ROUTES: tuple[Route, ...] = (
         body=m.UpdateAttemptBody,
         body_optional=True,
         hot=True,
+    ),
+    Route(
+        "POST",
+        "/rollouts/{rollout_id}/attempts/{attempt_id}/finish",
+        "finish_attempt",
+        "run",
+        "completion",
+        FinishedAttempt,
+        body=m.FinishAttemptBody,
+        hot=True,
+    ),
+    Route(
+        "POST", "/rollouts/{rollout_id}/attempts/{attempt_id}/release", "release_attempt", "run", "completion", Attempt
     ),
     # --- Spans ---
     Route(

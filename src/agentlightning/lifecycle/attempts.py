@@ -10,17 +10,16 @@ from typing import Literal, NamedTuple, cast
 
 from msgspec.structs import replace
 
-from agentlightning.errors import StaleAttempt
+from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.deadlines import attempt_deadline, attempt_due
 from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.states import (
     ENDED,
-    AttemptEnd,
     check_attempt_move,
     check_rollout_move,
 )
-from agentlightning.types import AttemptStatus, RolloutStatus
+from agentlightning.types import AttemptEnd, AttemptStatus, RolloutStatus
 
 MAX_REDELIVERIES = 3
 """How often a rollout whose claim was never confirmed is handed out again before it counts as poison."""
@@ -79,13 +78,15 @@ def standing(pair: Pair) -> Literal["live", "revivable", "stale"]:
     """Whether an attempt holds its rollout, may take it up again, or has lost it for good.
 
     An attempt that fell silent is revivable only while its rollout waits in the queue and
-    no newer attempt was made. One that ran out of time is not: it would expire again at once.
+    no newer attempt was made. One that ran out of time is not: it would expire again at once. One that was
+    released is not: its worker has given it up, and a heartbeat that was sent earlier must not take it back.
     """
     rollout, attempt = pair
     if attempt.live:
         return "live"
     waiting = rollout.status == "requeuing" and rollout.latest_attempt_id == attempt.attempt_id
-    return "revivable" if waiting and attempt.status == "unresponsive" else "stale"
+    silent = attempt.status == "unresponsive" and attempt.reason_code != reasons.RELEASED
+    return "revivable" if waiting and silent else "stale"
 
 
 def stale(pair: Pair) -> StaleAttempt:
@@ -167,7 +168,7 @@ def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment) -> Pair:
     policy = rollout.policy
     if status == "succeeded":
         return Pair(close(rollout, "succeeded", reason, now), attempt)
-    counted = rollout.attempts - rollout.redeliveries
+    counted = rollout.counted_attempts
     if status in policy.retry_condition and counted < policy.max_attempts:
         return Pair(_requeued(rollout), attempt)
     last = f"attempt {counted} of {policy.max_attempts} ended {status}: {reason.message}"
@@ -179,6 +180,30 @@ def lose(pair: Pair, reason: Reason, now: Moment) -> Pair:
     if pair.attempt.confirm_seconds is not None:
         return _redelivered(pair, now, reason.message)
     return end(pair, "unresponsive", reason, now)
+
+
+def release(pair: Pair, now: Moment) -> Pair:
+    """Give back a claim whose work has not begun: the rollout waits again, and the attempt does not count.
+
+    A repeat changes nothing.
+
+    Raises:
+        StaleAttempt: the attempt has lost its rollout otherwise.
+        IllegalMove: its work has begun.
+    """
+    rollout, attempt = pair
+    if attempt.reason_code == reasons.RELEASED:
+        return pair
+    if not attempt.live:
+        raise stale(pair)
+    if attempt.status != "preparing":
+        raise IllegalMove(
+            f"attempt {attempt.attempt_id!r} of rollout {rollout.rollout_id!r} is {attempt.status}: its work has "
+            "begun and it cannot be released; report how it ended instead"
+        )
+    released = Reason(reasons.RELEASED, "given back by its worker before the work began")
+    attempt = ended(attempt, "unresponsive", released, now)
+    return Pair(replace(_requeued(rollout), releases=rollout.releases + 1), attempt)
 
 
 def expire(pair: Pair, now: Moment) -> Pair:

@@ -15,6 +15,8 @@ UNRESPONSIVE: Final = "unresponsive"
 """Silent for longer than ``unresponsive_seconds``."""
 UNCONFIRMED: Final = "unconfirmed"
 """Claimed, but its worker never gave a sign of life."""
+RELEASED: Final = "released"
+"""Given back by its worker before the work began; it does not count as an attempt."""
 WORKER_LOST: Final = "worker_lost"
 """Its worker died, or its worker's lease ran out."""
 RESOURCE_EXHAUSTED: Final = "resource_exhausted"
@@ -27,6 +29,9 @@ CANCELLED: Final = "cancelled"
 """Its rollout was cancelled."""
 POISON: Final = "poison"
 """The rollout was handed out too often without ever being confirmed."""
+
+STORE_ONLY: Final = frozenset({UNCONFIRMED, RELEASED})
+"""Codes that no caller may give, because they decide whether an attempt counts and whether it can be revived."""
 
 BY_STATUS: Final[Mapping[str, str]] = {"succeeded": COMPLETED, "cancelled": CANCELLED, "requeuing": REQUEUED}
 """The code for a status that a caller sets without a code of its own; ``REPORTED`` for all others."""

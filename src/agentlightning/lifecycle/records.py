@@ -80,6 +80,13 @@ class RolloutRow(msgspec.Struct, frozen=True, gc=False):
     latest_attempt_id: str | None
     digest: bytes
     """Digest of the request that made it, to tell a repeat from a reused id."""
+    releases: int = 0
+    """How many of its attempts were given back before their work began; these do not use up ``max_attempts``."""
+
+    @property
+    def counted_attempts(self) -> int:
+        """How many attempts count against ``max_attempts``: not those that were never confirmed or were given back."""
+        return self.attempts - self.redeliveries - self.releases
 
     @property
     def claimable(self) -> bool:

@@ -10,8 +10,8 @@ from agentlightning.errors import IllegalMove
 from agentlightning.lifecycle import attempts, reasons
 from agentlightning.lifecycle.deadlines import attempt_deadline
 from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, Policy, Reason, RolloutRow
-from agentlightning.lifecycle.states import FINAL, AttemptEnd, check_rollout_move
-from agentlightning.types import RolloutStatus
+from agentlightning.lifecycle.states import FINAL, check_rollout_move
+from agentlightning.types import AttemptEnd, RolloutStatus
 
 
 class Change(NamedTuple):

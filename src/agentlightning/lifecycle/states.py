@@ -18,13 +18,9 @@ A terminal state has no way out, so each rollout reaches exactly one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from agentlightning.errors import IllegalMove
 from agentlightning.types import AttemptStatus, RolloutStatus
-
-AttemptEnd = Literal["succeeded", "failed", "timeout", "unresponsive"]
-"""The states an attempt can end in."""
 
 ROLLOUT_MOVES: Mapping[RolloutStatus, frozenset[RolloutStatus]] = {
     "queuing": frozenset({"preparing", "succeeded", "failed", "cancelled"}),

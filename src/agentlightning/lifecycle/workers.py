@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.deadlines import worker_due
 from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
-from agentlightning.types import AttemptStatus, WorkerDirective
+from agentlightning.types import WorkerDirective
 
 _IDLE_NOTED_SECONDS = 60.0
 """How long a worker that asks in vain again and again is not noted anew: a fleet that waits costs no writes."""
@@ -36,12 +37,13 @@ def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
     return _idle(worker, now)
 
 
-def released(worker: WorkerRow, ended: AttemptStatus, other: AttemptRow | None, now: Moment) -> WorkerRow:
-    """One of its attempts ended as ``ended``; ``other`` is an attempt that it still holds, if any."""
+def released(worker: WorkerRow, ended: AttemptRow, other: AttemptRow | None, now: Moment) -> WorkerRow:
+    """One of its attempts has ended; ``other`` is an attempt that it still holds, if any."""
     if other is not None:
         return replace(worker, status="busy", current_rollout_id=other.rollout_id, current_attempt_id=other.attempt_id)
     worker = replace(worker, current_rollout_id=None, current_attempt_id=None)
-    if ended in ("timeout", "unresponsive"):
+    silent = ended.status in ("timeout", "unresponsive") and ended.reason_code != reasons.RELEASED
+    if silent:
         return replace(worker, status="unknown")
     return _idle(worker, now)
 

@@ -26,12 +26,21 @@ from agentlightning.store.validation import (
     reason_of,
     shown,
 )
-from agentlightning.types import UNSET, AttemptStatus, EnqueueRolloutRequest, RolloutMode, RolloutStatus, Span
+from agentlightning.types import (
+    UNSET,
+    AttemptEnd,
+    AttemptStatus,
+    EnqueueRolloutRequest,
+    RolloutMode,
+    RolloutStatus,
+    Span,
+)
 
 _CLAIM_LIMIT = 1_000
 _MODES = get_args(RolloutMode)
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _ATTEMPT_STATES = get_args(AttemptStatus)
+_ATTEMPT_ENDS = get_args(AttemptEnd)
 
 
 def check_batch(items: Sequence[Any], what: str) -> None:
@@ -42,10 +51,10 @@ def check_batch(items: Sequence[Any], what: str) -> None:
         raise TooLarge(f"{len(items):,} {what} in one call; send at most {MAX_BATCH:,} at a time")
 
 
-def check_claim_limit(limit: object) -> None:
+def check_claim_limit(limit: object, *, least: int = 1, what: str = "limit") -> None:
     """Raise ``InvalidValue`` unless this many rollouts may be claimed at a time."""
-    if type(limit) is not int or not 1 <= limit <= _CLAIM_LIMIT:
-        raise InvalidValue(f"limit {shown(limit)} is not valid; claim 1 to {_CLAIM_LIMIT} rollouts at a time")
+    if type(limit) is not int or not least <= limit <= _CLAIM_LIMIT:
+        raise InvalidValue(f"{what} {shown(limit)} is not valid; claim {least} to {_CLAIM_LIMIT} rollouts at a time")
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -179,6 +188,28 @@ def report_of(
         else check_finite(last_heartbeat_time, "last_heartbeat_time"),
         metadata=None if metadata is UNSET else (encode_object(metadata, "metadata"),),
     )
+
+
+def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_message: str | None) -> Report:
+    """How a worker says that its attempt ended.
+
+    Raises:
+        InvalidValue: a field is not valid, or the status is not one that an attempt ends in.
+    """
+    check_one_of(status, _ATTEMPT_ENDS, "status")
+    return report_of(status, UNSET, UNSET, metadata, reason_code, reason_message)
+
+
+def span_drafts_of(spans: Sequence[Span], rollout_id: str, attempt_id: str) -> list[SpanDraft]:
+    """Spans of this attempt, checked and encoded. Raises as ``span_drafts``, and for a span of another attempt."""
+    drafts = span_drafts(spans)
+    for draft in drafts:
+        if (draft.rollout_id, draft.attempt_id) != (rollout_id, attempt_id):
+            raise InvalidValue(
+                f"span {draft.span_id!r} is of attempt {draft.attempt_id!r} of rollout {draft.rollout_id!r}, not of "
+                f"attempt {attempt_id!r} of rollout {rollout_id!r}, which is finished; send it by add_many_spans"
+            )
+    return drafts
 
 
 def span_drafts(spans: Sequence[Span]) -> list[SpanDraft]:

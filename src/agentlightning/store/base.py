@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pydantic import ValidationError
 
-from agentlightning.errors import InvalidId, InvalidValue, NotJson
+from agentlightning.errors import IllegalMove, InvalidId, InvalidValue, NotFound, NotJson, StaleAttempt
+from agentlightning.store.records import sequence_ids_of
 from agentlightning.types import (
     UNSET,
     Attempt,
     AttemptedRollout,
+    AttemptEnd,
     AttemptStatus,
     EnqueueRolloutRequest,
+    FinishedAttempt,
     NamedResources,
     PaginatedResult,
     ResourcesUpdate,
@@ -291,6 +294,87 @@ class LightningStore(ABC):
             StaleAttempt: the attempt has lost its rollout; stop working on it.
             IllegalMove: a running attempt cannot become ``preparing``.
         """
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: AttemptEnd,
+        spans: Sequence[Span] = (),
+        *,
+        metadata: JsonObject | None | Unset = UNSET,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+        claim_limit: int = 0,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+    ) -> FinishedAttempt:
+        """Store the last spans of an attempt, end it, and claim the next rollouts, in one durable call.
+
+        The store does all of it or nothing. A repeat, for example after a lost reply, has the effect of one call:
+        spans are stored once, the attempt stays as it ended, and a claim with a ``request_id`` gets the same attempts.
+        This default calls ``add_many_spans``, ``update_attempt`` and ``dequeue_many_rollouts`` one after the other.
+
+        Args:
+            rollout_id: the rollout of the attempt.
+            attempt_id: the attempt; not ``latest``.
+            status: how it ended.
+            spans: its last spans, all of this attempt. See ``add_many_spans``.
+            metadata: replaces the attempt's metadata, when given.
+            reason_code: why it ended, for programs.
+            reason_message: why it ended, for people.
+            claim_limit: 0 to 1000: how many rollouts to claim; 0 claims none. The call never waits for some.
+            worker_id: who claims. One that has been asked to drain or stop gets nothing.
+            request_id: makes the claim repeatable and short-lived, as in ``dequeue_many_rollouts``, which gets the
+                same attempts for the same ``request_id``, worker and limit.
+
+        Raises:
+            NotFound: the rollout or the attempt is unknown.
+            StaleAttempt: the attempt has lost its rollout. Its spans are stored under it; nothing else is done.
+            InvalidValue: a span belongs to another attempt, or an argument is not valid.
+            IdReused: ``request_id`` was used for another claim.
+        """
+        stored = await self.add_many_spans(spans) if spans else ()
+        attempt = await self.update_attempt(
+            rollout_id,
+            attempt_id,
+            status,
+            metadata=metadata,
+            reason_code=reason_code,
+            reason_message=reason_message,
+        )
+        claimed: Sequence[AttemptedRollout] = ()
+        if claim_limit:
+            claimed = await self.dequeue_many_rollouts(limit=claim_limit, worker_id=worker_id, request_id=request_id)
+        return FinishedAttempt(attempt=attempt, sequence_ids=sequence_ids_of(spans, stored), claimed=list(claimed))
+
+    async def release_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
+        """Give back a claim whose work has not begun, for example one that a runner holds in advance when it stops.
+
+        The rollout can be claimed again at once, at its old place in the queue. The attempt becomes ``unresponsive``
+        with reason ``released``; it counts neither against ``max_attempts`` nor as a redelivery, and cannot be
+        revived. A repeat returns it as it is. This default puts the rollout back by ``update_rollout``, where the
+        attempt counts.
+
+        Returns:
+            The attempt, which has ended.
+
+        Raises:
+            NotFound: the rollout or the attempt is unknown.
+            StaleAttempt: the attempt has lost its rollout otherwise.
+            IllegalMove: its work has begun: it is ``running``.
+        """
+        attempt = await self.get_latest_attempt(rollout_id)
+        if attempt is None:
+            raise NotFound(f"rollout {rollout_id!r} has no attempt {attempt_id!r} in this store")
+        if attempt.attempt_id != attempt_id:
+            raise StaleAttempt(f"attempt {attempt_id!r} of rollout {rollout_id!r} is not its latest; it has ended")
+        if attempt.status == "running":
+            raise IllegalMove(f"attempt {attempt_id!r} is running; report how it ended instead of releasing it")
+        if attempt.status == "preparing":
+            await self.update_rollout(rollout_id, status="requeuing", reason_message="given back by its worker")
+            attempt = await self.get_latest_attempt(rollout_id) or attempt
+        return attempt
 
     @abstractmethod
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:

@@ -102,6 +102,11 @@ class Core:
         """Hand out nothing until ``release_claims``: the queue looks empty to whoever claims."""
         self._claims_held = True
 
+    @property
+    def claims_held(self) -> bool:
+        """Whether nothing is handed out now."""
+        return self._claims_held
+
     def release_claims(self) -> None:
         """Hand out what waits, also to those who wait for it. Idempotent."""
         if self._claims_held:

@@ -21,8 +21,10 @@ from agentlightning.store.arguments import (
     digest_of,
     draft_of,
     edit_of,
+    final_report_of,
     report_of,
     span_drafts,
+    span_drafts_of,
 )
 from agentlightning.store.backend import Backend, Measure
 from agentlightning.store.base import JsonObject, enqueue_request
@@ -34,6 +36,7 @@ from agentlightning.store.operations import (
     spans as span_ops,
     workers as worker_ops,
 )
+from agentlightning.store.operations.attempts import ClaimRequest
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.reading import ReadingStore
 from agentlightning.store.sources import IdSource
@@ -52,8 +55,10 @@ from agentlightning.types import (
     UNSET,
     Attempt,
     AttemptedRollout,
+    AttemptEnd,
     AttemptStatus,
     EnqueueRolloutRequest,
+    FinishedAttempt,
     NamedResources,
     ResourcesUpdate,
     Rollout,
@@ -162,18 +167,11 @@ class EngineStore(ReadingStore):
         wait_seconds: float = 0.0,
     ) -> Sequence[AttemptedRollout]:
         check_claim_limit(limit)
-        for what, value in (("worker_id", worker_id), ("request_id", request_id)):
-            if value is not None:
-                check_id(value, what)
         wait_seconds = check_finite(wait_seconds, "wait_seconds")
-        digest = b"" if request_id is None else digest_of(repr(("claim", worker_id, limit)).encode())
+        wanted = self._claim_request(limit, worker_id, request_id)
 
         async def claim() -> Sequence[AttemptedRollout] | None:
-            claimed = await self._core.write(
-                lambda tx: attempt_ops.claim(
-                    tx, limit, worker_id, request_id, digest, self._confirm_seconds, lambda: self._ids.mint("at-")
-                )
-            )
+            claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, wanted, self._mint_attempt_id))
             return None if claimed is None else [self._shown.attempted_view(*pair) for pair in claimed]
 
         return await self._core.claim_or_wait(claim, worker_id, request_id, wait_seconds)
@@ -236,6 +234,41 @@ class EngineStore(ReadingStore):
         said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
         return self._shown.attempt_view(
             await self._core.write(lambda tx: attempt_ops.report(tx, rollout_id, attempt_id, said))
+        )
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: AttemptEnd,
+        spans: Sequence[Span] = (),
+        *,
+        metadata: JsonObject | None | Unset = UNSET,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+        claim_limit: int = 0,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+    ) -> FinishedAttempt:
+        check_id(rollout_id, "rollout_id")
+        check_id(attempt_id, "attempt_id")
+        said = final_report_of(status, metadata, reason_code, reason_message)
+        drafts = span_drafts_of(spans, rollout_id, attempt_id)
+        check_claim_limit(claim_limit, least=0, what="claim_limit")
+        wanted = self._claim_request(claim_limit, worker_id, request_id)
+        claim = wanted if claim_limit and not self._core.claims_held else None
+        done = await self._core.write(
+            lambda tx: attempt_ops.finish(tx, rollout_id, attempt_id, drafts, said, claim, self._mint_attempt_id)
+        )
+        if done.refused is not None:
+            raise done.refused
+        return self._shown.finished_view(done.attempt, done.sequence_ids, done.claimed)
+
+    async def release_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
+        check_id(rollout_id, "rollout_id")
+        check_id(attempt_id, "attempt_id")
+        return self._shown.attempt_view(
+            await self._core.write(lambda tx: attempt_ops.release(tx, rollout_id, attempt_id))
         )
 
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
@@ -346,8 +379,18 @@ class EngineStore(ReadingStore):
         rows = await self._core.write(lambda tx: worker_ops.direct(tx, directive, worker_ids))
         return [self._shown.worker_view(row) for row in rows]
 
+    def _mint_attempt_id(self) -> str:
+        return self._ids.mint("at-")
+
+    def _claim_request(self, limit: int, worker_id: str | None, request_id: str | None) -> ClaimRequest:
+        for what, value in (("worker_id", worker_id), ("request_id", request_id)):
+            if value is not None:
+                check_id(value, what)
+        digest = b"" if request_id is None else digest_of(repr(("claim", worker_id, limit)).encode())
+        return ClaimRequest(limit, worker_id, request_id, digest, self._confirm_seconds)
+
     def _claim(self, worker_id: str | None, attempt_id: str | None) -> Claim:
         if worker_id is not None:
             check_id(worker_id, "worker_id")
-        new_id = self._ids.mint("at-") if attempt_id is None else check_id(attempt_id, "attempt_id")
+        new_id = self._mint_attempt_id() if attempt_id is None else check_id(attempt_id, "attempt_id")
         return Claim(new_id, worker_id)

@@ -5,11 +5,11 @@ The same functions as in ``views``, and the same fields; a test holds the two to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from agentlightning.lifecycle.records import AttemptRow, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
 from agentlightning.store.records import attempt_fields, rollout_fields, worker_fields
 from agentlightning.store.span_json import span_json
 
@@ -33,6 +33,12 @@ def attempted_view(rollout: RolloutRow, attempt: AttemptRow) -> bytes:
 def attempt_view(row: AttemptRow) -> bytes:
     """An attempt."""
     return _encode(attempt_fields(row, _raw))
+
+
+def finished_view(row: AttemptRow, sequence_ids: Sequence[int], claimed: Iterable[Pair]) -> bytes:
+    """An attempt that was finished, the sequence ids of its last spans, and the rollouts that were claimed."""
+    rollouts = [_raw(attempted_view(*pair)) for pair in claimed]
+    return _encode({"attempt": attempt_fields(row, _raw), "sequence_ids": list(sequence_ids), "claimed": rollouts})
 
 
 def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> bytes:

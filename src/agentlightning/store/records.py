@@ -6,17 +6,18 @@ what this module and ``json_views`` offer alike: a store answers in the one form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter
 
-from agentlightning.lifecycle.records import AttemptRow, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
 from agentlightning.store.span_json import span_json
 from agentlightning.types import (
     Attempt,
     AttemptedRollout,
+    FinishedAttempt,
     NamedResources,
     ResourcesUpdate,
     Rollout,
@@ -41,6 +42,8 @@ class Shown(Protocol):
 
     def attempt_view(self, row: AttemptRow) -> Any: ...
 
+    def finished_view(self, row: AttemptRow, sequence_ids: Sequence[int], claimed: Iterable[Pair]) -> Any: ...
+
     def worker_view(self, row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Any: ...
 
     def resources_view(self, row: ResourcesRow) -> Any: ...
@@ -61,6 +64,18 @@ def attempted_view(rollout: RolloutRow, attempt: AttemptRow) -> AttemptedRollout
 def attempt_view(row: AttemptRow) -> Attempt:
     """An attempt."""
     return _build(Attempt, attempt_fields(row, _decode))
+
+
+def finished_view(row: AttemptRow, sequence_ids: Sequence[int], claimed: Iterable[Pair]) -> FinishedAttempt:
+    """An attempt that was finished, the sequence ids of its last spans, and the rollouts that were claimed."""
+    return _build(
+        FinishedAttempt,
+        {
+            "attempt": attempt_view(row),
+            "sequence_ids": list(sequence_ids),
+            "claimed": [attempted_view(*pair) for pair in claimed],
+        },
+    )
 
 
 def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Worker:
@@ -98,6 +113,15 @@ def stored_span(span: Span, sequence_id: int) -> Span:
     _set(stored, "__pydantic_extra__", extra and dict(extra))
     _set(stored, "__pydantic_private__", None)
     return stored
+
+
+def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
+    """The sequence id of each span given; 0 where it is not among those that are new.
+
+    Both in the same order; of spans with equal ids, the first is the one that was stored.
+    """
+    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
+    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
 
 
 def _build(record: type[M], fields: dict[str, Any]) -> M:

@@ -192,8 +192,8 @@ def reason_of(code: str | None, message: str | None, default_code: str) -> Reaso
     code = default_code if code is None else code
     if not isinstance(code, str) or not _REASON_CODE.fullmatch(code):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"reason_code {shown(code)} is not valid; use up to 64 characters of a-z 0-9 _")
-    if code == reasons.UNCONFIRMED:  # it decides what counts as an attempt
-        raise InvalidValue(f"reason_code {code!r} is the store's own: what is reported was confirmed; give another")
+    if code in reasons.STORE_ONLY:
+        raise InvalidValue(f"reason_code {code!r} is given by the store alone; give another code")
     message = code if message is None else message
     return Reason(code, check_text(message, "reason_message"))
 

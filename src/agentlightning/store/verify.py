@@ -139,8 +139,11 @@ class _Check:
         newest = attempts[-1].attempt_id if attempts else None
         if rollout.latest_attempt_id != newest:
             self._report("latest_attempt", name, f"names {rollout.latest_attempt_id!r} as latest; it is {newest!r}")
-        if not 0 <= rollout.redeliveries <= rollout.attempts:
-            self._report("redeliveries_counted", name, f"{rollout.redeliveries} of {rollout.attempts} attempts")
+        if min(rollout.redeliveries, rollout.releases, rollout.counted_attempts) < 0:
+            detail = (
+                f"{rollout.redeliveries} redelivered and {rollout.releases} released of {rollout.attempts} attempts"
+            )
+            self._report("redeliveries_counted", name, detail)
         self._check_holder(name, rollout, attempts)
         self._check_end(name, rollout.final, rollout.end_time, rollout.reason_code)
         if rollout.resources_id is not None and not (

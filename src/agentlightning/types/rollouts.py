@@ -21,6 +21,9 @@ RolloutStatus: TypeAlias = Literal["queuing", "preparing", "running", "failed", 
 AttemptStatus: TypeAlias = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
 """Where an attempt stands. `unresponsive`: nothing was heard of its worker for too long; `timeout`: it ran too long."""
 
+AttemptEnd: TypeAlias = Literal["failed", "succeeded", "unresponsive", "timeout"]
+"""The states in which an attempt does not hold its rollout any more."""
+
 RolloutMode: TypeAlias = Literal["train", "val", "test"]
 """What the rollout is for. The runner picks the agent's training or validation method by it."""
 
@@ -141,6 +144,19 @@ class AttemptedRollout(Rollout):
                 f"not to {self.rollout_id!r}; pass an attempt of the same rollout"
             )
         return self
+
+
+class FinishedAttempt(BaseModel):
+    """What `LightningStore.finish_attempt` did: it stored spans, ended an attempt, and claimed the next rollouts."""
+
+    attempt: Attempt
+    """The attempt as it ended."""
+
+    sequence_ids: list[int]
+    """The sequence id of each span of the call, in its order; 0: the store had this span before."""
+
+    claimed: list[AttemptedRollout]
+    """The rollouts that were claimed; empty if none was asked for, or there was none."""
 
 
 class EnqueueRolloutRequest(BaseModel):

@@ -11,8 +11,8 @@ from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import attempts, reasons
 from agentlightning.lifecycle.attempts import MAX_REDELIVERIES
 from agentlightning.lifecycle.records import Claim, Pair, Policy, Reason
-from agentlightning.lifecycle.states import ENDED, FINAL, LIVE, AttemptEnd
-from agentlightning.types import AttemptStatus
+from agentlightning.lifecycle.states import ENDED, FINAL, LIVE
+from agentlightning.types import AttemptEnd, AttemptStatus
 from rows import NOW, STANDS, an_attempt, pair_of, standing_rollout
 
 WHY = Reason("broken", "it broke")
@@ -279,23 +279,37 @@ class TestEnd:
     @pytest.mark.parametrize("end", ["failed", "timeout", "unresponsive"])
     @pytest.mark.parametrize("listed", [True, False])
     @pytest.mark.parametrize(
-        ("made", "redelivered", "allowed"),
-        [(1, 0, 1), (1, 0, 2), (2, 0, 2), (2, 1, 2), (3, 1, 2), (4, 3, 1), (4, 3, 2), (5, 0, 9)],
+        ("made", "redelivered", "released", "allowed"),
+        [
+            (1, 0, 0, 1),
+            (1, 0, 0, 2),
+            (2, 0, 0, 2),
+            (2, 1, 0, 2),
+            (2, 0, 1, 2),
+            (3, 1, 0, 2),
+            (3, 1, 1, 2),
+            (4, 3, 0, 1),
+            (4, 3, 0, 2),
+            (9, 0, 8, 1),
+            (9, 0, 8, 2),
+            (5, 0, 0, 9),
+        ],
     )
     def test_a_rollout_is_retried_by_its_policy(
-        self, end: Any, listed: bool, made: int, redelivered: int, allowed: int
+        self, end: Any, listed: bool, made: int, redelivered: int, released: int, allowed: int
     ) -> None:
         others = {"failed", "timeout", "unresponsive"} - {end}
         policy = Policy(max_attempts=allowed, retry_condition=tuple(sorted({end} if listed else others)))
         rollout, attempt = pair_of("running", "running", policy)
-        rollout = replace(rollout, attempts=made, redeliveries=redelivered)
+        rollout = replace(rollout, attempts=made, redeliveries=redelivered, releases=released)
+        counted = made - redelivered - released
         after = attempts.end(Pair(rollout, attempt), end, WHY, NOW)
         assert after.attempt.status == end
-        if listed and made - redelivered < allowed:
+        if listed and counted < allowed:
             assert after.rollout == replace(rollout, status="requeuing")
         else:
             assert ended_rollout(after) == ("failed", NOW.wall, "broken")
-            text = f"attempt {made - redelivered} of {allowed} ended {end}: it broke"
+            text = f"attempt {counted} of {allowed} ended {end}: it broke"
             assert after.rollout.reason_message == text
 
     @pytest.mark.parametrize("status", sorted(FINAL))
@@ -332,6 +346,45 @@ class TestLoss:
         assert ended_rollout(after) == ("failed", NOW.wall, reasons.POISON)
         assert after.rollout.reason_message == "handed out 4 times without being confirmed once"
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNCONFIRMED)
+
+
+class TestRelease:
+    @pytest.mark.parametrize("confirm_seconds", [None, 10.0])
+    def test_the_rollout_waits_again_and_nothing_is_used_up(self, confirm_seconds: float | None) -> None:
+        pair = pair_of("preparing", "preparing", Policy(), confirm_seconds=confirm_seconds)
+        after = attempts.release(pair, NOW)
+        assert after.rollout == replace(pair.rollout, status="requeuing", releases=1)
+        assert after.rollout.counted_attempts == 0
+        assert after.attempt == replace(
+            pair.attempt,
+            status="unresponsive",
+            end_time=NOW.wall,
+            reason_code=reasons.RELEASED,
+            reason_message="given back by its worker before the work began",
+            confirm_seconds=None,
+            deadline=None,
+        )
+
+    @pytest.mark.parametrize("successor", [False, True])
+    def test_a_repeat_changes_nothing(self, successor: bool) -> None:
+        pair = attempts.release(pair_of("preparing", "preparing"), NOW)
+        if successor:
+            pair = Pair(attempts.start(pair.rollout, None, Claim("at-2"), NOW).rollout, pair.attempt)
+        assert attempts.release(pair, NOW) is pair
+
+    def test_not_after_the_work_has_begun(self) -> None:
+        with pytest.raises(IllegalMove, match="'at-1' of rollout 'ro-1' is running: its work has begun"):
+            attempts.release(pair_of("running", "running"), NOW)
+
+    @pytest.mark.parametrize(("rollout_status", "attempt_status"), [*STALE, ("requeuing", "unresponsive")])
+    def test_not_of_one_that_was_lost_otherwise(self, rollout_status: str, attempt_status: str) -> None:
+        with pytest.raises(StaleAttempt, match=f"'at-1' of rollout 'ro-1' is {attempt_status}"):
+            attempts.release(pair_of(rollout_status, attempt_status), NOW)
+
+    def test_one_that_was_released_is_not_revived(self) -> None:
+        released = attempts.release(pair_of("preparing", "preparing"), NOW)
+        assert attempts.standing(released) == "stale"
+        assert attempts.beat(released, NOW) is released
 
 
 class TestExpire:

@@ -63,6 +63,7 @@ def acts() -> Iterator[tuple[str, Act]]:
     yield "run", to_attempt(attempts.run, anyhow)
     yield "expire", to_attempt(sweep, ("live",))
     yield "lose", to_attempt(lambda pair, now: attempts.lose(pair, WHY, now), ("live",))
+    yield "release", to_attempt(attempts.release, anyhow)
     yield "reclaim", to_attempt(lambda pair, now: attempts.reclaim(pair, 10.0, now), ("revivable",))
     for status in get_args(AttemptStatus):
         yield (
@@ -91,7 +92,9 @@ def assert_sound(change: Change) -> None:
     status = None if attempt is None else attempt.status
     assert (rollout.status, status) in STANDS
     assert rollout.final == (rollout.end_time is not None) == (rollout.reason_code is not None)
-    assert 0 <= rollout.redeliveries <= min(rollout.attempts, MAX_REDELIVERIES)
+    assert 0 <= rollout.redeliveries <= MAX_REDELIVERIES
+    assert rollout.releases >= 0
+    assert rollout.counted_attempts >= 0
     assert (attempt is None) == (rollout.latest_attempt_id is None) == (rollout.attempts == 0)
     if attempt is None:
         return

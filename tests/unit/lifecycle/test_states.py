@@ -16,11 +16,10 @@ from agentlightning.lifecycle.states import (
     FINAL,
     LIVE,
     ROLLOUT_MOVES,
-    AttemptEnd,
     check_attempt_move,
     check_rollout_move,
 )
-from agentlightning.types import AttemptStatus, RolloutStatus
+from agentlightning.types import AttemptEnd, AttemptStatus, RolloutStatus
 
 ROLLOUT_STATES: tuple[RolloutStatus, ...] = get_args(RolloutStatus)
 ATTEMPT_STATES: tuple[AttemptStatus, ...] = get_args(AttemptStatus)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.lifecycle import workers
+from agentlightning.lifecycle import reasons, workers
 from agentlightning.lifecycle.deadlines import worker_due
 from agentlightning.lifecycle.records import WorkerRow
 from agentlightning.types import AttemptStatus, WorkerStatus
@@ -64,14 +64,21 @@ def test_one_whose_last_attempt_ended_is_idle_or_has_not_been_heard_of(ended: At
         released |= {"status": "unknown"}
     else:
         released |= {"status": "idle", "last_idle_time": NOW.wall}
-    assert changed(holding, workers.released(holding, ended, None, NOW)) == released
+    assert changed(holding, workers.released(holding, an_attempt(ended), None, NOW)) == released
+
+
+def test_one_that_released_its_last_attempt_is_idle() -> None:
+    holding = a_worker(**HOLDING)
+    given_back = an_attempt("unresponsive", reason_code=reasons.RELEASED)
+    after = workers.released(holding, given_back, None, NOW)
+    assert (after.status, after.last_idle_time, after.current_attempt_id) == ("idle", NOW.wall, None)
 
 
 @pytest.mark.parametrize("ended", get_args(AttemptStatus))
 def test_one_that_holds_another_attempt_stays_busy_with_that(ended: AttemptStatus) -> None:
     other = an_attempt(rollout_id="ro-2", attempt_id="at-2")
     holding = a_worker(**HOLDING)
-    after = workers.released(holding, ended, other, NOW)
+    after = workers.released(holding, an_attempt(ended), other, NOW)
     assert changed(holding, after) == {"current_rollout_id": "ro-2", "current_attempt_id": "at-2"}
 
 

@@ -62,7 +62,7 @@ class Claims:
         answered = False
         try:
             claimed = await self.claim(limit, worker_id, request_id, wait_seconds)
-            confirmed = await asyncio.gather(*(self._confirm(each) for each in claimed))
+            confirmed = await self.confirm_all(claimed)
             answered = True
         except InvalidValue:
             answered = True  # and will be refused again
@@ -70,6 +70,11 @@ class Claims:
         finally:
             if not answered:
                 self._open.keep(worker_id, limit, request_id)
+        return confirmed
+
+    async def confirm_all(self, claimed: Sequence[AttemptedRollout]) -> list[AttemptedRollout]:
+        """Tell the server that the reply to a claim has arrived; without those that were handed out again meanwhile."""
+        confirmed = await asyncio.gather(*(self._confirm(each) for each in claimed))
         return [each for each in confirmed if each is not None]
 
     async def _confirm(self, claim: AttemptedRollout) -> AttemptedRollout | None:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
+
 from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.client.cache import ResourceCache, state_folder
 from agentlightning.http.client.calls import (
@@ -36,17 +38,20 @@ from agentlightning.http.client.spool import SpoolFolder
 from agentlightning.http.client.transport import HttpTransport, Transport, WireReply, WireRequest
 from agentlightning.http.routes import COMPATIBLE, OTLP_TRACES_PATH, parse_address
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-from agentlightning.store.arguments import check_claim_limit, check_pairs, span_drafts
+from agentlightning.store.arguments import check_claim_limit, check_pairs, span_drafts, span_drafts_of
 from agentlightning.store.base import JsonObject, LightningStoreCapabilities, enqueue_request
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
+from agentlightning.store.span_json import span_json
 from agentlightning.store.validation import check_finite, check_id, check_text
 from agentlightning.types import (
     UNSET,
     Attempt,
     AttemptedRollout,
+    AttemptEnd,
     AttemptStatus,
     EnqueueRolloutRequest,
+    FinishedAttempt,
     Rollout,
     RolloutConfig,
     RolloutMode,
@@ -370,6 +375,49 @@ class LightningStoreClient(RegistryClient):
         if said.get("status") in _TERMINAL_ATTEMPT:
             await self._spans.settle(rollout_id, None if attempt_id == "latest" else attempt_id)
         return await self._caller.call("update_attempt", {"rollout_id": rollout_id, "attempt_id": attempt_id, **said})
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: AttemptEnd,
+        spans: Sequence[Span] = (),
+        *,
+        metadata: JsonObject | None | Unset = UNSET,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+        claim_limit: int = 0,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+    ) -> FinishedAttempt:
+        """Store the last spans of an attempt, end it, and claim the next rollouts. As the contract says, and further:
+
+        Spans of the attempt that wait on this machine's disk are delivered first. Without a ``request_id`` the
+        client makes one up, and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
+        """
+        said = report(status, UNSET, UNSET, metadata, reason_code, reason_message)
+        drafts = span_drafts_of(spans, check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
+        check_claim_limit(claim_limit, least=0, what="claim_limit")
+        optional_id(worker_id, "worker_id")
+        optional_id(request_id, "request_id")
+        await self._spans.settle(rollout_id, attempt_id)
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, **said}
+        if drafts:
+            arguments["spans"] = [
+                msgspec.Raw(span_json(each.rollout_id, each.attempt_id, each.sequence_id, each.body)) for each in drafts
+            ]
+        if claim_limit:
+            arguments |= given(
+                claim_limit=claim_limit, worker_id=worker_id, request_id=request_id or self._ids.mint("rq-")
+            )
+        finished: FinishedAttempt = await self._caller.call("finish_attempt", arguments)
+        if claim_limit and request_id is None:
+            finished.claimed = await self._claims.confirm_all(finished.claimed)
+        return finished
+
+    async def release_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
+        ids = {"rollout_id": check_id(rollout_id, "rollout_id"), "attempt_id": check_id(attempt_id, "attempt_id")}
+        return await self._caller.call("release_attempt", ids)
 
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
         age = check_finite(older_than_seconds, "older_than_seconds")

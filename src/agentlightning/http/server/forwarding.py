@@ -11,8 +11,10 @@ from agentlightning.types import (
     UNSET,
     Attempt,
     AttemptedRollout,
+    AttemptEnd,
     AttemptStatus,
     EnqueueRolloutRequest,
+    FinishedAttempt,
     NamedResources,
     PaginatedResult,
     ResourcesUpdate,
@@ -132,6 +134,36 @@ class DelegatingStore(LightningStore):
             reason_code=reason_code,
             reason_message=reason_message,
         )
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: AttemptEnd,
+        spans: Sequence[Span] = (),
+        *,
+        metadata: JsonObject | None | Unset = UNSET,
+        reason_code: str | None = None,
+        reason_message: str | None = None,
+        claim_limit: int = 0,
+        worker_id: str | None = None,
+        request_id: str | None = None,
+    ) -> FinishedAttempt:
+        return await self._target().finish_attempt(
+            rollout_id,
+            attempt_id,
+            status,
+            spans,
+            metadata=metadata,
+            reason_code=reason_code,
+            reason_message=reason_message,
+            claim_limit=claim_limit,
+            worker_id=worker_id,
+            request_id=request_id,
+        )
+
+    async def release_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
+        return await self._target().release_attempt(rollout_id, attempt_id)
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
         return await self._target().get_rollout_by_id(rollout_id)

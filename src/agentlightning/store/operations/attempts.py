@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from agentlightning.errors import IdReused
+from agentlightning.errors import IdReused, StaleAttempt
 from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started, standing
-from agentlightning.lifecycle.records import AttemptRow, Claim, Pair, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import AttemptsBy, Filter, PageQuery, Transaction
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
@@ -25,7 +25,20 @@ from agentlightning.store.operations.rows import (
     save_worker,
     worker_of,
 )
+from agentlightning.store.operations.spans import SpanDraft, insert_spans
 from agentlightning.types import AttemptStatus
+
+
+class ClaimRequest(NamedTuple):
+    """Which rollouts a worker wants."""
+
+    limit: int
+    worker_id: str | None
+    request_id: str | None
+    """Makes the claim repeatable; its attempts must be confirmed."""
+    digest: bytes
+    """Digest of the request, if it has an id."""
+    confirm_seconds: float
 
 
 class Report(NamedTuple):
@@ -39,15 +52,18 @@ class Report(NamedTuple):
     """The new metadata, in a tuple of one."""
 
 
-async def claim(
-    tx: Transaction,
-    limit: int,
-    worker_id: str | None,
-    request_id: str | None,
-    digest: bytes,
-    confirm_seconds: float,
-    mint: Callable[[], str],
-) -> list[Pair] | None:
+class Finish(NamedTuple):
+    """What finishing an attempt did."""
+
+    attempt: AttemptRow
+    sequence_ids: list[int]
+    """That of each span; 0 for one that was stored before."""
+    claimed: list[Pair]
+    refused: StaleAttempt | None = None
+    """Why only the spans were stored. It is not raised by the operation, which would undo that."""
+
+
+async def claim(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
     """Start attempts of the next rollouts in the queue; None for a worker that shall take no more work.
 
     A repeated request gets those of its attempts that it still has, be it none; it claims no others.
@@ -55,6 +71,7 @@ async def claim(
     Raises:
         IdReused: ``request_id`` was used for another claim.
     """
+    limit, worker_id, request_id, digest, confirm_seconds = wanted
     if request_id is not None:
         held = await _held_by_request(tx, request_id, digest, confirm_seconds)
         if held is not None:
@@ -124,7 +141,56 @@ async def report(tx: Transaction, rollout_id: str, attempt_id: str, said: Report
         IllegalMove: there is no such move.
     """
     before = await load_pair(tx, rollout_id, attempt_id)
-    now = tx.now()
+    return _pair(await save(tx, Change(*before), Change(*_reported(before, said, tx.now())))).attempt
+
+
+async def finish(
+    tx: Transaction,
+    rollout_id: str,
+    attempt_id: str,
+    drafts: Sequence[SpanDraft],
+    said: Report,
+    wanted: ClaimRequest | None,
+    mint: Callable[[], str],
+) -> Finish:
+    """Store an attempt's last spans, end it, and claim the next rollouts, all in this transaction.
+
+    The spans of a stale attempt are kept; it is not ended, and nothing is claimed.
+
+    Raises:
+        NotFound: the rollout or the attempt is unknown.
+        IdReused: the claim's ``request_id`` was used for another claim.
+    """
+    before = await load_pair(tx, rollout_id, attempt_id)
+    sequence_ids, counter = await insert_spans(tx, before.attempt, drafts)
+    pair = before
+    if counter != before.attempt.span_sequence:
+        pair = Pair(before.rollout, replace(before.attempt, span_sequence=counter))
+    refused = None
+    try:
+        after = _reported(pair, said, tx.now())
+    except StaleAttempt as error:
+        after, refused = pair, error
+    attempt = _pair(await save(tx, Change(*before), Change(*after))).attempt
+    claimed = None if wanted is None or refused is not None else await claim(tx, wanted, mint)
+    return Finish(attempt, sequence_ids, claimed or [], refused)
+
+
+async def release(tx: Transaction, rollout_id: str, attempt_id: str) -> AttemptRow:
+    """Give back an attempt whose work has not begun.
+
+    Raises:
+        NotFound: the rollout or the attempt is unknown.
+        StaleAttempt: the attempt has lost its rollout.
+        IllegalMove: its work has begun.
+    """
+    before = await load_pair(tx, rollout_id, attempt_id)
+    after = attempts.release(before, tx.now())
+    return _pair(await save(tx, Change(*before), Change(*after))).attempt
+
+
+def _reported(before: Pair, said: Report, now: Moment) -> Pair:
+    """The pair after a worker's report. Raises as ``report``."""
     edits = said.worker_id is not None or said.last_heartbeat_time is not None
     if said.status is not None:
         after = attempts.report(before, said.status, said.reason, now)
@@ -140,7 +206,7 @@ async def report(tx: Transaction, rollout_id: str, attempt_id: str, said: Report
         attempt = replace(attempt, last_heartbeat_time=said.last_heartbeat_time)
     if said.worker_id is not None and heard:
         attempt = replace(attempt, worker_id=said.worker_id)
-    return _pair(await save(tx, Change(*before), Change(after.rollout, attempt))).attempt
+    return Pair(after.rollout, attempt)
 
 
 async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:

@@ -126,7 +126,7 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
     if worker is not None:
         held = await tx.attempts_by(AttemptsBy("worker_id", worker.worker_id, live_only=True, limit=1))
         other = held[0] if held else None
-        await save_worker(tx, worker, workers.released(worker, attempt.status, other, tx.now()))
+        await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 
 
 async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow) -> AttemptRow:

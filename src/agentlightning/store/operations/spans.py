@@ -37,16 +37,24 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
     issued = [0] * len(drafts)
     for (rollout_id, attempt_id), positions in by_attempt.items():
         attempt = await attempt_of(tx, rollout_id, attempt_id)
-        rows, counter = _numbered(attempt, [drafts[i] for i in positions])
-        fresh = await tx.insert_spans(rows)
-        for position, row, new in zip(positions, rows, fresh, strict=True):
-            issued[position] = row.sequence_id if new else 0
-        stored = sum(fresh)
-        if stored:
-            size = sum(len(row.body) for row, new in zip(rows, fresh, strict=True) if new)
-            tx.count({"spans": stored, "span_bytes": size})
-        await _hear_from(tx, attempt, counter if stored else attempt.span_sequence)
+        of_attempt, counter = await insert_spans(tx, attempt, [drafts[i] for i in positions])
+        for position, sequence_id in zip(positions, of_attempt, strict=True):
+            issued[position] = sequence_id
+        await _hear_from(tx, attempt, counter)
     return issued
+
+
+async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[SpanDraft]) -> tuple[list[int], int]:
+    """Store spans of one attempt without writing its row: (the ``sequence_id`` of each as in ``add_spans``, the
+    attempt's ``span_sequence`` after them)."""
+    rows, counter = _numbered(attempt, drafts)
+    fresh = await tx.insert_spans(rows)
+    stored = sum(fresh)
+    if not stored:
+        return [0] * len(rows), attempt.span_sequence
+    size = sum(len(row.body) for row, new in zip(rows, fresh, strict=True) if new)
+    tx.count({"spans": stored, "span_bytes": size})
+    return [row.sequence_id if new else 0 for row, new in zip(rows, fresh, strict=True)], counter
 
 
 async def issue_sequence_ids(tx: Transaction, wanted: Sequence[tuple[str, str]]) -> list[int]:

@@ -130,7 +130,11 @@ ALTER TABLE workers ADD COLUMN registration BLOB;
 ALTER TABLE workers ADD COLUMN directive TEXT;
 """
 
-MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2)
+_VERSION_3 = """
+ALTER TABLE rollouts ADD COLUMN releases INTEGER NOT NULL DEFAULT 0;
+"""
+
+MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """Script number n brings a file from version n to version n + 1."""
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import uvloop
 
@@ -132,14 +133,14 @@ class Runner:
         self._times = times
         self._counter = (number + 1) << 32
         self._dequeue = json.dumps({"limit": 1, "worker_id": self._worker}).encode()
+        self._held: dict[str, Any] | None = None
 
     async def rollout(self) -> None:
         await self._send("enqueue", "/queues/rollouts/enqueue", b'{"rollouts":[{"input":{"task":"bench"}}]}')
         reply = await self._send("claim", "/queues/rollouts/dequeue", self._dequeue)
         [claimed] = json.loads(reply)
         rollout_id, attempt_id = claimed["rollout_id"], claimed["attempt"]["attempt_id"]
-        counters = list(range(self._counter, self._counter + SPANS))
-        self._counter += SPANS
+        counters = self._next_counters()
         if self._spans == "single":
             for number, counter in enumerate(counters):
                 await self._send("add_span", "/spans", span(rollout_id, attempt_id, number + 1, counter))
@@ -155,6 +156,25 @@ class Runner:
                 raise RuntimeError(f"OTLP was answered by {status}")
             self._times["add_spans"].append(time.perf_counter() - began)
         await self._send("finish", f"/rollouts/{rollout_id}/attempts/{attempt_id}", b'{"status":"succeeded"}')
+
+    async def fused(self) -> None:
+        """The same as our runner does it: spans, end and next claim in one call, an enqueue in the other."""
+        await self._send("enqueue", "/queues/rollouts/enqueue", b'{"rollouts":[{"input":{"task":"bench"}}]}')
+        if self._held is None:
+            [self._held] = json.loads(await self._send("claim", "/queues/rollouts/dequeue", self._dequeue))
+        rollout_id, attempt_id = self._held["rollout_id"], self._held["attempt"]["attempt_id"]
+        counters = self._next_counters()
+        spans = b",".join(span(rollout_id, attempt_id, 0, counter) for counter in counters)
+        claim = b'"claim_limit":1,"worker_id":"%b","request_id":"rq-%d"' % (self._worker.encode(), counters[0])
+        body = b'{"status":"succeeded","spans":[' + spans + b"]," + claim + b"}"
+        reply = await self._send("finish", f"/rollouts/{rollout_id}/attempts/{attempt_id}/finish", body)
+        claimed = json.loads(reply)["claimed"]
+        self._held = claimed[0] if claimed else None
+
+    def _next_counters(self) -> list[int]:
+        counters = list(range(self._counter, self._counter + SPANS))
+        self._counter += SPANS
+        return counters
 
     async def _send(self, kind: str, path: str, body: bytes) -> bytes:
         began = time.perf_counter()
@@ -196,10 +216,8 @@ async def rollouts(arguments: argparse.Namespace) -> dict[str, object]:
     """Rollouts per second, and the latencies of each kind of request in milliseconds."""
     times: dict[str, list[float]] = defaultdict(list)
     connections = [await connect(arguments.port) for _ in range(arguments.runners)]
-    work = [
-        Runner(each, arguments.prefix, number, arguments.spans, times).rollout
-        for number, each in enumerate(connections)
-    ]
+    runners = [Runner(each, arguments.prefix, n, arguments.spans, times) for n, each in enumerate(connections)]
+    work = [each.fused if arguments.spans == "fused" else each.rollout for each in runners]
     await for_a_while(min(0.5, arguments.seconds), work)
     times.clear()
     done, seconds = await for_a_while(arguments.seconds, work)
@@ -276,7 +294,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="/agl/v1")
     parser.add_argument("--runners", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--spans", choices=["single", "bulk", "otlp"], default="single")
+    parser.add_argument("--spans", choices=["single", "bulk", "otlp", "fused"], default="single")
     parser.add_argument("--number", type=int, default=500_000)
     arguments = parser.parse_args()
     scenario = {"rollouts": rollouts, "floor": floor, "idle": idle, "many_spans": many_spans}[arguments.scenario]

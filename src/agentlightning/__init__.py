@@ -12,7 +12,11 @@ import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
 
 
 @cache
@@ -37,11 +41,27 @@ def __getattr__(name: str) -> Any:
         value = list(_module_names())
     elif not name.startswith("_") and name in _module_names():
         value = getattr(import_module(_module_names()[name]), name)
+    elif not name.startswith("_") and (old := import_module("agentlightning.compat")).offered("agentlightning", name):
+        value = old.look_up("agentlightning", name)
     else:
-        # With these two Python adds the name that may have been meant.
+        # With these two arguments Python adds the name that may have been meant.
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     globals()[name] = value  # the next use does not come by here
     return value
+
+
+class _PathsOf03:
+    """Lets scripts of agentlightning 0.3 import from the module paths that they know (``compat.py``)."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
+        if not name.startswith("agentlightning.") or name == "agentlightning.compat":
+            return None
+        return import_module("agentlightning.compat").find_spec(name, path)
+
+
+if not any(getattr(finder, "__name__", "") == "_PathsOf03" for finder in sys.meta_path):
+    sys.meta_path.insert(0, _PathsOf03)
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from pydantic import ValidationError
 
 from agentlightning.errors import IllegalMove, InvalidId, InvalidValue, NotFound, NotJson, StaleAttempt
-from agentlightning.store.records import sequence_ids_of
 from agentlightning.types import (
     UNSET,
     Attempt,
@@ -107,6 +106,15 @@ def is_running(rollout: Rollout) -> bool:
 def is_finished(rollout: Rollout) -> bool:
     """Whether the rollout has reached its terminal state."""
     return rollout.status in ("succeeded", "failed", "cancelled")
+
+
+def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
+    """The sequence id of each span given; 0 where it is not among those that are new.
+
+    Both in the same order; of spans with equal ids, the first is the one that was stored.
+    """
+    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
+    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
 
 
 class LightningStore(ABC):

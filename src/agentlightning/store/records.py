@@ -115,15 +115,6 @@ def stored_span(span: Span, sequence_id: int) -> Span:
     return stored
 
 
-def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
-    """The sequence id of each span given; 0 where it is not among those that are new.
-
-    Both in the same order; of spans with equal ids, the first is the one that was stored.
-    """
-    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
-    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
-
-
 def _build(record: type[M], fields: dict[str, Any]) -> M:
     """``model_construct`` for a dict that has every field: the same record in a quarter of the time."""
     built = record.__new__(record)

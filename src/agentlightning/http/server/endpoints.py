@@ -15,9 +15,8 @@ from agentlightning.http.codec import decode_strict, encode_page_parts, encode_r
 from agentlightning.http.routes import ROUTES, Route
 from agentlightning.http.server.matching import Bound
 from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans
-from agentlightning.store.base import LightningStore
+from agentlightning.store.base import LightningStore, sequence_ids_of
 from agentlightning.store.engine import EngineStore
-from agentlightning.store.records import sequence_ids_of
 from agentlightning.store.span_json import span_json
 from agentlightning.types import PaginatedResult, Span
 

@@ -20,7 +20,7 @@ import agentlightning as agl
 from agentlightning.errors import NotAuthenticated, StoreUnavailable, StoreUnreachable
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
-from agentlightning.runner import worker_loop as shift
+from agentlightning.runner import worker_loop
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.types import AttemptedRollout, RolloutConfig
@@ -283,7 +283,7 @@ async def test_stopping_gives_up_what_is_held(idle: bool) -> None:
 
 
 async def test_an_agent_that_will_not_stop_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shift, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(worker_loop, "GRACE_SECONDS", 0.3)
     done = asyncio.Event()
 
     @agl.rollout

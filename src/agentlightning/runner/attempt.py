@@ -1,97 +1,69 @@
-"""One attempt, from the claim to the report."""
+"""One attempt: the agent works on a claimed rollout, and the end is reported to the store."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, NamedTuple
 
 from agentlightning.emitter.emit import emit_exception
 from agentlightning.emitter.reward import emit_reward
-from agentlightning.errors import AgentLightningError, Conflict, NotFound, StoreClosed
+from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound, StoreClosed
 from agentlightning.lifecycle.reasons import RESOURCE_EXHAUSTED
 from agentlightning.litagent.litagent import Hook, LitAgent
-from agentlightning.runner.calling import AgentThreads, agents_part, as_reward, as_spans, call_agent
+from agentlightning.runner.calling import AgentThreads, as_reward, as_spans, call_agent, without_runner_frames
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
-from agentlightning.tracer.base import Tracer
-from agentlightning.tracer.sanitize import fits, mend_text
-from agentlightning.types import AttemptedRollout, AttemptStatus, NamedResources, Span, Task
+from agentlightning.tracer.base import DeferredTrace, Tracer
+from agentlightning.tracer.sanitize import fits, sanitize_text
+from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
 from agentlightning.types.attributes import full_qualified_name
-
-# --- How an attempt ended, as it is reported to the store ---
 
 AGENT_ERROR: Final = "agent_error"
 """The agent raised an exception."""
 BAD_RESULT: Final = "bad_result"
-"""The agent returned what is neither a reward nor spans."""
+"""The agent returned neither a reward nor spans."""
 MISSING_RESOURCES: Final = "missing_resources"
 """The resources that the rollout was enqueued with are not in the store."""
 TRACE_NOT_STORED: Final = "trace_not_stored"
-"""The agent is done, but the store did not take its spans."""
+"""The agent finished, but the store did not accept its spans."""
 RUNNER_ERROR: Final = "runner_error"
-"""The runner failed at something of its own, which is a bug; its log says where."""
+"""The runner itself failed, which is a bug; its log has the traceback."""
 ABORTED: Final = "aborted"
 """The runner was told to stop."""
 TIMEOUT: Final = "timeout"
-"""It took longer than the rollout's ``timeout_seconds``."""
-
-_MESSAGE_CHARACTERS = 2000
-
-
-class Outcome(NamedTuple):
-    """What is reported of an attempt."""
-
-    status: AttemptStatus
-    reason_code: str | None = None
-    reason_message: str | None = None
-    error: BaseException | None = None
-    """What was raised, for ``step``."""
-
-
-SUCCEEDED: Final = Outcome("succeeded")
-
-
-def failed(code: str, error: BaseException) -> Outcome:
-    """The outcome of an attempt that an exception has ended; its message begins with the exception's type."""
-    message = f"{full_qualified_name(type(error))}: {_text_of(error)}"
-    message = message if fits(message) else mend_text(message)
-    if len(message) > _MESSAGE_CHARACTERS:
-        message = message[:_MESSAGE_CHARACTERS] + "…"
-    return Outcome("failed", code, message, error)
-
-
-def agent_failed(error: BaseException) -> Outcome:
-    """The outcome of an attempt whose agent has raised. Memory that could not be had is not a mistake of the agent."""
-    return failed(RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else AGENT_ERROR, error)
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as mistake:  # noqa: BLE001 - it is the agent's class, and may do anything
-        return f"(its text cannot be had: {type(mistake).__name__})"
-
-
-# ---
+"""The attempt took longer than the rollout's ``timeout_seconds``."""
 
 REPORT_RETRY_SECONDS = 5.0
 REPORT_TRIES = 24
-"""How often the end of an attempt is reported to a store that cannot be reached; its client has tried before."""
+"""How often the end of an attempt is reported to an unreachable store; the store's client has retried before that."""
+_MESSAGE_CHARACTERS = 2000
+_CACHED_VERSIONS = 16
+"""Resources versions kept in memory. Rollouts that run at the same time mostly share one."""
+_LATEST_SECONDS = 1.0
+"""How long the latest resources are reused for rollouts that were enqueued without any."""
 
 _logger = logging.getLogger(__name__)
 
 
-class ResourceLookup(Protocol):
-    """Finds the resources of a rollout."""
+class AttemptOutcome(NamedTuple):
+    """What is reported about an attempt."""
 
-    async def of(self, rollout: AttemptedRollout) -> NamedResources | None:
-        """The resources; None if they are not in the store."""
-        ...
+    status: AttemptEnd
+    reason_code: str | None = None
+    reason_message: str | None = None
+    error: BaseException | None = None
+    """The exception that ended it, for ``LitAgentRunner.step``."""
 
 
-class Stage(NamedTuple):
+SUCCEEDED: Final = AttemptOutcome("succeeded")
+
+
+class AttemptParts(NamedTuple):
     """What all attempts of a runner share."""
 
     agent: LitAgent[Any]
@@ -100,34 +72,32 @@ class Stage(NamedTuple):
     tracer: Tracer
     hooks: Sequence[Hook]
     threads: AgentThreads
-    resources: ResourceLookup
+    resources: RolloutResources
 
 
 class AttemptRun:
     """Runs the agent on one claimed rollout, and reports how it ended.
 
     Args:
-        stage: with whom.
-        rollout: what was claimed.
+        parts: what it uses.
+        rollout: the claimed rollout.
     """
 
-    def __init__(self, stage: Stage, rollout: AttemptedRollout) -> None:
+    def __init__(self, parts: AttemptParts, rollout: AttemptedRollout) -> None:
         self.rollout = rollout
-        self._stage = stage
+        self.attempt_id = rollout.attempt.attempt_id
+        self._parts = parts
         self._task: asyncio.Task[Any] | None = None
-        self._given_up: Outcome | None = None
+        self._given_up: AttemptOutcome | None = None
         self._ending = False
-        self._spans: list[Span] = []
+        self._trace: DeferredTrace | None = None
+        self._own_spans: list[Span] = []
+        """Spans that the tracer does not have: those that the agent returned."""
 
-    @property
-    def attempt_id(self) -> str:
-        """Which attempt this is."""
-        return self.rollout.attempt.attempt_id
+    def give_up(self, outcome: AttemptOutcome) -> bool:
+        """Cancel the agent and report ``outcome`` instead; an agent that has already finished is left alone.
 
-    def give_up(self, outcome: Outcome) -> bool:
-        """Stop working on it, and report this; nothing happens to an attempt whose agent is done already.
-
-        Returns whether it is given up now.
+        Returns whether the attempt is given up by this call.
         """
         if self._task is None or self._ending or self._given_up is not None:
             return False
@@ -135,90 +105,138 @@ class AttemptRun:
         self._task.cancel()
         return True
 
-    async def run(self) -> Outcome:
-        """Do it all. What goes wrong becomes the outcome; only a cancellation by others passes on."""
+    async def work(self) -> AttemptOutcome:
+        """Run the agent and the hooks. Every failure becomes the outcome; only a cancellation by others is raised."""
         self._task = asyncio.current_task()
         CURRENT.set(WorkContext(ids={"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt_id}))
-        timer = self._set_timer()
+        timer = self._start_timer()
         try:
-            outcome = await self._worked()
+            outcome = await self._prepare_and_trace()
         except asyncio.CancelledError:
             if self._given_up is None:
                 raise
             if self._task is not None:
                 self._task.uncancel()
             outcome = self._given_up
-        except Exception as error:  # the boundary of an attempt: whatever it was, the rollout must not hang
+        except Exception as error:  # the boundary of an attempt: whatever failed, the rollout must reach an end
             _logger.exception("attempt %s could not be carried out", self.attempt_id)
             outcome = failed(RUNNER_ERROR, error)
         finally:
             if timer is not None:
                 timer.cancel()
         self._ending = True
-        await self._call_hooks("on_rollout_end", spans=self._spans if outcome.status == "succeeded" else [])
-        self._call_agent_hook(
-            lambda agent, runner, tracer: agent.on_rollout_end(self._as_task(), self.rollout, runner, tracer)
-        )
-        await self._report(outcome)
+        if self._parts.hooks:
+            await self._call_hooks("on_rollout_end", spans=self._all_spans(outcome))
+        self._call_agent_hook("on_rollout_end", self.rollout)
         return outcome
 
-    def _set_timer(self) -> asyncio.TimerHandle | None:
+    async def report(
+        self, outcome: AttemptOutcome, *, claim_limit: int = 0, worker_id: str | None = None
+    ) -> Sequence[AttemptedRollout]:
+        """Send the remaining spans and the end of the attempt in one call, and claim the next rollouts with it.
+
+        The call is retried under the same ``request_id`` while the store is unreachable, so that a lost reply neither
+        ends the attempt twice nor claims twice.
+
+        Returns:
+            The claimed rollouts; none when the attempt had lost its rollout, or the store could not be told.
+        """
+        request_id = uuid.uuid4().hex if claim_limit else None
+        if self._trace is not None and self._trace.wants_own_call():
+            outcome = await self._send_spans(outcome)
+        failures = 0
+        while True:
+            spans = self._unsent()
+            try:
+                finished = await self._parts.store.finish_attempt(
+                    self.rollout.rollout_id,
+                    self.attempt_id,
+                    outcome.status,
+                    spans,
+                    reason_code=outcome.reason_code,
+                    reason_message=outcome.reason_message,
+                    claim_limit=claim_limit,
+                    worker_id=worker_id,
+                    request_id=request_id,
+                )
+                self._spans_stored()
+                return finished.claimed
+            except (Conflict, NotFound) as error:
+                self._spans_stored()  # a store keeps late spans under their attempt
+                _logger.warning("attempt %s ended %s, too late: %s", self.attempt_id, outcome.status, error)
+                return []
+            except (AgentLightningError, OSError, TimeoutError) as error:
+                if spans:
+                    # Refused, or the store is unreachable. The span sender finds out which spans are refused, and the
+                    # store's client keeps spans on disk while the server is away; the end is reported after them.
+                    outcome = await self._send_spans(outcome)
+                    continue
+                failures += 1
+                if failures == REPORT_TRIES or isinstance(error, (InvalidValue, StoreClosed)):
+                    _logger.error("attempt %s ended %s, never reported: %s", self.attempt_id, outcome.status, error)
+                    return []
+                _logger.warning("attempt %s ended %s, not reported yet: %s", self.attempt_id, outcome.status, error)
+                await asyncio.sleep(REPORT_RETRY_SECONDS)
+
+    def _start_timer(self) -> asyncio.TimerHandle | None:
         seconds = self.rollout.config.timeout_seconds
         if seconds is None:
             return None
-        outcome = Outcome("timeout", TIMEOUT, f"not finished within {seconds:g} s")
+        outcome = AttemptOutcome("timeout", TIMEOUT, f"not finished within {seconds:g} s")
         return asyncio.get_running_loop().call_later(seconds, self.give_up, outcome)
 
-    # --- The work --------------------------------------------------------------------------------
+    # --- The agent's work ------------------------------------------------------------------------
 
-    async def _worked(self) -> Outcome:
-        stage, rollout = self._stage, self.rollout
+    async def _prepare_and_trace(self) -> AttemptOutcome:
+        parts, rollout = self._parts, self.rollout
         try:
-            resources = await stage.resources.of(rollout)
+            resources = await parts.resources.find(rollout)
         except AgentLightningError as error:
             return failed(MISSING_RESOURCES, error)
         if resources is None:
             version = "" if rollout.resources_version is None else f" version {rollout.resources_version}"
             message = f"resources {rollout.resources_id!r}{version} are not in the store"
-            return Outcome("failed", MISSING_RESOURCES, message, NotFound(message))
+            return AttemptOutcome("failed", MISSING_RESOURCES, message, NotFound(message))
         await self._call_hooks("on_rollout_start")
-        self._call_agent_hook(lambda agent, runner, tracer: agent.on_rollout_start(self._as_task(), runner, tracer))
+        self._call_agent_hook("on_rollout_start")
         try:
-            outcome = await self._traced(resources)
-        except AgentLightningError as error:  # the trace has ended, and the store did not take it
+            return await self._call_in_trace(resources)
+        except AgentLightningError as error:  # raised at the end of the trace: the store did not accept its spans
             return failed(TRACE_NOT_STORED, error)
-        if outcome.status == "succeeded" and stage.hooks:
-            self._spans = [*stage.tracer.get_last_trace(), *self._spans]
-        return outcome
 
-    async def _traced(self, resources: NamedResources) -> Outcome:
-        """Call the agent in a trace. After, its spans are in the store.
+    async def _call_in_trace(self, resources: NamedResources) -> AttemptOutcome:
+        """Call the agent in a trace of its own.
 
         Raises:
-            AgentLightningError: they are not.
+            AgentLightningError: the trace has ended, and its spans are not in the store.
         """
-        stage, rollout = self._stage, self.rollout
-        trace = stage.tracer.trace_context(
-            rollout.rollout_id, store=stage.store, rollout_id=rollout.rollout_id, attempt_id=self.attempt_id
+        parts, rollout = self._parts, self.rollout
+        trace = parts.tracer.trace_context(
+            rollout.rollout_id, store=parts.store, rollout_id=rollout.rollout_id, attempt_id=self.attempt_id
         )
+        # A hook at the end may look for the attempt's spans in the store. Only where there is none, the last spans
+        # travel with the report of the attempt, which saves a durable call.
+        if not parts.hooks and not self._overrides("on_rollout_end") and isinstance(trace, DeferredTrace):
+            trace.defer()
+            self._trace = trace
         async with trace:
-            await self._call_hooks("on_trace_start", tracer=stage.tracer)
-            outcome, result = await self._called(resources)
+            await self._call_hooks("on_trace_start", tracer=parts.tracer)
+            outcome, result = await self._call_agent(resources)
             if outcome.status == "succeeded":
-                await self._call_hooks("on_trace_end", tracer=stage.tracer)
-                outcome = self._taken(result)
-            if outcome.error is not None and stage.tracer.records:
+                await self._call_hooks("on_trace_end", tracer=parts.tracer)
+                outcome = self._accept_result(result)
+            if outcome.error is not None and parts.tracer.records:
                 emit_exception(outcome.error)
-        if self._spans:
-            await stage.store.add_many_spans(self._spans)
+        if self._own_spans and self._trace is None:
+            await parts.store.add_many_spans(self._own_spans)
         return outcome
 
-    async def _called(self, resources: NamedResources) -> tuple[Outcome, Any]:
-        stage = self._stage
+    async def _call_agent(self, resources: NamedResources) -> tuple[AttemptOutcome, Any]:
+        parts = self._parts
         try:
-            return SUCCEEDED, await call_agent(stage.agent, stage.threads, resources, self.rollout)
+            return SUCCEEDED, await call_agent(parts.agent, parts.threads, resources, self.rollout)
         except asyncio.CancelledError as error:
-            if self._given_up is not None or _is_cancelled():
+            if self._given_up is not None or (self._task is not None and self._task.cancelling() > 0):
                 raise
             return failed(AGENT_ERROR, error), None  # the agent cancelled something of its own
         except Exception as error:
@@ -226,84 +244,138 @@ class AttemptRun:
                 "rollout %s, attempt %s: the agent failed",
                 self.rollout.rollout_id,
                 self.attempt_id,
-                exc_info=agents_part(error),
+                exc_info=without_runner_frames(error),
             )
-            return agent_failed(error), None
+            # Memory that the machine does not have is not the agent's mistake.
+            return failed(RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else AGENT_ERROR, error), None
 
-    def _taken(self, result: Any) -> Outcome:
+    def _accept_result(self, result: Any) -> AttemptOutcome:
         """Turn what the agent returned into spans."""
+        tracer = self._parts.tracer
         try:
             reward = as_reward(result)
             if reward is not None:
-                span = emit_reward(reward, propagate=self._stage.tracer.records)
-                if not self._stage.tracer.records:
-                    self._spans = as_spans([span], self.rollout)
+                span = emit_reward(reward, propagate=tracer.records)
+                if not tracer.records:
+                    self._own_spans = as_spans([span], self.rollout)
             elif result is not None:
-                self._spans = self._new(as_spans(result, self.rollout))
-        except Exception as error:  # noqa: BLE001 - what the agent returned may do anything, too
+                # An agent may return what its tracer has recorded already.
+                known = {span.span_id for span in tracer.get_last_trace()}
+                self._own_spans = [span for span in as_spans(result, self.rollout) if span.span_id not in known]
+        except Exception as error:  # noqa: BLE001 - the returned object is of a class that we do not know
             _logger.warning("rollout %s, attempt %s: %s", self.rollout.rollout_id, self.attempt_id, error)
             return failed(BAD_RESULT, error)
         return SUCCEEDED
 
-    def _new(self, spans: list[Span]) -> list[Span]:
-        """Those that are not in the trace already: an agent may return what its tracer has recorded."""
-        known = {span.span_id for span in self._stage.tracer.get_last_trace()}
-        return [span for span in spans if span.span_id not in known]
+    # --- Spans that travel with the report -------------------------------------------------------
+
+    def _unsent(self) -> list[Span]:
+        """The spans that the store does not have yet: those of the trace first, then those that the agent returned."""
+        return [] if self._trace is None else [*self._trace.unsent(), *self._own_spans]
+
+    def _spans_stored(self) -> None:
+        if self._trace is not None:
+            self._trace.stored()
+            self._trace = None
+
+    async def _send_spans(self, outcome: AttemptOutcome) -> AttemptOutcome:
+        """Send the spans by themselves; the outcome is a failure when the store does not accept them."""
+        trace, self._trace = self._trace, None
+        try:
+            if trace is not None:
+                await trace.send()
+            if self._own_spans:
+                await self._parts.store.add_many_spans(self._own_spans)
+        except AgentLightningError as error:
+            return failed(TRACE_NOT_STORED, error)
+        return outcome
 
     # --- Hooks -----------------------------------------------------------------------------------
 
+    def _all_spans(self, outcome: AttemptOutcome) -> list[Span]:
+        return [*self._parts.tracer.get_last_trace(), *self._own_spans] if outcome.status == "succeeded" else []
+
     async def _call_hooks(self, name: str, **arguments: Any) -> None:
-        stage = self._stage
-        for hook in stage.hooks:
+        parts = self._parts
+        for hook in parts.hooks:
             try:
                 called: Coroutine[Any, Any, None] = getattr(hook, name)(
-                    agent=stage.agent, runner=stage.runner, rollout=self.rollout, **arguments
+                    agent=parts.agent, runner=parts.runner, rollout=self.rollout, **arguments
                 )
                 await called
             except Exception:
                 _logger.exception("%s of %s failed; the rollout goes on", name, type(hook).__name__)
 
-    def _call_agent_hook(self, call: Callable[[LitAgent[Any], Any, Tracer], None]) -> None:
-        stage = self._stage
-        try:
-            call(stage.agent, stage.runner, stage.tracer)
-        except Exception:
-            _logger.exception("a rollout hook of %s failed; the rollout goes on", type(stage.agent).__name__)
-
-    def _as_task(self) -> Task:
-        rollout = self.rollout
-        return Task(
-            rollout_id=rollout.rollout_id, input=rollout.input, mode=rollout.mode, resources_id=rollout.resources_id
+    def _call_agent_hook(self, name: str, *rollout: AttemptedRollout) -> None:
+        parts, claimed = self._parts, self.rollout
+        if not self._overrides(name):
+            return
+        task = Task(
+            rollout_id=claimed.rollout_id, input=claimed.input, mode=claimed.mode, resources_id=claimed.resources_id
         )
+        try:
+            getattr(parts.agent, name)(task, *rollout, parts.runner, parts.tracer)
+        except Exception:
+            _logger.exception("%s of %s failed; the rollout goes on", name, type(parts.agent).__name__)
 
-    # --- The report ------------------------------------------------------------------------------
-
-    async def _report(self, outcome: Outcome) -> None:
-        """Tell the store. If it cannot be reached, try for as long as the work may be worth it."""
-        rollout = self.rollout
-        for tries_left in range(REPORT_TRIES, 0, -1):
-            try:
-                await self._stage.store.update_attempt(
-                    rollout.rollout_id,
-                    self.attempt_id,
-                    outcome.status,
-                    reason_code=outcome.reason_code,
-                    reason_message=outcome.reason_message,
-                )
-                return
-            except (Conflict, NotFound) as error:
-                _logger.warning("attempt %s ended %s, too late: %s", self.attempt_id, outcome.status, error)
-                return
-            except (AgentLightningError, OSError, TimeoutError) as error:
-                if tries_left == 1 or isinstance(error, StoreClosed):
-                    _logger.error(
-                        "attempt %s ended %s, and the store was not told: %s", self.attempt_id, outcome.status, error
-                    )
-                    return
-                _logger.warning("attempt %s ended %s, not told yet: %s", self.attempt_id, outcome.status, error)
-                await asyncio.sleep(REPORT_RETRY_SECONDS)
+    def _overrides(self, name: str) -> bool:
+        """Whether the agent has this hook of its own; the base class's does nothing."""
+        own: Any = getattr(self._parts.agent, name)
+        return getattr(own, "__func__", own) is not getattr(LitAgent, name)
 
 
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+class RolloutResources:
+    """Looks up the resources of rollouts in a store, and keeps the last versions, which never change.
+
+    Args:
+        store: where the resources are.
+    """
+
+    def __init__(self, store: LightningStore) -> None:
+        self._store = store
+        self._latest: NamedResources = {}
+        self._latest_until = 0.0
+        self._known: OrderedDict[tuple[str, int], NamedResources] = OrderedDict()
+
+    async def find(self, rollout: AttemptedRollout) -> NamedResources | None:
+        """The resources that the rollout was enqueued with; None if they are not in the store.
+
+        A rollout that was enqueued when there were none gets the latest of now (up to a second old), or an empty
+        dict. Each call returns a dict of its own.
+        """
+        resources_id, version = rollout.resources_id, rollout.resources_version
+        if resources_id is None:
+            if time.monotonic() >= self._latest_until:
+                self._latest = _content(await self._store.get_latest_resources()) or {}
+                self._latest_until = time.monotonic() + _LATEST_SECONDS
+            return dict(self._latest)
+        if version is None:  # a store that does not keep versions: take the newest
+            return _content(await self._store.get_resources_by_id(resources_id))
+        key = (resources_id, version)
+        found = self._known.get(key)
+        if found is None:
+            found = _content(await self._store.get_resources_by_id(resources_id, version=version))
+            if found is None:
+                return None
+            self._known[key] = found
+            if len(self._known) > _CACHED_VERSIONS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return dict(found)
+
+
+def failed(code: str, error: BaseException) -> AttemptOutcome:
+    """The outcome of an attempt that an exception ended; its message begins with the exception's type."""
+    try:
+        text = str(error)
+    except Exception as mistake:  # noqa: BLE001 - the exception is of the agent's class, whose __str__ may fail
+        text = f"(its text is not available: {type(mistake).__name__})"
+    message = f"{full_qualified_name(type(error))}: {text}"
+    message = message if fits(message) else sanitize_text(message)
+    if len(message) > _MESSAGE_CHARACTERS:
+        message = message[:_MESSAGE_CHARACTERS] + "…"
+    return AttemptOutcome("failed", code, message, error)
+
+
+def _content(update: ResourcesUpdate | None) -> NamedResources | None:
+    return None if update is None else update.resources

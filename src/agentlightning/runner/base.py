@@ -1,4 +1,4 @@
-"""``Runner``: what every runner offers to trainers, and to those who debug an agent."""
+"""``Runner``: the interface of every runner, for trainers and for those who debug an agent."""
 
 from __future__ import annotations
 
@@ -14,30 +14,115 @@ from agentlightning.store.base import LightningStore
 from agentlightning.types import NamedResources, Rollout, RolloutMode
 from agentlightning.types.tasks import ParallelWorkerBase
 
-# --- Waits, in a coroutine, for an event that belongs to threads or processes ---
+T = TypeVar("T")
+_WAIT_SLICE_SECONDS = 0.5
 
-_LOOK_SECONDS = 0.5
+
+class Runner(ParallelWorkerBase, Generic[T]):
+    """Runs an agent on rollouts.
+
+    Order of calls: ``init``, then in the worker ``init_worker``, ``iter`` or ``step`` any number of times,
+    ``teardown_worker``, ``teardown``. ``run_context`` makes the first two and the last two around a block.
+    """
+
+    def init(self, agent: LitAgent[T], **kwargs: Any) -> None:
+        """Take the agent."""
+        super().init()
+
+    def init_worker(self, worker_id: int, store: LightningStore, **kwargs: Any) -> None:
+        """Get ready in a worker.
+
+        Args:
+            worker_id: index of the worker, from 0.
+            store: where rollouts come from.
+        """
+        super().init_worker(worker_id)
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: a runner is driven by ``iter`` or ``step``.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a runner has no run(); await iter() to work on the queue, or step() for one rollout")
+
+    @contextmanager
+    def run_context(
+        self,
+        *,
+        agent: LitAgent[T],
+        store: LightningStore,
+        hooks: Sequence[Hook] | None = None,
+        worker_id: int | None = None,
+    ) -> Generator[Runner[T]]:
+        """Set up for this agent and store, and tear down at the end of the block; for use without a trainer.
+
+        Args:
+            agent: what to run.
+            store: where rollouts come from.
+            hooks: called around each rollout.
+            worker_id: index of the worker; default: 0.
+        """
+        index = 0 if worker_id is None else worker_id
+        self.init(agent, hooks=hooks)
+        try:
+            self.init_worker(index, store)
+            try:
+                yield self
+            finally:
+                self.teardown_worker(index)
+        finally:
+            self.teardown()
+
+    @abstractmethod
+    async def iter(self, *, event: StopEvent | None = None) -> None:
+        """Work on the rollouts of the queue until told to end.
+
+        Args:
+            event: when it is set, nothing new is begun, and agents at work finish.
+        """
+
+    @abstractmethod
+    async def step(
+        self,
+        input: T,
+        *,
+        resources: NamedResources | None = None,
+        mode: RolloutMode | None = None,
+        event: StopEvent | None = None,
+    ) -> Rollout:
+        """Run the agent once, on this input, past the queue.
+
+        Args:
+            input: the task.
+            resources: stored first, and used; default: the latest of the store.
+            mode: of the rollout.
+            event: when it is set, the agent is cancelled.
+
+        Returns:
+            The rollout as it is in the store afterwards.
+        """
 
 
 class StopEvent(Protocol):
-    """What this needs of an ``ExecutionEvent``."""
+    """The part of an ``ExecutionEvent`` that runners use."""
 
     def is_set(self) -> bool:
         """Whether it is set."""
         ...
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for it, at most ``timeout`` seconds."""
+        """Wait until it is set, at most ``timeout`` seconds; returns whether it is set."""
         ...
 
 
 class StopWatch:
-    """``stopped`` is set, in this loop, as soon as the event is. The waiting happens in a thread.
+    """Sets ``stopped``, an event of the running loop, as soon as an event of threads or processes is set.
 
-    Use as a context manager, inside of the loop.
+    A thread waits for that event, because a coroutine cannot. Use as a context manager inside the loop.
 
     Args:
-        event: what to wait for; None: for ever.
+        event: what to wait for; None: nothing ever stops.
     """
 
     def __init__(self, event: StopEvent | None) -> None:
@@ -59,98 +144,7 @@ class StopWatch:
 
     def _watch(self, event: StopEvent, loop: asyncio.AbstractEventLoop) -> None:
         while not self._done:
-            if event.wait(_LOOK_SECONDS):
+            if event.wait(_WAIT_SLICE_SECONDS):
                 if not self._done and not loop.is_closed():
                     loop.call_soon_threadsafe(self.stopped.set)
                 return
-
-
-# ---
-
-T = TypeVar("T")
-
-
-class Runner(ParallelWorkerBase, Generic[T]):
-    """Runs an agent on rollouts.
-
-    Life: ``init``, then in the worker ``init_worker``, ``iter`` or ``step`` as often as wanted, ``teardown_worker``,
-    ``teardown``. ``run_context`` does all of that around a block.
-    """
-
-    def init(self, agent: LitAgent[T], **kwargs: Any) -> None:
-        """Take the agent."""
-        super().init()
-
-    def init_worker(self, worker_id: int, store: LightningStore, **kwargs: Any) -> None:
-        """Get ready in a worker.
-
-        Args:
-            worker_id: index of the worker, from 0.
-            store: where rollouts come from.
-        """
-        super().init_worker(worker_id)
-
-    def run(self, *args: Any, **kwargs: Any) -> None:
-        """There is no such thing: a runner is driven by ``iter`` or ``step``.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("a runner has no run(); await iter() to work on the queue, or step() for one rollout")
-
-    @contextmanager
-    def run_context(
-        self,
-        *,
-        agent: LitAgent[T],
-        store: LightningStore,
-        hooks: Sequence[Hook] | None = None,
-        worker_id: int | None = None,
-    ) -> Generator[Runner[T]]:
-        """Set up for this agent and store, and take down at the end of the block; for use without a trainer.
-
-        Args:
-            agent: what to run.
-            store: where rollouts come from.
-            hooks: what to call around each rollout.
-            worker_id: index of the worker; default: 0.
-        """
-        index = 0 if worker_id is None else worker_id
-        self.init(agent, hooks=hooks)
-        try:
-            self.init_worker(index, store)
-            try:
-                yield self
-            finally:
-                self.teardown_worker(index)
-        finally:
-            self.teardown()
-
-    @abstractmethod
-    async def iter(self, *, event: StopEvent | None = None) -> None:
-        """Work on the rollouts of the queue, until told to end.
-
-        Args:
-            event: when it is set, what is being worked on is finished and nothing new is begun.
-        """
-
-    @abstractmethod
-    async def step(
-        self,
-        input: T,
-        *,
-        resources: NamedResources | None = None,
-        mode: RolloutMode | None = None,
-        event: StopEvent | None = None,
-    ) -> Rollout:
-        """Run the agent once, on this input, past the queue.
-
-        Args:
-            input: the task.
-            resources: stored first, and used; default: the latest of the store.
-            mode: of the rollout.
-            event: gives the rollout up when it is set.
-
-        Returns:
-            The rollout as it is in the store after.
-        """

@@ -1,4 +1,4 @@
-"""Calls the agent, and makes of its result what the store can keep."""
+"""Calls the agent, and converts its result into what the store can keep."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from agentlightning.types import AttemptedRollout, NamedResources, Span, SpanCor
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-
-# --- Threads for agents that are plain functions ---
-
 T = TypeVar("T")
+_E = TypeVar("_E", bound=BaseException)
+_logger = logging.getLogger(__name__)
+
+
+class AgentExit(RuntimeError):
+    """The agent tried to end the process (``sys.exit``). Its attempt fails instead."""
 
 
 class _Call(NamedTuple):
@@ -31,10 +34,12 @@ class _Call(NamedTuple):
 
 
 class AgentThreads:
-    """Calls functions, each in a thread of its own for as long as it takes; threads are used again until ``close``.
+    """Threads for agents that are plain functions. An idle thread is reused; otherwise a new one is started.
+
+    There is no upper limit: a pool of fixed size would deadlock on agents that never return.
 
     Args:
-        name: what the threads are called.
+        name: prefix of the threads' names.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,7 +50,7 @@ class AgentThreads:
         self._lock = threading.Lock()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Call ``function`` in a thread, in a copy of the running context. Any exception ends up in the future."""
+        """Call ``function`` in a thread, in a copy of the current context. Its result or exception is the future's."""
         future: Future[T] = Future()
         with self._lock:
             new = self._free == 0
@@ -59,7 +64,7 @@ class AgentThreads:
         return future
 
     def close(self) -> None:
-        """Let the threads end when they have nothing to do any more."""
+        """End each thread after its present call."""
         with self._lock:
             threads, self._threads, self._free = self._threads, 0, 0
         for _ in range(threads):
@@ -71,16 +76,16 @@ class AgentThreads:
                 self._carry_out(call)
             else:
                 self._free_again()
-            del call  # or it would keep its result alive until the next one
+            del call  # otherwise this frame keeps the result alive until the next call
 
     def _carry_out(self, call: _Call) -> None:
         try:
             result = call.context.run(call.function)
-        except BaseException as error:  # noqa: BLE001 - also SystemExit: it is the agent that wants to end
+        except BaseException as error:  # noqa: BLE001 - also SystemExit, which must not end this thread
             self._free_again()
-            call.future.set_exception(_to_await(error))
+            call.future.set_exception(_awaitable(error))
         else:
-            self._free_again()  # before anybody learns of the result, and calls again
+            self._free_again()  # first, so that a caller who learns of the result finds this thread idle
             call.future.set_result(result)
 
     def _free_again(self) -> None:
@@ -88,29 +93,19 @@ class AgentThreads:
             self._free += 1
 
 
-def _to_await(error: BaseException) -> BaseException:
-    """The error, or what stands for one that cannot be raised by ``await``: as PEP 479 has it for generators."""
+def _awaitable(error: BaseException) -> BaseException:
+    """The error; StopIteration, which ``await`` cannot raise, becomes a RuntimeError, as PEP 479 does it."""
     if not isinstance(error, StopIteration):
         return error
-    standing_for = RuntimeError(f"a function raised StopIteration({error.value!r})")
-    standing_for.__cause__ = error
-    return standing_for
-
-
-# ---
-
-_E = TypeVar("_E", bound=BaseException)
-_logger = logging.getLogger(__name__)
-
-
-class AgentExit(RuntimeError):
-    """The agent tried to end the process (``sys.exit``). It ended its attempt instead."""
+    replacement = RuntimeError(f"a function raised StopIteration({error.value!r})")
+    replacement.__cause__ = error
+    return replacement
 
 
 async def call_agent(
     agent: LitAgent[Any], threads: AgentThreads, resources: NamedResources, rollout: AttemptedRollout
 ) -> Any:
-    """Call the method for the rollout's mode: in this loop if it is a coroutine, else in a thread.
+    """Call the agent's method for the rollout's mode: a coroutine in this loop, a plain function in a thread.
 
     Raises:
         AgentExit: the agent called ``sys.exit``.
@@ -124,13 +119,13 @@ async def call_agent(
         plain = agent.training_rollout if training else agent.validation_rollout
         return await asyncio.wrap_future(threads.call(_bound(agent, plain, resources, rollout)))
     except SystemExit as error:
-        raise AgentExit(f"the agent called sys.exit({error.code!r})") from agents_part(error)
+        raise AgentExit(f"the agent called sys.exit({error.code!r})") from without_runner_frames(error)
 
 
 def _bound(
     agent: LitAgent[Any], method: Callable[..., Any], resources: NamedResources, rollout: AttemptedRollout
 ) -> Callable[[], Any]:
-    """The call, in the order of arguments that the method has."""
+    """The call of a plain method, with the arguments in the order of v0.1 where its signature has that."""
     if is_v0_1_rollout_api(method):
         return lambda: method(rollout.input, rollout.rollout_id, resources)
     if is_v0_1_rollout_api(agent.rollout):
@@ -139,8 +134,8 @@ def _bound(
     return lambda: method(rollout.input, resources, rollout)
 
 
-def agents_part(error: _E) -> _E:
-    """The exception with a traceback that begins where the agent's code does."""
+def without_runner_frames(error: _E) -> _E:
+    """The exception with a traceback that begins in the agent's code, so that logs show only the user's part."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith("agentlightning."):
         frames = frames.tb_next
@@ -148,7 +143,7 @@ def agents_part(error: _E) -> _E:
 
 
 def as_reward(result: Any) -> float | None:
-    """The reward that an agent returned, of any kind of number; None if it returned something else."""
+    """The reward that an agent returned, any kind of number (also numpy's); None if it returned something else."""
     return cast("float", result) if isinstance(result, Real) else None
 
 
@@ -156,8 +151,8 @@ def as_spans(result: Any, rollout: AttemptedRollout) -> list[Span]:
     """The spans that an agent returned, as spans of its attempt.
 
     Raises:
-        TypeError: it returned something else; the message names it.
-        ValueError: the list holds spans of several kinds.
+        TypeError: the result is no list of spans; the message names it.
+        ValueError: the list mixes kinds of spans.
     """
     rollout_id, attempt_id = rollout.rollout_id, rollout.attempt.attempt_id
     if not isinstance(result, list):
@@ -173,7 +168,7 @@ def as_spans(result: Any, rollout: AttemptedRollout) -> list[Span]:
     if None in kinds:
         names = ", ".join(sorted({type(item).__name__ for item in items}))
         raise TypeError(
-            f"the agent returned a list of {names}; it must be of OpenTelemetry spans, Span or SpanCoreFields"
+            f"the agent returned a list of {names}; it must hold OpenTelemetry spans, Span or SpanCoreFields"
         )
     if len(kinds) > 1:
         raise ValueError(f"the agent returned a list of {' and '.join(sorted(map(str, kinds)))}; use one kind of span")
@@ -200,6 +195,6 @@ def _kind(item: Any) -> str | None:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - it is the agent's class, and may do anything
+    except Exception:  # noqa: BLE001 - the value is of the agent's class, whose __repr__ may fail
         text = object.__repr__(value)
     return text if len(text) <= 200 else text[:200] + "…"

@@ -1,8 +1,8 @@
-"""Spans of the OpenTelemetry SDK as spans of ours, cheaply.
+"""Converts spans of the OpenTelemetry SDK into our spans, cheaply.
 
-The result equals that of ``Span.from_opentelemetry`` (a test holds the two together), in a tenth of the time: what
-the SDK's span holds was checked by the SDK, so the records are put together without checking it again. On the way,
-what no store would take is mended (see `agentlightning.tracer.sanitize`).
+The result equals that of ``Span.from_opentelemetry`` (a test compares the two), in a tenth of the time: the SDK has
+checked the values of its span, so the records are built without checking them again. Values that stores refuse are
+changed on the way (see `agentlightning.tracer.sanitize`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel
 
 from agentlightning.errors import InvalidValue
-from agentlightning.tracer import sanitize as mending
+from agentlightning.tracer import sanitize
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
 from agentlightning.types.otel import convert_attributes
 
@@ -58,7 +58,7 @@ class SpanConverter:
         self._resource: tuple[OtelSdkResource, OtelResource] | None = None
 
     def convert(self, src: ReadableSpan, rollout_id: str, attempt_id: str) -> Span:
-        """The span, mended where it has to be, without a sequence id.
+        """The span without a sequence id, sanitized where stores would refuse it.
 
         Raises:
             InvalidValue: it has no span context.
@@ -85,7 +85,7 @@ class SpanConverter:
                     {"status_code": _STATUS_CODES[status.status_code.value], "description": status.description},
                 ),
                 "attributes": attributes,
-                # The properties copy under a lock, 5 µs each, and nearly always there is nothing to copy.
+                # The properties copy under a lock, 5 µs each, and mostly there is nothing to copy.
                 "events": [Event.from_opentelemetry(each) for each in src.events] if src._events else [],  # pyright: ignore[reportPrivateUsage]
                 "links": [Link.from_opentelemetry(each) for each in src.links] if src._links else [],  # pyright: ignore[reportPrivateUsage]
                 "start_time": None if src.start_time is None else src.start_time / 1e9,
@@ -95,8 +95,8 @@ class SpanConverter:
                 "resource": self._resource_of(src.resource),
             },
         )
-        if odd or mending.is_odd_name(src.name) or status.description is not None or span.events or span.links:
-            _mend(span)
+        if odd or sanitize.is_odd_name(src.name) or status.description is not None or span.events or span.links:
+            _sanitize(span)
         return span
 
     def _resource_of(self, src: OtelSdkResource) -> OtelResource:
@@ -119,7 +119,7 @@ def _context(src: OtelSpanContext) -> SpanContext:
 
 
 def _attributes(src: ReadableSpan) -> tuple[dict[str, Any], bool]:
-    """The attributes, and whether there may be something in them that no store takes."""
+    """The attributes, and whether they may contain something that stores refuse."""
     if not src.attributes:
         return {}, False
     attributes: dict[Any, Any] = dict(src.attributes.copy())  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownArgumentType]
@@ -138,40 +138,40 @@ def _attributes(src: ReadableSpan) -> tuple[dict[str, Any], bool]:
         odd = odd or "\0" in name or not name.isascii()
     if foreign:
         attributes = convert_attributes(attributes)
-    return attributes, odd or foreign or size > mending.CHARACTERS_LIMIT
+    return attributes, odd or foreign or size > sanitize.CHARACTERS_LIMIT
 
 
-def _mend(span: Span) -> None:
-    """Change in place what no store would take, and note it."""
-    changed = mending.mend_attributes(span.attributes)
+def _sanitize(span: Span) -> None:
+    """Change what stores refuse in place, and list the changes in the span."""
+    changed = sanitize.sanitize_values(span.attributes)
     for field, holder in (("name", span), ("description", span.status)):
         text = getattr(holder, field)
-        if text is not None and not mending.fits(text):
-            setattr(holder, field, mending.mend_text(text))
+        if text is not None and not sanitize.fits(text):
+            setattr(holder, field, sanitize.sanitize_text(text))
             changed.append(field)
     for position, event in enumerate(span.events):
-        changed += mending.mend_attributes(event.attributes, f"events.{position}")
-        if not mending.fits(event.name):
-            event.name = mending.mend_text(event.name)
+        changed += sanitize.sanitize_values(event.attributes, f"events.{position}")
+        if not sanitize.fits(event.name):
+            event.name = sanitize.sanitize_text(event.name)
             changed.append(f"events.{position}.name")
     for position, link in enumerate(span.links):
         if link.attributes is not None:
-            changed += mending.mend_attributes(link.attributes, f"links.{position}")
-    changed += _mend_size(span)
+            changed += sanitize.sanitize_values(link.attributes, f"links.{position}")
+    changed += _cut_to_size(span)
     if changed:
-        mending.mark(span.attributes, changed)
+        sanitize.mark(span.attributes, changed)
 
 
-def _mend_size(span: Span) -> list[str]:
+def _cut_to_size(span: Span) -> list[str]:
     parts = [span.attributes, *(event.attributes for event in span.events)]
     changed: list[str] = []
-    if len(span.name) > mending.NAME_CHARACTERS:
-        span.name = span.name[: mending.NAME_CHARACTERS] + "… (cut)"
+    if len(span.name) > sanitize.NAME_CHARACTERS:
+        span.name = span.name[: sanitize.NAME_CHARACTERS] + "… (cut)"
         changed.append("name")
-    if sum(mending.sizeable(part) for part in parts) <= mending.CHARACTERS_LIMIT:
+    if sum(sanitize.characters_in(part) for part in parts) <= sanitize.CHARACTERS_LIMIT:
         return changed
-    share = mending.SPAN_BYTES // (1 + len(span.events))
+    share = sanitize.SPAN_BYTES // (1 + len(span.events))
     for position, event in enumerate(span.events):
-        cut = mending.mend_size(event.attributes, share)
+        cut = sanitize.cut_to_size(event.attributes, share)
         changed += [f"events.{position}.{path}" for path in cut]
-    return changed + mending.mend_size(span.attributes, share)
+    return changed + sanitize.cut_to_size(span.attributes, share)

@@ -1,4 +1,4 @@
-"""``DummyTracer``: makes spans, and keeps none of them."""
+"""``DummyTracer``: makes spans without storing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentlightning.types.attributes import format_exception_attributes
 
 
 class DummySpanRecordingContext:
-    """An open span that exists only here."""
+    """An open span in memory."""
 
     def __init__(self, name: str, attributes: Attributes | None = None, start_time: float | None = None) -> None:
         self._name = name
@@ -24,12 +24,12 @@ class DummySpanRecordingContext:
         self._end_time: float | None = None
 
     def record_exception(self, exception: BaseException) -> None:
-        """Note the exception as attributes, and set the status to ``ERROR``."""
+        """Record the exception as attributes, and set the status to ``ERROR``."""
         self.record_attributes(format_exception_attributes(exception))
         self.record_status("ERROR", str(exception))
 
     def record_attributes(self, attributes: Attributes) -> None:
-        """Add attributes. One of the same name is replaced."""
+        """Add attributes; an attribute of the same name is replaced."""
         self._attributes.update(attributes)
 
     def record_status(self, status_code: StatusCode, description: str | None = None) -> None:
@@ -37,13 +37,13 @@ class DummySpanRecordingContext:
         self._status = TraceStatus(status_code=status_code, description=description)
 
     def finish(self, end_time: float | None = None) -> None:
-        """Set when it ended (Unix seconds; default: now), and that it ended well if nobody said otherwise."""
+        """Set the end time (Unix seconds; default: now), and the status ``OK`` unless one was recorded."""
         self._end_time = time.time() if end_time is None else end_time
         if self._status.status_code == "UNSET":
             self.record_status("OK")
 
     def get_recorded_span(self) -> SpanCoreFields:
-        """Return what was recorded up to now."""
+        """Return what was recorded so far."""
         return SpanCoreFields(
             name=self._name,
             status=self._status,
@@ -54,7 +54,7 @@ class DummySpanRecordingContext:
 
 
 class DummyTracer(Tracer):
-    """For runs whose traces nobody wants, and for making spans that are handed over by other ways."""
+    """For runs without traces, and for spans that the caller stores in another way."""
 
     records = False
 
@@ -67,7 +67,7 @@ class DummyTracer(Tracer):
         rollout_id: str | None = None,
         attempt_id: str | None = None,
     ) -> AsyncGenerator[DummyTracer]:
-        """Be the active tracer inside of the block; nothing is kept."""
+        """Be the active tracer inside the block; no span is stored."""
         with activated(self):
             yield self
 
@@ -87,7 +87,7 @@ class DummyTracer(Tracer):
         timestamp: float | None = None,
         status: TraceStatus | None = None,
     ) -> SpanCoreFields:
-        """Make the span, and keep it nowhere."""
+        """Make the span without storing it."""
         now = time.time() if timestamp is None else timestamp
         return SpanCoreFields(
             name=name,
@@ -105,7 +105,7 @@ class DummyTracer(Tracer):
         start_time: float | None = None,
         end_time: float | None = None,
     ) -> Generator[DummySpanRecordingContext]:
-        """Make a span of the block, and keep it nowhere."""
+        """Make a span of the block without storing it."""
         span = DummySpanRecordingContext(name, attributes, start_time)
         try:
             yield span

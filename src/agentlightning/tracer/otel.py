@@ -6,9 +6,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -20,87 +19,23 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.tracer.base import Tracer, activated
+from agentlightning.tracer.base import DeferredTrace, Tracer, activated
 from agentlightning.tracer.processor import LightningSpanProcessor
 from agentlightning.tracer.recording import Recording
-from agentlightning.tracer.sender import SpanSender
+from agentlightning.tracer.sender import BATCH_SPANS, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.otel import convert_attributes, convert_timestamp
-
-# --- The process's one OpenTelemetry provider, and our processor on it ---
-
-_P = TypeVar("_P", bound=SpanProcessor)
-_UNLIMITED = SpanLimits(
-    max_attributes=SpanLimits.UNSET,
-    max_span_attributes=SpanLimits.UNSET,
-    max_event_attributes=SpanLimits.UNSET,
-    max_link_attributes=SpanLimits.UNSET,
-    max_attribute_length=SpanLimits.UNSET,
-    max_span_attribute_length=SpanLimits.UNSET,
-    max_events=SpanLimits.UNSET,
-    max_links=SpanLimits.UNSET,
-)
-_attached: WeakKeyDictionary[TracerProvider, LightningSpanProcessor] = WeakKeyDictionary()
-_lock = threading.Lock()
-_logger = logging.getLogger(__name__)
-
-
-def get_tracer_provider() -> TracerProvider:
-    """The global provider; made if there is none.
-
-    If the global one is not of the OpenTelemetry SDK, no processor can be added to it: then a private one is made,
-    which sees what agentlightning emits but not what libraries do, and a warning says so.
-    """
-    known = trace.get_tracer_provider()
-    if isinstance(known, TracerProvider):
-        return known
-    made = TracerProvider(
-        sampler=ALWAYS_ON,
-        resource=Resource.create({"service.name": "agentlightning"}),
-        span_limits=_UNLIMITED,
-        shutdown_on_exit=False,
-    )
-    if isinstance(known, trace.ProxyTracerProvider):
-        trace.set_tracer_provider(made)
-        now = trace.get_tracer_provider()  # somebody else may have been first
-        return now if isinstance(now, TracerProvider) else made
-    _logger.warning(
-        "the global OpenTelemetry provider is a %s, which takes no span processor: spans of instrumented libraries "
-        "are not recorded, only those of agentlightning's emitters",
-        type(known).__name__,
-    )
-    return made
-
-
-def attach_processor(provider: TracerProvider) -> LightningSpanProcessor:
-    """Our processor on this provider; added if it has none. It stays there: OpenTelemetry cannot take one off."""
-    with _lock:
-        processor = _attached.get(provider)
-        if processor is None:
-            processor = _attached[provider] = LightningSpanProcessor()
-            provider.add_span_processor(processor)
-        return processor
-
-
-def get_span_processors(tracer_provider: TracerProvider, expected_type: type[_P]) -> list[_P]:
-    """The processors of this class that ``attach_processor`` put on the provider."""
-    with _lock:
-        processor = _attached.get(tracer_provider)
-    return [processor] if isinstance(processor, expected_type) else []
-
-
-# ---
 
 _TRACER_NAME = "agentlightning"
 
 
 def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
-    """OpenTelemetry's value for a status code of ours."""
+    """OpenTelemetry's value for our status code."""
     return trace.StatusCode[status_code]
 
 
 class _Wiring(NamedTuple):
-    """What a tracer uses in one process."""
+    """The OpenTelemetry objects that a tracer uses in one process."""
 
     provider: TracerProvider
     processor: LightningSpanProcessor
@@ -108,14 +43,14 @@ class _Wiring(NamedTuple):
 
 
 class OtelTracer(Tracer):
-    """Keeps every span that ends in a trace, whoever made it: emitters, the agent, or a library it uses.
+    """Records every span that ends in a trace, whether an emitter, the agent or a library made it.
 
-    Spans go to the store in bulk, from a thread of their own, while the agent works on; the end of a trace waits
-    until the store has all of them. May be pickled, and used in several processes.
+    A thread sends spans to the store in bulk while the agent works; the end of a trace waits until the store has all
+    of them. May be pickled, and used in several processes.
 
     Args:
-        interval_seconds: how often spans are sent while a trace goes on.
-        patience_seconds: how long the end of a trace waits for a store that takes no spans.
+        interval_seconds: how often spans are sent while a trace is open.
+        patience_seconds: how long the end of a trace waits for an unreachable store.
     """
 
     def __init__(self, *, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
@@ -125,17 +60,17 @@ class OtelTracer(Tracer):
         self._wired: _Wiring | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process."""
+        """Leave out sender, provider and store, which belong to this process."""
         return self.__dict__ | {"_sender": None, "_wired": None, "_store": None, "worker_id": None}
 
     def init_worker(self, worker_id: int, store: LightningStore | None = None) -> None:
-        """Put our processor on the process's OpenTelemetry provider, and start the thread that sends spans."""
+        """Add our processor to the process's OpenTelemetry provider, and start the thread that sends spans."""
         super().init_worker(worker_id, store)
         self._wiring()
         self._sending().start()
 
     def teardown_worker(self, worker_id: int) -> None:
-        """Send what is left, and end the thread that sends."""
+        """Send the remaining spans, and end the thread that sends."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.stop()
@@ -148,21 +83,22 @@ class OtelTracer(Tracer):
         store: LightningStore | None = None,
         rollout_id: str | None = None,
         attempt_id: str | None = None,
-    ) -> AbstractAsyncContextManager[trace.Tracer]:
-        """See ``Tracer.trace_context``. The block gets an OpenTelemetry tracer; any other will do as well.
+    ) -> DeferredTrace:
+        """See ``Tracer.trace_context``. The block gets an OpenTelemetry tracer; spans of any other are kept as well.
 
         Raises:
             InvalidValue: one id is given without the other, or both without a store.
         """
-        return _TraceContext(self, self._scope(name, store or self._store, rollout_id, attempt_id))
+        scope = self._scope(name, store or self._store, rollout_id, attempt_id)
+        return _OtelTrace(scope, self._wiring().tracer, self._sending())
 
     def trace_run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a plain function in a trace without a rollout; ``get_last_trace`` has its spans after."""
+        """Call a plain function in a trace without a rollout; ``get_last_trace`` returns its spans afterwards."""
         with self._scope(getattr(func, "__name__", None), None, None, None):
             return func(*args, **kwargs)
 
     def get_last_trace(self) -> list[Span]:
-        """The spans of this context's present trace or, outside of any, of its last; in the order they ended in."""
+        """The spans of this context's open trace, or else of its last one, in the order in which they ended."""
         return self._wiring().processor.spans()
 
     def create_span(
@@ -172,10 +108,10 @@ class OtelTracer(Tracer):
         timestamp: float | None = None,
         status: TraceStatus | None = None,
     ) -> SpanCoreFields:
-        """Record something that takes no time, as a child of the span that is open here.
+        """Record an event of no duration, as a child of the span that is open here.
 
         Raises:
-            RuntimeError: several rollouts run, and this thread does not know which one it works for.
+            RuntimeError: several rollouts run, and this thread has no context that says which one it works for.
         """
         wiring = self._wiring()
         wiring.processor.recording()
@@ -195,10 +131,10 @@ class OtelTracer(Tracer):
         start_time: float | None = None,
         end_time: float | None = None,
     ) -> Generator[OtelSpanRecordingContext]:
-        """Record what happens inside of the block as one span, the parent of all spans made in there.
+        """Record the block as one span, the parent of all spans made inside it.
 
         Raises:
-            RuntimeError: several rollouts run, and this thread does not know which one it works for.
+            RuntimeError: several rollouts run, and this thread has no context that says which one it works for.
         """
         wiring = self._wiring()
         wiring.processor.recording()
@@ -213,10 +149,8 @@ class OtelTracer(Tracer):
         finally:
             recording.finish(end_time)
 
-    # --- Inside ----------------------------------------------------------------------------------
-
     def _wiring(self) -> _Wiring:
-        """What this process has; set up on first use."""
+        """Provider, processor and tracer of this process; set up on first use."""
         if self._wired is None:
             provider = get_tracer_provider()
             self._wired = _Wiring(provider, attach_processor(provider), provider.get_tracer(_TRACER_NAME))
@@ -231,13 +165,15 @@ class OtelTracer(Tracer):
     def _scope(
         self, name: str | None, store: LightningStore | None, rollout_id: str | None, attempt_id: str | None
     ) -> Generator[Recording]:
-        """A trace, from its first span to its last; who leaves it has still to wait for the sending."""
+        """Open a trace for the block. Its spans are not sent yet when the block ends."""
         if (rollout_id is None) is not (attempt_id is None):
             raise InvalidValue(f"rollout_id is {rollout_id!r} and attempt_id {attempt_id!r}; give both, or neither")
         if rollout_id is not None and store is None:
-            raise InvalidValue(f"there is no store for the spans of {rollout_id!r}; give store=, or call init_worker")
+            raise InvalidValue(f"the spans of {rollout_id!r} have no store to go to; give store=, or call init_worker")
         processor = self._wiring().processor
-        outside = otel_context.attach(otel_context.Context())  # a span around us is none of this rollout's
+        outside = otel_context.attach(
+            otel_context.Context()
+        )  # a span around the runner is not the parent of the rollout's spans
         recording = processor.begin(store, rollout_id, attempt_id, name, self._sending())
         try:
             with activated(self):
@@ -246,29 +182,51 @@ class OtelTracer(Tracer):
             processor.end(recording)
             otel_context.detach(outside)
 
-    def _flush(self, recording: Recording) -> Future[None]:
-        return self._sending().flush(recording)
 
+class _OtelTrace(DeferredTrace):
+    """``OtelTracer.trace_context``: leaving it sends the spans, unless that is deferred."""
 
-class _TraceContext(AbstractAsyncContextManager[trace.Tracer]):
-    """``OtelTracer.trace_context``: a scope that is left only when the store has its spans."""
-
-    def __init__(self, tracer: OtelTracer, scope: Any) -> None:
-        self._tracer = tracer
+    def __init__(self, scope: AbstractContextManager[Recording], tracer: trace.Tracer, sender: SpanSender) -> None:
         self._scope = scope
+        self._tracer = tracer
+        self._sender = sender
         self._recording: Recording | None = None
+        self._deferred = False
+        self._taken = 0
+        """Position behind the last span that ``unsent`` returned."""
 
     async def __aenter__(self) -> trace.Tracer:
         self._recording = self._scope.__enter__()
-        return self._tracer._wiring().tracer  # pyright: ignore[reportPrivateUsage]
+        return self._tracer
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
         self._scope.__exit__(kind, error, trace_back)
+        if not self._deferred:
+            await self.send()
+
+    def defer(self) -> None:
+        self._deferred = True
+
+    def wants_own_call(self) -> bool:
         recording = self._recording
-        if recording is not None and recording.store is not None:
-            await asyncio.wrap_future(self._tracer._flush(recording))  # pyright: ignore[reportPrivateUsage]
+        return recording is not None and recording.total - recording.settled > BATCH_SPANS
+
+    def unsent(self) -> Sequence[Span]:
+        if self._recording is None:
+            return ()
+        self._sender.leave(self._recording)
+        spans, self._taken = self._recording.unsent()
+        return spans
+
+    def stored(self) -> None:
+        if self._recording is not None:
+            self._recording.mark_stored(self._taken)
+
+    async def send(self) -> None:
+        if self._recording is not None and self._recording.store is not None:
+            await asyncio.wrap_future(self._sender.flush(self._recording))
 
 
 class OtelSpanRecordingContext:
@@ -284,24 +242,24 @@ class OtelSpanRecordingContext:
         self.record_status("ERROR", f"{type(exception).__name__}: {exception}")
 
     def record_attributes(self, attributes: Attributes) -> None:
-        """Add attributes. One of the same name is replaced."""
+        """Add attributes; an attribute of the same name is replaced."""
         self._span.set_attributes(attributes)
 
     def record_status(self, status_code: StatusCode, description: str | None = None) -> None:
-        """Set how the work ended. OpenTelemetry never takes back an ``OK``."""
+        """Set how the work ended. An ``OK`` is final in OpenTelemetry."""
         self._failed = self._failed or status_code == "ERROR"
         self._span.set_status(to_otel_status_code(status_code), description if status_code == "ERROR" else None)
 
     def finish(self, end_time: float | None = None) -> None:
-        """End the span (Unix seconds; default: now), well if nobody said otherwise."""
+        """End the span (Unix seconds; default: now). Its status is ``OK`` unless an error was recorded."""
         if not self._failed:
             self._span.set_status(trace.StatusCode.OK)
         self._span.end(_nanoseconds(end_time))
 
     def get_recorded_span(self) -> SpanCoreFields:
-        """Return what was recorded up to now."""
+        """Return what was recorded so far."""
         span = self._span
-        if not isinstance(span, ReadableSpan):  # a sampler decided against it
+        if not isinstance(span, ReadableSpan):  # a sampler dropped it
             return SpanCoreFields(
                 name="", status=TraceStatus(status_code="UNSET"), attributes={}, start_time=None, end_time=None
             )
@@ -316,3 +274,63 @@ class OtelSpanRecordingContext:
 
 def _nanoseconds(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds * 1e9)
+
+
+_P = TypeVar("_P", bound=SpanProcessor)
+_UNLIMITED = SpanLimits(
+    max_attributes=SpanLimits.UNSET,
+    max_span_attributes=SpanLimits.UNSET,
+    max_event_attributes=SpanLimits.UNSET,
+    max_link_attributes=SpanLimits.UNSET,
+    max_attribute_length=SpanLimits.UNSET,
+    max_span_attribute_length=SpanLimits.UNSET,
+    max_events=SpanLimits.UNSET,
+    max_links=SpanLimits.UNSET,
+)
+_attached: WeakKeyDictionary[TracerProvider, LightningSpanProcessor] = WeakKeyDictionary()
+_lock = threading.Lock()
+_logger = logging.getLogger(__name__)
+
+
+def get_tracer_provider() -> TracerProvider:
+    """The global OpenTelemetry provider; made if there is none.
+
+    A global provider that is not of the OpenTelemetry SDK takes no span processor. Then a private provider is made,
+    which records the spans of our emitters but not those of libraries, and a warning says so.
+    """
+    known = trace.get_tracer_provider()
+    if isinstance(known, TracerProvider):
+        return known
+    made = TracerProvider(
+        sampler=ALWAYS_ON,
+        resource=Resource.create({"service.name": "agentlightning"}),
+        span_limits=_UNLIMITED,
+        shutdown_on_exit=False,
+    )
+    if isinstance(known, trace.ProxyTracerProvider):
+        trace.set_tracer_provider(made)
+        current = trace.get_tracer_provider()  # another thread may have set one first
+        return current if isinstance(current, TracerProvider) else made
+    _logger.warning(
+        "the global OpenTelemetry provider is a %s, which takes no span processor: spans of instrumented libraries "
+        "are not recorded, only those of agentlightning's emitters",
+        type(known).__name__,
+    )
+    return made
+
+
+def attach_processor(provider: TracerProvider) -> LightningSpanProcessor:
+    """Our processor on this provider, added on the first call. OpenTelemetry cannot remove a processor again."""
+    with _lock:
+        processor = _attached.get(provider)
+        if processor is None:
+            processor = _attached[provider] = LightningSpanProcessor()
+            provider.add_span_processor(processor)
+        return processor
+
+
+def get_span_processors(tracer_provider: TracerProvider, expected_type: type[_P]) -> list[_P]:
+    """The processors of this class that ``attach_processor`` put on the provider."""
+    with _lock:
+        processor = _attached.get(tracer_provider)
+    return [processor] if isinstance(processor, expected_type) else []

@@ -1,9 +1,9 @@
-"""``LightningSpanProcessor``: finds out whose span it is, for each span that ends in this process.
+"""``LightningSpanProcessor``: assigns each span of this process to the trace of an attempt.
 
-OpenTelemetry has one provider for all the process, and a runner has many rollouts at once. Whose a span is is
-decided when it starts, by the context of the code that starts it; it may well end somewhere else, as the spans of
-streamed replies do. Where the context says nothing (a thread that the agent started by itself), the span's parent
-says it and, if just one trace is open in the process, that one is meant.
+OpenTelemetry has one provider per process, and a runner has many rollouts at once. A span is assigned when it starts,
+by the context of the code that starts it, because it may end elsewhere, as the spans of streamed replies do. A thread
+that the agent started by itself has no such context. Then the span's parent decides, or else the open trace if
+there is exactly one in the process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import Span
 
 OPEN_SPANS_LIMIT = 100_000
-"""Spans that were started and never ended are forgotten, oldest first, beyond this many."""
+"""How many started spans are remembered. Beyond that, the oldest are dropped: most of them will never end."""
 
 _logger = logging.getLogger(__name__)
 
 
 class LightningSpanProcessor(SpanProcessor):
-    """Keeps the spans of each trace, and has them sent to its store.
+    """Records the spans of each trace, and passes them to the sender of its store.
 
     Args:
         disable_store_submission: keep spans in memory only.
@@ -42,9 +42,7 @@ class LightningSpanProcessor(SpanProcessor):
         self._starting: dict[int, Recording] = {}
         self._traces: dict[int, Recording] = {}
         self._lock = threading.Lock()
-        self._told_of_strays = False
-
-    # --- Traces ----------------------------------------------------------------------------------
+        self._warned = False
 
     def begin(
         self,
@@ -54,18 +52,17 @@ class LightningSpanProcessor(SpanProcessor):
         name: str | None = None,
         sender: SpanSender | None = None,
     ) -> Recording:
-        """Open a trace, for the running context and those that it starts.
+        """Open a trace, for the running context and those that are copied from it.
 
         Args:
-            store: where its spans go; None, or an id missing: nowhere.
-            rollout_id, attempt_id: whose they are.
-            name: what it is called in logs and errors.
-            sender: who sends them; default: the processor's own.
+            store: where the spans go; None, or a missing id: nowhere.
+            rollout_id, attempt_id: the attempt that the spans belong to.
+            name: name of the trace in logs and errors.
+            sender: sends the spans; default: the processor's own.
         """
-        whose = bool(rollout_id and attempt_id) and not self._disable_store_submission
-        recording = Recording(
-            self._converter.convert, store if whose else None, rollout_id or "", attempt_id or "", name
-        )
+        if self._disable_store_submission or not rollout_id or not attempt_id:
+            store = None
+        recording = Recording(self._converter.convert, store, rollout_id or "", attempt_id or "", name)
         if recording.store is not None:
             sender = sender or self._sender
             sender.start()
@@ -76,7 +73,7 @@ class LightningSpanProcessor(SpanProcessor):
         return recording
 
     def end(self, recording: Recording) -> None:
-        """Close a trace. Spans of it that end later are still sent."""
+        """Close a trace. Its spans that end later are still sent."""
         recording.closed = True
         self._traces.pop(id(recording), None)
         if current.get() is recording:
@@ -84,10 +81,10 @@ class LightningSpanProcessor(SpanProcessor):
         last.set(recording)
 
     def recording(self) -> Recording | None:
-        """The trace that the running code belongs to: that of its context, or else the only one there is.
+        """The trace of the running code: that of its context, or else the only open one.
 
         Raises:
-            RuntimeError: there are several, and nothing says which is meant.
+            RuntimeError: several are open, and the context names none.
         """
         recording = current.get()
         if recording is not None or not self._traces:
@@ -96,16 +93,16 @@ class LightningSpanProcessor(SpanProcessor):
             traces = list(self._traces.values())
         if len(traces) > 1:
             raise RuntimeError(
-                f"this thread does not know which of {len(traces)} running rollouts it works for; start it with "
-                "asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
+                f"this thread has no context that says which of {len(traces)} running rollouts it works for; start it "
+                "with asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
             )
         return traces[0] if traces else None
 
-    # --- What 0.3 offers -------------------------------------------------------------------------
+    # --- Properties of 0.3 -----------------------------------------------------------------------
 
     @property
     def store(self) -> LightningStore | None:
-        """Where the spans of the running code go."""
+        """The store that gets the spans of the running code."""
         recording = current.get()
         return None if recording is None else recording.store
 
@@ -123,7 +120,7 @@ class LightningSpanProcessor(SpanProcessor):
 
     @property
     def disable_store_submission(self) -> bool:
-        """Whether spans stay in memory."""
+        """Whether spans are kept in memory only."""
         return self._disable_store_submission
 
     @disable_store_submission.setter
@@ -131,7 +128,7 @@ class LightningSpanProcessor(SpanProcessor):
         self._disable_store_submission = value
 
     def spans(self) -> list[Span]:
-        """The spans of the running code's trace or, outside of any, of its last one."""
+        """The spans of the running code's open trace, or else of its last one."""
         recording = current.get() or last.get()
         return [] if recording is None else recording.spans()
 
@@ -139,12 +136,12 @@ class LightningSpanProcessor(SpanProcessor):
     def with_context(
         self, store: LightningStore, rollout_id: str, attempt_id: str
     ) -> Generator[LightningSpanProcessor]:
-        """Trace what runs inside of the block, for an attempt. Its spans are in the store after.
+        """Trace the block for an attempt. Its spans are in the store afterwards.
 
-        It waits for the store at the end; in a coroutine use ``OtelTracer.trace_context``.
+        The end of the block blocks until the store has answered; in a coroutine use ``OtelTracer.trace_context``.
 
         Raises:
-            StoreUnavailable: at the end of the block, when the store did not take the spans.
+            StoreUnavailable: at the end of the block, when the store did not accept the spans.
         """
         recording = self.begin(store, rollout_id, attempt_id)
         try:
@@ -157,17 +154,17 @@ class LightningSpanProcessor(SpanProcessor):
     # --- Called by OpenTelemetry -----------------------------------------------------------------
 
     def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
-        """Note whose span it is."""
+        """Assign a span to a trace."""
         recording = current.get() or self._by_parent(span) or self._only_one()
         context = span.context
         if recording is not None and context is not None:
             starting = self._starting
             starting[context.span_id] = recording
             if len(starting) > OPEN_SPANS_LIMIT:
-                self._forget_oldest()
+                self._drop_oldest()
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Keep a span for its trace; one that belongs to none is nobody's."""
+        """Add an ended span to its trace; a span without a trace is dropped."""
         context = span.context
         if context is not None:
             recording = self._starting.pop(context.span_id, None)
@@ -175,16 +172,16 @@ class LightningSpanProcessor(SpanProcessor):
                 recording.add(span)
 
     def shutdown(self) -> None:
-        """Send what is left, and end the thread that sends."""
+        """Send the remaining spans, and end the thread that sends."""
         self._sender.stop()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        """Send what there is now; whether all of it is in its store within the time (milliseconds)."""
+        """Send all present spans; returns whether their stores have them within the time (milliseconds)."""
         waiting = [self._sender.flush(each) for each in list(self._traces.values()) if each.store is not None]
         try:
             for done in waiting:
                 done.result(timeout_millis / 1000)
-        except Exception as error:  # noqa: BLE001 - OpenTelemetry asks for a yes or no
+        except Exception as error:  # noqa: BLE001 - OpenTelemetry expects False, not an exception
             _logger.warning("flush failed: %s: %s", type(error).__name__, error)
             return False
         return True
@@ -194,11 +191,11 @@ class LightningSpanProcessor(SpanProcessor):
 
     def _only_one(self) -> Recording | None:
         traces = self._traces
-        if len(traces) > 1 and not self._told_of_strays:
-            self._told_of_strays = True
+        if len(traces) > 1 and not self._warned:
+            self._warned = True
             _logger.warning(
-                "a span was started in a thread that does not know which of %d running rollouts it works for, and is "
-                "not kept; start such threads with asyncio.to_thread or contextvars.copy_context().run",
+                "a span is dropped, because its thread has no context that says which of %d running rollouts it works "
+                "for; start such threads with asyncio.to_thread or contextvars.copy_context().run",
                 len(traces),
             )
         if len(traces) != 1:
@@ -206,7 +203,7 @@ class LightningSpanProcessor(SpanProcessor):
         with self._lock:
             return next(iter(list(traces.values())), None)
 
-    def _forget_oldest(self) -> None:
+    def _drop_oldest(self) -> None:
         with self._lock:
             while len(self._starting) > OPEN_SPANS_LIMIT:
                 self._starting.pop(next(iter(self._starting)), None)

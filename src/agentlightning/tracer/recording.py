@@ -20,15 +20,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Recording:
-    """Takes spans from the threads of an agent, and gives them, converted, to those who read or send them.
+    """Takes ended spans from the threads of an agent, and gives them, converted, to readers and senders.
 
-    Taking a span is one append; nothing is converted, locked or waited for in the agent's thread.
+    Taking a span is one append: nothing is converted, locked or waited for in the agent's thread.
 
     Args:
-        convert: makes a span of ours from one of the SDK, a rollout id and an attempt id.
+        convert: makes our span of one of the SDK's, a rollout id and an attempt id.
         store: where the spans go; None: nowhere.
-        rollout_id, attempt_id: whose spans they are; empty where there is no rollout.
-        name: what the trace is called in logs and errors.
+        rollout_id, attempt_id: the attempt of the spans; empty where there is no rollout.
+        name: name of the trace in logs and errors.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Recording:
         self.name = name or rollout_id or "a trace without a rollout"
         self.closed = False
         self.outer: Recording | None = None
-        """The trace that this one interrupts."""
+        """The trace that was open in this context before."""
         self.on_late: Callable[[Recording], None] | None = None
-        """Called with the recording for each span that ends when the trace is over."""
+        """Called with this recording for each span that ends after the trace was closed."""
         self._convert = convert
         self._ended: deque[ReadableSpan] = deque()
         self._spans: list[Span] = []
-        self._handed = 0
+        self._stored = 0
         self._failed = 0
         self._lock = Lock()
 
@@ -61,28 +61,23 @@ class Recording:
         if self.closed and self.on_late is not None:
             self.on_late(self)
 
-    def add_own(self, span: Span) -> None:
-        """Take a span that no OpenTelemetry tracer made."""
-        with self._lock:
-            self._take_ended()
-            self._spans.append(span)
-
     def spans(self) -> list[Span]:
-        """All spans up to now, in the order in which they ended. These very ones are sent: do not change them."""
+        """All spans so far, in the order in which they ended. These very objects are sent: do not change them."""
         with self._lock:
-            self._take_ended()
+            self._convert_ended()
             return list(self._spans)
 
-    def unsent(self, limit: int) -> list[Span]:
-        """The next spans, at most ``limit``, that were not handed over yet."""
+    def unsent(self, limit: int | None = None) -> tuple[list[Span], int]:
+        """The next spans, at most ``limit``, that are not marked as stored, and the position behind the last one."""
         with self._lock:
-            self._take_ended()
-            return self._spans[self._handed : self._handed + limit]
+            self._convert_ended()
+            end = len(self._spans) if limit is None else min(len(self._spans), self._stored + limit)
+            return self._spans[self._stored : end], end
 
-    def hand_over(self, count: int) -> None:
-        """So many of the ``unsent`` spans are in the store."""
+    def mark_stored(self, end: int) -> None:
+        """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
         with self._lock:
-            self._handed += count
+            self._stored = max(self._stored, end)
 
     @property
     def total(self) -> int:
@@ -91,12 +86,12 @@ class Recording:
             return len(self._spans) + len(self._ended) + self._failed
 
     @property
-    def handed(self) -> int:
-        """How many of them are in the store, or will never be because they could not be converted."""
+    def settled(self) -> int:
+        """How many of them are in the store, or were lost because they could not be converted."""
         with self._lock:
-            return self._handed + self._failed
+            return self._stored + self._failed
 
-    def _take_ended(self) -> None:
+    def _convert_ended(self) -> None:
         ended, spans, convert = self._ended, self._spans, self._convert
         while ended:
             try:
@@ -108,7 +103,7 @@ class Recording:
 
 
 current: ContextVar[Recording | None] = ContextVar("agentlightning_recording", default=None)
-"""The trace that the running code belongs to."""
+"""The open trace of the running code."""
 
 last: ContextVar[Recording | None] = ContextVar("agentlightning_last_recording", default=None)
-"""The trace that the running code has ended last."""
+"""The trace that the running code closed last."""

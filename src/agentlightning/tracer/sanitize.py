@@ -1,8 +1,8 @@
-"""Spans that no store would take, made into ones that it does.
+"""Changes spans that stores refuse into spans that they accept.
 
 A store refuses text with NUL or with half of a surrogate pair, integers outside ±2^63, rewards that are not
-finite, and spans of more than 4 MiB as JSON. An agent's output may hold any of these, and its trace shall not be
-lost over it. So the offending part is changed as little as possible, and the span says which parts were.
+finite, and spans of more than 4 MiB as JSON. An agent's output may contain any of these. Its trace must not be lost
+for that, so the sanitizer changes such a part as little as possible, and lists the changed parts in the span.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import msgspec
 from agentlightning.semconv import LightningSpanAttributes
 
 CHARACTERS_LIMIT = 600_000
-"""A span with fewer characters of text fits into 4 MiB, however JSON has to escape them (6 bytes for one)."""
+"""A span with fewer characters of text fits into 4 MiB, since JSON escapes one in at most 6 bytes."""
 
 SPAN_BYTES = 3 * 1024 * 1024
-"""What the attributes of one span may take as JSON, which leaves room for its other parts."""
+"""How many bytes of JSON the attributes of one span may take; the rest of the 4 MiB is for its other parts."""
 
 NAME_CHARACTERS = 5000
-"""Of a longer name of a span the beginning is kept."""
+"""A longer name of a span is cut to so many characters."""
 
 _REWARDS = ("agentlightning.reward", "reward")
 _INT64_END = 2**63
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MENDED = LightningSpanAttributes.MENDED.value
+_SANITIZED = LightningSpanAttributes.MENDED.value
 _encode = msgspec.json.Encoder().encode
 
 
 def fits(text: str) -> bool:
-    """Whether every store takes this text."""
+    """Whether every store accepts this text."""
     if "\0" in text:
         return False
     if text.isascii():
@@ -45,36 +45,36 @@ def fits(text: str) -> bool:
 
 
 def is_odd_name(name: str) -> bool:
-    """Whether the name of a span has to be mended."""
+    """Whether the name of a span has to be changed."""
     return len(name) > NAME_CHARACTERS or not fits(name)
 
 
-def mend_text(text: str) -> str:
+def sanitize_text(text: str) -> str:
     """The text with U+FFFD for NULs and for surrogates without a partner. Pairs become the character they mean."""
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole.replace("\0", _REPLACEMENT)
 
 
-def mend_attributes(attributes: dict[str, Any], where: str = "attributes") -> list[str]:
-    """Change in place what no store would take; returns the paths of what was changed."""
+def sanitize_values(attributes: dict[str, Any], where: str = "attributes") -> list[str]:
+    """Change refused names and values in place; returns the paths of what was changed."""
     changed: list[str] = []
     for name, value in list(attributes.items()):
         if not fits(name):
             del attributes[name]
-            name = mend_text(name)
+            name = sanitize_text(name)
             attributes[name] = value
             changed.append(f"{where}.{name}")
-        better = _mended(name, value)
+        better = _sanitized(name, value)
         if better is not value:
             attributes[name] = better
             changed.append(f"{where}.{name}")
     return changed
 
 
-def _mended(name: str, value: Any) -> Any:
-    """The value itself if it can be stored."""
+def _sanitized(name: str, value: Any) -> Any:
+    """The value itself if stores accept it, else one as close to it as possible."""
     if isinstance(value, str):
-        return value if fits(value) else mend_text(value)
+        return value if fits(value) else sanitize_text(value)
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -82,14 +82,14 @@ def _mended(name: str, value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) or not name.startswith(_REWARDS) else str(value)
     items = cast("Sequence[Any]", value)
-    better = [_mended("", item) for item in items]
+    better = [_sanitized("", item) for item in items]
     if all(after is before for after, before in zip(better, items, strict=True)):
         return value
-    return [str(item) for item in better]  # of one type, as a list of an attribute is
+    return [str(item) for item in better]  # OpenTelemetry allows only lists of one type
 
 
-def sizeable(attributes: dict[str, Any]) -> int:
-    """Roughly how many characters there are: numbers in lists count as some."""
+def characters_in(attributes: dict[str, Any]) -> int:
+    """An upper bound of the characters in the attributes: a number in a list counts as 24."""
     size = 0
     for name, value in attributes.items():
         size += len(name) + 8
@@ -101,10 +101,10 @@ def sizeable(attributes: dict[str, Any]) -> int:
     return size
 
 
-def mend_size(attributes: dict[str, Any], limit: int = SPAN_BYTES) -> list[str]:
+def cut_to_size(attributes: dict[str, Any], limit: int = SPAN_BYTES) -> list[str]:
     """Cut the largest values in place until all fit into ``limit`` bytes of JSON; returns the paths of those cut.
 
-    Of a text or a list the beginning is kept, and a text says how much of it is missing.
+    The beginning of a text or list is kept; a cut text ends with a mark.
     """
     sizes = {name: len(_encode(value)) for name, value in attributes.items()}
     excess = sum(sizes.values()) + sum(len(_encode(name)) + 2 for name in attributes) - limit
@@ -130,5 +130,5 @@ def _cut(value: Any, size: int, wanted: int) -> Any:
 
 
 def mark(attributes: dict[str, Any], changed: list[str]) -> None:
-    """Note in the attributes what was changed."""
-    attributes[_MENDED] = sorted(set(changed))
+    """List the changed parts in the attributes."""
+    attributes[_SANITIZED] = sorted(set(changed))

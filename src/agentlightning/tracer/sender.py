@@ -1,8 +1,8 @@
-"""Hands spans to the store, in bulk, from a thread of its own.
+"""Sends spans to the store, in bulk, from a thread of its own.
 
 The agent's thread only appends to its recording. The sender looks at all open recordings twice a second, and at
-once when a trace has ended and is waited for; whatever has come together by then, of all traces, goes to the store
-in one call. While a call runs the next batch gathers, so the busier the process, the larger the batches.
+once when somebody waits for the spans of a trace. It sends the new spans of all traces in one call. The next batch
+gathers while that call runs, so batches grow with the load.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from agentlightning.types import Span
 
 BATCH_SPANS = 1000
 """How many spans go into one call."""
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.1, 5.0
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0
 
 _REFUSED = (InvalidValue, NotFound, Conflict)
-"""The store says no to the spans: sending them again, as they are, is useless."""
-_HOPELESS = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
-"""The store says no to everything, and will go on doing so."""
+"""Errors about the spans: the same spans would be refused again."""
+_PERMANENT = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
+"""Errors about the store or the caller: any spans would be refused again."""
+_REFUSAL = "agentlightning.refused"
 
 _logger = logging.getLogger(__name__)
 
 
 class _Waiter(NamedTuple):
-    """Somebody who waits until the first ``target`` spans of a trace are in the store."""
+    """A caller who waits until the first ``target`` spans of a trace are in the store."""
 
     recording: Recording
     target: int
@@ -59,13 +60,13 @@ class SpanSender:
     """Sends the spans of one process.
 
     Args:
-        interval_seconds: how often to look for spans of traces that nobody waits for yet.
-        patience_seconds: how long the end of a trace waits for a store that is not there.
+        interval_seconds: how often to send the spans of traces that nobody waits for yet.
+        patience_seconds: how long ``flush`` waits for an unreachable store.
     """
 
     def __init__(self, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
         self.refused = 0
-        """How many spans the store has refused for good; the log has each of them."""
+        """How many spans the store has refused; the log has each of them."""
         self._interval = interval_seconds
         self._patience = patience_seconds
         self._open: dict[int, Recording] = {}
@@ -92,7 +93,7 @@ class SpanSender:
             ready.wait()
 
     def stop(self) -> None:
-        """Hand over what is left (or give up after the patience for it), and end the thread."""
+        """Send what is left, for at most ``patience_seconds``, and end the thread."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is None or self._pid != os.getpid():
@@ -107,19 +108,20 @@ class SpanSender:
         thread.join()
 
     def open(self, recording: Recording) -> None:
-        """Send the spans of this trace from now on, as they come."""
+        """Send the spans of this trace from now on, as they end."""
         self._open[id(recording)] = recording
         recording.on_late = self._reopen
 
     def flush(self, recording: Recording) -> Future[None]:
-        """Send what the trace has up to now at once; the future is done when the store has it.
+        """Send the spans that the trace has so far, at once; the future is done when the store has them.
 
-        It fails with ``StoreUnavailable`` when the store has not taken it after ``patience_seconds``, or never will.
+        The future fails with ``StoreUnavailable`` when the store has not accepted them within ``patience_seconds``, or
+        never will.
         """
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # who no longer waits for it cannot cancel it: it is ours to complete
+        done.set_running_or_notify_cancel()  # a caller that stops waiting must not cancel what the thread completes
         target = recording.total
-        if recording.handed >= target:
+        if recording.settled >= target:
             self._forget(recording)
             done.set_result(None)
             return done
@@ -128,12 +130,16 @@ class SpanSender:
         self._notify()
         return done
 
+    def leave(self, recording: Recording) -> None:
+        """Do not send the present spans of this trace; somebody else does. One that ends later is sent."""
+        self._open.pop(id(recording), None)
+
     def _reopen(self, recording: Recording) -> None:
         self._open[id(recording)] = recording
         self._notify()
 
     def _forget(self, recording: Recording) -> None:
-        if recording.closed and recording.handed >= recording.total:
+        if recording.closed and recording.settled >= recording.total:
             self._open.pop(id(recording), None)
 
     def _notify(self) -> None:
@@ -152,16 +158,16 @@ class SpanSender:
                     await self._wake.wait()
             except TimeoutError:
                 pass
-            if self._failures:  # what wakes us while the store is away must not make us run in circles
+            if self._failures:  # a wake-up while the store is unreachable must not cut the pause between retries
                 await asyncio.sleep(self._pause())
             self._wake.clear()
             await self._send_all()
         self._loop = self._wake = None
 
     def _pause(self) -> float:
-        """Seconds until the next look."""
+        """Seconds until the next call."""
         if self._failures:
-            return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (self._failures - 1))
+            return min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (self._failures - 1))
         return self._interval
 
     async def _send_all(self) -> None:
@@ -170,33 +176,33 @@ class SpanSender:
         recordings = {id(each.recording): each.recording for each in waiters} | self._open
         by_store: dict[int, list[Recording]] = {}
         for recording in recordings.values():
-            if recording.store is not None and recording.handed < recording.total:
+            if recording.store is not None and recording.settled < recording.total:
                 by_store.setdefault(id(recording.store), []).append(recording)
-        trouble: dict[int, Exception] = {}
+        errors: dict[int, Exception] = {}
         more = False
         for key, group in by_store.items():
             try:
                 more |= await self._send_group(group)
-            except Exception as error:  # noqa: BLE001 - a store may fail in any way; each is told to who waits
-                trouble[key] = error
-        self._failures = self._failures + 1 if trouble else 0
+            except Exception as error:  # noqa: BLE001 - a store may fail in any way; waiting callers get the error
+                errors[key] = error
+        self._failures = self._failures + 1 if errors else 0
         if self._failures == 1:
-            _logger.warning("the store takes no spans, they wait in memory: %s", next(iter(trouble.values())))
+            _logger.warning("the store does not accept spans; they are kept in memory: %s", next(iter(errors.values())))
         for waiter in waiters:
-            self._settle(waiter, trouble.get(id(waiter.recording.store)))
+            self._settle(waiter, errors.get(id(waiter.recording.store)))
         for recording in recordings.values():
             self._forget(recording)
-        if more and not trouble and self._wake is not None:
+        if more and not errors and self._wake is not None:
             self._wake.set()
 
     def _settle(self, waiter: _Waiter, error: Exception | None) -> None:
-        """Tell who waits how it ended, or let them wait on."""
+        """Complete the future of a waiting caller, or keep the caller waiting."""
         recording = waiter.recording
-        if recording.handed >= waiter.target:
+        if recording.settled >= waiter.target:
             waiter.done.set_result(None)
-        elif error is not None and (isinstance(error, _HOPELESS) or time.monotonic() >= waiter.give_up_at):
+        elif error is not None and (isinstance(error, _PERMANENT) or time.monotonic() >= waiter.give_up_at):
             self._open.pop(id(recording), None)
-            lost = recording.total - recording.handed
+            lost = recording.total - recording.settled
             failure = StoreUnavailable(
                 f"{lost} of {recording.total} spans of {recording.name} are not in the store: "
                 f"{type(error).__name__}: {error}"
@@ -208,50 +214,50 @@ class SpanSender:
                 self._waiters.append(waiter)
 
     async def _send_group(self, group: Sequence[Recording]) -> bool:
-        """Send what some traces have for one store; whether it was more than goes into one call."""
-        parts: list[tuple[Recording, list[Span]]] = []
+        """Send the new spans of some traces to their store; returns whether there are more than one call takes."""
+        parts: list[tuple[Recording, list[Span], int]] = []
         room = BATCH_SPANS
         for recording in group:
-            spans = recording.unsent(room)
-            parts.append((recording, spans))
+            spans, end = recording.unsent(room)
+            parts.append((recording, spans, end))
             room -= len(spans)
             if not room:
                 break
         store = group[0].store
         assert store is not None
         try:
-            await store.add_many_spans([span for _, spans in parts for span in spans])
+            await store.add_many_spans([span for _, spans, _ in parts for span in spans])
         except _REFUSED:
-            for recording, spans in parts:
+            for recording, spans, end in parts:
                 await self._send_apart(store, spans)
-                recording.hand_over(len(spans))
+                recording.mark_stored(end)
         else:
-            for recording, spans in parts:
-                recording.hand_over(len(spans))
+            for recording, _, end in parts:
+                recording.mark_stored(end)
         return not room
 
     async def _send_apart(self, store: LightningStore, spans: Sequence[Span]) -> None:
-        """Find the spans that the store refuses, by halves, and send the others."""
+        """Find the spans that the store refuses by bisection, and send the others."""
         if not spans:
             return
         try:
             await store.add_many_spans(spans)
-        except (NotFound, Conflict) as error:  # the attempt is unknown: none of its spans can be stored
+        except (NotFound, Conflict) as error:  # the attempt is unknown, so none of its spans can be stored
             self._refuse(spans, error)
         except InvalidValue as error:
             middle = len(spans) // 2
             if middle:
                 await self._send_apart(store, spans[:middle])
                 await self._send_apart(store, spans[middle:])
-            elif _is_husk(spans[0]):
+            elif _REFUSAL in spans[0].attributes:  # this is the stub
                 self._refuse(spans, error)
             else:
-                await self._send_apart(store, [_husk(spans[0], error)])
+                await self._send_apart(store, [_stub(spans[0], error)])
 
     def _refuse(self, spans: Sequence[Span], error: Exception) -> None:
         self.refused += len(spans)
         _logger.error(
-            "the store refuses %d span(s) of attempt %s for good, the first one %r: %s",
+            "the store refuses %d span(s) of attempt %s, which are lost; the first is %r: %s",
             len(spans),
             spans[0].attempt_id,
             spans[0].name,
@@ -259,16 +265,12 @@ class SpanSender:
         )
 
 
-def _husk(span: Span, error: Exception) -> Span:
-    """What is left of a span that the store refuses: its place in the trace, and why it was refused."""
-    why = {
+def _stub(span: Span, error: Exception) -> Span:
+    """A span in place of one that the store refuses: it keeps the place in the trace, and says why it was refused."""
+    attributes = {
         LightningSpanAttributes.MENDED.value: ["attributes", "events", "links"],
-        "agentlightning.refused": str(error)[:1000].encode("ascii", "backslashreplace").decode(),
+        _REFUSAL: str(error)[:1000].encode("ascii", "backslashreplace").decode(),
     }
     return span.model_copy(
-        update={"attributes": why, "events": list[Any](), "links": list[Any](), "name": span.name[:200]}
+        update={"attributes": attributes, "events": list[Any](), "links": list[Any](), "name": span.name[:200]}
     )
-
-
-def _is_husk(span: Span) -> bool:
-    return "agentlightning.refused" in span.attributes

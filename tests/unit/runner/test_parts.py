@@ -18,7 +18,7 @@ from agentlightning.execution.events import MultiprocessingEvent, ThreadingEvent
 from agentlightning.runner.attempt import failed
 from agentlightning.runner.base import StopWatch
 from agentlightning.runner.calling import AgentThreads
-from agentlightning.runner.heartbeat import system_snapshot
+from agentlightning.runner.heartbeat import system_statistics
 from agentlightning.runner.identity import registration, worker_name
 from agentlightning.store.validation import check_id, encode_json
 
@@ -48,7 +48,7 @@ def test_any_host_makes_a_valid_name(host: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_told_is_json() -> None:
     encode_json(registration({"a": "b"}), "registration")
-    encode_json(system_snapshot(), "stats")
+    encode_json(system_statistics(), "stats")
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +56,10 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
     program.write_text("#!/bin/sh\necho '0, Model X, 12, 100, 2000'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (gpu,) = system_snapshot(include_gpu=True)["gpus"]
+    (gpu,) = system_statistics(include_gpu=True)["gpus"]
     assert (gpu["name"], gpu["memory.total"]) == ("Model X", "2000")
     program.write_text("#!/bin/sh\nexit 1\n")
-    assert "error" in system_snapshot(include_gpu=True)["gpus"][0]
+    assert "error" in system_statistics(include_gpu=True)["gpus"][0]
 
 
 def test_a_reason_fits_into_the_store() -> None:

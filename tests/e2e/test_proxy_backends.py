@@ -328,7 +328,7 @@ async def test_streams_share_the_memory_of_all_calls_and_give_it_back() -> None:
     backend = OpenAIBackend()
     delta = {"index": 0, "delta": {"content": "x" * 10_000}, "finish_reason": None}
     async with proxied(backend) as scene:
-        gate = scene.proxy._exchange.gate  # type: ignore[union-attr]
+        gate = scene.proxy._session.admission  # type: ignore[union-attr]
         gate._max_bytes = 1_000_000
         backend.plan(Say({"id": "c", "choices": [delta]} for _ in itertools.count()))
         with pytest.raises(APIError, match="near the proxy's limit"):
@@ -420,7 +420,7 @@ async def test_a_wrong_key_of_the_proxy_is_explained_and_the_backends_words_are_
     backend = OpenAIBackend(key=KEY)
     with backend:
         async with proxied(entries=[backend.entry(api_key="sk-wrong-wrong")]) as scene:
-            with pytest.raises(APIStatusError, match=r"mend api_key in the proxy's model list") as caught:
+            with pytest.raises(APIStatusError, match=r"correct api_key in the proxy's model list") as caught:
                 await ask(scene)
             assert (caught.value.status_code, caught.value.code) == (401, "backend_key_refused")
             await asyncio.sleep(0)

@@ -280,7 +280,7 @@ async def test_calls_that_take_up_too_much_memory_are_turned_away() -> None:
     backend, hold = OpenAIBackend(), Hold(0)
     backend.plan(hold)
     async with proxied(backend) as scene, scene.client() as agent:
-        scene.proxy._exchange.gate._max_bytes = 100_000  # type: ignore[union-attr]
+        scene.proxy._session.admission._max_bytes = 100_000  # type: ignore[union-attr]
         messages: Any = [{"role": "user", "content": "x" * 60_000}]
         first = asyncio.create_task(agent.chat.completions.create(model="policy", messages=messages))
         await reached(hold.reached)

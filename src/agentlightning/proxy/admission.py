@@ -1,53 +1,130 @@
-"""The gate that calls pass: closed around weight updates and at the end, and with room for only so many inside."""
+"""What a request has to pass before it is answered: its key, its ids, and the limits of calls in flight."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from typing import Literal, TypeAlias
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 
 from agentlightning.errors import InvalidId
-from agentlightning.proxy.errors import Refused
-from agentlightning.proxy.recording import Caller
+from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.recording import CallOrigin
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
 
-_FULL_RETRY_SECONDS = 1.0
+_OVERLOAD_RETRY_SECONDS = 1.0
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+
+ProxyPermission: TypeAlias = Literal["health", "call", "control"]
+"""What a route of the proxy needs. ``health``: nothing. ``call``: model calls and the model list, for agents.
+``control``: pauses and versions of weights, for algorithms."""
 
 
-class Room:
-    """What one call takes up in memory: its request and, if it is no stream, its reply."""
+class ProxyAccess:
+    """Decides whether a request may use a route. Every route of the proxy passes here, and only here.
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
+    Args:
+        api_key: what agents must show as bearer token; None: agents need none, but web pages are kept out.
+        control_key: what algorithms must show; None: there are no control routes.
+    """
+
+    def __init__(self, api_key: ApiKey | None, control_key: ApiKey | None = None) -> None:
+        self._api_key = api_key
+        self._control_key = control_key
+        self._hosts = AllowedHosts()
+
+    def authorize(self, headers: Headers, permission: ProxyPermission) -> None:
+        """Check that a request with these headers has the permission of its route.
+
+        Raises:
+            ProxyError: 401 without the right key; 403 for a web page, if there is no key.
+        """
+        if permission == "health":
+            return
+        shown = _raw(headers, "authorization")
+        if permission == "control":
+            if self._control_key is None or not self._control_key.opens(shown):
+                raise ProxyError(401, "invalid_control_key", "The control key is missing or wrong.")
+        elif self._api_key is not None:
+            if not self._api_key.opens(shown):
+                raise ProxyError(
+                    401,
+                    "invalid_api_key",
+                    "The proxy's API key is missing or wrong; use the api_key of the LLM resource.",
+                )
+        elif "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
+            # Any web page that the user opens can send requests to this machine. Browsers add Origin to them, and
+            # a page whose own name resolves to this machine (DNS rebinding) sends that name as Host.
+            raise ProxyError(
+                403,
+                "forbidden_origin",
+                "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key.",
+            )
+
+
+def _raw(headers: Headers, name: str) -> bytes | None:
+    value = headers.get(name)
+    return None if value is None else value.encode("latin-1")
+
+
+def read_origin(path_params: Mapping[str, str], headers: Headers) -> CallOrigin | None:
+    """Read which attempt a call belongs to; None: none, and the call is not recorded.
+
+    The ids are those of ``/rollout/{rollout_id}/attempt/{attempt_id}/`` or of the headers ``x-rollout-id`` and
+    ``x-attempt-id``. A ``traceparent`` (https://www.w3.org/TR/trace-context/) names the agent's span that the call
+    is a child of.
+
+    Raises:
+        ProxyError: one id is given without the other, or one is not valid (400).
+    """
+    rollout_id = path_params.get("rollout_id") or headers.get("x-rollout-id")
+    attempt_id = path_params.get("attempt_id") or headers.get("x-attempt-id")
+    if rollout_id is None and attempt_id is None:
+        return None
+    try:
+        rollout_id = check_id(rollout_id, "rollout_id")
+        attempt_id = check_id(attempt_id, "attempt_id")
+    except InvalidId as error:
+        raise ProxyError(400, "invalid_id", f"The call says for which attempt it is, but {error}.") from error
+    found = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if found is None or not found[1].strip("0") or not found[2].strip("0"):  # all zeros: invalid by the standard
+        return CallOrigin(rollout_id, attempt_id)
+    return CallOrigin(rollout_id, attempt_id, found[1], found[2])
+
+
+class CallSlot:
+    """The memory that one call takes: its request, and what is kept of its reply."""
+
+    def __init__(self, admission: CallAdmission) -> None:
+        self._admission = admission
         self._bytes = 0
 
     def grow(self, size: int) -> None:
         """Take ``size`` bytes more.
 
         Raises:
-            Refused: there is no room (503).
+            ProxyError: the calls in flight take too much together (503).
         """
-        self._gate.take(size)
+        self._admission.take(size)
         self._bytes += size
 
-    def leave(self) -> None:
+    def free(self) -> None:
         """Give back everything."""
-        self._gate.take(-self._bytes)
+        self._admission.take(-self._bytes)
         self._bytes = 0
 
 
-class Gate:
-    """Counts the calls in flight. To be used from one event loop.
+class CallAdmission:
+    """Admits calls: none while the proxy is paused or stopped, and only so many at once. Used by one event loop.
 
     Args:
-        max_calls: how many may be inside at once.
-        max_bytes: how much they may take up together.
+        max_calls: how many calls may be in flight.
+        max_bytes: how much memory they may take together.
     """
 
     def __init__(self, max_calls: int, max_bytes: int) -> None:
@@ -58,63 +135,63 @@ class Gate:
         self._held = 0
         self._open = asyncio.Event()
         self._open.set()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._retry_after_seconds = 1.0
         self._hold_seconds = 0.0
         self.is_closed = False
 
     @property
     def in_flight(self) -> int:
-        """How many calls are inside."""
+        """How many calls are in flight."""
         return len(self._calls)
 
     @property
     def is_paused(self) -> bool:
-        """Whether calls are turned away until ``resume``."""
+        """Whether calls are refused until ``resume``."""
         return not self._open.is_set()
 
     def take(self, size: int) -> None:
-        """Count ``size`` bytes more, or fewer if it is negative. See ``Room.grow``."""
+        """Count ``size`` bytes more, or fewer if it is negative. See ``CallSlot.grow``."""
         if size > 0 and self._bytes + size > self._max_bytes:
-            raise Refused(
+            raise ProxyError(
                 503,
                 "proxy_overloaded",
                 f"The calls in flight take up {self._bytes:,} bytes, near the proxy's limit; repeat this one later.",
-                retry_after_seconds=_FULL_RETRY_SECONDS,
+                retry_after_seconds=_OVERLOAD_RETRY_SECONDS,
             )
         self._bytes += size
 
     @asynccontextmanager
-    async def call(self) -> AsyncGenerator[Room]:
-        """Inside of the block, the current task is a call, and takes up what it says that it does.
+    async def admit(self) -> AsyncGenerator[CallSlot]:
+        """Make the current task a call for the length of the block.
 
         Raises:
-            Refused: 429 while paused, 503 when full or closed.
+            ProxyError: the proxy is paused (429), stopped, or has too many calls in flight (503).
         """
         if not self._open.is_set():
             await self._wait_until_open()
         if self.is_closed:
-            raise Refused(503, "proxy_stopped", "The proxy is being stopped; no new calls are taken.")
+            raise ProxyError(503, "proxy_stopped", "The proxy is being stopped; no new calls are taken.")
         if len(self._calls) >= self._max_calls:
-            raise Refused(
+            raise ProxyError(
                 503,
                 "proxy_overloaded",
                 f"The proxy holds {self._max_calls:,} calls already, which is its limit; repeat this one later.",
-                retry_after_seconds=_FULL_RETRY_SECONDS,
+                retry_after_seconds=_OVERLOAD_RETRY_SECONDS,
             )
         task = asyncio.current_task()
         assert task is not None, "calls run in tasks"
         self._calls.add(task)
-        self._empty.clear()
-        room = Room(self)
+        self._idle.clear()
+        slot = CallSlot(self)
         try:
-            yield room
+            yield slot
         finally:
-            room.leave()
+            slot.free()
             self._calls.discard(task)
             if not self._calls:
-                self._empty.set()
+                self._idle.set()
 
     async def _wait_until_open(self) -> None:
         if self._hold_seconds > 0 and self._held < self._max_calls:
@@ -124,115 +201,41 @@ class Gate:
                     await self._open.wait()
                     return
             except TimeoutError:
-                pass  # refused below, as one that came without a hold
+                pass  # refused below, like a call that is not held
             finally:
                 self._held -= 1
-        raise Refused(
+        raise ProxyError(
             429,
             "proxy_paused",
             "The proxy is paused while the model is updated; repeat the call later.",
-            kind="rate_limit_error",
             retry_after_seconds=self._retry_after_seconds,
         )
 
     def pause(self, retry_after_seconds: float, hold_seconds: float) -> None:
-        """Let nobody in until ``resume``; those inside go on."""
+        """Admit no calls until ``resume``; those in flight go on."""
         self._retry_after_seconds = retry_after_seconds
         self._hold_seconds = hold_seconds
         self._open.clear()
 
     def resume(self) -> None:
-        """Let calls in again."""
+        """Admit calls again."""
         self._open.set()
 
     def close(self) -> None:
-        """Let nobody in any more; those who wait outside are turned away."""
+        """Admit no calls any more; those that are held are refused."""
         self.is_closed = True
         self._open.set()
 
-    async def wait_empty(self, timeout_seconds: float | None) -> int:
-        """Wait until no call is inside, for at most so long; returns how many still are."""
+    async def wait_idle(self, timeout_seconds: float | None) -> int:
+        """Wait until no call is in flight, for at most so long; returns how many still are."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._empty.wait()
+                await self._idle.wait()
         except TimeoutError:
             return len(self._calls)
         return 0
 
-    def cut_off(self) -> None:
-        """Cancel the calls that are inside."""
+    def cancel_calls(self) -> None:
+        """Cancel the calls that are in flight."""
         for task in list(self._calls):
             task.cancel()
-
-
-# --- Who may call the proxy ---
-
-
-class Access:
-    """Checks the headers of requests.
-
-    Args:
-        api_key: what callers must show as bearer token; None: only web pages are kept out.
-    """
-
-    def __init__(self, api_key: ApiKey | None) -> None:
-        self._api_key = api_key
-        self._hosts = AllowedHosts()
-
-    def check(self, headers: Headers) -> None:
-        """Let the request pass, or not.
-
-        Raises:
-            Refused: 401 without the key; 403 for a web page, if there is no key.
-        """
-        if self._api_key is not None:
-            if not self._api_key.opens(_raw(headers, "authorization")):
-                raise Refused(
-                    401,
-                    "invalid_api_key",
-                    "The proxy's API key is missing or wrong; use the api_key of the LLM resource.",
-                    kind="authentication_error",
-                )
-        elif "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
-            raise Refused(
-                403,
-                "forbidden_origin",
-                "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key.",
-                kind="permission_error",
-            )
-
-
-def _raw(headers: Headers, name: str) -> bytes | None:
-    value = headers.get(name)
-    return None if value is None else value.encode("latin-1")
-
-
-# --- For which attempt a request is: said by its path, or else by its headers ---
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
-
-
-def caller_of(request: Request) -> Caller | None:
-    """Who calls; None: nobody in particular, and the call is not recorded.
-
-    The ids are those of ``/rollout/{rollout_id}/attempt/{attempt_id}/`` or of the headers ``x-rollout-id`` and
-    ``x-attempt-id``. A ``traceparent`` (https://www.w3.org/TR/trace-context/) says of which span of the agent the
-    call is a child.
-
-    Raises:
-        Refused: there is one id without the other, or one that is none (400).
-    """
-    given = request.path_params
-    rollout_id = given.get("rollout_id") or request.headers.get("x-rollout-id")
-    attempt_id = given.get("attempt_id") or request.headers.get("x-attempt-id")
-    if rollout_id is None and attempt_id is None:
-        return None
-    try:
-        rollout_id = check_id(rollout_id, "rollout_id")
-        attempt_id = check_id(attempt_id, "attempt_id")
-    except InvalidId as error:
-        raise Refused(400, "invalid_id", f"The call says for which attempt it is, but {error}.") from error
-    found = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
-    if found is None or not found[1].strip("0") or not found[2].strip("0"):
-        return Caller(rollout_id, attempt_id)
-    return Caller(rollout_id, attempt_id, found[1], found[2])

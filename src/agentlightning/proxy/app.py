@@ -1,142 +1,188 @@
-"""The routes of the proxy: OpenAI's, at the root and below each attempt."""
+"""The routes of the proxy: those of each wire, at the root and below each attempt; health; and control."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Annotated, Any
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
-from fastapi import APIRouter, Body, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
-from starlette.routing import Route
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
-from agentlightning.proxy.calls import ModelCalls
-from agentlightning.proxy.errors import Refused
-from agentlightning.proxy.session import Exchange
-from agentlightning.security.keys import ApiKey
-from agentlightning.telemetry.context import untraced_app
+from agentlightning.proxy.admission import ProxyPermission
+from agentlightning.proxy.calls import error_reply, handle_model_call
+from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
+from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.session import ProxySession
 
-_ATTEMPT = "/rollout/{rollout_id}/attempt/{attempt_id}"
-_PREFIXES = (_ATTEMPT + "/v1", "/v1", _ATTEMPT, "")
+_PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1)?(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not."""
 
+_FIELD = re.compile(r"`\$\.(\w+)")
+"""Where msgspec's error messages say which field is wrong."""
 
-def build_app(exchange: Exchange) -> FastAPI:
-    """The ASGI application of a proxy."""
-    app = untraced_app(title="Agent Lightning LLM proxy", openapi_url=None)
-    calls = {
-        "/chat/completions": ModelCalls(exchange, "chat"),
-        "/completions": ModelCalls(exchange, "text_completion"),
-    }
-    listings = _listings(exchange)
-    for prefix in _PREFIXES:
-        # The calls answer in bytes, as they come, and watch for agents that hang up: plain ASGI.
-        app.router.routes.extend(Route(prefix + path, call, methods=["POST"]) for path, call in calls.items())
-        app.include_router(listings, prefix=prefix)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        """Whether the proxy runs, and how busy it is."""
-        return {
-            "status": "paused" if exchange.gate.is_paused else "ok",
-            "calls_in_flight": exchange.gate.in_flight,
-            "spans_waiting": exchange.delivery.waiting,
-            "spans_lost": exchange.delivery.lost,
-        }
-
-    @app.exception_handler(Refused)
-    async def refuse(request: Request, refused: Refused) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return Response(refused.body(), refused.status, refused.headers(), "application/json")
-
-    @app.exception_handler(HTTPException)
-    async def explain(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
-        refused = Refused(
-            error.status_code,
-            "unknown_url" if error.status_code == 404 else "wrong_method",
-            f"There is no {request.method} {request.url.path} here; the proxy serves POST /v1/chat/completions, "
-            "POST /v1/completions and GET /v1/models, also below /rollout/ROLLOUT_ID/attempt/ATTEMPT_ID.",
-        )
-        return await refuse(request, refused)
-
-    @app.exception_handler(RequestValidationError)
-    async def name_field(request: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
-        first: Any = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:])
-        return await refuse(
-            request, Refused(422, "invalid_value", f"{field or 'the body'}: {first['msg']}", param=field)
-        )
-
-    return app
+_Handler: TypeAlias = Callable[[Request, Send, Mapping[str, str]], Awaitable[None]]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+_T = TypeVar("_T")
 
 
-def _listings(exchange: Exchange) -> APIRouter:
-    router = APIRouter()
+class ProxyRoute(NamedTuple):
+    """One route.
 
-    @router.get("/models")
-    async def models(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        """The models that can be named in a call."""
-        exchange.access.check(request.headers)
-        return JSONResponse({"object": "list", "data": [_model(name) for name in exchange.routing.models()]})
-
-    @router.get("/models/{model:path}")
-    async def model(request: Request, model: str) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        """One model, if it can be named in a call."""
-        exchange.access.check(request.headers)
-        return JSONResponse(_model(exchange.routing.order(model, None)[0].model_name))
-
-    return router
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "agentlightning"}
-
-
-# --- Steering a proxy that is a program of its own: pause, resume, and the version of the weigh ---
-
-_Seconds = Annotated[float, Body(ge=0, le=86_400)]
-
-
-def control_routes(exchange: Exchange, key: ApiKey, versions: MutableMapping[str, str]) -> APIRouter:
-    """``POST /control/pause``, ``/control/resume`` and ``/control/model_version``, each with a JSON object.
-
-    Args:
-        exchange: the running proxy.
-        key: what a request must show.
-        versions: by model; the one of ``""`` stands for all others.
+    Attributes:
+        method: of HTTP.
+        path: a regular expression; its named groups are handed to the handler.
+        below_prefixes: whether the path also answers below ``/v1`` and below an attempt.
+        permission: what a request needs before the handler runs.
+        dialect: gives errors their shape.
     """
 
-    def check(request: Request) -> None:
-        shown = request.headers.get("authorization", "").encode("latin-1")
-        if not key.opens(shown):
-            raise Refused(
-                401, "invalid_control_key", "The control key is missing or wrong.", kind="authentication_error"
-            )
+    method: str
+    path: re.Pattern[str]
+    below_prefixes: bool
+    permission: ProxyPermission
+    dialect: WireDialect
+    handler: _Handler
 
-    router = APIRouter(prefix="/control", dependencies=[Depends(check)])
 
-    @router.post("/pause")
-    async def pause(  # pyright: ignore[reportUnusedFunction]
-        retry_after_seconds: _Seconds = 1.0,
-        hold_seconds: _Seconds = 0.0,
-        timeout_seconds: Annotated[float | None, Body(ge=0, le=86_400)] = None,
-    ) -> dict[str, Any]:
-        """As ``LLMProxy.pause``; answers when calls in flight have ended, or the time is up."""
-        exchange.gate.pause(retry_after_seconds, hold_seconds)
-        return {"calls_in_flight": await exchange.gate.wait_empty(timeout_seconds)}
+class ProxyApp:
+    """The ASGI application of a proxy.
 
-    @router.post("/resume")
-    async def resume() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        """As ``LLMProxy.resume``."""
-        exchange.gate.resume()
-        return {"calls_in_flight": exchange.gate.in_flight}
+    It dispatches by itself instead of through a web framework, which would take as long for each call as the rest
+    of the proxy's own work, and needs more memory for each stream that is open.
 
-    @router.post("/model_version")
-    async def model_version(  # pyright: ignore[reportUnusedFunction]
-        version: Annotated[str, Body(max_length=256)], model: Annotated[str, Body()] = ""
-    ) -> dict[str, str]:
-        """As ``LLMProxy.set_model_version``."""
-        versions[model] = version
-        return dict(versions)
+    Args:
+        session: what all calls share.
+        has_control: whether there are control routes.
+    """
 
-    return router
+    def __init__(self, session: ProxySession, *, has_control: bool) -> None:
+        self._session = session
+        self._routes = [
+            ProxyRoute("POST", re.compile(path), True, "call", dialect, partial(handle_model_call, session, dialect))
+            for dialect in DIALECTS
+            for path in dialect.paths
+        ]
+        self._routes += [
+            ProxyRoute(method, re.compile(path), permission == "call", permission, DEFAULT_DIALECT, handler)
+            for method, path, permission, answer in _ANSWERS
+            if has_control or permission != "control"
+            for handler in [partial(_send_answer, session, answer)]
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        dialect = DEFAULT_DIALECT
+        try:
+            route, path_params = self._find(scope["method"], scope["path"])
+            dialect = route.dialect
+            self._session.access.authorize(request.headers, route.permission)
+            await route.handler(request, send, path_params)
+        except ProxyError as error:
+            for message in error_reply(dialect, error):
+                await send(message)
+
+    def _find(self, method: str, path: str) -> tuple[ProxyRoute, dict[str, str]]:
+        found = _PREFIX.fullmatch(path)
+        prefix_params = {} if found is None else {name: text for name, text in found.groupdict().items() if text}
+        rest = prefix_params.pop("rest", "")
+        exists = False
+        for route in self._routes:
+            match = route.path.fullmatch(rest if route.below_prefixes else path)
+            if match is not None:
+                exists = True
+                if route.method == method:
+                    return route, prefix_params | match.groupdict()
+        wires = ", ".join(f"POST /v1{path}" for dialect in DIALECTS for path in dialect.paths)
+        raise ProxyError(
+            405 if exists else 404,
+            "wrong_method" if exists else "unknown_url",
+            f"There is no {method} {path} here; the proxy serves {wires} and GET /v1/models, also below "
+            "/rollout/ROLLOUT_ID/attempt/ATTEMPT_ID.",
+        )
+
+
+_Answer: TypeAlias = Callable[[ProxySession, Request, Mapping[str, str]], Awaitable[dict[str, Any]]]
+"""Answers a request that is no model call; gets the parameters of its path."""
+
+
+async def _send_answer(
+    session: ProxySession, answer: _Answer, request: Request, send: Send, path_params: Mapping[str, str]
+) -> None:
+    shown = await answer(session, request, path_params)
+    await JSONResponse(shown)(request.scope, request.receive, send)
+
+
+async def _list_models(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    return DEFAULT_DIALECT.model_list(session.routing.models())
+
+
+async def _show_model(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    return DEFAULT_DIALECT.model(session.routing.order(path_params["model"], None)[0].model_name)
+
+
+async def _show_health(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "status": "paused" if session.admission.is_paused else "ok",
+        "calls_in_flight": session.admission.in_flight,
+        "spans_waiting": session.delivery.waiting,
+        "spans_lost": session.delivery.lost,
+    }
+
+
+class _PauseOptions(msgspec.Struct):
+    """The body of ``POST /control/pause``."""
+
+    retry_after_seconds: _Seconds = 1.0
+    hold_seconds: _Seconds = 0.0
+    timeout_seconds: _Seconds | None = None
+
+
+class _VersionOfModel(msgspec.Struct):
+    """The body of ``POST /control/model_version``."""
+
+    version: Annotated[str, msgspec.Meta(max_length=256)]
+    model: str = ""
+
+
+async def _pause(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    """As ``LLMProxy.pause``: answers when calls in flight have ended, or the time is up."""
+    options = _read_options(await request.body() or b"{}", _PauseOptions)
+    session.admission.pause(options.retry_after_seconds, options.hold_seconds)
+    return {"calls_in_flight": await session.admission.wait_idle(options.timeout_seconds)}
+
+
+async def _resume(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    """As ``LLMProxy.resume``."""
+    session.admission.resume()
+    return {"calls_in_flight": session.admission.in_flight}
+
+
+async def _set_model_version(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
+    """As ``LLMProxy.set_model_version``."""
+    given = _read_options(await request.body(), _VersionOfModel)
+    session.versions[given.model] = given.version
+    return dict(session.versions)
+
+
+def _read_options(body: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        field = _FIELD.search(str(error))
+        raise ProxyError(422, "invalid_value", f"{error}.", param=None if field is None else field[1]) from error
+
+
+_ANSWERS: tuple[tuple[str, str, ProxyPermission, _Answer], ...] = (
+    ("GET", "/models", "call", _list_models),
+    ("GET", "/models/(?P<model>.+)", "call", _show_model),
+    ("GET", "/health", "health", _show_health),
+    ("POST", "/control/pause", "control", _pause),
+    ("POST", "/control/resume", "control", _resume),
+    ("POST", "/control/model_version", "control", _set_model_version),
+)
+"""The routes that are no model calls: method, path, permission, and what answers them."""

@@ -1,7 +1,7 @@
-"""One model call from the agent's request to the last byte of its reply.
+"""One model call, from the agent's request to the last byte of its reply.
 
-The agent does not see the end of a call before the store has accepted its span (or a short time has passed), so that
-whoever waits for the agent finds all of its calls in the store.
+The agent does not get the end of a reply before the store has accepted the call's span (or a short time has passed).
+Whoever waits for the agent therefore finds all of its calls in the store.
 """
 
 from __future__ import annotations
@@ -11,295 +11,244 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import aiohttp
-import msgspec
 from starlette.requests import Request
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
 
-from agentlightning.proxy.admission import Room, caller_of
-from agentlightning.proxy.assembly import ReplyAssembly
-from agentlightning.proxy.capture import CallKind, without_asked
-from agentlightning.proxy.errors import Refused, Scrubber, error_body
-from agentlightning.proxy.models import Ask
-from agentlightning.proxy.recording import CallRecord, read_question
-from agentlightning.proxy.replies import Answer, read_answer
-from agentlightning.proxy.session import Exchange
-from agentlightning.proxy.sse import DONE, EventSplitter, EventTooLarge, data_of, event_of
-from agentlightning.proxy.upstream import Reply
-
-# --- A tee in a streamed reply: events go on to the agent as they come, and are taken down on t ---
-
-_MAX_EVENT_BYTES = 16 * 1024 * 1024
-
-
-class StreamTee:
-    """One streamed reply on its way.
-
-    What comes after the last word of the reply is held back (``ending``), so that the agent does not see the end of
-    a call before it has been recorded.
-
-    Args:
-        kind: of the call.
-        asks: what only the proxy asked for, which the agent does not see.
-        scrubber: takes the backend's key out of what the agent sees.
-    """
-
-    def __init__(self, kind: CallKind, asks: frozenset[Ask], scrubber: Scrubber) -> None:
-        self._asks = asks
-        self._scrubber = scrubber
-        self._events = EventSplitter(_MAX_EVENT_BYTES)
-        self._assembly = ReplyAssembly(kind, asks)
-        self._ending = bytearray()
-        self._is_done = False
-        self.error: object = None
-        """The error that the backend sent in the stream: an object, or a text."""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take in what the backend sent; returns what the agent may see now.
-
-        Raises:
-            EventTooLarge: one event grows without end.
-        """
-        shown = [self._show(event) for event in self._events.feed(data)]
-        return b"".join(shown) if len(shown) != 1 else shown[0]
-
-    def _show(self, event: bytes) -> bytes:
-        data = data_of(event)
-        if data == DONE or self._is_done:
-            return self._hold(event)
-        if not data:
-            return self._scrubber.bytes(event)
-        try:
-            chunk = msgspec.json.decode(data)
-        except msgspec.MsgspecError:
-            return self._scrubber.bytes(event)  # not for us to judge
-        if not isinstance(chunk, dict):
-            return self._scrubber.bytes(event)
-        facts = cast("dict[str, Any]", chunk)
-        if facts.get("error"):
-            self.error = facts["error"]
-            return self._hold(event)
-        self._assembly.add(facts)
-        if not self._asks:
-            return self._scrubber.bytes(event)
-        return self._scrubber.bytes(event_of(msgspec.json.encode(facts))) if without_asked(facts, self._asks) else b""
-
-    def _hold(self, event: bytes) -> bytes:
-        """The last word has come: this event, and all that follow, wait for the record."""
-        self._is_done = True
-        self._ending += self._scrubber.bytes(event)
-        return b""
-
-    @property
-    def kept_bytes(self) -> int:
-        """About how much of the reply is kept, which is less than what has passed."""
-        return self._assembly.kept_bytes + len(self._ending)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the backend said that the reply ends here."""
-        return self._is_done or self._assembly.is_finished
-
-    def ending(self) -> bytes:
-        """The last bytes for the agent: what was held back, and what came after the last whole event."""
-        return bytes(self._ending) + self._scrubber.bytes(self._events.rest())
-
-    def answer(self) -> Answer:
-        """The facts of the reply as far as it came."""
-        return self._scrubber.answer(self._assembly.answer())
-
-
-# ---
+from agentlightning.proxy.admission import CallSlot, read_origin
+from agentlightning.proxy.dialects.base import ReplyStream, WireDialect
+from agentlightning.proxy.dialects.sse import EventSplitter, EventTooLarge
+from agentlightning.proxy.errors import ProxyError, Scrubber
+from agentlightning.proxy.recording import CallRecord
+from agentlightning.proxy.session import ProxySession
+from agentlightning.proxy.upstream import UpstreamReply
 
 _logger = logging.getLogger(__name__)
 
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
+_MAX_EVENT_BYTES = 16 * 1024 * 1024
 _MEASURED_BYTES = 64 * 1024
-"""After so many bytes of a stream it is looked how much of it is kept."""
+"""How many bytes of a stream pass between two looks at how much of it is kept."""
 _SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "openai-version")
 _SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
 
 
 class _AgentGone(Exception):
-    """The agent has hung up."""
+    """The agent has closed its connection."""
 
 
-class ModelCalls:
-    """An ASGI application: the calls of one kind.
+class StreamRelay:
+    """Passes a streamed reply on to the agent, while the dialect reads it for the record.
+
+    From the reply's last word on, everything is held back until ``ending`` is called, because an agent that has seen
+    the last word may end its attempt before the call has been recorded.
 
     Args:
-        exchange: what all calls share.
-        kind: of the calls.
+        stream: reads the events.
+        scrubber: removes the backend's secrets from what the agent gets.
     """
 
-    def __init__(self, exchange: Exchange, kind: CallKind) -> None:
-        self._exchange = exchange
-        self._kind: CallKind = kind
+    def __init__(self, stream: ReplyStream, scrubber: Scrubber) -> None:
+        self._stream = stream
+        self._scrubber = scrubber
+        self._events = EventSplitter(_MAX_EVENT_BYTES)
+        self._held = bytearray()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        request = Request(scope, receive)
-        try:
-            self._exchange.access.check(request.headers)
-            caller = caller_of(request)
-            self._exchange.check_room_for(caller)
-            async with self._exchange.gate.call() as room:
-                await _Call(self._exchange, CallRecord(self._kind, caller), room, send).run(request)
-        except Refused as refused:
-            await _send_whole(send, refused.status, refused.headers(), refused.body())
+    def feed(self, data: bytes) -> bytes:
+        """Read what the backend sent; returns what the agent may see now.
+
+        Raises:
+            EventTooLarge: one event is longer than the limit.
+        """
+        shown: list[bytes] = []
+        for event in self._events.feed(data):
+            passed_on = self._scrubber.bytes(self._stream.feed(event))
+            if self._stream.is_done:
+                self._held += passed_on
+            else:
+                shown.append(passed_on)
+        return b"".join(shown)
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how many bytes of the reply are kept, which is less than what has passed."""
+        return self._stream.kept_bytes + len(self._held)
+
+    def ending(self) -> bytes:
+        """Return the last bytes for the agent: what is held back, and what came after the last whole event."""
+        return bytes(self._held) + self._scrubber.bytes(self._events.rest())
 
 
-class _Call:
-    """One call in progress."""
+async def handle_model_call(
+    session: ProxySession, dialect: WireDialect, request: Request, send: Send, path_params: Mapping[str, str]
+) -> None:
+    """Answer one model call.
 
-    def __init__(self, exchange: Exchange, record: CallRecord, room: Room, send: Send) -> None:
-        self._exchange = exchange
+    Raises:
+        ProxyError: it was not admitted. Nothing was sent or recorded then.
+    """
+    origin = read_origin(path_params, request.headers)
+    session.check_can_record(origin)
+    async with session.admission.admit() as slot:
+        await _ModelCall(session, CallRecord(dialect, origin), slot, send).run(request, path_params)
+
+
+class _ModelCall:
+    """One call that has been admitted."""
+
+    def __init__(self, session: ProxySession, record: CallRecord, slot: CallSlot, send: Send) -> None:
+        self._session = session
         self._record = record
-        self._room = room
+        self._dialect = record.dialect
+        self._slot = slot
         self._send = send
         self._has_begun = False
         """Whether the agent has got the head of a reply, so that no other status can be sent."""
 
-    async def run(self, request: Request) -> None:
+    async def run(self, request: Request, path_params: Mapping[str, str]) -> None:
+        """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent."""
         record = self._record
         try:
-            record.request = await _read_body(request, self._exchange.max_request_bytes, self._room)
+            record.raw_request = await _read_body(request, self._session.settings.max_request_bytes, self._slot)
+            record.request = self._dialect.read_request(record.raw_request, path_params)
             ending = await self._pass_on(request.receive)
         except _AgentGone:
-            record.fail("client_disconnected", "the agent hung up before the reply had ended")
-            self._exchange.deliver(record)
+            record.fail("client_disconnected", "the agent closed the connection before the reply had ended")
+            self._session.record(record)
             return
-        except Refused as refused:
-            ending = self._refuse(refused)
+        except ProxyError as error:
+            ending = self._refuse(error)
         except asyncio.CancelledError:
-            if not self._exchange.gate.is_closed:
+            if not self._session.admission.is_closed:
                 raise
             _current_task().uncancel()
-            ending = self._refuse(Refused(503, "proxy_stopped", "The proxy was stopped during the call."))
+            ending = self._refuse(ProxyError(503, "proxy_stopped", "The proxy was stopped during the call."))
         except Exception:
             _logger.exception("a model call failed in the proxy")
-            ending = self._refuse(Refused(500, "internal_error", "The proxy failed; its log says why. This is a bug."))
-        await self._unless_stopped(self._exchange.deliver_and_wait(self._record))  # if so, the span is on its way
-        await self._unless_stopped(self._send_all(ending))  # if so, the agent reads nothing
+            ending = self._refuse(
+                ProxyError(500, "internal_error", "The proxy failed; its log says why. This is a bug.")
+            )
+        # A stop that cancels one of these steps only ends its wait: the span is already queued for the store.
+        await self._unless_stopped(self._session.record_and_wait(record))
+        await self._unless_stopped(self._send_all(ending))
 
     async def _send_all(self, messages: Iterable[Message]) -> None:
         for message in messages:
             await self._send(message)
 
     async def _unless_stopped(self, step: Awaitable[None]) -> None:
-        """Wait for ``step``, but not when the proxy is stopped meanwhile and cuts calls off."""
+        """Wait for ``step``, but no longer than until the stop of the proxy cancels the call."""
         try:
             await step
         except asyncio.CancelledError:
-            if not self._exchange.gate.is_closed:
+            if not self._session.admission.is_closed:
                 raise
             _current_task().uncancel()
 
     async def _pass_on(self, receive: Receive) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
-        record = self._record
-        question = record.question = read_question(record.request)
-        routing = self._exchange.routing
-        order = routing.order(question.model, record.caller.rollout_id if record.caller else None)
-        record.model_version = self._exchange.version_of(question.model)
-        upstream = self._exchange.upstream
-        async with _cancelled_by_hangup(receive), upstream.call(routing, order, question, record) as reply:
-            if reply.response.content_type == "text/event-stream" and reply.response.status < 400:
+        session, record = self._session, self._record
+        request = record.request
+        assert request is not None
+        routing = session.routing
+        order = routing.order(request.model, record.origin.rollout_id if record.origin else None)
+        # Taken when the call begins: weights are changed while no call is in flight.
+        record.model_version = session.version_of(request.model)
+        async with _cancelled_by_hangup(receive), session.upstream.call(routing, order, request, record) as reply:
+            record.status = reply.response.status
+            if reply.response.content_type == "text/event-stream" and record.status < 400:
                 return await self._relay_stream(reply)
             return await self._relay_whole(reply)
 
-    async def _relay_whole(self, reply: Reply) -> list[Message]:
-        record, status = self._record, reply.response.status
-        scrubber = Scrubber(reply.backend)
+    async def _relay_whole(self, reply: UpstreamReply) -> list[Message]:
+        record, dialect, status = self._record, self._dialect, reply.response.status
+        scrubber = Scrubber(reply.backend.api_key, reply.backend.headers)
         body = scrubber.bytes(await self._read_whole(reply))
+        headers = _shown_headers(reply.response, scrubber)
         if status in (401, 403):
-            body = _about_the_proxys_key(reply, status)
-        record.status = status
-        facts = _object_of(body)
-        if facts is not None and status < 400:
-            record.answer = scrubber.answer(read_answer(facts))
-            if reply.asks:
-                without_asked(facts, reply.asks)
-                body = scrubber.bytes(msgspec.json.encode(facts))
-        record.answer.body = body
+            # The agent never had the key that the backend refuses, and the backend may quote a part of it.
+            body = dialect.error_body(_key_refused(reply))
         if status >= 400:
-            record.fail(*_error_of(facts, status), status)
-        elif facts is None:
+            code, message = dialect.read_error(body, status)
+            record.fail(scrubber.text(code), scrubber.text(message))
+        elif (answer := dialect.read_reply(body, reply.hidden)) is None:
             record.fail("invalid_reply", "the reply of the backend is no JSON object")
-        return _whole(status, _shown_headers(reply.response, scrubber), body)
+        else:
+            answer.scrub(scrubber)
+            record.reply, body = answer, answer.body
+        record.reply.body = body
+        return _whole(status, headers, body)
 
-    async def _read_whole(self, reply: Reply) -> bytes:
-        """The body of a reply that is no stream."""
+    async def _read_whole(self, reply: UpstreamReply) -> bytes:
+        """Read the body of a reply that is no stream."""
         parts: list[bytes] = []
         size = 0
         try:
             async for part in reply.response.content.iter_any():
-                if self._record.first_byte is None:
-                    self._record.first_byte = time.perf_counter()
+                self._note_first_byte()
                 size = self._grow(size, size + len(part))
                 parts.append(part)
         except (aiohttp.ClientError, TimeoutError) as error:
-            _raise_broken(reply, error)
+            _raise_broken_off(reply, error)
         return b"".join(parts)
 
-    async def _relay_stream(self, reply: Reply) -> list[Message]:
-        record = self._record
-        scrubber = Scrubber(reply.backend)
-        tee = StreamTee(record.kind, reply.asks, scrubber)
-        record.status = reply.response.status
-        await self._begin(record.status, _shown_headers(reply.response, scrubber))
+    async def _relay_stream(self, reply: UpstreamReply) -> list[Message]:
+        record, dialect = self._record, self._dialect
+        scrubber = Scrubber(reply.backend.api_key, reply.backend.headers)
+        stream = dialect.open_stream(reply.hidden)
+        relay = StreamRelay(stream, scrubber)
+        self._has_begun = True
+        await self._send(_head(reply.response.status, _shown_headers(reply.response, scrubber)))
         passed = kept = 0
         try:
             async for data in reply.response.content.iter_any():
-                if record.first_byte is None:
-                    record.first_byte = time.perf_counter()
-                shown = tee.feed(data)
+                self._note_first_byte()
+                shown = relay.feed(data)
                 if shown:
                     await self._send({"type": "http.response.body", "body": shown, "more_body": True})
                 passed += len(data)
                 if passed >= _MEASURED_BYTES:
-                    passed, kept = 0, self._grow(kept, tee.kept_bytes)
-            if tee.error is None and not tee.is_complete:
+                    passed, kept = 0, self._grow(kept, relay.kept_bytes)
+            if not stream.is_complete:
                 raise aiohttp.ClientPayloadError("the stream ended in the middle of the reply")
         except (aiohttp.ClientError, TimeoutError, EventTooLarge) as error:
-            _raise_broken(reply, error)
+            _raise_broken_off(reply, error)
         finally:
-            record.answer = tee.answer()
-        if tee.error is not None:
-            code, message = _error_of({"error": tee.error}, record.status)
-            record.fail(code, scrubber.text(message))
-        return [{"type": "http.response.body", "body": tee.ending()}]
+            record.reply = stream.recorded()
+            record.reply.scrub(scrubber)
+        if stream.error is not None:
+            record.fail(scrubber.text(stream.error.code), scrubber.text(stream.error.message))
+        return [{"type": "http.response.body", "body": relay.ending()}]
+
+    def _note_first_byte(self) -> None:
+        if self._record.first_byte is None:
+            self._record.first_byte = time.perf_counter()
 
     def _grow(self, before: int, now: int) -> int:
-        """The reply that is kept has grown to ``now`` bytes, which is returned.
+        """Count that the kept reply has grown to ``now`` bytes, which is returned.
 
         Raises:
-            Refused: it is too large (502), or there is no room for it (503).
+            ProxyError: it is too large (502), or the calls in flight take too much together (503).
         """
         if now > _MAX_REPLY_BYTES:
-            raise Refused(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
-        self._room.grow(now - before)
+            raise ProxyError(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
+        self._slot.grow(now - before)
         return now
 
-    def _refuse(self, refused: Refused) -> list[Message]:
-        """Note that the call failed; returns what tells the agent."""
-        record = self._record
+    def _refuse(self, error: ProxyError) -> list[Message]:
+        """Record that the call failed; returns what tells the agent."""
         if self._has_begun:
-            record.fail(refused.code, refused.message)
-            return [{"type": "http.response.body", "body": event_of(refused.body())}]
-        record.refuse(refused)
-        return _whole(refused.status, refused.headers(), refused.body())
-
-    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self._has_begun = True
-        await self._send(_head(status, headers))
+            self._record.fail(error.code, error.message)
+            return [{"type": "http.response.body", "body": self._dialect.error_event(error)}]
+        self._record.refuse(error)
+        return error_reply(self._dialect, error)
 
 
 @asynccontextmanager
 async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
-    """End the block when the agent hangs up, wherever it waits.
+    """End the block when the agent closes its connection, whatever the block waits for.
 
     Raises:
         _AgentGone: that happened.
@@ -332,9 +281,15 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
-async def _read_body(request: Request, limit: int, room: Room) -> bytes:
+async def _read_body(request: Request, limit: int, slot: CallSlot) -> bytes:
+    """Read the body of a request.
+
+    Raises:
+        ProxyError: it has more than ``limit`` bytes (413), or the calls in flight take too much together (503).
+        _AgentGone: the agent closed its connection before the end.
+    """
     length = request.headers.get("content-length", "0")
-    too_large = Refused(
+    too_large = ProxyError(
         413, "request_too_large", f"The request is larger than {limit:,} bytes, the limit of the proxy."
     )
     if length.isdigit() and int(length) > limit:
@@ -349,57 +304,36 @@ async def _read_body(request: Request, limit: int, room: Room) -> bytes:
         size += len(part)
         if size > limit:
             raise too_large
-        room.grow(len(part))
+        slot.grow(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _raise_broken(reply: Reply, error: Exception) -> NoReturn:
-    """Raise what tells the agent that the backend broke off."""
+def _raise_broken_off(reply: UpstreamReply, error: Exception) -> NoReturn:
+    """Raise what tells the agent that the backend's reply broke off."""
+    backend = reply.backend
     if isinstance(error, TimeoutError):
-        seconds = reply.backend.timeout_seconds
-        raise Refused(
-            504, "backend_timeout", f"The backend {reply.backend.name} was silent for {seconds:g} s."
+        raise ProxyError(
+            504, "backend_timeout", f"The backend {backend.name} was silent for {backend.timeout_seconds:g} s."
         ) from error
     problem = str(error) if isinstance(error, EventTooLarge) else type(error).__name__
-    raise Refused(
-        502, "backend_broke_off", f"The backend {reply.backend.name} broke off during its reply: {problem}."
+    raise ProxyError(
+        502, "backend_broke_off", f"The backend {backend.name} broke off during its reply: {problem}."
     ) from error
 
 
-def _about_the_proxys_key(reply: Reply, status: int) -> bytes:
-    """Instead of what the backend says of a key that the agent never had, and may quote in part."""
-    return error_body(
-        f"The backend {reply.backend.name} answered {status}: it does not accept the key that the proxy has for it; "
-        "mend api_key in the proxy's model list.",
-        "authentication_error" if status == 401 else "permission_error",
+def _key_refused(reply: UpstreamReply) -> ProxyError:
+    return ProxyError(
+        reply.response.status,
         "backend_key_refused",
-    )
-
-
-def _object_of(body: bytes) -> dict[str, Any] | None:
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
-
-
-def _error_of(facts: dict[str, Any] | None, status: int) -> tuple[str, str]:
-    """Type and text of an error reply."""
-    error = (facts or {}).get("error")
-    known = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
-    kind = known.get("code") or known.get("type")
-    message = known.get("message") or (facts or {}).get("message")
-    return (
-        kind if isinstance(kind, str) else str(status),
-        message if isinstance(message, str) else f"the backend answered with HTTP status {status}",
+        f"The backend {reply.backend.name} answered {reply.response.status}: it does not accept the key that the "
+        "proxy has for it; correct api_key in the proxy's model list.",
     )
 
 
 def _shown_headers(response: aiohttp.ClientResponse, scrubber: Scrubber) -> dict[str, str]:
-    """The headers of a backend that concern the agent."""
+    """Return the headers of a backend that concern the agent."""
     return {
         name.lower(): scrubber.text(value)
         for name, value in response.headers.items()
@@ -413,10 +347,10 @@ def _head(status: int, headers: Mapping[str, str]) -> Message:
 
 
 def _whole(status: int, headers: Mapping[str, str], body: bytes) -> list[Message]:
-    told = {"content-type": "application/json", **headers, "content-length": str(len(body))}
-    return [_head(status, told), {"type": "http.response.body", "body": body}]
+    shown = {"content-type": "application/json", **headers, "content-length": str(len(body))}
+    return [_head(status, shown), {"type": "http.response.body", "body": body}]
 
 
-async def _send_whole(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    for message in _whole(status, headers, body):
-        await send(message)
+def error_reply(dialect: WireDialect, error: ProxyError) -> list[Message]:
+    """Return the messages of a reply that is an error, in the dialect's shape."""
+    return _whole(error.status, error.headers(), dialect.error_body(error))

@@ -7,18 +7,26 @@ import math
 import os
 import secrets
 import socket
+import warnings
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, get_args
+from typing import Any
 
-from fastapi import FastAPI
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
-from agentlightning.proxy.app import build_app, control_routes
-from agentlightning.proxy.errors import Refused
-from agentlightning.proxy.models import Ask, ModelConfig, ask_for_of_callbacks, backends_of, warn_of_unused
-from agentlightning.proxy.session import Exchange, ProxySettings, open_exchange
+from agentlightning.proxy.admission import ProxyAccess
+from agentlightning.proxy.app import ProxyApp
+from agentlightning.proxy.capture import (
+    CAPTURE_FIELDS,
+    CaptureField,
+    capture_fields_of_callbacks,
+    check_capture_fields,
+)
+from agentlightning.proxy.dialects import DEFAULT_DIALECT
+from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.models import ModelConfig, backends_of
+from agentlightning.proxy.session import ProxySession, ProxySettings, open_session
 from agentlightning.proxy.upstream import Routing
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
@@ -27,14 +35,21 @@ from agentlightning.serving.server import ThreadedServer
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
 
-# --- The proxy that runs in this process, for code that is not handed one ---
+_LOOPBACK = "127.0.0.1"
+_NO_KEY = "not-needed"
+"""The key that agents of a proxy without one get, because OpenAI's clients refuse to start without any."""
+_DRAIN_SECONDS = 2.0
+_SPARE_CONNECTIONS = 64
+"""Beyond two per call: for idle clients and for health checks."""
+_BUILT_IN_MIDDLEWARES = frozenset({"rollout_attempt", "stream_conversion", "message_inspection"})
+"""The middlewares of agentlightning 0.3, whose work this proxy does by itself."""
 
 _active: list[LLMProxy] = []
-"""At most one. The interface of 0.3 is a pair of module functions, so its state belongs to the module."""
+"""At most one proxy. The interface of 0.3 is a pair of module functions, so its state belongs to the module."""
 
 
 def get_active_llm_proxy() -> LLMProxy:
-    """The proxy that was started last in this process.
+    """Return the proxy that was started last in this process.
 
     Raises:
         NotFound: there is none.
@@ -49,41 +64,24 @@ def set_active_llm_proxy(proxy: LLMProxy) -> None:
     _active[:] = [proxy]
 
 
-def forget_llm_proxy(proxy: LLMProxy) -> None:
-    """There is no active proxy after, if ``proxy`` was it."""
-    if _active and _active[0] is proxy:
-        _active.clear()
-
-
-# ---
-
-_LOOPBACK = "127.0.0.1"
-_NO_KEY = "not-needed"
-"""What agents get as the key of a proxy without one: OpenAI's clients do not start without any."""
-_DRAIN_SECONDS = 2.0
-_SPARE = 64
-"""Connections beyond those of calls: idle ones, and for a look at ``/health``."""
-_ASKS = frozenset[Ask](get_args(Ask))
-
-
 class _ProxyConnection(BoundedConnection):
-    """A connection that refuses clients in the format of OpenAI's API."""
+    """A connection that refuses clients, before there is a whole request, in the shape of OpenAI's errors."""
 
     @override
     def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
         code = {self.OVERLOADED: "proxy_overloaded", self.TOO_SLOW: "request_too_slow"}.get(status, "headers_too_large")
-        again = 1 if status == self.OVERLOADED else None
-        refused = Refused(status, code, f"{why[0].upper()}{why[1:]}.", retry_after_seconds=again)
-        return {"content-type": "application/json", **refused.headers()}, refused.body()
+        retry_after = 1.0 if status == self.OVERLOADED else None
+        error = ProxyError(status, code, f"{why[0].upper()}{why[1:]}.", retry_after_seconds=retry_after)
+        return {"content-type": "application/json", **error.headers()}, DEFAULT_DIALECT.error_body(error)
 
 
 class LLMProxy:
-    """Stands between agents and the backends of their models, and records what is said.
+    """Passes the model calls of agents on to backends, and records them.
 
     An agent calls ``{endpoint}/rollout/{rollout_id}/attempt/{attempt_id}/v1/chat/completions`` (the base URL that
-    ``as_resource`` and ``ProxyLLM`` hand out) with any OpenAI client. The call is passed on to a backend, streamed
-    back as it comes, and becomes one span of the attempt, which the store has accepted by the time the agent has the
-    end of the reply. Calls without ids are passed on and not recorded.
+    ``as_resource`` and ``ProxyLLM`` return) with any OpenAI client. The call is passed on to a backend, its reply is
+    streamed back as it comes, and it becomes one span of the attempt, which the store has accepted by the time the
+    agent has the end of the reply. Calls without ids are passed on and not recorded.
 
     The server runs in a thread of this process with its own event loop. ``agl proxy`` runs it as a program.
 
@@ -92,19 +90,20 @@ class LLMProxy:
         model_list: the backends. See ``ModelConfig``.
         store: takes the spans.
         host: the address to listen on. Default: only this machine.
-        litellm_config, num_workers, launch_mode, launcher_args, middlewares: of 0.3; see ``arguments``.
+        litellm_config, num_workers, launch_mode, launcher_args, middlewares: arguments of 0.3 that have no effect;
+            a value that is not the default warns, and one that would change results is refused.
         num_retries: how often a call is tried again, on the next backend or after a pause, before its first byte.
         callbacks: of 0.3; the names in it say what ``ask_for`` says.
         ask_for: what backends are asked for beyond what agents ask, for the record only: ``token_ids``,
-            ``logprobs``, ``usage`` (of streams). Default: all. A backend that does not know one is not asked again.
+            ``logprobs``, ``usage`` (of streams). Default: all. A backend that refuses one is not asked for it again.
         api_key: what agents must show. Default: none if only this machine can connect, otherwise a random one.
-            Either way it is in the resources that ``as_resource`` makes.
+            In both cases it is in the resources that ``as_resource`` returns.
         control_key: opens ``POST /control/pause``, ``/control/resume`` and ``/control/model_version``, for algorithms
             in other processes. Default: there are no such routes.
         public_url: how agents reach the proxy, if not by its host and port: ``http://name:port``.
         max_calls: how many calls may be in flight; more get 503.
         record_wait_seconds: how long the end of a reply waits for the store to accept the span, at most.
-        grace_seconds: how long calls in flight have when the proxy is stopped, and spans after them.
+        grace_seconds: how long a stop waits for calls in flight, and then for spans that wait for the store.
 
     Raises:
         InvalidValue: an argument is not valid. The message never shows a backend's key.
@@ -124,7 +123,7 @@ class LLMProxy:
         middlewares: Sequence[object] | None = None,
         callbacks: Sequence[object] | None = None,
         *,
-        ask_for: Collection[Ask] | None = None,
+        ask_for: Collection[CaptureField] | None = None,
         api_key: str | None = None,
         control_key: str | None = None,
         public_url: str | None = None,
@@ -132,19 +131,13 @@ class LLMProxy:
         record_wait_seconds: float = 5.0,
         grace_seconds: float = 5.0,
     ) -> None:
-        warn_of_unused(
-            litellm_config=litellm_config,
-            num_workers=num_workers,
-            launch_mode=launch_mode,
-            launcher_args=launcher_args,
-            middlewares=middlewares,
-        )
+        _warn_of_unused(litellm_config, num_workers, launch_mode, launcher_args, middlewares)
         self._host = host or _LOOPBACK
         self._wanted_port = port or 0
         self._public_url = None if public_url is None else public_url.rstrip("/").removesuffix("/v1")
         self._settings = ProxySettings(
             num_retries=_at_least(num_retries, 0, "num_retries"),
-            ask_for=_asks(ask_for, callbacks),
+            capture=_capture_fields(ask_for, callbacks),
             max_calls=_at_least(max_calls, 1, "max_calls"),
             record_wait_seconds=_seconds(record_wait_seconds, "record_wait_seconds"),
             grace_seconds=_seconds(grace_seconds, "grace_seconds"),
@@ -154,16 +147,16 @@ class LLMProxy:
         self._control_key = None if control_key is None else ApiKey(control_key)
         self._store = store
         self._model_list = list(model_list or ())
-        backends_of(self._model_list)  # refuses what is wrong with it, here rather than at the start
+        backends_of(self._model_list)  # so that a mistake in it is reported here rather than by ``start``
         self._versions: dict[str, str] = {}
         self._port: int | None = None
         self._owner_pid: int | None = None
         self._server: ThreadedServer | None = None
-        self._exchange: Exchange | None = None
+        self._session: ProxySession | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process is a proxy that does not run there, but knows where this one does."""
-        return {**self.__dict__, "_server": None, "_exchange": None, "_owner_pid": None}
+        """A copy in another process does not run there, but knows the URL of the proxy that does."""
+        return {**self.__dict__, "_server": None, "_session": None, "_owner_pid": None}
 
     # --- Running ---------------------------------------------------------------------------------
 
@@ -172,23 +165,23 @@ class LLMProxy:
         set_active_llm_proxy(self)
 
     async def start(self) -> None:
-        """Listen. Calls are taken after; nothing happens if it runs already.
+        """Begin to take calls. Does nothing if the proxy runs already.
 
         Raises:
-            InvalidValue: the port is taken, or the host is not one of this machine.
+            InvalidValue: the port is taken, or the host is not an address of this machine.
         """
         if self.is_running():
             return
-        most = 2 * self._settings.max_calls + _SPARE
+        max_connections = 2 * self._settings.max_calls + _SPARE_CONNECTIONS
         server = ThreadedServer(
             self._open_app,
             self._host,
             self._wanted_port,
             name="agl-llm-proxy",
-            bounds=ConnectionBounds(connections=most, connections_per_address=most),
+            bounds=ConnectionBounds(connections=max_connections, connections_per_address=max_connections),
             connection=_ProxyConnection,
             drain_seconds=_DRAIN_SECONDS,
-            date_header=False,  # replies pass on the backend's
+            date_header=False,  # OpenAI's clients do not read it
         )
         try:
             await asyncio.to_thread(server.start)
@@ -203,8 +196,9 @@ class LLMProxy:
         if server is None or self._owner_pid != os.getpid():
             return
         await asyncio.to_thread(server.stop)
-        self._exchange = None
-        forget_llm_proxy(self)
+        self._session = None
+        if _active == [self]:
+            _active.clear()
 
     async def restart(self) -> None:
         """Stop, and start again on the same port."""
@@ -214,29 +208,25 @@ class LLMProxy:
         await self.start()
 
     def is_running(self) -> bool:
-        """Whether calls are taken, by this object in this process."""
+        """Whether this object takes calls in this process."""
         return self._server is not None and self._owner_pid == os.getpid() and self._server.is_running
 
     @asynccontextmanager
-    async def _open_app(self) -> AsyncGenerator[FastAPI]:
+    async def _open_app(self) -> AsyncGenerator[ProxyApp]:
+        access = ProxyAccess(self._api_key, self._control_key)
         routing = Routing(backends_of(self._model_list))
-        async with open_exchange(
-            self._settings, self._api_key, routing, store=self.get_store, versions=self._versions
-        ) as exchange:
-            self._exchange = exchange
-            app = build_app(exchange)
-            if self._control_key is not None:
-                app.include_router(control_routes(exchange, self._control_key, self._versions))
-            yield app
+        async with open_session(self._settings, access, routing, self.get_store, self._versions) as session:
+            self._session = session
+            yield ProxyApp(session, has_control=self._control_key is not None)
 
     # --- What it works with ----------------------------------------------------------------------
 
     def get_store(self) -> LightningStore | None:
-        """The store that takes the spans."""
+        """Return the store that takes the spans."""
         return self._store
 
     def set_store(self, store: LightningStore) -> None:
-        """From now on spans go to ``store``, also those that wait."""
+        """Send spans to ``store`` from now on, also those that wait."""
         self._store = store
 
     @property
@@ -252,29 +242,29 @@ class LLMProxy:
         """
         backends = backends_of(model_list)
         self._model_list = list(model_list)
-        if self._exchange is not None:
-            self._exchange.routing = Routing(backends)
+        if self._session is not None:
+            self._session.routing = Routing(backends)
 
     def set_model_version(self, version: str, model: str | None = None) -> None:
         """Name the weights that answer from now on; calls that begin after are recorded with it.
 
         Args:
             version: any name of the weights.
-            model: for which model; None: for all that have no name of their own.
+            model: the model that they belong to; None: all models without a version of their own.
         """
         self._versions[model or ""] = version
 
     async def pause(
         self, *, retry_after_seconds: float = 1.0, hold_seconds: float = 0.0, timeout_seconds: float | None = None
     ) -> int:
-        """Take no new calls, and wait until those in flight have ended: then weights can be changed.
+        """Take no new calls, and wait until those in flight have ended, so that weights can be changed.
 
-        New calls get 429 with ``Retry-After``, which OpenAI's clients obey (by default twice), until ``resume``.
+        New calls get 429 with ``Retry-After``, which OpenAI's clients obey (twice, by default), until ``resume``.
 
         Args:
             retry_after_seconds: what they are told: about how long the pause will last.
             hold_seconds: how long a new call is kept waiting before it gets 429.
-            timeout_seconds: how long to wait for calls in flight; None: as long as it takes.
+            timeout_seconds: how long to wait for calls in flight; None: without limit.
 
         Returns:
             How many calls are still in flight: 0, unless the time was up.
@@ -282,11 +272,11 @@ class LLMProxy:
         Raises:
             InvalidValue: the proxy does not run here.
         """
-        server, exchange = self._running("paused")
+        server, session = self._running("paused")
 
         async def pause() -> int:
-            exchange.gate.pause(retry_after_seconds, hold_seconds)
-            return await exchange.gate.wait_empty(timeout_seconds)
+            session.admission.pause(retry_after_seconds, hold_seconds)
+            return await session.admission.wait_idle(timeout_seconds)
 
         return await server.call(pause())
 
@@ -296,17 +286,17 @@ class LLMProxy:
         Raises:
             InvalidValue: the proxy does not run here.
         """
-        server, exchange = self._running("resumed")
+        server, session = self._running("resumed")
 
         async def resume() -> None:
-            exchange.gate.resume()
+            session.admission.resume()
 
         await server.call(resume())
 
-    def _running(self, what: str) -> tuple[ThreadedServer, Exchange]:
-        if self._server is None or self._exchange is None or not self.is_running():
+    def _running(self, what: str) -> tuple[ThreadedServer, ProxySession]:
+        if self._server is None or self._session is None or not self.is_running():
             raise InvalidValue(f"the proxy does not run in this process, so it cannot be {what}; start it first")
-        return self._server, self._exchange
+        return self._server, self._session
 
     # --- How agents reach it ---------------------------------------------------------------------
 
@@ -342,11 +332,11 @@ class LLMProxy:
         model: str | None = None,
         sampling_parameters: Mapping[str, Any] | None = None,
     ) -> LLM:
-        """The proxy as a resource for agents.
+        """Return the proxy as a resource for agents.
 
         Args:
-            rollout_id, attempt_id: give both for an ``LLM`` of this attempt, or neither for a ``ProxyLLM``, which
-                each rollout gets its own URL from.
+            rollout_id, attempt_id: give both for an ``LLM`` of this attempt, or neither for a ``ProxyLLM``, from
+                which each rollout gets its own URL.
             model: one of the model list; may be left out if there is only one.
             sampling_parameters: what agents are to send with each call.
 
@@ -376,16 +366,14 @@ class LLMProxy:
         )
 
 
-def _asks(ask_for: Collection[Ask] | None, callbacks: Sequence[object] | None) -> frozenset[Ask]:
-    if callbacks is not None:
-        if ask_for is not None:
-            raise InvalidValue("give ask_for or callbacks, not both")
-        return ask_for_of_callbacks(callbacks)
-    if ask_for is None:
-        return _ASKS
-    if isinstance(ask_for, str) or not set(ask_for) <= _ASKS:
-        raise InvalidValue(f"ask_for is {ask_for!r}; give some of {', '.join(sorted(_ASKS))}")
-    return frozenset(ask_for)
+def _capture_fields(
+    ask_for: Collection[CaptureField] | None, callbacks: Sequence[object] | None
+) -> frozenset[CaptureField]:
+    if callbacks is None:
+        return CAPTURE_FIELDS if ask_for is None else check_capture_fields(ask_for)
+    if ask_for is not None:
+        raise InvalidValue("give ask_for or callbacks, not both")
+    return capture_fields_of_callbacks(callbacks)
 
 
 def _at_least(value: int, least: int, what: str) -> int:
@@ -400,11 +388,49 @@ def _seconds(value: float, what: str) -> float:
     return float(value)
 
 
-def _outward_address() -> str:
-    """The address of this machine by which others reach it.
+def _warn_of_unused(
+    litellm_config: Mapping[str, Any] | None,
+    num_workers: int,
+    launch_mode: str | None,
+    launcher_args: object,
+    middlewares: Sequence[object] | None,
+) -> None:
+    """Warn of arguments of 0.3 that have no effect; refuse those that would change what is answered or recorded."""
+    unused: list[tuple[str, str, str]] = []
+    if litellm_config:
+        if "model_list" in litellm_config:
+            raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
+        reason = f"LiteLLM is not used, so {', '.join(litellm_config)} have no effect"
+        unused.append(("litellm_config", reason, "model_list"))
+    if num_workers != 1:
+        unused.append(("num_workers", "one event loop serves all calls", "several proxies with the same model_list"))
+    if launch_mode not in (None, "thread"):
+        reason = "the proxy runs in a thread of this process"
+        unused.append(("launch_mode", reason, "`agl proxy`, which is a process of its own"))
+    if launcher_args is not None:
+        unused.append(("launcher_args", "there is no launcher", "host and port"))
+    if middlewares is not None:
+        unknown = [each for each in middlewares if not (isinstance(each, str) and each in _BUILT_IN_MIDDLEWARES)]
+        if unknown:
+            raise InvalidValue(
+                f"middlewares has {unknown!r}, which would change requests or replies without a record of it; "
+                "put them before the backend, or into the agent's client"
+            )
+        unused.append(("middlewares", "the work of these is built in", "nothing"))
+    for argument, reason, instead in unused:
+        warnings.warn(
+            f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
-    The one that a packet to another network would leave from: connecting a datagram socket finds the route and sends
-    nothing. The target is of a network reserved for documentation (RFC 5737). Without any route: loopback.
+
+def _outward_address() -> str:
+    """Return the address of this machine by which others reach it: the one that a packet to another network leaves
+    from.
+
+    Connecting a datagram socket looks up the route and sends nothing. The target is of a network reserved for
+    documentation (RFC 5737). Without any route: loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -5,8 +5,8 @@ An entry has the shape that agentlightning 0.3 took over from LiteLLM::
     {"model_name": "policy",
      "litellm_params": {"model": "openai/Qwen/Qwen3-8B", "api_base": "http://gpu:8000/v1", "api_key": "…"}}
 
-Several entries with one ``model_name`` are several backends of one model. Every backend must speak the OpenAI
-protocol itself: nothing is translated.
+Several entries with one ``model_name`` are several backends of one model. Every backend must take the calls of
+OpenAI's API itself, because the proxy sends them no other.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast, get_args
+from typing import Any, NotRequired, TypedDict, cast
 from urllib.parse import urlsplit
 
 from agentlightning.errors import InvalidValue
-
-Ask: TypeAlias = Literal["token_ids", "logprobs", "usage"]
-"""Something that a backend is asked for beyond what the agent asked."""
+from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
 
 
 class ModelConfig(TypedDict):
@@ -39,37 +36,39 @@ class ModelConfig(TypedDict):
     ``extra_headers``, ``extra_body``; and sampling parameters, sent where the agent gives none."""
 
     model_info: NotRequired[dict[str, Any]]
-    """``ask_for``: what this backend can be asked for (``token_ids``, ``logprobs``, ``usage``). Not given: found out
-    by asking."""
+    """``ask_for``: what this backend can be asked for (``token_ids``, ``logprobs``, ``usage``). Not given: the proxy
+    finds out by asking."""
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class ModelBackend:
     """One endpoint that answers for one model."""
 
     name: str
     """``model@host:port``: what logs and spans call it."""
     model_name: str
     upstream_model: str
+    """What the backend calls the model."""
     base_url: str
     """Without a slash at the end."""
     api_key: str | None = field(repr=False)
     timeout_seconds: float
+    """How long it may send nothing."""
     headers: Mapping[str, str] = field(repr=False)
     defaults: Mapping[str, Any]
-    """Fields of the request where the agent gives none."""
+    """Fields of the request that are used if the agent gives none."""
     overrides: Mapping[str, Any]
-    """Fields of the request, whatever the agent gives."""
-    ask_for: frozenset[Ask] | None
-    """What it can be asked for; None: nobody said."""
+    """Fields of the request that replace those of the agent."""
+    capture: frozenset[CaptureField] | None
+    """The capture fields that it accepts; None: not declared, so the proxy finds out by asking."""
 
 
 _OPENAI_URL = "https://api.openai.com/v1"
 _TIMEOUT_SECONDS = 600.0
 _OPENAI_SHAPED = frozenset({"openai", "hosted_vllm", "vllm", "openai_like", "custom_openai", "litellm_proxy"})
-"""Prefixes of ``model`` that only say that the endpoint speaks OpenAI's protocol."""
+"""Prefixes of ``model`` that only say that the backend has OpenAI's API."""
 _OTHER_PROTOCOLS = frozenset(
-    {
+    [
         "anthropic",
         "azure",
         "bedrock",
@@ -80,11 +79,11 @@ _OTHER_PROTOCOLS = frozenset(
         "replicate",
         "sagemaker",
         "vertex_ai",
-    }
+    ]
 )
-"""Prefixes that stand for other protocols, which LiteLLM translates and this proxy does not."""
+"""Prefixes of APIs that LiteLLM translates to and this proxy does not."""
 _SAMPLING = frozenset(
-    {
+    [
         "frequency_penalty",
         "logit_bias",
         "max_completion_tokens",
@@ -100,18 +99,18 @@ _SAMPLING = frozenset(
         "top_k",
         "top_p",
         "user",
-    }
+    ]
 )
 _KNOWN = _SAMPLING | {"model", "api_base", "base_url", "api_key", "timeout", "extra_headers", "extra_body"}
 
 
-def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[Backend, ...]]:
-    """The backends of each model, by the model's name.
+def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[ModelBackend, ...]]:
+    """Read a model list into the backends of each model, by the model's name.
 
     Raises:
         InvalidValue: an entry is not understood. The message names it, and never shows a key.
     """
-    found: dict[str, list[Backend]] = {}
+    found: dict[str, list[ModelBackend]] = {}
     names: set[str] = set()
     for index, entry in enumerate(model_list):
         backend = _backend_of(entry, f"model_list[{index}]", names)
@@ -120,7 +119,7 @@ def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[Backend, .
     return {name: tuple(backends) for name, backends in found.items()}
 
 
-def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> Backend:
+def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> ModelBackend:
     _check_keys(entry, {"model_name", "litellm_params", "model_info"}, where)
     model_name = _text(entry, "model_name", where)
     if "*" in model_name:
@@ -135,7 +134,7 @@ def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> Backend:
     while name in taken:
         number += 1
         name = f"{plain}#{number}"
-    return Backend(
+    return ModelBackend(
         name=name,
         model_name=model_name,
         upstream_model=upstream_model,
@@ -145,17 +144,17 @@ def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> Backend:
         headers={str(key): str(value) for key, value in _table(params, "extra_headers", where, optional=True).items()},
         defaults={key: value for key, value in params.items() if key in _SAMPLING},
         overrides=_table(params, "extra_body", where, optional=True),
-        ask_for=_ask_for(_table(entry, "model_info", where, optional=True), where),
+        capture=_capture(_table(entry, "model_info", where, optional=True), where),
     )
 
 
 def _upstream_model(model: str, where: str) -> tuple[str, str | None]:
-    """What the backend calls the model, and the provider named before it."""
+    """Return what the backend calls the model, and the provider that the entry names before it."""
     provider, slash, rest = model.partition("/")
     if slash and provider in _OTHER_PROTOCOLS:
         raise InvalidValue(
-            f"{where} has the model {model!r}: {provider} has a protocol of its own, and this proxy translates none; "
-            "put an OpenAI-compatible endpoint before it and write openai/MODEL with its api_base"
+            f"{where} has the model {model!r}: {provider} has an API of its own, and this proxy translates none; "
+            "put an OpenAI-compatible endpoint in front of it and write openai/MODEL with its api_base"
         )
     if slash and provider in _OPENAI_SHAPED and rest:
         return rest, provider
@@ -196,13 +195,13 @@ def _api_key(params: Mapping[str, Any], base_url: str, where: str) -> str | None
     return key or None
 
 
-def _ask_for(info: Mapping[str, Any], where: str) -> frozenset[Ask] | None:
-    asked = info.get("ask_for")
-    if asked is None:
+def _capture(info: Mapping[str, Any], where: str) -> frozenset[CaptureField] | None:
+    given = info.get("ask_for")
+    if given is None:
         return None
-    if not isinstance(asked, (list, tuple, set, frozenset)) or not set(cast("list[Any]", asked)) <= set(get_args(Ask)):
-        raise InvalidValue(f"{where} has ask_for={asked!r}; give a list of {', '.join(get_args(Ask))}")
-    return frozenset(cast("list[Ask]", asked))
+    if not isinstance(given, (list, tuple, set, frozenset)) or not set(cast("list[Any]", given)) <= CAPTURE_FIELDS:
+        raise InvalidValue(f"{where} has ask_for={given!r}; give a list of {', '.join(sorted(CAPTURE_FIELDS))}")
+    return frozenset(cast("list[CaptureField]", given))
 
 
 def _seconds(value: object, where: str) -> float:
@@ -235,90 +234,11 @@ def _check_keys(table: Any, known: set[str] | frozenset[str], where: str) -> Non
         raise InvalidValue(f"{where} has {', '.join(unknown)}, which the proxy does not know; it knows {sorted(known)}")
 
 
-# --- The constructor arguments of agentlightning 0.3 that this proxy has no use for ---
-
-_MIDDLEWARES = frozenset({"rollout_attempt", "stream_conversion", "message_inspection"})
-_CALLBACKS: Mapping[str, Ask | None] = {
-    "return_token_ids": "token_ids",
-    "logprobs": "logprobs",
-    "opentelemetry": None,
-}
-
-
-def warn_of_unused(
-    *,
-    litellm_config: Mapping[str, Any] | None,
-    num_workers: int,
-    launch_mode: str | None,
-    launcher_args: object,
-    middlewares: Sequence[object] | None,
-) -> None:
-    """Say what became of arguments that are not used any more.
-
-    Raises:
-        InvalidValue: an argument would change what is answered or recorded, so it cannot be passed over.
-    """
-    if litellm_config:
-        if "model_list" in litellm_config:
-            raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
-        _warn("litellm_config", f"LiteLLM is not used, so {', '.join(litellm_config)} have no effect", "model_list")
-    if num_workers != 1:
-        _warn("num_workers", "one event loop serves all calls", "several proxies with the same model_list")
-    if launch_mode is not None and launch_mode != "thread":
-        _warn("launch_mode", "the proxy runs in a thread of this process", "`agl proxy`, which is a process of its own")
-    if launcher_args is not None:
-        _warn("launcher_args", "there is no launcher", "host and port")
-    unknown = [each for each in middlewares or () if not (isinstance(each, str) and each in _MIDDLEWARES)]
-    if unknown:
-        raise InvalidValue(
-            f"middlewares has {unknown!r}, which would change requests or replies unseen by the record; "
-            "put them before the backend, or into the agent's client"
-        )
-    if middlewares is not None:
-        _warn("middlewares", "what these did is built in", "nothing")
-
-
-def ask_for_of_callbacks(callbacks: Sequence[object]) -> frozenset[Ask]:
-    """What backends are asked for, as ``callbacks`` of 0.3 say it.
-
-    Raises:
-        InvalidValue: a callback is unknown, or recording is left out.
-    """
-    unknown = [each for each in callbacks if not (isinstance(each, str) and each in _CALLBACKS)]
-    if unknown:
-        raise InvalidValue(
-            f"callbacks has {unknown!r}; the proxy has no LiteLLM and knows only {', '.join(_CALLBACKS)} "
-            "(in place of the first two, give ask_for)"
-        )
-    if "opentelemetry" not in callbacks:
-        raise InvalidValue(
-            "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
-            "let agents call the backend itself if nothing is to be recorded"
-        )
-    asked: set[Ask] = {"usage"}
-    for each in cast("Sequence[str]", callbacks):
-        ask = _CALLBACKS[each]
-        if ask is not None:
-            asked.add(ask)
-    return frozenset(asked)
-
-
-def _warn(argument: str, reason: str, instead: str) -> None:
-    warnings.warn(
-        f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
-        DeprecationWarning,
-        stacklevel=4,
-    )
-
-
-# --- The model list of `agl proxy`, from a file or from words of the command line ---
-
-
 def read_model_list(path: Path) -> list[ModelConfig]:
-    """The ``model_list`` of a TOML or JSON file.
+    """Read the ``model_list`` of a TOML or JSON file. Its entries are checked by ``backends_of``.
 
     Raises:
-        InvalidValue: the file cannot be read, or has no such list. What stands in an entry is checked by the proxy.
+        InvalidValue: the file cannot be read, or has no such list.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -344,16 +264,17 @@ def read_model_list(path: Path) -> list[ModelConfig]:
 
 
 def model_of_word(word: str, api_key: str | None) -> ModelConfig:
-    """An entry of the model list from ``NAME=URL``.
+    """Make an entry of the model list from ``NAME=URL``.
 
     Args:
-        api_key: the backend's, or ``os.environ/NAME``.
+        word: the model's name and the backend's URL.
+        api_key: the backend's key, or ``os.environ/NAME``.
 
     Raises:
-        InvalidValue: it is not of that form.
+        InvalidValue: ``word`` does not have that form.
     """
     name, equals, url = word.partition("=")
     if not (name and equals and url):
-        raise InvalidValue(f"{word!r} is no model; write NAME=URL, such as policy=http://gpu:8000/v1")
+        raise InvalidValue(f"{word!r} names no model; write NAME=URL, such as policy=http://gpu:8000/v1")
     params: dict[str, Any] = {"model": f"openai/{name}", "api_base": url}
     return {"model_name": name, "litellm_params": params if api_key is None else {**params, "api_key": api_key}}

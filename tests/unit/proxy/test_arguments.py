@@ -38,7 +38,7 @@ def test_the_defaults_of_0_3_say_nothing() -> None:
     ("given", "reason"),
     [
         ({"litellm_config": {"model_list": []}}, "as the argument model_list"),
-        ({"middlewares": [object]}, "unseen by the record"),
+        ({"middlewares": [object]}, "without a record of it"),
         ({"callbacks": ["mine", "opentelemetry"]}, "knows only return_token_ids, logprobs, opentelemetry"),
         ({"callbacks": ["return_token_ids"]}, "always records"),
         ({"callbacks": ["opentelemetry"], "ask_for": []}, "not both"),
@@ -66,4 +66,4 @@ def test_what_would_change_results_is_refused(given: dict[str, Any], reason: str
     ],
 )
 def test_callbacks_say_what_is_asked_for(callbacks: list[str], asks: set[str]) -> None:
-    assert LLMProxy(callbacks=callbacks)._settings.ask_for == asks
+    assert LLMProxy(callbacks=callbacks)._settings.capture == asks

@@ -7,20 +7,27 @@ from typing import Any
 
 import pytest
 
-from agentlightning.proxy.assembly import ReplyAssembly
-from agentlightning.proxy.capture import CallKind, without_asked
-from agentlightning.proxy.models import Ask
-from agentlightning.proxy.replies import read_answer
+from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
+from agentlightning.proxy.dialects import ChatCompletions, Completions, WireDialect
+from agentlightning.proxy.dialects.base import ReplyStream
+from agentlightning.proxy.dialects.sse import event_of
+
+CHAT = ChatCompletions()
 
 
 def assembled(
-    *choices: dict[str, Any], kind: CallKind = "chat", hidden: frozenset[Ask] = frozenset()
-) -> tuple[ReplyAssembly, dict[str, Any]]:
+    *choices: dict[str, Any], dialect: WireDialect = CHAT, hidden: frozenset[CaptureField] = frozenset()
+) -> tuple[ReplyStream, dict[str, Any]]:
     """One chunk for each choice, put together."""
-    assembly = ReplyAssembly(kind, hidden)
+    stream = dialect.open_stream(hidden)
     for choice in choices:
-        assembly.add({"id": "c", "created": 1, "model": "m", "choices": [choice]})
-    return assembly, json.loads(assembly.answer().body)
+        feed(stream, {"id": "c", "created": 1, "model": "m", "choices": [choice]})
+    return stream, json.loads(stream.recorded().body)
+
+
+def feed(stream: ReplyStream, chunk: dict[str, Any]) -> None:
+    """Hand a chunk to a stream as an event."""
+    stream.feed(event_of(json.dumps(chunk).encode()))
 
 
 def message_of(*deltas: dict[str, Any]) -> dict[str, Any]:
@@ -78,17 +85,17 @@ def test_other_texts_and_lists_of_a_message_are_kept() -> None:
 
 
 def test_choices_are_kept_apart_and_in_order() -> None:
-    assembly, body = assembled(
+    stream, body = assembled(
         {"index": 1, "delta": {"content": "b"}, "token_ids": [2]},
         {"index": 0, "delta": {"content": "a"}, "token_ids": [1]},
         {"index": 1, "delta": {"content": "B"}, "finish_reason": "length", "token_ids": [22]},
     )
     assert [choice["message"]["content"] for choice in body["choices"]] == ["a", "bB"]
     assert [choice["token_ids"] for choice in body["choices"]] == [[1], [2, 22]]
-    assert not assembly.is_finished
-    assembly.add({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": 7}]})
-    assert assembly.is_finished
-    answer = assembly.answer()
+    assert not stream.is_complete
+    feed(stream, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": 7}]})
+    assert stream.is_complete
+    answer = stream.recorded()
     assert answer.finish_reasons == ["stop", "length"]
     assert list(answer.token_ids or ()) == [1]
     assert json.loads(answer.body)["choices"][0]["stop_reason"] == 7
@@ -97,9 +104,9 @@ def test_choices_are_kept_apart_and_in_order() -> None:
 def test_hidden_numbers_are_known_and_not_shown() -> None:
     entry = {"token": "a", "logprob": -0.5}
     choice = {"index": 0, "delta": {"content": "a"}, "token_ids": [1], "logprobs": {"content": [entry]}}
-    for hidden in (frozenset[Ask](), frozenset[Ask](("token_ids", "logprobs"))):
-        assembly, body = assembled(choice, choice, hidden=hidden)
-        answer = assembly.answer()
+    for hidden in (frozenset[CaptureField](), frozenset[CaptureField](("token_ids", "logprobs"))):
+        stream, body = assembled(choice, choice, hidden=hidden)
+        answer = stream.recorded()
         assert (list(answer.token_ids or ()), list(answer.logprobs or ())) == ([1, 1], [-0.5, -0.5])
         shown = body["choices"][0]
         assert ("token_ids" in shown, shown["logprobs"] is not None) == (not hidden, not hidden)
@@ -112,16 +119,16 @@ def test_log_probabilities_of_text_completions() -> None:
         {"index": 0, "text": text, "logprobs": {"tokens": [text], "token_logprobs": [number], "text_offset": [0]}}
         for text, number in (("a", -1.0), ("b", -2))
     ]
-    assembly, body = assembled(*pieces, kind="text_completion")
-    assert list(assembly.answer().logprobs or ()) == [-1.0, -2.0]
+    stream, body = assembled(*pieces, dialect=Completions())
+    assert list(stream.recorded().logprobs or ()) == [-1.0, -2.0]
     assert body["choices"][0]["text"] == "ab"
     assert body["choices"][0]["logprobs"] == {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2], "text_offset": [0, 0]}
 
 
 def test_one_missing_log_probability_makes_all_unusable() -> None:
     good = {"index": 0, "delta": {}, "logprobs": {"content": [{"logprob": -1.0}]}}
-    assembly, _ = assembled(good, {"index": 0, "delta": {}, "logprobs": {"content": [{"logprob": None}]}}, good)
-    assert assembly.answer().logprobs is None
+    stream, _ = assembled(good, {"index": 0, "delta": {}, "logprobs": {"content": [{"logprob": None}]}}, good)
+    assert stream.recorded().logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -139,13 +146,12 @@ def test_one_missing_log_probability_makes_all_unusable() -> None:
     ],
 )
 def test_no_shape_of_a_chunk_or_reply_breaks_the_record(chunk: dict[str, Any]) -> None:
-    assembly = ReplyAssembly("chat", frozenset())
-    assembly.add(chunk)
-    assembly.answer()
-    read_answer(chunk)
-    without_asked(chunk, frozenset({"token_ids", "logprobs", "usage"}))
+    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    feed(stream, chunk)
+    stream.recorded()
+    assert CHAT.read_reply(json.dumps(chunk).encode(), CAPTURE_FIELDS) is not None
 
 
 def test_nothing_came() -> None:
-    answer = ReplyAssembly("chat", frozenset()).answer()
+    answer = CHAT.open_stream(frozenset()).recorded()
     assert (answer.body, answer.token_ids, answer.finish_reasons) == (b"", None, [])

@@ -11,13 +11,16 @@ import pytest
 
 from agentlightning import InMemoryLightningStore, Span
 from agentlightning.errors import StoreUnavailable
-from agentlightning.proxy.admission import Access
-from agentlightning.proxy.errors import Refused
-from agentlightning.proxy.recording import Caller, CallRecord, SpanDelivery, read_question, span_of
-from agentlightning.proxy.session import Exchange, ProxySettings
+from agentlightning.proxy.admission import ProxyAccess
+from agentlightning.proxy.delivery import SpanDelivery
+from agentlightning.proxy.dialects import ChatCompletions
+from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
+from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing
 
 WAIT_SECONDS = 20.0
+CHAT = ChatCompletions()
 
 
 class GatedStore(InMemoryLightningStore):
@@ -40,26 +43,26 @@ class GatedStore(InMemoryLightningStore):
 
 
 @asynccontextmanager
-async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, SpanDelivery, Caller]]:
+async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, SpanDelivery, CallOrigin]]:
     """A store with an attempt, and a delivery to it."""
     async with GatedStore() as store:
         rollout = await store.start_rollout({})
         delivery = SpanDelivery(lambda: store, **{"max_waiting_bytes": 10_000, **options})
         delivery.start()
         try:
-            yield store, delivery, Caller(rollout.rollout_id, rollout.attempt.attempt_id)
+            yield store, delivery, CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
         finally:
             await delivery.close(0)
 
 
-def span_for(caller: Caller) -> Span:
-    return span_of(CallRecord("chat", caller))
+def span_for(origin: CallOrigin) -> Span:
+    return span_of(CallRecord(CHAT, origin))
 
 
 async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
-    async with delivering() as (store, delivery, caller):
+    async with delivering() as (store, delivery, origin):
         store.open.clear()
-        spans = [span_for(caller) for _ in range(10)]
+        spans = [span_for(origin) for _ in range(10)]
         accepted = [delivery.put(spans[0], 1)]
         await asyncio.sleep(0)  # the first is on its way
         accepted += [delivery.put(span, 1) for span in spans[1:]]
@@ -67,52 +70,52 @@ async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
         store.open.set()
         assert await asyncio.gather(*accepted) == [True] * 10
         assert store.batches == [1, 9]
-        stored = list(await store.query_spans(caller.rollout_id))
+        stored = list(await store.query_spans(origin.rollout_id))
         assert [span.span_id for span in stored] == [span.span_id for span in spans]
 
 
 async def test_a_store_that_failed_gets_the_same_spans_again_and_keeps_each_once() -> None:
-    async with delivering() as (store, delivery, caller):
+    async with delivering() as (store, delivery, origin):
         store.failures = [StoreUnavailable("away"), OSError("cable"), RuntimeError("what?")]
-        assert await delivery.put(span_for(caller), 1)
-        assert await delivery.put(span_for(caller), 1)
-        assert len(list(await store.query_spans(caller.rollout_id))) == 2
+        assert await delivery.put(span_for(origin), 1)
+        assert await delivery.put(span_for(origin), 1)
+        assert len(list(await store.query_spans(origin.rollout_id))) == 2
         assert await delivery.close(0) == 0
 
 
 async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
     async with GatedStore() as store:
         rollout = await store.start_rollout({})
-        caller = Caller(rollout.rollout_id, rollout.attempt.attempt_id)
+        origin = CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
         no_upstream = cast("Any", None)
         settings = ProxySettings(max_waiting_bytes=1, record_wait_seconds=WAIT_SECONDS)
-        exchange = Exchange(settings, Access(None), no_upstream, Routing({}), lambda: store, {})
-        exchange.delivery.start()
+        session = ProxySession(settings, ProxyAccess(None), no_upstream, Routing({}), lambda: store, {})
+        session.delivery.start()
         store.open.clear()
-        exchange.check_room_for(caller)
-        recording = asyncio.create_task(exchange.deliver_and_wait(CallRecord("chat", caller)))
+        session.check_can_record(origin)
+        recording = asyncio.create_task(session.record_and_wait(CallRecord(CHAT, origin)))
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="1 recorded calls wait") as caught:
-            exchange.check_room_for(caller)
+        with pytest.raises(ProxyError, match="1 recorded calls wait") as caught:
+            session.check_can_record(origin)
         assert (caught.value.status, caught.value.headers()["retry-after"]) == (503, "1")
-        exchange.check_room_for(None)
+        session.check_can_record(None)
         store.open.set()
         await recording
-        exchange.check_room_for(caller)
-        await exchange.close()
+        session.check_can_record(origin)
+        await session.close()
 
 
 async def test_a_call_of_nobody_has_no_span() -> None:
     with pytest.raises(ValueError, match="belongs to no attempt"):
-        span_of(CallRecord("chat", None))
+        span_of(CallRecord(CHAT, None))
 
 
 def test_a_request_of_odd_numbers_is_recorded_as_text_only() -> None:
-    record = CallRecord("chat", Caller("ro-1", "at-1"), request=b'{"model":"m","seed":1e999,"max_tokens":"9"}')
-    with pytest.raises(Refused):
-        read_question(record.request)
+    record = CallRecord(CHAT, CallOrigin("ro-1", "at-1"), raw_request=b'{"model":"m","seed":1e999,"max_tokens":"9"}')
+    with pytest.raises(ProxyError):
+        CHAT.read_request(record.raw_request, {})
     huge = b'{"model":"m","seed":123456789012345678901234567890,"temperature":true}'
-    record = CallRecord("chat", Caller("ro-1", "at-1"), request=huge, question=read_question(huge))
+    record = CallRecord(CHAT, CallOrigin("ro-1", "at-1"), raw_request=huge, request=CHAT.read_request(huge, {}))
     attributes = span_of(record).attributes
     assert "gen_ai.request.seed" not in attributes
     assert "gen_ai.request.temperature" not in attributes

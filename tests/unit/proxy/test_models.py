@@ -8,14 +8,15 @@ import pytest
 
 from agentlightning import LLMProxy
 from agentlightning.errors import InvalidValue
-from agentlightning.proxy.capture import added_to, missing_asks, refused_in
-from agentlightning.proxy.models import Ask, Backend, backends_of
+from agentlightning.proxy.capture import CAPTURE_FIELDS
+from agentlightning.proxy.dialects import ChatCompletions, Completions
+from agentlightning.proxy.models import ModelBackend, backends_of
 
 URL = "http://gpu:8000/v1"
-ALL = frozenset[Ask](("token_ids", "logprobs", "usage"))
+CHAT, TEXT = ChatCompletions(), Completions()
 
 
-def backend_of(model: str = "openai/m", /, **params: Any) -> Backend:
+def backend_of(model: str = "openai/m", /, **params: Any) -> ModelBackend:
     """The backend of one entry."""
     entry: Any = {"model_name": "policy", "litellm_params": {"model": model, "api_base": URL, **params}}
     return backends_of([entry])["policy"][0]
@@ -67,7 +68,7 @@ def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        ({"model": "anthropic/claude"}, "anthropic has a protocol of its own"),
+        ({"model": "anthropic/claude"}, "anthropic has an API of its own"),
         ({"model": ""}, "model=''"),
         ({"model": "hosted_vllm/m", "api_base": None}, "no api_base"),
         ({"api_base": "gpu:8000"}, "give a URL such as"),
@@ -133,17 +134,17 @@ def test_a_list_that_is_refused_leaves_the_old_one() -> None:
     ],
 )
 def test_what_the_agent_asks_for_itself_is_not_missing(body: dict[str, Any], missing: set[str]) -> None:
-    assert missing_asks("chat", body, ALL) == missing
+    assert CHAT.missing_capture(body, CAPTURE_FIELDS) == missing
 
 
 def test_a_text_completion_asks_for_log_probabilities_by_a_number() -> None:
-    assert "logprobs" not in missing_asks("text_completion", {"logprobs": 0}, ALL)
-    assert added_to("text_completion", {}, frozenset({"logprobs"})) == {"logprobs": 1}
+    assert "logprobs" not in TEXT.missing_capture({"logprobs": 0}, CAPTURE_FIELDS)
+    assert TEXT.add_capture({}, frozenset({"logprobs"})) == {"logprobs": 1}
 
 
 def test_the_request_of_the_agent_stays_as_it_is() -> None:
     body = {"stream": True, "stream_options": {"x": 1}}
-    assert added_to("chat", body, ALL) == {
+    assert CHAT.add_capture(body, CAPTURE_FIELDS) == {
         "stream": True,
         "stream_options": {"x": 1, "include_usage": True},
         "return_token_ids": True,
@@ -153,6 +154,9 @@ def test_the_request_of_the_agent_stays_as_it_is() -> None:
 
 
 def test_an_error_is_about_what_it_names_or_else_about_everything() -> None:
-    assert refused_in(b"Unknown field: return_token_ids", ALL) == {"token_ids"}
-    assert refused_in(b"logprobs and stream_options are not supported", ALL) == {"logprobs", "usage"}
-    assert refused_in(b"bad request", ALL) == ALL
+    assert CHAT.blamed_capture(b"Unknown field: return_token_ids", CAPTURE_FIELDS) == {"token_ids"}
+    assert CHAT.blamed_capture(b"logprobs and stream_options are not supported", CAPTURE_FIELDS) == {
+        "logprobs",
+        "usage",
+    }
+    assert CHAT.blamed_capture(b"bad request", CAPTURE_FIELDS) == CAPTURE_FIELDS

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 
-from agentlightning.proxy.errors import Refused
-from agentlightning.proxy.models import Backend
+from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.upstream import Routing
 
 ROLLOUTS = [f"ro-{number}" for number in range(600)]
 
 
-def backends(*names: str) -> dict[str, tuple[Backend, ...]]:
-    return {"policy": tuple(Backend(n, "policy", "m", "http://x/v1", None, 1.0, {}, {}, {}, None) for n in names)}
+def backends(*names: str) -> dict[str, tuple[ModelBackend, ...]]:
+    return {"policy": tuple(ModelBackend(n, "policy", "m", "http://x/v1", None, 1.0, {}, {}, {}, None) for n in names)}
 
 
 def choices(routing: Routing) -> dict[str, str]:
@@ -58,7 +58,7 @@ def test_a_backend_that_failed_comes_last_for_a_while() -> None:
 
 
 def test_an_unknown_model() -> None:
-    with pytest.raises(Refused, match="serves: policy"):
+    with pytest.raises(ProxyError, match="serves: policy"):
         Routing(backends("a")).order("other", None)
-    with pytest.raises(Refused, match="serves: none"):
+    with pytest.raises(ProxyError, match="serves: none"):
         Routing({}).order("other", None)

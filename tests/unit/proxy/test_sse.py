@@ -8,10 +8,12 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.proxy.calls import StreamTee
+from agentlightning.proxy.calls import StreamRelay
+from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
+from agentlightning.proxy.dialects import ChatCompletions
+from agentlightning.proxy.dialects.base import ReplyStream
+from agentlightning.proxy.dialects.sse import EventSplitter, EventTooLarge, data_of, event_of
 from agentlightning.proxy.errors import Scrubber
-from agentlightning.proxy.models import Backend
-from agentlightning.proxy.sse import EventSplitter, EventTooLarge, data_of, event_of
 
 _LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
 _EVENTS = st.lists(
@@ -68,12 +70,18 @@ def test_an_event_in_very_many_pieces_is_not_looked_through_again_for_each() -> 
     assert [found for piece in pieces for found in splitter.feed(piece)] == [event]
 
 
-# --- The tee ---------------------------------------------------------------------------------------------
+# --- The relay ---------------------------------------------------------------------------------------------
 
 KEY = "sk-key-of-the-backend"
-BACKEND = Backend(
-    "m@host", "m", "m", "http://host/v1", KEY, 1.0, {"X-Auth-Token": "Token tok-0123456789"}, {}, {}, None
-)
+SCRUBBER = Scrubber(KEY, {"X-Auth-Token": "Token tok-0123456789"})
+
+
+def relay(
+    scrubber: Scrubber | None = None, hidden: frozenset[CaptureField] = frozenset()
+) -> tuple[StreamRelay, ReplyStream]:
+    """A streamed chat on its way, and what reads it."""
+    stream = ChatCompletions().open_stream(hidden)
+    return StreamRelay(stream, scrubber or Scrubber()), stream
 
 
 def chunk(text: str, **more: object) -> bytes:
@@ -87,34 +95,34 @@ def test_what_the_agent_sees_is_the_same_however_the_stream_is_cut(places: list[
     stream = (
         chunk("Hello ") + b": ping\r\n\r\n" + chunk("wörld") + chunk("", finish_reason="stop") + b"data: [DONE]\n\nrest"
     )
-    tee = StreamTee("chat", frozenset(), Scrubber(None))
+    tee, read = relay()
     shown = b"".join(tee.feed(piece) for piece in cut(stream, places))
     assert shown + tee.ending() == stream
     assert tee.ending() == b"data: [DONE]\n\nrest", "the end is held back"
-    assert tee.is_complete
-    assert json.loads(tee.answer().body)["choices"][0]["message"]["content"] == "Hello wörld"
+    assert read.is_complete
+    assert json.loads(read.recorded().body)["choices"][0]["message"]["content"] == "Hello wörld"
 
 
 def test_a_stream_that_is_none_passes_as_it_is() -> None:
     stream = b"data: no json\n\ndata: [1]\n\ndata: 3\n\nevent: x\n\n" + event_of(b'{"choices": 3}')
-    tee = StreamTee("chat", frozenset({"token_ids", "logprobs", "usage"}), Scrubber(None))
+    tee, read = relay(hidden=CAPTURE_FIELDS)
     assert tee.feed(stream).startswith(b"data: no json\n\ndata: [1]\n\ndata: 3\n\nevent: x\n\n")
-    assert not tee.is_complete
+    assert not read.is_complete
     assert tee.ending() == b""
 
 
 def test_secrets_are_taken_out_of_streams() -> None:
-    tee = StreamTee("chat", frozenset(), Scrubber(BACKEND))
+    tee, read = relay(SCRUBBER)
     shown = tee.feed(chunk(f"{KEY} and tok-0123456789")) + tee.feed(b"data: [DONE] " + KEY.encode())
     assert b"*** and ***" in shown
-    assert KEY.encode() not in shown + tee.ending() + tee.answer().body
+    recorded = read.recorded()
+    recorded.scrub(SCRUBBER)
+    assert KEY.encode() not in shown + tee.ending() + recorded.body
 
 
 def test_a_key_with_slashes_is_known_however_json_writes_it() -> None:
-    backend = Backend("m@host", "m", "m", "http://host/v1", "k/e/y/0123456", 1.0, {}, {}, {}, None)
-    assert Scrubber(backend).text(r"k/e/y/0123456 and k\/e\/y\/0123456") == "*** and ***"
+    assert Scrubber("k/e/y/0123456").text(r"k/e/y/0123456 and k\/e\/y\/0123456") == "*** and ***"
 
 
 def test_words_that_are_no_secrets_stay() -> None:
-    backend = Backend("m@host", "m", "m", "http://host/v1", "EMPTY", 1.0, {"X-Team": "blue-team"}, {}, {}, None)
-    assert Scrubber(backend).text("the blue-team is EMPTY") == "the blue-team is EMPTY"
+    assert Scrubber("EMPTY", {"X-Team": "blue-team"}).text("the blue-team is EMPTY") == "the blue-team is EMPTY"

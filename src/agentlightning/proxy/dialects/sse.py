@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 
-DONE = b"[DONE]"
-"""The data of the event with which OpenAI's streams end."""
-
 _END = re.compile(rb"\r?\n\r?\n")
-_END_BYTES = 4
-"""The longest end."""
+_LONGEST_END_BYTES = 4
 
 
 class EventTooLarge(Exception):
-    """An event does not end within the limit."""
+    """An event is longer than the limit."""
 
 
 class EventSplitter:
     """Cuts a stream of bytes into whole events.
 
     Args:
-        max_event_bytes: the longest event that is waited for.
+        max_event_bytes: how long an event may grow before it is given up.
     """
 
     def __init__(self, max_event_bytes: int) -> None:
@@ -28,16 +24,18 @@ class EventSplitter:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that are complete now, each with its empty line.
+        """Return the events that are complete now, each with its empty line.
 
         Raises:
-            EventTooLarge: one grows without end.
+            EventTooLarge: the event that is not complete yet is longer than the limit.
         """
-        looked_at = max(0, len(self._rest) - _END_BYTES + 1)  # not again: an event may come in very many pieces
+        # Only the end of the old bytes is searched again: an event may arrive in very many pieces, and searching
+        # all of it for each piece would take quadratic time.
+        search_from = max(0, len(self._rest) - _LONGEST_END_BYTES + 1)
         self._rest += data
         events: list[bytes] = []
         start = 0
-        for end in _END.finditer(self._rest, looked_at):
+        for end in _END.finditer(self._rest, search_from):
             events.append(bytes(self._rest[start : end.end()]))
             start = end.end()
         del self._rest[:start]
@@ -46,18 +44,18 @@ class EventSplitter:
         return events
 
     def rest(self) -> bytes:
-        """What came after the last complete event."""
+        """Return what came after the last complete event."""
         return bytes(self._rest)
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The data of an event; None if it has none, as a comment."""
-    if event.startswith(b"data:") and event.count(b"\n") == 2:  # nearly all: one line and the empty one
+    """Return the data of an event; None if it has none, such as a comment."""
+    if event.startswith(b"data:") and event.count(b"\n") == 2:  # nearly all events: one line and the empty one
         return event[5:].strip()
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines).strip() if lines else None
 
 
 def event_of(data: bytes) -> bytes:
-    """An event with this data, which has no line break."""
+    """Return an event with this data, which must not contain a line break."""
     return b"data: " + data + b"\n\n"

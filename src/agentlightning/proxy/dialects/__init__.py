@@ -1,0 +1,17 @@
+"""The wires that the proxy speaks with agents, one object each.
+
+A further wire (``responses``, ``messages``, ``generate_content``) is one more module with a class that implements
+``WireDialect``, and one more entry in ``DIALECTS``.
+"""
+
+from agentlightning.proxy.dialects.base import WireDialect
+from agentlightning.proxy.dialects.chat_completions import ChatCompletions
+from agentlightning.proxy.dialects.completions import Completions
+
+DIALECTS: tuple[WireDialect, ...] = (ChatCompletions(), Completions())
+"""Every wire that the proxy serves, in the order in which error messages list them."""
+
+DEFAULT_DIALECT = DIALECTS[0]
+"""Answers what belongs to no wire in particular: unknown URLs, the model list, the control routes."""
+
+__all__ = ["DEFAULT_DIALECT", "DIALECTS", "ChatCompletions", "Completions", "WireDialect"]

@@ -53,8 +53,8 @@ def capture_fields_of_callbacks(callbacks: Iterable[object]) -> frozenset[Captur
             "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
             "let agents call the backend itself if nothing is to be recorded"
         )
-    fields = [field for name, field in _FIELDS_OF_CALLBACKS.items() if field is not None and name in given]
-    return frozenset(("usage", *fields))
+    asked = (field for name, field in _FIELDS_OF_CALLBACKS.items() if name in given)
+    return frozenset[CaptureField](("usage",)).union(field for field in asked if field is not None)
 
 
 class CaptureSupport:

@@ -53,8 +53,11 @@ def capture_fields_of_callbacks(callbacks: Iterable[object]) -> frozenset[Captur
             "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
             "let agents call the backend itself if nothing is to be recorded"
         )
-    asked = (field for name, field in _FIELDS_OF_CALLBACKS.items() if name in given)
-    return frozenset[CaptureField](("usage",)).union(field for field in asked if field is not None)
+    fields = set[CaptureField](("usage",))
+    for name, field in _FIELDS_OF_CALLBACKS.items():
+        if field is not None and name in given:
+            fields.add(field)
+    return frozenset(fields)
 
 
 class CaptureSupport:

@@ -181,6 +181,7 @@ class LLMProxy:
             bounds=ConnectionBounds(connections=max_connections, connections_per_address=max_connections),
             connection=_ProxyConnection,
             drain_seconds=_DRAIN_SECONDS,
+            stop_seconds=30.0 + 2 * self._settings.grace_seconds + self._settings.record_wait_seconds,
             date_header=False,  # OpenAI's clients do not read it
         )
         try:

@@ -62,6 +62,7 @@ class ThreadedServer:
         on_drain: called in the server's loop when ``stop`` begins.
         tls: for HTTPS; None: plain HTTP.
         keepalive_seconds: how long a connection may stay open between requests.
+        stop_seconds: how long ``stop`` waits beyond that for the application's context to be left.
         date_header: whether replies have a ``Date`` header that does not come from the application.
     """
 
@@ -75,6 +76,7 @@ class ThreadedServer:
         bounds: ConnectionBounds = ConnectionBounds(),  # noqa: B008 - a value that cannot change
         connection: Callable[..., asyncio.Protocol] = BoundedConnection,
         drain_seconds: float = 5.0,
+        stop_seconds: float = _STOP_SECONDS,
         on_drain: Callable[[], None] | None = None,
         tls: TlsFiles | None = None,
         keepalive_seconds: float = 75.0,
@@ -86,6 +88,7 @@ class ThreadedServer:
         self._counter = ConnectionCounter(bounds)
         self._connection = connection
         self._drain_seconds = drain_seconds
+        self._stop_seconds = drain_seconds + stop_seconds
         self._on_drain = on_drain
         self._tls = tls
         self._keepalive_seconds = keepalive_seconds
@@ -161,9 +164,9 @@ class ThreadedServer:
         if self._loop is not None and self._thread.is_alive():  # a forked process has a copy of this, but no thread
             with suppress(RuntimeError):  # the loop has just ended by itself
                 self._loop.call_soon_threadsafe(self._stop_asked.set)
-        self._thread.join(self._drain_seconds + _STOP_SECONDS)
+        self._thread.join(self._stop_seconds)
         if self._thread.is_alive():
-            _log.error("%s does not stop within %g s", self._thread.name, self._drain_seconds + _STOP_SECONDS)
+            _log.error("%s does not stop within %g s", self._thread.name, self._stop_seconds)
         elif self._failure is not None:
             raise self._failure
 

@@ -1,7 +1,10 @@
-"""The fast way to encode a span gives what pydantic gives, and takes only what pydantic takes."""
+"""The plain span struct accepts and refuses what the pydantic record does, and gives the same values and bytes."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import enum
 import json
 import math
 import time
@@ -10,8 +13,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
-from agentlightning.store.span_json import encode_any, encode_plain, encode_span, span_json
+from agentlightning.store.arguments import span_drafts
+from agentlightning.store.span_json import encode_any_body, encode_plain_body, encode_span, read_span, span_json
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
+from agentlightning.types.plain_spans import (
+    PlainSpan,
+    PlainStatus,
+    count_keys,
+    decode_plain,
+    encode_plain,
+    plain_of,
+)
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 scalars = st.one_of(
@@ -57,25 +69,179 @@ def plain(**changes: object) -> Span:
 
 @given(spans)
 def test_both_ways_give_the_same_and_it_reads_back(span: Span) -> None:
-    body = encode_any(span)
-    fast = encode_plain(span)
+    body = encode_any_body(span)
+    fast = encode_plain_body(span)
     assert fast is None or json.loads(fast) == json.loads(body)
-    again = Span.model_validate_json(span_json(span.rollout_id, span.attempt_id, span.sequence_id, fast or body))
+    whole = span_json(span.rollout_id, span.attempt_id, span.sequence_id, fast or body)
+    again = Span.model_validate_json(whole)
     assert again.model_dump_json() == span.model_dump_json()
+    quick = read_span(whole)
+    assert quick == again
+    assert quick.model_fields_set == again.model_fields_set
+    assert quick.__pydantic_extra__ == again.__pydantic_extra__
+
+
+@given(spans)
+def test_a_plain_span_is_the_record_in_another_form(span: Span) -> None:
+    plain = plain_of(span)
+    if plain is None:
+        return
+    whole = encode_plain(plain)
+    assert plain.to_span() == span
+    assert plain_of(plain) == plain
+    assert decode_plain(whole) == plain
+    assert json.loads(whole) == json.loads(span.model_dump_json())
+    assert count_keys(plain) == _keys(json.loads(whole))
+    [draft], [other] = span_drafts([plain]), span_drafts([span])
+    assert draft == other
+
+
+def _keys(value: object) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_keys, value.values()))
+    return sum(map(_keys, value)) if isinstance(value, list) else 0
+
+
+class _Text(str):
+    pass
+
+
+class _Number(enum.IntEnum):
+    ONE = 1
+
+
+class _Word(enum.StrEnum):
+    A = "a"
+
+
+class _Any(enum.Enum):
+    A = "a"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        _Text("a"),
+        _Number.ONE,
+        _Word.A,
+        _Any.A,
+        (1, 2),
+        {1},
+        frozenset("a"),
+        b"x",
+        bytearray(b"x"),
+        datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        decimal.Decimal("1.5"),
+        [decimal.Decimal("1.5")],
+        [b"x"],
+        [_Word.A],
+        None,
+        {},
+        {"a": 1},
+        [1, 2.5],
+        [True, 1],
+        ["a", 1],
+        [None],
+        [[1]],
+        [math.nan],
+        range(3),
+        1 + 2j,
+        2**63,
+        -(2**63) - 1,
+        [2**63],
+        2**63 - 1,
+        -(2**63),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("place", ["attributes", "resource", "event", "link", "key"])
+def test_odd_values_fare_as_with_pydantic(value: object, place: str) -> None:
+    if place == "key":
+        try:
+            attributes: dict[object, object] = {value: 1}
+        except TypeError:
+            return
+        span = plain(attributes=attributes)
+    elif place == "attributes":
+        span = plain(attributes={"a": value})
+    elif place == "resource":
+        span = plain(resource=OtelResource.model_construct(attributes={"a": value}, schema_url=""))
+    elif place == "event":
+        span = plain(events=[Event.model_construct(name="e", attributes={"a": value}, timestamp=None)])
+    else:
+        context = SpanContext(trace_id="a", span_id="b", is_remote=False, trace_state={})
+        span = plain(links=[Link.model_construct(context=context, attributes={"a": value})])
+    try:
+        expected = json.loads(encode_any_body(span))
+    except (NotJson, InvalidValue) as error:
+        with pytest.raises(type(error)):
+            encode_span(span)
+    else:
+        assert json.loads(encode_span(span)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": 1},
+        {"name": b"x"},
+        {"parent_id": 3},
+        {"attributes": {"a": object()}},
+        {"attributes": {"a": "\ud800"}},
+        {"attributes": {"a": 2**63}},
+        {"attributes": [1]},
+        {"start_time": "now"},
+        {"events": None},
+        {"status": "OK"},
+        {"resource": None},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_plain_span_that_could_not_be_read_back_is_refused(changes: dict[str, object]) -> None:
+    """A struct checks no type when it is made, so the store does."""
+    span = plain_of(plain())
+    assert isinstance(span, PlainSpan)
+    for name, value in changes.items():
+        setattr(span, name, value)
+    with pytest.raises(NotJson, match=span.span_id):
+        encode_span(span)
+
+
+def test_what_pydantic_would_change_is_not_plain() -> None:
+    whole = json.loads(plain().model_dump_json())
+    for path, value in (
+        ("is_remote", "yes"),
+        ("trace_state", {"a": 1}),
+        ("span_id", None),
+    ):
+        assert decode_plain(json.dumps({**whole, "context": {**whole["context"], path: value}}).encode()) is None
+    assert decode_plain(json.dumps({**whole, "start_time": "1.5"}).encode()) is None
+    assert decode_plain(json.dumps({**whole, "more": 1}).encode()) is None
+    assert decode_plain(b"[]") is None
+    assert decode_plain(b"[" * 100_000) is None
+
+
+def test_non_finite_numbers_of_a_plain_span_become_texts() -> None:
+    span = plain_of(plain())
+    assert span is not None
+    span.attributes = {"a": math.nan, "b": [math.inf, 1.0]}
+    assert json.loads(encode_span(span))["attributes"] == {"a": "NaN", "b": ["Infinity", 1.0]}
+    span.status = PlainStatus("ERROR", "x")
+    assert json.loads(encode_span(span))["status"] == {"status_code": "ERROR", "description": "x"}
 
 
 @given(st.dictionaries(texts, scalars, max_size=4))
 def test_scalar_attributes_take_the_fast_way(attributes: dict[str, str | bool | int | float]) -> None:
-    assert encode_plain(plain(attributes=attributes)) is not None
+    assert encode_plain_body(plain(attributes=attributes)) is not None
 
 
 def test_token_ids_and_a_parent_take_the_fast_way() -> None:
     parent = SpanContext(trace_id="a", span_id="b", is_remote=False, trace_state={})
     attributes = {"ids": [1, 2], "logprobs": [-0.5, 0.0], "names": ["a"], "flags": [True], "none": []}
     span = plain(attributes=attributes, parent=parent, parent_id="b")
-    fast = encode_plain(span)
+    fast = encode_plain_body(span)
     assert fast is not None
-    assert json.loads(fast) == json.loads(encode_any(span))
+    assert json.loads(fast) == json.loads(encode_any_body(span))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +276,7 @@ def test_token_ids_and_a_parent_take_the_fast_way() -> None:
 )
 def test_a_span_that_could_not_be_read_back_is_refused(changes: dict[str, object]) -> None:
     span = plain(**changes)
-    assert encode_plain(span) is None
+    assert plain_of(span) is None or encode_plain_body(span) is None
     with pytest.raises(NotJson, match=span.span_id):
         encode_span(span)
 

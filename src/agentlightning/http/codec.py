@@ -149,21 +149,19 @@ def decode_strict(raw: bytes, what: str = "the body") -> Any:
         NotJson: it is not strict JSON.
         TooLarge: it is nested deeper than ``MAX_BODY_DEPTH``, or has more than ``MAX_NODES`` keys and values.
     """
-    # Each node but the first comes after one of these, so this bounds their number without decoding.
-    if len(raw) > MAX_NODES and raw.count(b",") + raw.count(b":") + raw.count(b"[") + raw.count(b"{") > MAX_NODES:
-        _check_nodes(raw, what)
+    check_node_count(raw, what)
     try:
         value = _decode(raw)
     except RecursionError as error:
         raise _too_deep(what) from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise NotJson(f"{what} is not JSON: {_reason(raw, error)}") from error
-    if b"\\" in raw and b"\\u0000" in raw and _NUL.search(raw):
+    if b"\\u0000" in raw and _NUL.search(raw):
         raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
     if isinstance(value, (dict, list)):
         keys = _count_keys(value, MAX_BODY_DEPTH, what)
         if keys and _encode(value) != raw:  # JSON that we would write ourselves has no key twice
-            _check_unique(raw, keys, what)
+            check_unique_keys(raw, keys, what)
     elif isinstance(value, int):
         _check_int(value, what)
     return cast(Any, value)
@@ -195,7 +193,7 @@ def _check_int(value: int, what: str) -> None:
         raise NotJson(f"{what} holds an integer outside ±2^63; send it as a string")
 
 
-def _check_unique(raw: bytes, keys: int, what: str) -> None:
+def check_unique_keys(raw: bytes, keys: int, what: str) -> None:
     """Raise if there are more keys in the text than there are in the decoded value.
 
     In nearly all JSON every key is directly followed by its colon, so that the keys can be counted by
@@ -217,8 +215,12 @@ def _check_unique(raw: bytes, keys: int, what: str) -> None:
     json.loads(raw, object_pairs_hook=unique)
 
 
-def _check_nodes(raw: bytes, what: str) -> None:
-    """Raise if there are too many keys and values, not counting what only looks like some inside of strings."""
+def check_node_count(raw: bytes, what: str) -> None:
+    """Raise ``TooLarge`` if there are more than ``MAX_NODES`` keys and values, before anything is decoded."""
+    # Each node but the first comes after one of these, so this bounds their number.
+    if len(raw) <= MAX_NODES or raw.count(b",") + raw.count(b":") + raw.count(b"[") + raw.count(b"{") <= MAX_NODES:
+        return
+    # What only looks like a node, inside of a string, does not count.
     outside = re.sub(rb'"(?:[^"\\]|\\.)*+"', b"", raw)
     nodes = outside.count(b",") + outside.count(b":") + outside.count(b"[") + outside.count(b"{") + 1
     if nodes > MAX_NODES:

@@ -35,6 +35,7 @@ from agentlightning.types import (
     RolloutStatus,
     Span,
 )
+from agentlightning.types.plain_spans import PlainSpan
 
 _CLAIM_LIMIT = 1_000
 _MODES = get_args(RolloutMode)
@@ -200,7 +201,7 @@ def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_
     return report_of(status, UNSET, UNSET, metadata, reason_code, reason_message)
 
 
-def span_drafts_of(spans: Sequence[Span], rollout_id: str, attempt_id: str) -> list[SpanDraft]:
+def span_drafts_of(spans: Sequence[Span | PlainSpan], rollout_id: str, attempt_id: str) -> list[SpanDraft]:
     """Spans of this attempt, checked and encoded. Raises as ``span_drafts``, and for a span of another attempt."""
     drafts = span_drafts(spans)
     for draft in drafts:
@@ -212,7 +213,7 @@ def span_drafts_of(spans: Sequence[Span], rollout_id: str, attempt_id: str) -> l
     return drafts
 
 
-def span_drafts(spans: Sequence[Span]) -> list[SpanDraft]:
+def span_drafts(spans: Sequence[Span | PlainSpan]) -> list[SpanDraft]:
     """Spans, checked and encoded.
 
     Raises:
@@ -222,7 +223,7 @@ def span_drafts(spans: Sequence[Span]) -> list[SpanDraft]:
     checked: set[str] = set()
     drafts: list[SpanDraft] = []
     for span in spans:
-        if not isinstance(span, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(span, (Span, PlainSpan)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidValue(f"{shown(span)} is a {type(span).__name__}; give a Span")
         for what, value in (("rollout_id", span.rollout_id), ("attempt_id", span.attempt_id)):
             if type(value) is not str or value not in checked:

@@ -47,6 +47,7 @@ from agentlightning.types import (
     WorkerDirective,
     WorkerStatus,
 )
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -63,6 +64,8 @@ class LightningStoreCapabilities(TypedDict, total=False):
     async_safe: bool
     zero_copy: bool
     otlp_traces: bool
+    plain_spans: bool
+    """Whether ``PlainSpan`` is taken wherever ``Span`` is."""
 
 
 class StoreHost(TypedDict, total=False):
@@ -108,7 +111,7 @@ def is_finished(rollout: Rollout) -> bool:
     return rollout.status in ("succeeded", "failed", "cancelled")
 
 
-def sequence_ids_of(given: Sequence[Span], stored: Sequence[Span]) -> list[int]:
+def sequence_ids_of(given: Sequence[Span | PlainSpan], stored: Sequence[Span | PlainSpan]) -> list[int]:
     """The sequence id of each span given; 0 where it is not among those that are new.
 
     Both in the same order; of spans with equal ids, the first is the one that was stored.
@@ -308,7 +311,7 @@ class LightningStore(ABC):
         rollout_id: str,
         attempt_id: str,
         status: AttemptEnd,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span | PlainSpan] = (),
         *,
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
@@ -450,14 +453,16 @@ class LightningStore(ABC):
 
     # --- Spans -----------------------------------------------------------------------------------
 
-    async def add_span(self, span: Span) -> Span | None:
+    async def add_span(self, span: AnySpan) -> AnySpan | None:
         """Store one span; None if it was stored before. See ``add_many_spans``."""
         stored = await self.add_many_spans([span])
         return stored[0] if stored else None
 
     @abstractmethod
-    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         """Store spans, all or none; each is a sign of life of its attempt, which starts ``running``.
+
+        A store whose ``capabilities`` have ``plain_spans`` also takes them as ``PlainSpan``, and returns those so.
 
         A span is known by (rollout, attempt, ``span_id``); one that was stored before is passed over.
         One without a ``sequence_id`` (0) gets the next of its attempt. Spans of an attempt that has

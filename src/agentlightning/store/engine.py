@@ -71,6 +71,7 @@ from agentlightning.types import (
     Worker,
     WorkerDirective,
 )
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 _CONFIRM_SECONDS = 10.0
 
@@ -241,7 +242,7 @@ class EngineStore(ReadingStore):
         rollout_id: str,
         attempt_id: str,
         status: AttemptEnd,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span | PlainSpan] = (),
         *,
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
@@ -284,7 +285,7 @@ class EngineStore(ReadingStore):
 
     # --- Spans -----------------------------------------------------------------------------------
 
-    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         issued = await self.add_span_drafts(span_drafts(spans))
         return [views.stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
 

@@ -56,7 +56,7 @@ class ReadingStore(LightningStore):
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
-        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False, "plain_spans": True}
 
     async def statistics(self) -> LightningStoreStatistics:
         async def counters(tx: ReadTransaction) -> tuple[dict[str, int], float]:

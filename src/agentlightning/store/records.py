@@ -7,13 +7,14 @@ what this module and ``json_views`` offer alike: a store answers in the one form
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
+from msgspec.structs import replace
 from pydantic import BaseModel, TypeAdapter
 
 from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
-from agentlightning.store.span_json import span_json
+from agentlightning.store.span_json import read_span, span_json
 from agentlightning.types import (
     Attempt,
     AttemptedRollout,
@@ -25,6 +26,7 @@ from agentlightning.types import (
     Span,
     Worker,
 )
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -99,20 +101,22 @@ def resources_view(row: ResourcesRow) -> ResourcesUpdate:
 
 def span_view(row: SpanRow) -> Span:
     """A span."""
-    return Span.model_validate_json(span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body))
+    return read_span(span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body))
 
 
-def stored_span(span: Span, sequence_id: int) -> Span:
+def stored_span(span: AnySpan, sequence_id: int) -> AnySpan:
     """The span that a caller gave, as it was stored."""
     if span.sequence_id == sequence_id:
         return span
+    if isinstance(span, PlainSpan):
+        return replace(span, sequence_id=sequence_id)
     extra = span.__pydantic_extra__
     stored = Span.__new__(Span)
     _set(stored, "__dict__", {**span.__dict__, "sequence_id": sequence_id})
     _set(stored, "__pydantic_fields_set__", {*span.__pydantic_fields_set__, "sequence_id"})
     _set(stored, "__pydantic_extra__", extra and dict(extra))
     _set(stored, "__pydantic_private__", None)
-    return stored
+    return cast("AnySpan", stored)
 
 
 def _build(record: type[M], fields: dict[str, Any]) -> M:

@@ -229,6 +229,7 @@ async def test_addresses(url: str, prefix: str) -> None:
             "async_safe": True,
             "zero_copy": True,
             "otlp_traces": True,
+            "plain_spans": True,
         }
         assert await client.get_rollout_by_id("ro-unknown") is None
 

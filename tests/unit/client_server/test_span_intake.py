@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.http.codec import decode_strict
-from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_draft
+from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_drafts
 from agentlightning.store.arguments import span_drafts
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
@@ -66,7 +66,7 @@ def _shown(draft: SpanDraft) -> Outcome:
 
 
 def test_a_plain_span_goes_the_quick_way() -> None:
-    assert plain_draft(copy.deepcopy(PLAIN)) is not None
+    assert plain_drafts(json.dumps(PLAIN).encode(), many=False) is not None
     assert _taken(json.dumps(PLAIN).encode()) == _by_pydantic(json.dumps(PLAIN).encode())
 
 

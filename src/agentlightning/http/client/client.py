@@ -60,6 +60,7 @@ from agentlightning.types import (
     TaskInput,
     Unset,
 )
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 # --- What is under way when a client is closed ends at once, and says why ---
 
@@ -256,7 +257,7 @@ class LightningStoreClient(RegistryClient):
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
-        return {"thread_safe": True, "async_safe": True, "zero_copy": True, "otlp_traces": True}
+        return {"thread_safe": True, "async_safe": True, "zero_copy": True, "otlp_traces": True, "plain_spans": True}
 
     @property
     def health(self) -> HealthReport:
@@ -381,7 +382,7 @@ class LightningStoreClient(RegistryClient):
         rollout_id: str,
         attempt_id: str,
         status: AttemptEnd,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span | PlainSpan] = (),
         *,
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
@@ -432,7 +433,7 @@ class LightningStoreClient(RegistryClient):
 
     # --- Spans -----------------------------------------------------------------------------------
 
-    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         drafts = span_drafts(spans)
         if not drafts:
             return []

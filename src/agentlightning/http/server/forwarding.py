@@ -30,6 +30,7 @@ from agentlightning.types import (
     WorkerDirective,
     WorkerStatus,
 )
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 
 class DelegatingStore(LightningStore):
@@ -140,7 +141,7 @@ class DelegatingStore(LightningStore):
         rollout_id: str,
         attempt_id: str,
         status: AttemptEnd,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span | PlainSpan] = (),
         *,
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
@@ -217,12 +218,12 @@ class DelegatingStore(LightningStore):
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
         return await self._target().delete_finished_rollouts(older_than_seconds=older_than_seconds)
 
-    async def add_span(self, span: Span) -> Span | None:
+    async def add_span(self, span: AnySpan) -> AnySpan | None:
         return await self._target().add_span(span)
 
     # --- Spans ------------------------------------------------------------------------------------------
 
-    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         return await self._target().add_many_spans(spans)
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:

@@ -253,7 +253,14 @@ class LightningStoreServer(DelegatingStore):
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
-        return {"thread_safe": True, "async_safe": True, "zero_copy": True, "otlp_traces": True}
+        plain_spans = not self._owned or self.store is None or self.store.capabilities.get("plain_spans", False)
+        return {
+            "thread_safe": True,
+            "async_safe": True,
+            "zero_copy": True,
+            "otlp_traces": True,
+            "plain_spans": plain_spans,
+        }
 
     def otlp_traces_endpoint(self) -> str:
         """URL that takes spans by OTLP/HTTP."""

@@ -1,37 +1,41 @@
 """Spans from the bytes of a request, for a store that keeps them as bytes.
 
-Nearly every span is plain: all its fields of the very types that they should have, attributes that are
-strings, booleans and numbers. Such a one is taken as it is, in a tenth of the time that pydantic needs.
-Every other span goes through pydantic, as do all in a store that wants records; a test holds the
-two ways to the same result.
+Nearly every span is plain (`agentlightning.types.plain_spans`): msgspec reads it, and finds it canonical, in a tenth
+of the time that pydantic needs. Every other span goes through pydantic, as do all in a store that wants records; a test
+holds the two ways to the same result.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidValue
-from agentlightning.http.codec import decode_strict
+from agentlightning.http.codec import check_node_count, check_unique_keys, decode_strict
 from agentlightning.http.messages import SpansBody
 from agentlightning.store.arguments import check_batch, span_drafts
 from agentlightning.store.operations.spans import SpanDraft
-from agentlightning.store.span_json import MAX_SEQUENCE_ID
+from agentlightning.store.span_json import body_of
 from agentlightning.store.validation import MAX_JSON_BYTES, check_id, check_json_size
-from agentlightning.types import AttributeValue, Event, Link, Span, StatusCode
+from agentlightning.types import AttributeValue, Event, Link, Span
+from agentlightning.types.plain_spans import PlainSpan, count_keys, encode_plain, has_plain_values
 
-_encode = msgspec.json.Encoder().encode
-_STATUS_CODES = frozenset(get_args(StatusCode))
-_FIELDS = frozenset(Span.model_fields)
-_COUNT = len(_FIELDS)
-_STATUS = frozenset({"status_code", "description"})
-_RESOURCE = frozenset({"attributes", "schema_url"})
 _SCALARS = frozenset({str, bool, int, float})
 _LARGE_BYTES = 64 * 1024
 """From this size on, what is wrong with a span may be so much that telling all would hold up others."""
 _ATTRIBUTE, _EVENT, _LINK = TypeAdapter[Any](AttributeValue), TypeAdapter(Event), TypeAdapter(Link)
+
+
+class _PlainBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A ``SpansBody`` of plain spans."""
+
+    spans: list[PlainSpan]
+
+
+_decode_span = msgspec.json.Decoder(PlainSpan).decode
+_decode_body = msgspec.json.Decoder(_PlainBody).decode
 
 
 def draft_of_span(raw: bytes) -> SpanDraft:
@@ -41,10 +45,10 @@ def draft_of_span(raw: bytes) -> SpanDraft:
         ValidationError: it is no span.
         InvalidValue: a span that no store would take.
     """
+    drafts = plain_drafts(raw, many=False)
+    if drafts is not None:
+        return drafts[0]
     decoded = decode_strict(raw)
-    draft = plain_draft(decoded)
-    if draft is not None:
-        return draft
     if len(raw) > _LARGE_BYTES:
         _check_large(decoded)
     return span_drafts([Span.model_validate(decoded)])[0]
@@ -52,19 +56,55 @@ def draft_of_span(raw: bytes) -> SpanDraft:
 
 def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
     """Many spans. ``raw``: the JSON of a ``SpansBody``. Raises as ``draft_of_span``."""
+    drafts = plain_drafts(raw, many=True)
+    if drafts is not None:
+        return drafts
     decoded = decode_strict(raw)
     if type(decoded) is dict:
         spans = cast("dict[str, Any]", decoded).get("spans")
         if type(spans) is list:
-            items = cast("list[Any]", spans)
-            check_batch(items, "spans")
-            drafts = [plain_draft(each) for each in items]
-            if None not in drafts:
-                return cast("list[SpanDraft]", drafts)
-    decoded = decode_strict(raw)  # plain ones were used up
+            check_batch(cast("list[Any]", spans), "spans")
     if len(raw) > _LARGE_BYTES:
         _check_large(decoded)
     return span_drafts(SpansBody.model_validate(decoded).spans)
+
+
+def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
+    """The spans of a request, if all of them are plain and the JSON is strict; else None, and pydantic decides.
+
+    Args:
+        raw: the JSON of a ``SpansBody``, or of one ``Span``.
+        many: which of the two.
+
+    Raises:
+        InvalidId: one of the ids is not valid.
+        TooLarge: there are too many spans, or one of them has too many bytes.
+        NotJson: a key stands twice in one object.
+    """
+    if b"\\u0000" in raw:
+        return None
+    check_node_count(raw, "the body")
+    try:
+        spans = _decode_body(raw).spans if many else [_decode_span(raw)]
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    check_batch(spans, "spans")
+    if not all(map(has_plain_values, spans)):
+        return None
+    encoded = [encode_plain(span) for span in spans]
+    canonical = b'{"spans":[' + b",".join(encoded) + b"]}" if many else encoded[0]
+    if canonical != raw:  # else it is what we would write ourselves, and that has no key twice
+        check_unique_keys(raw, many + sum(map(count_keys, spans)), "the body")
+    return list(map(_draft, spans, encoded))
+
+
+def _draft(span: PlainSpan, encoded: bytes) -> SpanDraft:
+    rollout_id, attempt_id = check_id(span.rollout_id, "rollout_id"), check_id(span.attempt_id, "attempt_id")
+    span_id = check_id(span.span_id, "span_id")
+    body = body_of(span, encoded)
+    if len(body) > MAX_JSON_BYTES:
+        check_json_size(body, "span", span_id)
+    return SpanDraft(rollout_id, attempt_id, span.sequence_id, span_id, body)
 
 
 def _check_large(value: Any) -> None:
@@ -94,96 +134,3 @@ def _check_part(kind: TypeAdapter[Any], value: Any, what: str) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise InvalidValue(f"{what} is not valid: {first['msg'][:300]}") from error
-
-
-def plain_draft(decoded: Any) -> SpanDraft | None:
-    """The span that a decoded JSON value is, if it is a plain one; the value is used up.
-
-    The value is strict JSON, as ``decode_strict`` returns it.
-
-    Raises:
-        InvalidId: one of its ids is not valid.
-        TooLarge: it has too many bytes.
-    """
-    if type(decoded) is not dict:
-        return None
-    fields = cast("dict[str, Any]", decoded)
-    if len(fields) != _COUNT or not _FIELDS.issuperset(fields):
-        return None
-    sequence_id, parent_id, start, end = (
-        fields["sequence_id"],
-        fields["parent_id"],
-        fields["start_time"],
-        fields["end_time"],
-    )
-    if (
-        type(sequence_id) is not int
-        or not 0 <= sequence_id <= MAX_SEQUENCE_ID
-        or type(fields["trace_id"]) is not str
-        or type(fields["name"]) is not str
-        or (parent_id is not None and type(parent_id) is not str)
-        or (start is not None and type(start) is not float)
-        or (end is not None and type(end) is not float)
-        or fields["events"] != []
-        or fields["links"] != []
-        or (fields["context"] is not None and not _is_context(fields["context"]))
-        or (fields["parent"] is not None and not _is_context(fields["parent"]))
-        or not _is_status(fields["status"])
-        or not _is_resource(fields["resource"])
-        or not _are_plain(fields["attributes"])
-    ):
-        return None
-    rollout_id = check_id(fields.pop("rollout_id"), "rollout_id")
-    attempt_id = check_id(fields.pop("attempt_id"), "attempt_id")
-    span_id = check_id(fields["span_id"], "span_id")
-    del fields["sequence_id"]
-    body = _encode(fields)
-    if len(body) > MAX_JSON_BYTES:
-        check_json_size(body, "span", span_id)
-    return SpanDraft(rollout_id, attempt_id, sequence_id, span_id, body)
-
-
-def _are_plain(attributes: Any) -> bool:
-    if type(attributes) is not dict:
-        return False
-    known = cast("dict[str, Any]", attributes)
-    return _SCALARS.issuperset(map(type, known.values()))
-
-
-def _is_status(status: Any) -> bool:
-    if type(status) is not dict:
-        return False
-    fields = cast("dict[str, Any]", status)
-    description = fields.get("description")
-    return (
-        len(fields) == 2
-        and _STATUS.issuperset(fields)
-        and type(fields["status_code"]) is str
-        and fields["status_code"] in _STATUS_CODES
-        and (description is None or type(description) is str)
-    )
-
-
-def _is_context(context: Any) -> bool:
-    if type(context) is not dict:
-        return False
-    fields = cast("dict[str, Any]", context)
-    return (
-        len(fields) == 4
-        and type(fields.get("trace_id")) is str
-        and type(fields.get("span_id")) is str
-        and type(fields.get("is_remote")) is bool
-        and fields.get("trace_state") == {}
-    )
-
-
-def _is_resource(resource: Any) -> bool:
-    if type(resource) is not dict:
-        return False
-    fields = cast("dict[str, Any]", resource)
-    return (
-        len(fields) == 2
-        and _RESOURCE.issuperset(fields)
-        and type(fields["schema_url"]) is str
-        and _are_plain(fields["attributes"])
-    )

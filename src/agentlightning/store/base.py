@@ -681,15 +681,6 @@ class LightningStore(ABC):
         raise self._not_offered()
 
 
-def sequence_ids_of(given: Sequence[Span | PlainSpan], stored: Sequence[Span | PlainSpan]) -> list[int]:
-    """The sequence id of each span given; 0 where it is not among those that are new.
-
-    Both in the same order; of spans with equal ids, the first is the one that was stored.
-    """
-    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
-    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
-
-
 def enqueue_request(
     input: TaskInput,
     mode: RolloutMode | None,

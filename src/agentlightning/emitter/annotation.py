@@ -1,4 +1,4 @@
-"""Emit annotations, and operations: spans of the agent's own, around a block or a function."""
+"""Emit annotations, and operations: an agent's own spans around a block or a function."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _OUTPUT = LightningSpanAttributes.OPERATION_OUTPUT.value
 
 
 def emit_annotation(annotation: dict[str, Any], propagate: bool = True) -> SpanCoreFields:
-    """Put facts about the attempt into the trace: tags, links, scores, whatever has a name.
+    """Record facts about the attempt in the trace: tags, links, scores, any named values.
 
     Args:
         annotation: names and values; nested ones are flattened.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        propagate: whether the trace gets the span; otherwise it is only returned.
 
     Raises:
-        TypeError: ``annotation`` is no dict with string keys.
+        TypeError: ``annotation`` is not a dict with string keys.
         RuntimeError: no tracer is active.
     """
     return emit(AGL_ANNOTATION, as_attributes(annotation), propagate)
@@ -37,12 +37,12 @@ class OperationContext:
     """One span around a block, or around each call of a function that it decorates.
 
     Inputs and outputs are flattened below ``agentlightning.operation.input`` and ``.output``. An exception that
-    leaves the block is recorded, and passes on.
+    leaves the block is recorded and raised again.
 
     Args:
-        name: what is done.
-        attributes: more to say about it; nested values are flattened.
-        propagate: whether the span gets into the trace.
+        name: name of the operation.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span.
     """
 
     def __init__(self, name: str, attributes: dict[str, Any], propagate: bool = True) -> None:
@@ -60,8 +60,8 @@ class OperationContext:
         """
         if self._scope is not None:
             raise RuntimeError(f"operation {self.name!r} is entered already; make a new one for each block")
-        told = as_attributes(self._attributes) | {_NAME: self.name}
-        self._scope = tracer_for(self._propagate).operation_context(AGL_OPERATION, told)
+        attributes = as_attributes(self._attributes) | {_NAME: self.name}
+        self._scope = tracer_for(self._propagate).operation_context(AGL_OPERATION, attributes)
         self._span = self._scope.__enter__()
         return self
 
@@ -74,7 +74,7 @@ class OperationContext:
             scope.__exit__(exc_type, exc_val, exc_tb)
 
     def span(self) -> SpanCoreFields:
-        """What the span says up to now.
+        """The span as it is so far.
 
         Raises:
             RuntimeError: the block was never entered.
@@ -82,16 +82,16 @@ class OperationContext:
         return self._entered().get_recorded_span()
 
     def set_input(self, *args: Any, **kwargs: Any) -> None:
-        """Say what goes in: ``.input.args.<i>`` and ``.input.<name>``.
+        """Record the inputs, as ``.input.args.<i>`` and ``.input.<name>``.
 
         Raises:
             RuntimeError: the block was never entered.
         """
-        told = ({"args": list(args)} if args else {}) | kwargs
-        self._entered().record_attributes(as_attributes({_INPUT: told}))
+        inputs = ({"args": list(args)} if args else {}) | kwargs
+        self._entered().record_attributes(as_attributes({_INPUT: inputs}))
 
     def set_output(self, output: Any) -> None:
-        """Say what comes out.
+        """Record the output.
 
         Raises:
             RuntimeError: the block was never entered.
@@ -99,13 +99,13 @@ class OperationContext:
         self._entered().record_attributes(as_attributes({_OUTPUT: output}))
 
     def __call__(self, fn: _F) -> _F:
-        """Decorate a function or coroutine function: each call is a span with its arguments and its result.
+        """Decorate a function or coroutine function: each call becomes a span with arguments and result.
 
         Raises:
-            TypeError: it is a generator function, whose work is not done when the call returns.
+            TypeError: it is a generator function, which has done nothing when its call returns.
         """
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError(f"{fn.__name__} is a generator function; use `with operation(name=...):` inside of it")
+            raise TypeError(f"{fn.__name__} is a generator function; use `with operation(name=...):` inside it")
         if inspect.iscoroutinefunction(fn):
 
             @functools.wraps(fn)
@@ -146,16 +146,16 @@ def operation(
 def operation(
     fn: _F | None = None, *, propagate: bool = True, name: str | None = None, **additional_attributes: Any
 ) -> _F | OperationContext:
-    """A span of the agent's own: ``with operation(name="search") as op:``, ``@operation`` or ``@operation(name=…)``.
+    """An agent's own span: ``with operation(name="search") as op:``, ``@operation`` or ``@operation(name=…)``.
 
     Args:
-        fn: the function, where it decorates one without arguments.
-        propagate: whether the spans get into the trace.
-        name: what is done; default: the name of the function, or ``operation``.
-        additional_attributes: more to say about it; nested values are flattened.
+        fn: the function, when used as ``@operation`` without arguments.
+        propagate: whether the trace gets the spans.
+        name: name of the operation; default: the name of the function, or ``operation``.
+        additional_attributes: further attributes; nested values are flattened.
 
     Raises:
-        TypeError: ``fn`` is no function.
+        TypeError: ``fn`` is not callable.
     """
     if fn is None:
         return _Named(name, additional_attributes, propagate)
@@ -165,7 +165,7 @@ def operation(
 
 
 class _Named(OperationContext):
-    """An operation that takes its name from the function it decorates, if it was given none."""
+    """An operation without a given name takes the name of the function that it decorates."""
 
     def __init__(self, name: str | None, attributes: dict[str, Any], propagate: bool) -> None:
         super().__init__(name or "operation", attributes, propagate)
@@ -179,5 +179,5 @@ def _named(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """The arguments of a call by the names of the parameters."""
     try:
         return dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
-    except TypeError:  # they do not fit: the call itself will say so
+    except TypeError:  # the arguments do not fit the parameters; the call itself raises for that
         return {"args": list(args), **kwargs}

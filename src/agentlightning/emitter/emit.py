@@ -1,4 +1,4 @@
-"""Makes the spans of all emitters."""
+"""Emitters of exceptions, messages, objects, tags and links; ``emit`` makes the spans of all emitters."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from agentlightning.types.attributes import (
 from agentlightning.types.otel import format_span_id, format_trace_id
 
 _PLAIN: frozenset[type[Any]] = frozenset({str, bool, float})
-"""Values that nothing has to be done to; integers may be too large."""
+"""Types that attributes take as they are. Not ``int``: an integer may be too large."""
 _logger = logging.getLogger(__name__)
 
 
 def emit(name: str, attributes: Attributes, propagate: bool, status: TraceStatus | None = None) -> SpanCoreFields:
-    """Make a span that says something, under the span that is open here.
+    """Make a span of no duration, as a child of the span that is open here.
 
-    With ``AGL_EMITTER_DEBUG`` set it is logged, too.
+    With ``AGL_EMITTER_DEBUG`` set it is logged as well.
 
     Args:
-        name: of the span.
-        attributes: what it says.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        name: name of the span.
+        attributes: its attributes.
+        propagate: whether the trace gets the span; otherwise it is only returned.
         status: default: ``OK``.
 
     Raises:
-        RuntimeError: no tracer is active, or this thread does not know which rollout it works for.
+        RuntimeError: no tracer is active, or this thread has no context that says which rollout it works for.
     """
     span = tracer_for(propagate).create_span(name, attributes, status=status)
     if resolve_bool_env_var(LightningEnvVar.AGL_EMITTER_DEBUG, fallback=False):
@@ -47,7 +47,7 @@ def emit(name: str, attributes: Attributes, propagate: bool, status: TraceStatus
 
 
 def tracer_for(propagate: bool) -> Tracer:
-    """The tracer that records what is emitted here; one that records nothing if it shall not ``propagate``.
+    """The active tracer, or without ``propagate`` one that stores nothing.
 
     Raises:
         RuntimeError: no tracer is active.
@@ -58,16 +58,16 @@ def tracer_for(propagate: bool) -> Tracer:
     if tracer is None:
         raise RuntimeError(
             "no tracer is active here, so there is no trace to emit into; run the agent by a runner or Trainer, "
-            "or inside of `with tracer.lifespan():`, or pass propagate=False to only get the span back"
+            "or inside `with tracer.lifespan():`, or pass propagate=False to only get the span back"
         )
     return tracer
 
 
 def as_attributes(given: dict[str, Any] | None) -> Attributes:
-    """What callers give beside the main thing, flattened, as attributes.
+    """The caller's further attributes, flattened.
 
     Raises:
-        TypeError: it is no dict with string keys.
+        TypeError: it is not a dict with string keys.
     """
     if given is None:
         return {}
@@ -78,45 +78,45 @@ def as_attributes(given: dict[str, Any] | None) -> Attributes:
     return sanitize_attributes(flatten_attributes(given))
 
 
-# --- Emit exceptions ---
+# --- Exceptions --------------------------------------------------------------------------------------
 
 
 def emit_exception(
     exception: BaseException, attributes: dict[str, Any] | None = None, propagate: bool = True
 ) -> SpanCoreFields:
-    """Put an exception into the trace: its type, message and stack trace. The span's status is ``ERROR``.
+    """Record an exception in the trace: its type, message and stack trace. The span's status is ``ERROR``.
 
     Args:
-        exception: raised before, or not.
-        attributes: more to say beside it; nested values are flattened.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        exception: the exception; it need not have been raised.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span; otherwise it is only returned.
 
     Raises:
-        TypeError: ``exception`` is none.
+        TypeError: ``exception`` is not an exception.
         RuntimeError: no tracer is active.
     """
     if not isinstance(exception, BaseException):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{exception!r} is a {type(exception).__name__}; give an exception")
     status = TraceStatus(status_code="ERROR", description=f"{type(exception).__name__}: {exception}")
-    told = as_attributes(attributes) | format_exception_attributes(exception)
-    return emit(AGL_EXCEPTION, told, propagate, status)
+    details = as_attributes(attributes) | format_exception_attributes(exception)
+    return emit(AGL_EXCEPTION, details, propagate, status)
 
 
-# --- Emit text, and read it again ---
+# --- Messages ----------------------------------------------------------------------------------------
 
 _BODY = LightningSpanAttributes.MESSAGE_BODY.value
 
 
 def emit_message(message: str, attributes: dict[str, Any] | None = None, propagate: bool = True) -> SpanCoreFields:
-    """Put a text into the trace.
+    """Record a text in the trace.
 
     Args:
         message: the text.
-        attributes: more to say beside it; nested values are flattened.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span; otherwise it is only returned.
 
     Raises:
-        TypeError: ``message`` is no string.
+        TypeError: ``message`` is not a string.
         RuntimeError: no tracer is active.
     """
     if not isinstance(message, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -133,7 +133,7 @@ def get_message_value(span: SpanLike) -> str | None:
     return text if isinstance(text, str) else None
 
 
-# --- Emit values, and read them again ---
+# --- Objects -----------------------------------------------------------------------------------------
 
 _TYPE = LightningSpanAttributes.OBJECT_TYPE.value
 _LITERAL = LightningSpanAttributes.OBJECT_LITERAL.value
@@ -141,15 +141,15 @@ _JSON = LightningSpanAttributes.OBJECT_JSON.value
 
 
 def emit_object(object: Any, attributes: dict[str, Any] | None = None, propagate: bool = True) -> SpanCoreFields:
-    """Put a value into the trace: a scalar as it is, everything else as JSON.
+    """Record a value in the trace: a scalar as it is, everything else as JSON.
 
     Args:
-        object: a value that JSON can hold, or a pydantic model.
-        attributes: more to say beside it; nested values are flattened.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        object: a value that JSON can represent, or a pydantic model.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span; otherwise it is only returned.
 
     Raises:
-        RuntimeError: JSON cannot hold it, or no tracer is active.
+        RuntimeError: JSON cannot represent it, or no tracer is active.
     """
     return emit(AGL_OBJECT, as_attributes(attributes) | encode_object(object), propagate)
 
@@ -158,7 +158,7 @@ def encode_object(object: Any) -> dict[str, Any]:
     """The attributes that carry a value: its type, and itself as a literal or as JSON.
 
     Raises:
-        RuntimeError: JSON cannot hold it.
+        RuntimeError: JSON cannot represent it.
     """
     cls = cast("type[Any]", type(object))
     kind = {_TYPE: full_qualified_name(cls)}
@@ -175,7 +175,7 @@ def encode_object(object: Any) -> dict[str, Any]:
 
 
 def get_object_value(span: SpanLike) -> Any:
-    """The value of an object span, read back from JSON where it was written as such; None for other spans."""
+    """The value of an object span, decoded where it was written as JSON; None for other spans."""
     if span.name != AGL_OBJECT:
         return None
     attributes = span.attributes or {}
@@ -185,7 +185,7 @@ def get_object_value(span: SpanLike) -> Any:
     return json.loads(text) if isinstance(text, str) else None
 
 
-# --- Tags, and links from one span to others by what they say, as attributes for any emitter ---
+# --- Tags and links: attributes for any emitter ------------------------------------------------------
 
 _S = TypeVar("_S", bound=SpanLike)
 _TAG = LightningSpanAttributes.TAG.value
@@ -204,7 +204,7 @@ def extract_tags_from_attributes(attributes: Mapping[str, Any]) -> list[str]:
 
 
 def make_link_attributes(links: dict[str, str]) -> dict[str, Any]:
-    """The attributes that link a span to those whose attribute (or ``trace_id``, ``span_id``) has the given value."""
+    """Attributes that link a span to all spans whose attribute (or ``trace_id``, ``span_id``) has the given value."""
     matches = [{"key_match": key, "value_match": value} for key, value in links.items()]
     return flatten_attributes({_LINK: matches})
 
@@ -221,7 +221,7 @@ def extract_links_from_attributes(attributes: Mapping[str, Any]) -> list[LinkPyd
 
 
 def query_linked_spans(spans: Sequence[_S], links: list[LinkPydanticModel]) -> list[_S]:
-    """Those of the spans that all of the links point to, in their order."""
+    """The spans that all of the links point to, in their order."""
     return [span for span in spans if all(_matches(span, link) for link in links)]
 
 

@@ -39,25 +39,25 @@ def emit_reward(
     attributes: dict[str, Any] | None = None,
     propagate: bool = True,
 ) -> SpanCoreFields:
-    """Say how good the agent was. The last reward of an attempt is its final one.
+    """Record how well the agent did. The last reward of an attempt is its final one.
 
     Args:
-        reward: a finite number, or one for each dimension by name.
-        primary_key: which dimension counts where one number is wanted; needed if there are several.
-        attributes: more to say beside it; nested values are flattened.
-        propagate: whether it gets into the trace; otherwise it is only returned.
+        reward: a finite number, or a mapping from dimensions to finite numbers.
+        primary_key: the dimension that counts where one number is needed; required if there are several.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span; otherwise it is only returned.
 
     Raises:
-        TypeError: ``reward`` is neither, or a dimension is no number.
-        InvalidValue: a number is not finite, there is no dimension, or ``primary_key`` is missing or none of them.
+        TypeError: ``reward`` is neither a number nor a mapping to numbers.
+        InvalidValue: a number is not finite, the mapping is empty, or ``primary_key`` is missing or not in it.
         RuntimeError: no tracer is active.
     """
-    told = as_attributes(attributes)
+    recorded = as_attributes(attributes)
     for position, dimension in enumerate(_dimensions(reward, primary_key)):
         prefix = f"{LightningSpanAttributes.REWARD.value}.{position}"
-        told[f"{prefix}.name"] = dimension["name"]
-        told[f"{prefix}.value"] = dimension["value"]
-    return emit(AGL_ANNOTATION, told, propagate)
+        recorded[f"{prefix}.name"] = dimension["name"]
+        recorded[f"{prefix}.value"] = dimension["value"]
+    return emit(AGL_ANNOTATION, recorded, propagate)
 
 
 def reward(fn: _F) -> _F:
@@ -96,13 +96,13 @@ def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> l
         primary_key = next(iter(reward))
     if primary_key is None or primary_key not in reward:
         names = ", ".join(map(repr, reward))
-        raise InvalidValue(f"primary_key is {primary_key!r}; say which of the dimensions counts: {names}")
+        raise InvalidValue(f"primary_key is {primary_key!r}; name the dimension that counts: {names}")
     names = [primary_key, *(name for name in reward if name != primary_key)]
     return [RewardDimension(name=name, value=_number(reward[name], f"the reward {name!r}")) for name in names]
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, Real):  # also those of numpy
+    if not isinstance(value, Real):  # also numpy's numbers
         raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; give a number")
     try:
         number = float(value)

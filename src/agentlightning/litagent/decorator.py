@@ -27,22 +27,22 @@ T_contra = TypeVar("T_contra", contravariant=True)
 _R = TypeVar("_R", bound=Resource)
 
 _PARAMETERS = ("llm", "prompt_template", "resources", "rollout")
-"""What a function may ask for by name, beside the task."""
+"""Names of parameters that a function may have besides the task."""
 _SHAPES = "(task, llm), (task, prompt_template), (task, resources) or (task), each with or without rollout at the end"
 
 _logger = logging.getLogger(__name__)
 
 
 class FunctionalLitAgentFunc(Protocol[T_contra]):
-    """A function that works on a task."""
+    """A rollout function."""
 
     def __call__(self, task: T_contra, *args: Any, **kwargs: Any) -> RolloutRawResult | Awaitable[RolloutRawResult]:
-        """Return what a rollout method returns."""
+        """Work on a task; the result is that of ``LitAgent.rollout``."""
         ...
 
 
 class FunctionalLitAgent(LitAgent[T]):
-    """An agent made of a function, which is called with what its parameters ask for by name.
+    """An agent that calls a function. The names of the function's parameters say which arguments it gets.
 
     ``llm`` is the first model among the resources, ``prompt_template`` the first template, ``resources`` all of
     them, ``rollout`` the rollout with its attempt. Calling the agent calls the function.
@@ -52,7 +52,7 @@ class FunctionalLitAgent(LitAgent[T]):
         strip_proxy: give a plain ``LLM``, whose URL leads to this attempt, in place of a ``ProxyLLM``.
 
     Raises:
-        NotImplementedError: the function has other parameters.
+        NotImplementedError: the function has other required parameters.
     """
 
     __name__: str
@@ -63,16 +63,16 @@ class FunctionalLitAgent(LitAgent[T]):
         self.__name__ = self.__qualname__ = type(rollout_func).__name__  # of callables that have no names of their own
         self._rollout_func = rollout_func
         self._strip_proxy = strip_proxy
-        self._wanted = _wanted(rollout_func)
+        self._parameters = _parameters_of(rollout_func)
         self._is_async = inspect.iscoroutinefunction(rollout_func)
         functools.update_wrapper(self, rollout_func)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function, as if it had not been decorated."""
+        """Call the function as if it were not decorated."""
         return self._rollout_func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """An agent that can be imported is pickled by its name, as a function is."""
+        """Pickle an agent that can be imported by its name, as functions are pickled."""
         module = sys.modules.get(self.__module__)
         found: Any = module
         for part in self.__qualname__.split("."):
@@ -89,7 +89,7 @@ class FunctionalLitAgent(LitAgent[T]):
         """Call the function.
 
         Raises:
-            InvalidValue: there is no resource of the kind it asks for.
+            InvalidValue: there is no resource of a kind that a parameter names.
             RuntimeError: it is a coroutine function.
         """
         if self._is_async:
@@ -100,7 +100,7 @@ class FunctionalLitAgent(LitAgent[T]):
         """Call the coroutine function.
 
         Raises:
-            InvalidValue: there is no resource of the kind it asks for.
+            InvalidValue: there is no resource of a kind that a parameter names.
             RuntimeError: it is a plain function.
         """
         if not self._is_async:
@@ -115,21 +115,21 @@ class FunctionalLitAgent(LitAgent[T]):
             "resources": lambda: resources,
             "rollout": lambda: rollout,
         }
-        return {name: makers[name]() for name in self._wanted}
+        return {name: makers[name]() for name in self._parameters}
 
     def _llm(self, llm: LLM, rollout: Rollout) -> LLM:
         if not self._strip_proxy or not isinstance(llm, ProxyLLM):
             return llm
         if not isinstance(rollout, AttemptedRollout):
             raise InvalidValue(
-                f"rollout {rollout.rollout_id!r} comes without its attempt, so the proxy cannot be told whose calls "
-                "these are; pass an AttemptedRollout, or use strip_proxy=False"
+                f"rollout {rollout.rollout_id!r} comes without its attempt, so the proxy cannot know which attempt "
+                "its calls belong to; pass an AttemptedRollout, or use strip_proxy=False"
             )
         return llm.with_attempted_rollout(rollout)
 
 
-def _wanted(function: Callable[..., Any]) -> list[str]:
-    """The names of what a function asks for, beside its task."""
+def _parameters_of(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters that it is called with, besides the task."""
     parameters = list(inspect.signature(function).parameters.values())
     names = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     required = {each.name for each in parameters if each.default is each.empty}
@@ -161,7 +161,7 @@ def _first(resources: NamedResources, kind: type[_R], what: str, agent: str) -> 
 
 
 def _imported(module: str, qualname: str) -> Any:
-    """The object of this name, for pickle."""
+    """The object of this name; called by pickle."""
     __import__(module)
     found: Any = sys.modules[module]
     for part in qualname.split("."):
@@ -178,21 +178,21 @@ def llm_rollout(
 def llm_rollout(
     func: Callable[..., Any] | None = None, *, strip_proxy: bool = True
 ) -> FunctionalLitAgent[Any] | Callable[[Callable[..., Any]], FunctionalLitAgent[Any]]:
-    """Make an agent of a function ``(task, llm[, rollout])``.
+    """Make an agent from a function ``(task, llm[, rollout])``.
 
     Args:
         func: the function; left out when the decorator is used with arguments.
         strip_proxy: give a plain ``LLM``, whose URL leads to this attempt, in place of a ``ProxyLLM``.
 
     Raises:
-        NotImplementedError: the function has other parameters.
+        NotImplementedError: the function has other required parameters.
     """
 
-    def made(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
-        _check_asks_for(function, "llm")
+    def make(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
+        _check_has_parameter(function, "llm")
         return FunctionalLitAgent(function, strip_proxy=strip_proxy)
 
-    return made if func is None else made(func)
+    return make if func is None else make(func)
 
 
 @overload
@@ -202,29 +202,29 @@ def prompt_rollout(func: None = None) -> Callable[[Callable[..., Any]], Function
 def prompt_rollout(
     func: Callable[..., Any] | None = None,
 ) -> FunctionalLitAgent[Any] | Callable[[Callable[..., Any]], FunctionalLitAgent[Any]]:
-    """Make an agent of a function ``(task, prompt_template[, rollout])``.
+    """Make an agent from a function ``(task, prompt_template[, rollout])``.
 
     Raises:
-        NotImplementedError: the function has other parameters.
+        NotImplementedError: the function has other required parameters.
     """
 
-    def made(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
-        _check_asks_for(function, "prompt_template")
+    def make(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
+        _check_has_parameter(function, "prompt_template")
         return FunctionalLitAgent(function)
 
-    return made if func is None else made(func)
+    return make if func is None else make(func)
 
 
 def rollout(func: Callable[..., Any]) -> FunctionalLitAgent[Any]:
-    """Make an agent of a function, which gets what its parameters ask for by name; see ``FunctionalLitAgent``.
+    """Make an agent from a function, whose parameters say which arguments it gets; see ``FunctionalLitAgent``.
 
     Raises:
-        NotImplementedError: the function has other parameters.
+        NotImplementedError: the function has other required parameters.
     """
     return FunctionalLitAgent(func)
 
 
-def _check_asks_for(function: Callable[..., Any], name: str) -> None:
+def _check_has_parameter(function: Callable[..., Any], name: str) -> None:
     if name not in inspect.signature(function).parameters:
         raise NotImplementedError(
             f"{function.__name__} has no parameter {name}; write (task, {name}[, rollout]), or use @rollout"

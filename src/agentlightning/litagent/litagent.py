@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 
 class AgentRunner(Protocol):
-    """What an agent may use of the runner that runs it."""
+    """The part of a runner that an agent may use."""
 
     @property
     def tracer(self) -> Tracer:
-        """What traces the agent."""
+        """The tracer that records the agent."""
         ...
 
     def get_store(self) -> LightningStore:
-        """Where the rollout comes from."""
+        """The store that rollouts come from."""
         ...
 
     def get_worker_id(self) -> str:
-        """The name of the worker in the store."""
+        """The name of the runner's worker in the store."""
         ...
 
 
@@ -41,14 +41,14 @@ def is_v0_1_rollout_api(func: Callable[..., Any]) -> bool:
 
 
 class LitAgent(Generic[T]):
-    """An agent. A subclass writes ``rollout``, or ``rollout_async``; it may have others for training and validation.
+    """An agent. A subclass overrides ``rollout`` or ``rollout_async``, or the variants for training and validation.
 
-    A rollout method returns the final reward (a number), or the spans of its run, or None when it has emitted what
-    there is to say. One agent object works on several rollouts at once when its runner has a ``concurrency`` above 1.
+    A rollout method returns the final reward (a number), or the spans of its run, or None when it emitted its rewards
+    itself. One agent object works on several rollouts at once when its runner has a ``concurrency`` above 1.
 
     Args:
-        trained_agents: a pattern (regular expression) of the names of those agents, in a system of several, that
-            learn; kept for algorithms to read.
+        trained_agents: a regular expression for the names of those agents, in a system of several, that are trained;
+            read by algorithms.
     """
 
     def __init__(self, *, trained_agents: str | None = None) -> None:
@@ -57,35 +57,35 @@ class LitAgent(Generic[T]):
         self._runner: AgentRunner | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without trainer and runner, which belong to the process they are in."""
+        """Leave out trainer and runner, which belong to one process."""
         return self.__dict__ | {"_trainer": None, "_runner": None}
 
     def is_async(self) -> bool:
-        """Whether one of the coroutine methods is written."""
+        """Whether a coroutine method is overridden."""
         cls = type(self)
         names = ("rollout_async", "training_rollout_async", "validation_rollout_async")
         return any(getattr(cls, name) is not getattr(LitAgent, name) for name in names)
 
-    # --- Who works with it -----------------------------------------------------------------------
+    # --- Trainer, runner and tracer --------------------------------------------------------------
 
     def set_trainer(self, trainer: Any) -> None:
-        """Called by the trainer."""
+        """Set the trainer; called by the trainer itself."""
         self._trainer = trainer
 
     def get_trainer(self) -> Any:
         """The trainer.
 
         Raises:
-            ValueError: there is none in this process.
+            ValueError: this process has none.
         """
         trainer = getattr(self, "_trainer", None)
         if trainer is None:
-            raise ValueError("this agent has no trainer here; it is set by Trainer.fit, in the trainer's process")
+            raise ValueError("this agent has no trainer in this process; Trainer.fit sets it, in the trainer's process")
         return trainer
 
     @property
     def trainer(self) -> Any:
-        """See ``get_trainer``."""
+        """The trainer; see ``get_trainer``."""
         return self.get_trainer()
 
     def get_tracer(self) -> Tracer:
@@ -94,18 +94,18 @@ class LitAgent(Generic[T]):
 
     @property
     def tracer(self) -> Tracer:
-        """See ``get_tracer``."""
+        """The tracer of the runner; see ``get_tracer``."""
         return self.get_tracer()
 
     def set_runner(self, runner: AgentRunner) -> None:
-        """Called by the runner."""
+        """Set the runner; called by the runner itself."""
         self._runner = runner
 
     def get_runner(self) -> AgentRunner:
         """The runner.
 
         Raises:
-            ValueError: none runs it.
+            ValueError: no runner has this agent.
         """
         runner = getattr(self, "_runner", None)
         if runner is None:
@@ -114,16 +114,16 @@ class LitAgent(Generic[T]):
 
     @property
     def runner(self) -> AgentRunner:
-        """See ``get_runner``."""
+        """The runner; see ``get_runner``."""
         return self.get_runner()
 
-    # --- What a subclass may write ---------------------------------------------------------------
+    # --- Methods for subclasses ------------------------------------------------------------------
 
     def on_rollout_start(self, task: Task, runner: AgentRunner, tracer: Tracer) -> None:
-        """Called before each rollout, for agents written so; others use a ``Hook``. What it raises is logged."""
+        """Called before each rollout. An exception is logged. ``Hook`` does the same outside the agent."""
 
     def on_rollout_end(self, task: Task, rollout: Rollout, runner: AgentRunner, tracer: Tracer) -> None:
-        """Called after each rollout, for agents written so; others use a ``Hook``. What it raises is logged."""
+        """Called after each rollout. An exception is logged. ``Hook`` does the same outside the agent."""
 
     def rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
         """Work on one task.
@@ -131,16 +131,18 @@ class LitAgent(Generic[T]):
         Args:
             task: the input of the rollout.
             resources: prompts and models to use, by name.
-            rollout: the rollout with the attempt that this is (an ``AttemptedRollout``).
+            rollout: the rollout with this attempt (an ``AttemptedRollout``).
 
         Returns:
-            The final reward; or spans, of one kind; or None.
+            The final reward; or spans, all of one kind; or None.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither rollout nor rollout_async; write one")
+        raise NotImplementedError(f"{type(self).__name__} overrides neither rollout nor rollout_async; override one")
 
     async def rollout_async(self, task: T, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
-        """The same as a coroutine."""
-        raise NotImplementedError(f"{type(self).__name__} has no rollout_async; write it, or only plain methods")
+        """Work on one task, as a coroutine; see ``rollout``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not override rollout_async; override it, or only plain methods"
+        )
 
     def training_rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> RolloutRawResult:
         """Work on a task of mode ``train``; by default ``rollout``."""
@@ -159,27 +161,26 @@ class LitAgent(Generic[T]):
         return await self.rollout_async(task, resources, rollout)
 
 
-# --- ``Hook``: a user's code around each rollout ---
-
-
 class Hook(ParallelWorkerBase):
-    """Called by the runner, for each rollout in this order: ``on_rollout_start``, ``on_trace_start``, the agent,
-    ``on_trace_end``, ``on_rollout_end``; then the rollout's end is reported to the store.
+    """A user's code around each rollout.
 
-    When the agent fails, ``on_trace_end`` is left out, and ``on_rollout_end`` gets no spans. What a hook raises is
+    The runner calls, in this order: ``on_rollout_start``, ``on_trace_start``, the agent, ``on_trace_end``,
+    ``on_rollout_end``; then it reports the end of the attempt to the store.
+
+    When the agent fails, ``on_trace_end`` is left out, and ``on_rollout_end`` gets no spans. An exception of a hook is
     logged and changes nothing else. All arguments are passed by name.
     """
 
     async def on_rollout_start(self, *, agent: LitAgent[Any], runner: Any, rollout: Rollout) -> None:
-        """Before anything else is done for the rollout."""
+        """Called first, before the trace begins."""
 
     async def on_trace_start(self, *, agent: LitAgent[Any], runner: Any, tracer: Tracer, rollout: Rollout) -> None:
-        """Inside of the trace, just before the agent is called. Spans made here belong to the attempt."""
+        """Called inside the trace, before the agent. Spans made here belong to the attempt."""
 
     async def on_trace_end(self, *, agent: LitAgent[Any], runner: Any, tracer: Tracer, rollout: Rollout) -> None:
-        """Inside of the trace, just after the agent has returned. Rewards emitted here count."""
+        """Called inside the trace, after the agent has returned. Rewards emitted here count."""
 
     async def on_rollout_end(
         self, *, agent: LitAgent[Any], runner: Any, rollout: Rollout, spans: Sequence[ReadableSpan] | Sequence[Span]
     ) -> None:
-        """After the trace, before the end is reported; ``spans`` are those of the attempt."""
+        """Called after the trace, when the store has its spans; ``spans`` are those of the attempt."""

@@ -1,4 +1,4 @@
-"""A runner's side of a run, as a value that can be sent to the process that does it."""
+"""A runner's side of a run that names its agent, as a value that can be sent to the process that runs it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from agentlightning.tracer.otel import OtelTracer
 
 @dataclass(frozen=True)
 class RunAgent:
-    """Runs an agent that is made in the process that runs it.
+    """Makes an agent in the process that runs it, and runs it.
 
     Args:
-        agent: ``module:name`` or ``file.py:name``, see ``load_agent``; or None where there is a ``program``.
+        agent: ``module:name`` or ``file.py:name``, see ``load_agent``; None where there is a ``program``.
         program: a line for ``/bin/sh``, see ``ProgramAgent``.
-        folder: where modules and files are looked for, and where programs run.
+        folder: where modules and files are looked up, and where programs run.
         runner: arguments of ``LitAgentRunner``.
     """
 
@@ -38,7 +38,7 @@ class RunAgent:
     runner: dict[str, Any] = field(default_factory=dict[str, Any])
 
     async def __call__(self, store: LightningStore, worker_id: int, event: StopEvent) -> None:
-        """Work on the rollouts of the store, until told to end. Raises as ``LitAgentRunner.iter``."""
+        """Work on the rollouts of the store until told to end. Raises as ``LitAgentRunner.iter``."""
         runner = LitAgentRunner[Any](OtelTracer(), **self.runner)
         with runner.run_context(agent=self.make(), store=store, worker_id=worker_id):
             await runner.iter(event=event)
@@ -47,26 +47,26 @@ class RunAgent:
         """The agent.
 
         Raises:
-            InvalidValue: there is none, or it is none.
+            InvalidValue: neither an agent nor a program is given, or there is no such agent.
         """
         if self.program is not None:
             return ProgramAgent(self.program, cwd=self.folder)
         if self.agent is None:
-            raise InvalidValue("there is neither an agent nor a program; give one")
+            raise InvalidValue("neither an agent nor a program is given; give one")
         return load_agent(self.agent, self.folder)
 
 
 def load_agent(spec: str, folder: str) -> LitAgent[Any]:
     """The agent called ``module:name`` or ``file.py:name``.
 
-    It may be an agent, a class of agents that needs no arguments, or a function, which is taken as by ``@rollout``.
+    It may be an agent, a class of agents that needs no arguments, or a function, which is wrapped as by ``@rollout``.
 
     Args:
-        spec: where it is.
-        folder: where to look, before anywhere else.
+        spec: its place and name.
+        folder: looked into first, before the installed modules.
 
     Raises:
-        InvalidValue: there is no such thing, or it is something else.
+        InvalidValue: there is no such object, or it is something else.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
@@ -98,7 +98,7 @@ def _module(place: str, folder: str) -> Any:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise  # the module is there, and needs another one that is not
+            raise  # the module exists, and needs another one that does not
         raise InvalidValue(f"there is no module {place!r}, neither in {folder!r} nor installed") from error
 
 
@@ -111,6 +111,6 @@ def _from_file(file: Path) -> Any:
     if spec is None or spec.loader is None:
         raise InvalidValue(f"{str(file)!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module  # before it runs, so that its classes can be pickled by name
     spec.loader.exec_module(module)
     return module

@@ -1,18 +1,18 @@
-"""A program in any language as an agent.
+"""``ProgramAgent``: a program in any language as an agent.
 
-It is started anew for each rollout, and finds in its environment
+The program is started anew for each rollout, and finds in its environment
 
-- ``AGL_TASK``: the input; a string as it is, everything else as JSON (left out when larger than an environment
+- ``AGL_TASK``: the input; a string as it is, everything else as JSON (left out when it is larger than an environment
   variable can be, 128 KiB), and ``AGL_TASK_FILE``: a file with the input as JSON, always;
 - ``AGL_ROLLOUT_ID``, ``AGL_ATTEMPT_ID``, ``AGL_MODE`` (``train``, ``val``, ``test`` or empty);
-- ``OPENAI_BASE_URL``, ``OPENAI_API_KEY``, ``AGL_MODEL``, if there is a model among the resources: an OpenAI client
-  that is told nothing else then calls that model, through the proxy where there is one;
+- ``OPENAI_BASE_URL``, ``OPENAI_API_KEY``, ``AGL_MODEL``, if there is a model among the resources, so that an OpenAI
+  client with default settings calls that model, through the proxy where there is one;
 - ``AGL_PROMPT_TEMPLATE``, if there is a template; ``AGL_RESOURCES_FILE``: all resources as JSON, without keys;
-- ``AGL_REWARD_URL`` and ``AGL_REWARD_FILE``: where to say the reward.
+- ``AGL_REWARD_URL`` and ``AGL_REWARD_FILE``: where to report the reward.
 
-It says its reward by a POST to the URL (as often as it likes; the last one counts), or by writing it into the file,
-or else in the last line of its standard output, if that is a number or JSON as `read_reward` takes it. None of these:
-no reward. An exit code other than 0 fails the attempt.
+It reports its reward by a POST to the URL (any number of times; the last one counts), or by writing it to the file, or
+else in the last line of its standard output, if that is a number or JSON as in `read_reward`. Without any of these
+there is no reward. An exit code other than 0 fails the attempt.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from aiohttp import web
@@ -41,251 +40,15 @@ from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
 
-# --- A program with all that it starts: run, listened to, and stopped as a whole ---
-
-_CHUNK_BYTES = 64 * 1024
-_LEFTOVER_SECONDS = 2.0
-"""How long output may still come after the program has ended; only a child that left the group can send any."""
-
-
-class Output:
-    """The beginning and the end of what a program writes; what is between is counted.
-
-    Args:
-        limit_bytes: how much is kept.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.total = 0
-        """Bytes written."""
-        self._half = limit_bytes // 2
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        """Take what was written."""
-        self.total += len(data)
-        room = self._half - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
-        self._tail += data
-        if len(self._tail) > 2 * self._half:
-            del self._tail[: -self._half]
-
-    @property
-    def missing(self) -> int:
-        """Bytes that are not kept."""
-        return self.total - len(self._head) - min(len(self._tail), self._half)
-
-    def text(self) -> str:
-        """What is kept, with a note of what is missing."""
-        tail = self._tail[-self._half :] if self._half else b""
-        gap = f"\n… {self.missing} bytes are left out …\n".encode() if self.missing else b""
-        return (
-            (bytes(self._head) + gap + bytes(tail))
-            .decode("utf-8", "replace")
-            .replace("\0", "\N{REPLACEMENT CHARACTER}")
-        )
-
-    def last_line(self) -> str:
-        """The last line that is not empty."""
-        lines = [line for line in self.text().splitlines() if line.strip()]
-        return lines[-1].strip() if lines else ""
-
-
-async def run_group(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    cwd: str | None,
-    stdout: Output,
-    stderr: Output,
-    *,
-    stop_seconds: float,
-) -> int:
-    """Run a program in a process group of its own, until it ends.
-
-    When this is cancelled, the whole group gets SIGTERM and, ``stop_seconds`` later, SIGKILL. What the program
-    leaves behind in its group when it ends by itself is killed.
-
-    Args:
-        command: the program and its arguments.
-        env: its whole environment.
-        cwd: its working directory; None: ours.
-        stdout, stderr: take what it writes.
-        stop_seconds: how long it may take to stop.
-
-    Returns:
-        Its exit code; if a signal ended it, minus the signal's number.
-
-    Raises:
-        OSError: it cannot be started.
-    """
-    process, readers = await _start(command, env, cwd, stdout, stderr)
-    try:
-        return await process.wait()
-    except asyncio.CancelledError:
-        await _stop(process, stop_seconds)
-        raise
-    finally:
-        _signal_group(process.pid, signal.SIGKILL)
-        await asyncio.wait(readers, timeout=_LEFTOVER_SECONDS)
-        for reader in readers:
-            reader.cancel()
-
-
-async def _start(
-    command: Sequence[str], env: Mapping[str, str], cwd: str | None, stdout: Output, stderr: Output
-) -> tuple[asyncio.subprocess.Process, list[asyncio.Task[None]]]:
-    """The process, and the tasks that read what it writes.
-
-    The pipes are ours: those that asyncio makes would keep ``wait`` waiting for children that hold on to them.
-    """
-    out_read, out_write = os.pipe()
-    err_read, err_write = os.pipe()
-    readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out_write,
-            stderr=err_write,
-            env=dict(env),
-            cwd=cwd,
-            start_new_session=True,
-        )
-    except BaseException:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.wait(readers)
-        raise
-    finally:
-        os.close(out_write)
-        os.close(err_write)
-    return process, readers
-
-
-async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:
-    _signal_group(process.pid, signal.SIGTERM)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await process.wait()
-            return
-    _signal_group(process.pid, signal.SIGKILL)
-    await process.wait()
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # gone, or of another user by now
-        os.killpg(group, number)
-
-
-async def _read(descriptor: int, output: Output) -> None:
-    """Read a pipe to its end, then close it."""
-    reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
-    pipe = os.fdopen(descriptor, "rb", buffering=0)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
-    try:
-        while data := await reader.read(_CHUNK_BYTES):
-            output.add(data)
-    finally:
-        transport.close()
-
-
-# --- Rewards that programs write as text: a number, or JSON ---
-
-
-class WrittenReward(NamedTuple):
-    """A reward as ``emit_reward`` takes it."""
-
-    value: float | dict[str, Any]
-    primary_key: str | None = None
-
-
-def read_reward(text: str) -> WrittenReward | None:
-    """The reward that a text says, or None if it says none.
-
-    ``0.5``; or ``{"reward": 0.5}``; or, of several dimensions, ``{"reward": {"accuracy": 1, "speed": 0.2},
-    "primary_key": "accuracy"}``.
-    """
-    try:
-        said: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    key: Any = None
-    if isinstance(said, dict):
-        fields = cast("dict[str, Any]", said)
-        said, key = fields.get("reward"), fields.get("primary_key")
-    if isinstance(said, float) or (isinstance(said, int) and abs(said) <= sys.float_info.max):
-        return WrittenReward(float(said))
-    if isinstance(said, dict) and (key is None or isinstance(key, str)):
-        return WrittenReward(cast("dict[str, Any]", said), key)
-    return None
-
-
-# --- A letter box for one reward: an HTTP server on this machine, for as long as a program runs ---
-
-_MAX_BYTES = 64 * 1024
-
-
-class RewardInbox:
-    """Takes rewards by POST at ``url``, which only who is told can know. Use as an async context manager.
-
-    Args:
-        take: called with each reward; what it raises as ``TypeError``, ``ValueError`` or
-            ``OverflowError`` is the sender's mistake.
-    """
-
-    def __init__(self, take: Callable[[WrittenReward], None]) -> None:
-        self.url = ""
-        """Where to post; known inside of the block."""
-        self.received = 0
-        """How many rewards have come."""
-        self._take = take
-        self._runner: web.AppRunner | None = None
-
-    async def __aenter__(self) -> RewardInbox:
-        path = f"/reward/{secrets.token_urlsafe(16)}"
-        app = web.Application(client_max_size=_MAX_BYTES)
-        app.router.add_post(path, self._receive)
-        app.router.add_put(path, self._receive)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}{path}"
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
-
-    async def _receive(self, request: web.Request) -> web.Response:
-        text = (await request.read()).decode("utf-8", "replace")
-        reward = read_reward(text)
-        if reward is None:
-            wanted = 'a number, or {"reward": number}, or {"reward": {name: number, …}, "primary_key": name}'
-            return web.Response(status=422, text=f"{text[:200]!r} is no reward; send {wanted}\n")
-        try:
-            self._take(reward)
-        except (TypeError, ValueError, OverflowError) as error:
-            return web.Response(status=422, text=f"{error}\n")
-        self.received += 1
-        return web.Response(status=204)
-
-
-# ---
-
 _VARIABLE_BYTES = 120 * 1024
-"""Linux takes 128 KiB in one variable (MAX_ARG_STRLEN), its name included."""
+"""Linux limits one variable to 128 KiB (MAX_ARG_STRLEN), its name included."""
 _PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
-"""Variables of the runner that are none of the program's business. Nor is a key inside of ``AGL_SERVER_URL``."""
+"""Variables of the runner that the program must not see. It does not see a key inside ``AGL_SERVER_URL`` either."""
 _STDERR_SHOWN = 500
+_REWARD_BYTES = 64 * 1024
+_CHUNK_BYTES = 64 * 1024
+_LATE_OUTPUT_SECONDS = 2.0
+"""How long to read output after the program has ended. Only a child that left the process group can still write."""
 
 
 class ProgramFailed(RuntimeError):
@@ -297,10 +60,10 @@ class ProgramAgent(LitAgent[Any]):
 
     Args:
         command: a line for ``/bin/sh``, or a program and its arguments.
-        env: variables to add to those of this process and to those above.
+        env: variables added to those of this process and to those above.
         cwd: its working directory; default: that of this process.
         stop_seconds: how long it may take to stop on SIGTERM, before SIGKILL.
-        output_bytes: how much is kept of what it writes to each of its two outputs: the beginning and the end.
+        output_bytes: how much to keep of what it writes to each of its two outputs: the beginning and the end.
 
     Raises:
         InvalidValue: the command is empty.
@@ -326,76 +89,146 @@ class ProgramAgent(LitAgent[Any]):
         self._output_bytes = output_bytes
 
     async def rollout_async(self, task: Any, resources: NamedResources, rollout: Rollout) -> None:
-        """Run the program on one task. What it writes, its exit code and its rewards are spans after.
+        """Run the program on one task. Its output, exit code and rewards become spans.
 
         Raises:
-            ProgramFailed: its exit code is not 0.
-            InvalidValue: what it wrote into the reward file is no reward.
+            ProgramFailed: its exit code is not 0, or a signal ended it; the message has the end of its stderr.
+            InvalidValue: it wrote something else than a reward into the reward file.
             OSError: it cannot be started.
         """
-        context = contextvars.copy_context()  # so that rewards that come by HTTP belong to this rollout
+        context = contextvars.copy_context()  # the reward server's requests have no context that names the rollout
+        rewards: list[WrittenReward] = []
+
+        def take(reward: WrittenReward) -> None:
+            context.run(_emit, reward)
+            rewards.append(reward)
+
         with tempfile.TemporaryDirectory(prefix="agl-") as folder, operation(name="program", command=self._shown) as op:
-            stdout, stderr = Output(self._output_bytes), Output(self._output_bytes)
-            async with RewardInbox(lambda reward: context.run(_emit, reward)) as inbox:
-                env = self._environment(task, resources, rollout, Path(folder)) | {"AGL_REWARD_URL": inbox.url}
+            stdout, stderr = ProgramOutput(self._output_bytes), ProgramOutput(self._output_bytes)
+            async with _reward_server(take) as url:
+                env = _environment(task, resources, rollout, Path(folder)) | {"AGL_REWARD_URL": url} | self._env
                 try:
                     code = await run_group(
-                        self._command, env | self._env, self._cwd, stdout, stderr, stop_seconds=self._stop_seconds
+                        self._command, env, self._cwd, stdout, stderr, stop_seconds=self._stop_seconds
                     )
-                finally:  # also of a program that was stopped
-                    _keep("stdout", stdout)
-                    _keep("stderr", stderr)
+                finally:  # output is kept also when the attempt is given up
+                    _emit_output("stdout", stdout)
+                    _emit_output("stderr", stderr)
             op.set_output({"exit_code": code})
             if code != 0:
                 raise ProgramFailed(_failure(self._shown, code, stderr))
-            reward = None if inbox.received else _written(Path(folder) / "reward", stdout)
+            reward = None if rewards else _written_reward(Path(folder) / "reward", stdout)
             if reward is not None:
                 _emit(reward)
 
-    def _environment(self, task: Any, resources: NamedResources, rollout: Rollout, folder: Path) -> dict[str, str]:
-        """The whole environment of the program; writes the files that it names."""
-        as_json = json.dumps(task, ensure_ascii=False)
-        (folder / "task.json").write_text(as_json, encoding="utf-8")
-        public = {name: each.model_dump(mode="json", exclude={"api_key"}) for name, each in resources.items()}
-        (folder / "resources.json").write_text(json.dumps(public, ensure_ascii=False), encoding="utf-8")
-        attempt_id = rollout.attempt.attempt_id if isinstance(rollout, AttemptedRollout) else ""
-        env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
-        if "@" in env.get("AGL_SERVER_URL", ""):
-            del env["AGL_SERVER_URL"]
-        env |= {
-            "AGL_TASK_FILE": str(folder / "task.json"),
-            "AGL_RESOURCES_FILE": str(folder / "resources.json"),
-            "AGL_REWARD_FILE": str(folder / "reward"),
-            "AGL_ROLLOUT_ID": rollout.rollout_id,
-            "AGL_ATTEMPT_ID": attempt_id,
-            "AGL_MODE": rollout.mode or "",
-        }
-        text = task if isinstance(task, str) else as_json
-        if len(text.encode()) <= _VARIABLE_BYTES:
-            env["AGL_TASK"] = text
-        for each in resources.values():
-            if isinstance(each, PromptTemplate):
-                env.setdefault("AGL_PROMPT_TEMPLATE", each.template)
-        return env | _model(resources, rollout, env)
+
+# --- The program's environment -----------------------------------------------------------------------
 
 
-def _model(resources: NamedResources, rollout: Rollout, env: Mapping[str, str]) -> dict[str, str]:
-    """What an OpenAI client reads, for the first model among the resources."""
+def _environment(task: Any, resources: NamedResources, rollout: Rollout, folder: Path) -> dict[str, str]:
+    """The whole environment of the program; writes the files that it names."""
+    as_json = json.dumps(task, ensure_ascii=False)
+    (folder / "task.json").write_text(as_json, encoding="utf-8")
+    public = {name: each.model_dump(mode="json", exclude={"api_key"}) for name, each in resources.items()}
+    (folder / "resources.json").write_text(json.dumps(public, ensure_ascii=False), encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+    if "@" in env.get("AGL_SERVER_URL", ""):
+        del env["AGL_SERVER_URL"]
+    env |= {
+        "AGL_TASK_FILE": str(folder / "task.json"),
+        "AGL_RESOURCES_FILE": str(folder / "resources.json"),
+        "AGL_REWARD_FILE": str(folder / "reward"),
+        "AGL_ROLLOUT_ID": rollout.rollout_id,
+        "AGL_ATTEMPT_ID": rollout.attempt.attempt_id if isinstance(rollout, AttemptedRollout) else "",
+        "AGL_MODE": rollout.mode or "",
+    }
+    text = task if isinstance(task, str) else as_json
+    if len(text.encode()) <= _VARIABLE_BYTES:
+        env["AGL_TASK"] = text
+    for each in resources.values():
+        if isinstance(each, PromptTemplate):
+            env.setdefault("AGL_PROMPT_TEMPLATE", each.template)
+    return env | _model_variables(resources, rollout, env)
+
+
+def _model_variables(resources: NamedResources, rollout: Rollout, env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that OpenAI clients read, for the first model among the resources."""
     llm = next((each for each in resources.values() if isinstance(each, LLM)), None)
     if llm is None:
         return {}
     if isinstance(llm, ProxyLLM) and isinstance(rollout, AttemptedRollout):
         llm = llm.with_attempted_rollout(rollout)
-    key = llm.api_key or env.get("OPENAI_API_KEY") or "none"  # OpenAI's clients refuse to start without one
+    key = llm.api_key or env.get("OPENAI_API_KEY") or "none"  # OpenAI's clients refuse to start without a key
     return {"OPENAI_BASE_URL": llm.get_base_url(), "OPENAI_API_KEY": key, "AGL_MODEL": llm.model}
 
 
-def _emit(reward: WrittenReward) -> None:
-    emit_reward(reward.value, primary_key=reward.primary_key)
+# --- Rewards -----------------------------------------------------------------------------------------
 
 
-def _written(file: Path, stdout: Output) -> WrittenReward | None:
-    """The reward in the file, or else in the last line."""
+class WrittenReward(NamedTuple):
+    """A reward in the form of ``emit_reward``'s arguments."""
+
+    value: float | dict[str, Any]
+    primary_key: str | None = None
+
+
+def read_reward(text: str) -> WrittenReward | None:
+    """The reward in a text, or None if the text is none.
+
+    ``0.5``; or ``{"reward": 0.5}``; or, with several dimensions, ``{"reward": {"accuracy": 1, "speed": 0.2},
+    "primary_key": "accuracy"}``.
+    """
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    key: Any = None
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        value, key = fields.get("reward"), fields.get("primary_key")
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max):
+        return WrittenReward(float(value))
+    if isinstance(value, dict) and (key is None or isinstance(key, str)):
+        return WrittenReward(cast("dict[str, Any]", value), key)
+    return None
+
+
+@asynccontextmanager
+async def _reward_server(take: Callable[[WrittenReward], None]) -> AsyncGenerator[str]:
+    """An HTTP server on this machine that takes rewards by POST or PUT, while the block runs; yields its URL.
+
+    The URL contains a secret, so that only the program can use it. What ``take`` raises as ``TypeError``,
+    ``ValueError`` or ``OverflowError`` is answered as the sender's mistake.
+    """
+
+    async def receive(request: web.Request) -> web.Response:
+        text = (await request.read()).decode("utf-8", "replace")
+        reward = read_reward(text)
+        if reward is None:
+            expected = 'a number, or {"reward": number}, or {"reward": {name: number, …}, "primary_key": name}'
+            return web.Response(status=422, text=f"{text[:200]!r} is no reward; send {expected}\n")
+        try:
+            take(reward)
+        except (TypeError, ValueError, OverflowError) as error:
+            return web.Response(status=422, text=f"{error}\n")
+        return web.Response(status=204)
+
+    path = f"/reward/{secrets.token_urlsafe(16)}"
+    app = web.Application(client_max_size=_REWARD_BYTES)
+    app.router.add_post(path, receive)
+    app.router.add_put(path, receive)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}{path}"
+    finally:
+        await runner.cleanup()
+
+
+def _written_reward(file: Path, stdout: ProgramOutput) -> WrittenReward | None:
+    """The reward in the file, or else in the last line of the output."""
     if not file.exists():
         return read_reward(stdout.last_line())
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -405,15 +238,158 @@ def _written(file: Path, stdout: Output) -> WrittenReward | None:
     return reward
 
 
-def _keep(stream: str, output: Output) -> None:
+def _emit(reward: WrittenReward) -> None:
+    emit_reward(reward.value, primary_key=reward.primary_key)
+
+
+# --- The process group -------------------------------------------------------------------------------
+
+
+async def run_group(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str | None,
+    stdout: ProgramOutput,
+    stderr: ProgramOutput,
+    *,
+    stop_seconds: float,
+) -> int:
+    """Run a program in a process group of its own until it ends.
+
+    When this is cancelled, the whole group gets SIGTERM and, ``stop_seconds`` later, SIGKILL. Processes that the
+    program leaves in its group when it ends are killed.
+
+    Args:
+        command: the program and its arguments.
+        env: its whole environment.
+        cwd: its working directory; None: that of this process.
+        stdout, stderr: receive its output.
+        stop_seconds: how long it may take to stop.
+
+    Returns:
+        Its exit code; if a signal ended it, minus the signal's number.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    process, readers = await _start(command, env, cwd, stdout, stderr)
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        _signal_group(process.pid, signal.SIGTERM)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(stop_seconds):
+                await process.wait()
+        _signal_group(process.pid, signal.SIGKILL)
+        await process.wait()
+        raise
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        await asyncio.wait(readers, timeout=_LATE_OUTPUT_SECONDS)
+        for reader in readers:
+            reader.cancel()
+
+
+async def _start(
+    command: Sequence[str], env: Mapping[str, str], cwd: str | None, stdout: ProgramOutput, stderr: ProgramOutput
+) -> tuple[asyncio.subprocess.Process, list[asyncio.Task[None]]]:
+    """The process, and the tasks that read its output.
+
+    The pipes are made here, because with asyncio's own pipes ``wait`` would wait for grandchildren that keep them open.
+    """
+    out_read, out_write = os.pipe()
+    err_read, err_write = os.pipe()
+    readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out_write,
+            stderr=err_write,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except BaseException:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.wait(readers)
+        raise
+    finally:
+        os.close(out_write)
+        os.close(err_write)
+    return process, readers
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # the group is gone, or its id is of another user by now
+        os.killpg(group, number)
+
+
+async def _read(descriptor: int, output: ProgramOutput) -> None:
+    """Read a pipe to its end, then close it."""
+    reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
+    pipe = os.fdopen(descriptor, "rb", buffering=0)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        while data := await reader.read(_CHUNK_BYTES):
+            output.add(data)
+    finally:
+        transport.close()
+
+
+class ProgramOutput:
+    """The beginning and the end of what a program writes; bytes between them are only counted.
+
+    Args:
+        limit_bytes: how much to keep.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.total = 0
+        """Bytes written."""
+        self._half = limit_bytes // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self.total += len(data)
+        room = self._half - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._half:  # cut seldom, since each cut copies
+            del self._tail[: -self._half]
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are not kept."""
+        return self.total - len(self._head) - min(len(self._tail), self._half)
+
+    def text(self) -> str:
+        """The kept bytes as text, with a note of how many are missing."""
+        tail = self._tail[-self._half :] if self._half else b""
+        gap = f"\n… {self.missing} bytes are left out …\n".encode() if self.missing else b""
+        text = (bytes(self._head) + gap + bytes(tail)).decode("utf-8", "replace")
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+    def last_line(self) -> str:
+        """The last line that is not empty."""
+        lines = [line for line in self.text().splitlines() if line.strip()]
+        return lines[-1].strip() if lines else ""
+
+
+def _emit_output(stream: str, output: ProgramOutput) -> None:
     if output.total:
         facts = {"program": {"stream": stream, "bytes": output.total, "bytes_left_out": output.missing}}
         emit_message(output.text(), facts)
 
 
-def _failure(command: str, code: int, stderr: Output) -> str:
-    how = f"ended with exit code {code}"
-    if code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
-    said = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
-    return f"{command!r} {how}; its standard error ends with: {said}"
+def _failure(command: str, code: int, stderr: ProgramOutput) -> str:
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    end = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
+    return f"{command!r} {how}; its standard error ends with: {end}"

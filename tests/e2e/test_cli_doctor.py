@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 
-from agentlightning.cli import probe
-from agentlightning.cli.checkup import check_server
-from agentlightning.cli.exits import ExitCode
-from agentlightning.cli.probe import ask
-from agentlightning.cli.target import Server
+from agentlightning.cli import target as probe
+from agentlightning.cli.doctor import check_server
+from agentlightning.cli.options import ExitCode
+from agentlightning.cli.target import Server, ask
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.client.resilience import Resilience
 from agentlightning.store.base import LightningStore

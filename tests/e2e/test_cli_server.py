@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agentlightning.cli import target, workers
-from agentlightning.cli.exits import ExitCode
+from agentlightning.cli.options import ExitCode
 from agentlightning.errors import StoreUnreachable
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from command_line import agl, clean_environment

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from agentlightning.cli.app import COMMANDS, _root
-from agentlightning.cli.lazy import build
+from agentlightning.cli.app import COMMANDS, _root, build
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -161,7 +160,7 @@ def check_usage(arguments: list[str]) -> None:
     rest = list(arguments)
     while hasattr(command, "commands"):
         assert "".join(rest[:1]) in command.commands, f"agl {shlex.join(arguments)}: there is no such command"
-        command = command.commands[rest.pop(0)]
+        _, command, rest = command.resolve_command(command.make_context("agl", rest, resilient_parsing=True), rest)
     try:
         command.make_context("agl", rest)
     except Exception as error:

@@ -1,21 +1,49 @@
-"""`agl`: the command line. One file per command; this one only knows where they are."""
+"""`agl`: the table of commands, how they are loaded, and where errors become one line and an exit code.
+
+There is one file per command. The table has a line of help for each, so that `agl --help` imports no command and
+stays quick; a command's module is imported when it is called.
+"""
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-from agentlightning.cli.exits import ExitCode
-from agentlightning.cli.lazy import Command, Group, build
+from agentlightning.cli.options import ExitCode, exit_code
+from agentlightning.errors import AgentLightningError
+
+
+class Command(NamedTuple):
+    """A command by reference."""
+
+    target: str
+    """Its function, as ``module:function``."""
+    help: str
+    """One line for the list of commands."""
+    panel: str | None = None
+    """The heading it is listed under."""
+
+
+class Group(NamedTuple):
+    """Commands that share a first word."""
+
+    help: str
+    commands: Mapping[str, Command]
+    panel: str | None = None
+
 
 _RUN = "Run"
 _LOOK = "Look into it"
-_KEEP = "Keep it well"
+_KEEP = "Maintain it"
 
 COMMANDS: dict[str, Command | Group] = {
     "demo": Command(
@@ -24,14 +52,14 @@ COMMANDS: dict[str, Command | Group] = {
     "store": Command("agentlightning.cli.store:store", "Serve the store: queue, attempts, spans, resources.", _RUN),
     "runner": Command("agentlightning.cli.runner:runner", "Run agents: claim rollouts from a store.", _RUN),
     "proxy": Command("agentlightning.cli.proxy:proxy", "Serve models, and record every call of an attempt.", _RUN),
-    "status": Command("agentlightning.cli.status:status", "One screen: what goes on, what stands still, why.", _LOOK),
+    "status": Command("agentlightning.cli.status:status", "One screen: what runs, what waits, and why.", _LOOK),
     "rollouts": Group(
         "List rollouts, show, cancel or delete them.",
         {
             "ls": Command("agentlightning.cli.rollouts:ls", "List rollouts, the newest first."),
             "show": Command("agentlightning.cli.rollouts:show", "Show one rollout: input, attempts, spans, reward."),
-            "cancel": Command("agentlightning.cli.rollout_orders:cancel", "End rollouts that nobody wants any more."),
-            "prune": Command("agentlightning.cli.rollout_orders:prune", "Delete rollouts that ended long ago."),
+            "cancel": Command("agentlightning.cli.rollouts:cancel", "Cancel rollouts."),
+            "prune": Command("agentlightning.cli.rollouts:prune", "Delete rollouts that ended long ago."),
         },
         _LOOK,
     ),
@@ -58,12 +86,137 @@ COMMANDS: dict[str, Command | Group] = {
         _LOOK,
     ),
     "trace": Command("agentlightning.cli.trace:trace", "Draw the spans of an attempt as a waterfall.", _LOOK),
-    "doctor": Command("agentlightning.cli.doctor:doctor", "Find what is wrong, and say how to mend it.", _KEEP),
+    "doctor": Command("agentlightning.cli.doctor:doctor", "Find what is wrong, and say how to fix it.", _KEEP),
     "verify": Command("agentlightning.cli.verify:verify", "Check every record against the rules.", _KEEP),
     "backup": Command("agentlightning.cli.backup:backup", "Copy a database while it is used.", _KEEP),
-    "restore": Command("agentlightning.cli.restore:restore", "Make a database from a backup, checked first.", _KEEP),
+    "restore": Command("agentlightning.cli.backup:restore", "Make a database from a backup, checked first.", _KEEP),
 }
 """Every command, by the words that call it."""
+
+
+# --- Loading -----------------------------------------------------------------------------------------
+
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+class _LazyGroup(TyperGroup):
+    """Holds a name and a line of help for each command, and imports the one that is called."""
+
+    table: Mapping[str, Command | Group]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        entry = self.table.get(name or "")
+        return name, _load(name, entry.target) if isinstance(entry, Command) else command, rest
+
+
+def build(
+    callback: Callable[..., None],
+    table: Mapping[str, Command | Group],
+    text: str | None = None,
+    *,
+    add_completion: bool = True,
+) -> TyperGroup:
+    """The command line of a table.
+
+    Args:
+        callback: has the options that come before the command.
+        table: the commands.
+        text: the help; default: the callback's docstring.
+        add_completion: whether it has the options that install completion in a shell.
+    """
+    app = typer.Typer(cls=_LazyGroup, rich_markup_mode="rich", no_args_is_help=True, add_completion=add_completion)
+    app.callback(help=text or inspect.getdoc(callback), context_settings=_HELP_NAMES)(callback)
+    group = get_command(app)
+    assert isinstance(group, _LazyGroup)
+    group.table = table
+    for name, entry in table.items():
+        if isinstance(entry, Command):
+            listed = TyperCommand(name, help=entry.help, rich_help_panel=entry.panel)
+        else:
+            listed = build(_no_options, entry.commands, entry.help, add_completion=False)
+            listed.name, listed.rich_help_panel = name, entry.panel
+        group.add_command(listed, name)
+    return group
+
+
+def _no_options() -> None:
+    pass
+
+
+def _load(name: str | None, target: str) -> Any:
+    module_name, _, function_name = target.partition(":")
+    function = getattr(import_module(module_name), function_name)
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    text = _unwrapped(inspect.getdoc(function) or "")
+    app.command(name, cls=_ReportingCommand, context_settings=_HELP_NAMES, help=text)(function)
+    return get_command(app)
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring whose paragraphs are lines, to be wrapped to the terminal; what is indented stays as it is."""
+    return "\n\n".join(
+        part if any(line.startswith(" ") for line in part.splitlines()) else part.replace("\n", " ")
+        for part in text.split("\n\n")
+    )
+
+
+# --- Errors ------------------------------------------------------------------------------------------
+
+
+class _ReportingCommand(TyperCommand):
+    """A command whose errors become one line on stderr and an exit code that programs can tell apart."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.find_root().params.get("debug"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(_interrupted(interrupt)) from None
+        except AgentLightningError as error:
+            _end(error.message, exit_code(error))
+        except BrokenPipeError:
+            raise  # typer ends quietly when the reader of a pipe has gone
+        except OSError as error:
+            _end(_operating_system(error), ExitCode.FAILED)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:  # the boundary of a command: anything else is a bug of ours
+            if _is_usage_error(error):
+                raise
+            _end(
+                f"{type(error).__name__}: {error}. This is a bug of Agent Lightning; "
+                f"`agl --debug {ctx.command_path.partition(' ')[2]} …` shows where",
+                ExitCode.FAILED,
+            )
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> int:
+    """The exit code: what a run that was stopped by a signal asks for, or that of Ctrl+C."""
+    if isinstance(interrupt, SystemExit) and isinstance(interrupt.code, int):
+        return interrupt.code
+    return ExitCode.INTERRUPTED
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether typer reports it. Its classes are private in some versions, so this looks at what they offer."""
+    return hasattr(error, "exit_code") and hasattr(error, "format_message")
+
+
+def _operating_system(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+def _end(message: str, code: ExitCode) -> NoReturn:
+    sys.stdout.flush()
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+# --- The program -------------------------------------------------------------------------------------
 
 
 def _version(wanted: bool) -> None:

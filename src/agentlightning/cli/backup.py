@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentlightning.cli.exits import ExitCode
-from agentlightning.cli.options import ApiKey, Format, Output, Url
+from agentlightning.cli.options import ApiKey, ExitCode, Format, Output, Url
+from agentlightning.cli.output import print_json, size
+from agentlightning.cli.target import Server, locate, look
+from agentlightning.cli.verify import print_report
 from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -35,10 +38,6 @@ def backup(
       agl backup --url agentlightning.db backup.db
       agl backup --url agentlightning.db "nightly-$(date +%F).db"
     """
-    from agentlightning.cli.output import print_json, size
-    from agentlightning.cli.target import Server, locate, look
-    from agentlightning.cli.verify import print_report
-
     source = locate(url, api_key)
     if isinstance(source, Server):
         raise InvalidValue(
@@ -62,3 +61,31 @@ async def _copy(store: LightningStore, target: Path) -> None:
 
     assert isinstance(store, ReadOnlySqliteStore), "a path opens a file"
     await store.backup(target)
+
+
+# --- ``agl restore``: a database from a backup ---
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="The file that `agl backup` made.")],
+    target: Annotated[Path, typer.Argument(metavar="DATABASE", help="The database to make. It must not exist.")],
+) -> None:
+    """Make a new database from a backup, after checking it rule by rule.
+
+    The file appears under its name only when it is whole and every rule holds. Nothing is overwritten: to replace a
+    damaged database, move it away first, with the -wal and -shm files beside it.
+
+    [bold]Examples[/bold]
+
+      mv agentlightning.db agentlightning.db-wal agentlightning.db-shm damaged/
+      agl restore backup.db agentlightning.db
+      agl store --db agentlightning.db
+    """
+    from agentlightning.store.sqlite.store import SqliteLightningStore
+
+    asyncio.run(SqliteLightningStore.restore(source, target))
+    statistics = look(str(target), None, lambda store: store.statistics())
+    typer.echo(
+        f"{target}: {size(target.stat().st_size)}, every rule holds; {statistics.get('total_rollouts', 0):,} rollouts, "
+        f"{statistics.get('total_spans', 0):,} spans"
+    )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentlightning.cli.exits import ExitCode
+from agentlightning.cli.options import ExitCode
+from agentlightning.cli.target import find_owner
+from agentlightning.errors import StoreOwned
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,9 +66,6 @@ def demo(
 
 def _cleared(name: str) -> str:
     """The name, with what an earlier demo left under it deleted."""
-    from agentlightning.cli.owner import find_owner
-    from agentlightning.errors import StoreOwned
-
     folder = _RUNS / name
     database = folder / "store.db"
     owner = find_owner(database) if database.exists() else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated
 
 import typer
+
+from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, StoreStopped, StoreUnavailable
 
 
 class Format(StrEnum):
@@ -55,3 +57,39 @@ Output = Annotated[
 Level = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False, help="The least important lines.")]
 
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")]
+
+
+# --- What the exit code of a command says, and which error ends with which ---
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `agl`, the same for every command."""
+
+    OK = 0
+    FAILED = 1
+    """It was tried and did not work out, or `doctor` found a problem."""
+    USAGE = 2
+    """An option or argument is wrong; nothing was done."""
+    NOT_FOUND = 3
+    """There is no rollout, worker, version or file of that name."""
+    UNREACHABLE = 4
+    """The store could not be opened, or the server did not answer."""
+    VIOLATIONS = 5
+    """`verify` found records that break the rules."""
+    INTERRUPTED = 130
+    """Ctrl+C."""
+
+
+def exit_code(error: AgentLightningError) -> ExitCode:
+    """The exit code for an error that nobody handled."""
+    match error:
+        case NotFound():
+            return ExitCode.NOT_FOUND
+        case InvalidValue():
+            return ExitCode.USAGE
+        case StoreStopped():  # it can be reached, and has failed
+            return ExitCode.FAILED
+        case StoreUnavailable():
+            return ExitCode.UNREACHABLE
+        case _:
+            return ExitCode.FAILED

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agentlightning.cli.options import ApiKey, Level, LogLevel, Url
+from agentlightning.cli.target import open_store
+from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
     from agentlightning.proxy import LLMProxy, ModelConfig
@@ -99,7 +101,6 @@ def proxy(
 
 
 def _model_list(words: list[str], config: Path | None, upstream_key_env: str | None) -> list[ModelConfig]:
-    from agentlightning.errors import InvalidValue
     from agentlightning.proxy.models import model_of_word, read_model_list
 
     key = None if upstream_key_env is None else f"os.environ/{upstream_key_env}"
@@ -116,8 +117,6 @@ async def _serve(served: LLMProxy, target: tuple[str | None, str | None] | None,
     import asyncio
     import signal
     from contextlib import AsyncExitStack
-
-    from agentlightning.cli.target import open_store
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
+from agentlightning.cli.output import (
+    Column,
+    ago,
+    clean,
+    console,
+    plain,
+    print_facts,
+    print_json,
+    print_rest,
+    print_table,
+)
+from agentlightning.cli.overview import clock_of
+from agentlightning.cli.target import act, look
 from agentlightning.errors import NotFound
 
 if TYPE_CHECKING:
@@ -43,9 +56,6 @@ def ls(
       agl resources ls
       agl resources ls rs-01a2 --limit 5
     """
-    from agentlightning.cli.output import Column, plain, print_json, print_rest, print_table
-    from agentlightning.cli.overview import clock_of
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[PaginatedResult[ResourcesUpdate], float]:
         if resources_id is None:
@@ -71,8 +81,6 @@ def ls(
 
 
 def _row(update: ResourcesUpdate, now: float) -> list[Cell | str]:
-    from agentlightning.cli.output import ago
-
     content = ", ".join(f"{name}: {each.resource_type}" for name, each in update.resources.items())
     return [update.resources_id, str(update.version), ago(update.update_time, now), content]
 
@@ -95,10 +103,6 @@ def show(
       agl resources show                       what a rollout enqueued now would get
       agl resources show rs-01a2 --version 3
     """
-    from agentlightning.cli.output import ago, clean, print_facts, print_json
-    from agentlightning.cli.overview import clock_of
-    from agentlightning.cli.target import look
-
     if resources_id is None and version is not None:
         raise typer.BadParameter("--version needs the id of resources")
 
@@ -134,7 +138,6 @@ def diff(
       agl resources diff rs-01a2          the newest and the one before
       agl resources diff rs-01a2 1 7
     """
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[ResourcesUpdate, ResourcesUpdate]:
         after = await _one(store, resources_id, new)
@@ -159,8 +162,6 @@ def diff(
 
 
 def _print_changes(changes: Sequence[str]) -> None:
-    from agentlightning.cli.output import clean, console
-
     screen = console()
     for line in changes:
         heading = line.startswith(("+++ ", "--- "))
@@ -182,9 +183,6 @@ def rollback(
 
       agl resources rollback rs-01a2 3
     """
-    from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import act
-
     update = act(url, api_key, lambda store: store.rollback_resources(resources_id, version))
     if output is Format.JSON:
         print_json(_record(update, show_keys))
@@ -216,8 +214,6 @@ def _unknown(resources_id: str) -> NotFound:
 
 
 def _record(update: ResourcesUpdate, show_keys: bool) -> dict[str, Any]:
-    from agentlightning.cli.output import plain
-
     record: dict[str, Any] = plain(update)
     if not show_keys:
         record["resources"] = {name: _hide(each) for name, each in record["resources"].items()}

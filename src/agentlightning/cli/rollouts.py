@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
@@ -10,12 +11,29 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 import typer
 
 from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
+from agentlightning.cli.output import (
+    STATUS_STYLES,
+    Cell,
+    Column,
+    ago,
+    duration,
+    one_line,
+    plain,
+    print_facts,
+    print_json,
+    print_rest,
+    print_table,
+)
+from agentlightning.cli.overview import clock_of, reason_of
+from agentlightning.cli.target import act, locate, look
+from agentlightning.errors import InvalidValue, NotFound
+from agentlightning.store.base import LightningStore
+from agentlightning.types import Attempt, AttemptedRollout, Rollout
+from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
     from agentlightning.cli.output import Cell
-    from agentlightning.store.base import LightningStore
-    from agentlightning.types import Attempt, PaginatedResult, Rollout, RolloutStatus
-
+    from agentlightning.types import PaginatedResult, RolloutStatus
 
 _SHOWN_ATTEMPTS = 20
 _SHOWN_NAMES = 12
@@ -59,9 +77,6 @@ def ls(
       agl rollouts ls --sort end_time -n 5
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
-    from agentlightning.cli.output import Column, print_json, print_rest, print_table
-    from agentlightning.cli.overview import clock_of
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[PaginatedResult[Rollout], float]:
         page = await store.query_rollouts(
@@ -91,9 +106,6 @@ def ls(
 
 
 def _row(rollout: Rollout, now: float) -> list[Cell | str]:
-    from agentlightning.cli.output import STATUS_STYLES, Cell, ago, duration, one_line
-    from agentlightning.cli.overview import reason_of
-
     attempt: Attempt | None = getattr(rollout, "attempt", None)
     failed = rollout.status in ("failed", "cancelled") or (attempt is not None and rollout.status == "requeuing")
     return [
@@ -134,10 +146,6 @@ def show(
       agl rollouts show ro-01a2 --url agentlightning.db
       agl rollouts show latest -o json | jq '.attempts[-1].reward'
     """
-    from agentlightning.cli.lookup import find_rollout
-    from agentlightning.cli.output import print_json
-    from agentlightning.cli.overview import clock_of
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[Rollout, list[_Told], int, float]:
         found = await find_rollout(store, rollout)
@@ -153,23 +161,16 @@ def show(
 
 
 async def _told(store: LightningStore, attempt: Attempt) -> _Told:
-    from agentlightning.types.rewards import find_final_reward
-
     page = await store.query_spans(attempt.rollout_id, attempt.attempt_id, sort_order="desc", limit=_MANY_SPANS)
     spans = list(reversed(page.items))
     return _Told(attempt, page.total, Counter(each.name for each in spans), find_final_reward(spans))
 
 
 def _record(told: _Told) -> dict[str, Any]:
-    from agentlightning.cli.output import plain
-
     return {**plain(told.attempt), "spans": told.spans, "span_names": dict(told.names), "reward": told.reward}
 
 
 def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> None:
-    from agentlightning.cli.output import Column, ago, duration, one_line, print_facts, print_table
-    from agentlightning.cli.overview import reason_of
-
     config = rollout.config
     limits = [
         f"{config.max_attempts} attempts" if config.max_attempts > 1 else "1 attempt",
@@ -216,8 +217,6 @@ def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> N
 
 
 def _attempt_row(told: _Told, now: float) -> list[Cell | str]:
-    from agentlightning.cli.output import STATUS_STYLES, Cell, duration, one_line
-
     attempt = told.attempt
     end = attempt.end_time if attempt.end_time is not None else now
     reason = ": ".join(filter(None, (attempt.reason_code, attempt.reason_message)))
@@ -231,3 +230,137 @@ def _attempt_row(told: _Told, now: float) -> list[Cell | str]:
         "none" if told.reward is None else f"{told.reward:.4g}",
         "" if attempt.status == "succeeded" else one_line(reason, 300),
     ]
+
+
+# --- ``agl rollouts cancel`` and ``prune``: what changes rollouts ---
+
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def cancel(
+    rollouts: Annotated[
+        list[str], typer.Argument(metavar="ROLLOUT", help="Their ids, or parts of them that no others have.")
+    ],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Why, for those who look later.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """End rollouts that nobody wants any more, whether they wait or are worked on.
+
+    An attempt at work fails with reason cancelled; its runner hears of it with its next heartbeat. A rollout that
+    has ended otherwise stays as it is, which is an error.
+
+    [bold]Examples[/bold]
+
+      agl rollouts cancel ro-01a2 --message "wrong prompt"
+      agl rollouts ls -s queuing -o json | jq -r '.items[].rollout_id' | xargs agl rollouts cancel
+    """
+
+    async def action(store: LightningStore) -> list[Rollout]:
+        found = [await find_rollout(store, each) for each in rollouts]  # all are known before one is cancelled
+        return [await store.cancel_rollout(each.rollout_id, message=message) for each in found]
+
+    for each in act(url, api_key, action):
+        typer.echo(f"{each.rollout_id}  {each.status}")
+
+
+def _parse_age(text: str) -> float:
+    """An age in seconds.
+
+    Raises:
+        typer.BadParameter: the text is none.
+    """
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no age; write a number and s, m, h or d, such as 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def prune(
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="How long ago they ended: 90m, 12h, 7d.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete rollouts that ended long ago, with their attempts and spans. There is no way back but a backup.
+
+    A database file does not become smaller by it; the room in it is used again.
+
+    [bold]Examples[/bold]
+
+      agl rollouts prune --older-than 30d
+      agl rollouts prune --older-than 12h --yes
+    """
+    seconds = _parse_age(older_than)
+    if not yes:
+        typer.confirm(
+            f"Delete all rollouts in {locate(url, api_key)} that ended more than {older_than} ago?", abort=True
+        )
+    deleted = act(url, api_key, lambda store: store.delete_finished_rollouts(older_than_seconds=seconds))
+    typer.echo(f"{deleted:,} rollouts deleted")
+
+
+# --- From what a user types to the record that is meant ---
+
+LATEST = "latest"
+"""Stands for the newest; no id may be this."""
+_CANDIDATES = 5
+
+
+async def find_rollout(store: LightningStore, name: str) -> Rollout:
+    """A rollout by its id, by a part of it that no other has, or ``latest``: the one enqueued last.
+
+    Raises:
+        NotFound: there is none.
+        InvalidValue: there are several.
+    """
+    if name == LATEST:
+        page = await store.query_rollouts(sort_order="desc", limit=1)
+        if not page.items:
+            raise NotFound("the store has no rollouts yet")
+        return page.items[0]
+    found = await store.get_rollout_by_id(name)
+    if found is not None:
+        return found
+    page = await store.query_rollouts(rollout_id_contains=name, limit=_CANDIDATES)
+    if not page.items:
+        raise NotFound(f"there is no rollout {name!r}; `agl rollouts ls` lists them")
+    if page.total > 1:
+        some = ", ".join(each.rollout_id for each in page.items)
+        raise InvalidValue(f"{name!r} is part of {page.total} ids: {some}{', …' if page.total > len(page) else ''}")
+    return page.items[0]
+
+
+async def find_begun_rollout(store: LightningStore, name: str) -> Rollout:
+    """``find_rollout``, but ``latest`` is the one enqueued last of those that somebody has begun to work on."""
+    if name != LATEST:
+        return await find_rollout(store, name)
+    page = await store.query_rollouts(
+        status_in=["preparing", "running", "succeeded", "failed", "requeuing"], sort_order="desc", limit=1
+    )
+    if not page.items:
+        raise NotFound("nobody has begun to work on any rollout yet; `agl status` says why")
+    return page.items[0]
+
+
+async def find_attempt(store: LightningStore, rollout: Rollout, name: str) -> Attempt:
+    """An attempt by its id, its number, or ``latest``.
+
+    Raises:
+        NotFound: there is none.
+    """
+    if name == LATEST:
+        if not isinstance(rollout, AttemptedRollout):
+            raise NotFound(f"rollout {rollout.rollout_id} has no attempts yet; it is {rollout.status}")
+        return rollout.attempt
+    attempts = await store.query_attempts(rollout.rollout_id)
+    for each in attempts:
+        if name in (each.attempt_id, str(each.sequence_id)):
+            return each
+    raise NotFound(
+        f"rollout {rollout.rollout_id} has {len(attempts)} attempts, and none is {name!r}; "
+        "give its number or id, or `latest`"
+    )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentlightning.cli.options import ApiKey, Url
+from agentlightning.cli.options import ApiKey, Level, LogLevel, Url
+from agentlightning.cli.target import Database, locate
+from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
     from agentlightning.execution.events import ExecutionEvent
     from agentlightning.store.base import LightningStore
-
-
-class _Level(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 _WHAT = "What to run"
@@ -65,7 +59,7 @@ def runner(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="What operators shall see of these workers.", rich_help_panel=_WHERE),
     ] = None,
-    log_level: Annotated[_Level, typer.Option(case_sensitive=False, help="The least to log.")] = _Level.INFO,
+    log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run agents: claim rollouts from a store, run the agent on each, report how it went.
 
@@ -81,8 +75,6 @@ def runner(
       agl runner --exec "node agent.js" --url http://gpu-box:4747 -n 4
       agl runner --exec 'curl -s -d "$AGL_TASK" http://localhost:9000/solve' --stay
     """
-    from agentlightning.cli.target import Database, locate
-    from agentlightning.errors import InvalidValue
     from agentlightning.execution.client_server import ClientServerExecutionStrategy
     from agentlightning.http.client.client import LightningStoreClient
     from agentlightning.runner.bundle import RunAgent

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agentlightning.cli.options import LogLevel
+from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
     from agentlightning.store.engine import EngineStore
@@ -105,7 +106,6 @@ def store(
 
 
 def _open(db: str, durability: _Durability) -> EngineStore:
-    from agentlightning.errors import InvalidValue
     from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 
     if db == "memory":

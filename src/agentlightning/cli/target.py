@@ -7,19 +7,36 @@ its owner, whoever that is; commands that change something must become the owner
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import os
 import re
+import socket
+import ssl
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from urllib.parse import urlsplit
 
-from agentlightning.errors import InvalidValue, StoreOwned
+import psutil
+
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    InvalidValue,
+    NotAllowed,
+    NotAuthenticated,
+    StoreOwned,
+    StoreUnavailable,
+    StoreUnreachable,
+)
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
-
 
 T = TypeVar("T")
 
@@ -160,7 +177,7 @@ async def _served(server: Server) -> AsyncGenerator[LightningStore]:
 
 def _check_answers(server: Server) -> None:
     """One request that is not tried again, so that a wrong address is told at once."""
-    from agentlightning.cli.probe import ask
+    from agentlightning.cli.target import ask
 
     ask(server)
 
@@ -182,7 +199,7 @@ async def _owner(path: Path) -> AsyncGenerator[LightningStore]:
 
 
 def _owned_elsewhere(path: Path) -> StoreOwned | None:
-    from agentlightning.cli.owner import find_owner
+    from agentlightning.cli.target import find_owner
 
     owner = find_owner(path)
     if owner is None:
@@ -203,3 +220,196 @@ def _check_exists(path: Path) -> None:
     nearby = sorted(each.name for each in path.parent.glob("*.db")) if path.parent.is_dir() else []
     hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
     raise InvalidValue(f"there is no database {os.fspath(path)!r}{hint}. Give the path of one, or a server's URL")
+
+
+# --- One question to a server, asked without patience, and what the answer or the silence means ---
+
+_SECONDS = 5.0
+_STATISTICS = "/agl/v1/statistics"
+_OLD_HEALTH = "/v1/agl/health"
+
+
+class Answer(NamedTuple):
+    """What a server said."""
+
+    statistics: dict[str, Any]
+    round_trip_seconds: float
+    asked_at: float
+    """This machine's wall clock half-way between question and answer."""
+
+
+class _Reply(NamedTuple):
+    status: int
+    body: bytes
+
+
+def ask(server: Server) -> Answer:
+    """Ask a server for its statistics, once.
+
+    Raises:
+        StoreUnreachable: nobody answers there.
+        StoreUnavailable: it answers that it cannot be used now.
+        NotAuthenticated, NotAllowed: it wants a key, another key, or another host name.
+        BadRequest: what answers is not a store's server, or one of another version.
+    """
+    before, started = time.time(), time.monotonic()
+    reply = _get(server, _STATISTICS)
+    seconds = time.monotonic() - started
+    if reply.status != 200:
+        raise _refusal(server, reply)
+    try:
+        statistics = json.loads(reply.body)
+    except ValueError:
+        statistics = None
+    if not isinstance(statistics, dict) or "rollouts_by_status" not in statistics:
+        raise _foreign(server)
+    return Answer(cast("dict[str, Any]", statistics), seconds, before + seconds / 2)
+
+
+def _refusal(server: Server, reply: _Reply) -> AgentLightningError:
+    match reply.status:
+        case 401 if server.api_key is None:
+            return NotAuthenticated(f"{server} asks for an API key; give --api-key, or set AGL_API_KEY")
+        case 401:
+            return NotAuthenticated(
+                f"{server} does not take this API key; give the one that `agl store` was started with "
+                "(--api-key goes before one in the URL, and that before AGL_API_KEY)"
+            )
+        case 403:
+            return NotAllowed(f"{server} refuses requests that come this way: {_detail(reply)}")
+        case 404 if _get(server, _OLD_HEALTH).status == 200:
+            return BadRequest(
+                f"{server} is the server of another version (it has no {_STATISTICS}); "
+                "install the same version of agentlightning on both sides"
+            )
+        case 429 | 503 | 507:
+            return StoreUnavailable(f"{server} cannot be used now: {_detail(reply)}")
+        case status if status >= 500:
+            return StoreUnavailable(f"{server} answers with an error ({status}: {_detail(reply)}); its log says why")
+        case _:
+            return _foreign(server)
+
+
+def _foreign(server: Server) -> BadRequest:
+    return BadRequest(f"what answers at {server} is not the server of a store; check host and port")
+
+
+def _detail(reply: _Reply) -> str:
+    try:
+        problem = json.loads(reply.body)
+    except ValueError:
+        problem = None
+    detail = cast("dict[str, Any]", problem).get("detail") if isinstance(problem, dict) else None
+    return str(detail) if detail else f"status {reply.status}"
+
+
+def _get(server: Server, path: str) -> _Reply:
+    parts = urlsplit(server.url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=_SECONDS)
+    headers = {"Accept": "application/json"}
+    if server.api_key is not None:
+        headers["Authorization"] = f"Bearer {server.api_key}"
+    try:
+        connection.request("GET", parts.path + path, headers=headers)
+        reply = connection.getresponse()
+        return _Reply(reply.status, reply.read())
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        raise StoreUnreachable(_silence(server, error)) from error
+    finally:
+        connection.close()
+
+
+def _silence(server: Server, error: Exception) -> str:
+    match error:
+        case socket.gaierror():
+            return f"the host of {server} is not known here ({error.strerror}); check its name"
+        case UnicodeError():  # what the encoding of names raises: an empty part, or one of more than 63 characters
+            return f"the host of {server} has a name that no host can have; check it"
+        case ConnectionRefusedError():
+            return (
+                f"nothing listens at {server}. Start a server there with `agl store`, "
+                f"or name another with --url (http://host:{DEFAULT_PORT}, or the path of a database file)"
+            )
+        case TimeoutError():
+            return (
+                f"nothing answers at {server} within {_SECONDS:g} s: the host is down, a firewall drops packets, "
+                "or the server is stuck"
+            )
+        case ssl.SSLCertVerificationError():
+            return (
+                f"the certificate of {server} is not trusted here ({error.verify_message}); "
+                "set SSL_CERT_FILE to that of its authority"
+            )
+        case ssl.SSLError():
+            return f"what answers at {server} speaks no TLS; try http:// instead of https://"
+        case http.client.HTTPException() | ConnectionError():
+            return f"what answers at {server} speaks no HTTP, or TLS; try https:// instead of http://"
+        case _:
+            return f"{server} cannot be reached: {error}"
+
+
+# --- Who has a database file open, and where that process can be reached ---
+
+_PROBE_SECONDS = 1.0
+
+
+class Owner(NamedTuple):
+    """A process that owns a database file."""
+
+    pid: int
+    command: str
+    """How it was called, cut short."""
+    server_urls: tuple[str, ...]
+    """Where it serves stores; if it serves several, which is which is not known."""
+
+
+def find_owner(path: Path) -> Owner | None:
+    """The process whose id the owner's lock file has, if it lives.
+
+    The lock itself is not touched: to try it would refuse a store that is opened at that moment.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        pid = int(real.with_name(real.name + "-owner").read_text(encoding="ascii"))
+        process = psutil.Process(pid)
+        command = " ".join(process.cmdline()) or process.name()
+    except (OSError, ValueError, psutil.Error):
+        return None
+    if not _has_open(process, real.with_name(real.name + "-owner")):
+        return None
+    return Owner(pid, command if len(command) <= 60 else command[:59] + "…", _servers_of(process))
+
+
+def _has_open(process: psutil.Process, lock: Path) -> bool:
+    """Whether it holds the lock file: the id of a dead owner may have gone to somebody else."""
+    try:
+        return any(each.path == str(lock) for each in process.open_files())
+    except psutil.AccessDenied:  # another user's process: what the file says is all that is known
+        return True
+    except psutil.Error:
+        return False
+
+
+def _servers_of(process: psutil.Process) -> tuple[str, ...]:
+    try:
+        listening = [each.laddr for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
+    except psutil.Error:
+        return ()
+    places = sorted({("127.0.0.1" if each.ip in ("0.0.0.0", "::") else each.ip, each.port) for each in listening})
+    return tuple(
+        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        for host, port in places
+        if _serves_a_store(host, port)
+    )
+
+
+def _serves_a_store(host: str, port: int) -> bool:
+    connection = HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", "/agl/v1/health/live")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()

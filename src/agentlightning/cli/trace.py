@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from agentlightning.cli.options import ApiKey, Format, Output, Url
+from agentlightning.cli.output import STATUS_STYLES, clean, console, duration, one_line, print_json
+from agentlightning.cli.rollouts import find_attempt, find_begun_rollout
+from agentlightning.cli.target import look
+from agentlightning.semconv import GenAIAttributes, LightningSpanAttributes, LLMCallAttributes
+from agentlightning.types import Span
+from agentlightning.types.rewards import find_final_reward, get_rewards_from_span
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from agentlightning.cli.waterfall import Line
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import Attempt, PaginatedResult, Rollout, Span
-
+    from agentlightning.types import Attempt, PaginatedResult, Rollout
 
 _NAME_LIMIT = 60
 _NOTE_WIDTH = 34
@@ -46,9 +51,6 @@ def trace(
       agl trace ro-01a2 --name chat --attributes   model calls, whole
       agl trace ro-01a2 -o json | jq '.items[].name'
     """
-    from agentlightning.cli.lookup import find_attempt, find_begun_rollout
-    from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[Rollout, Attempt, PaginatedResult[Span]]:
         found = await find_begun_rollout(store, rollout)
@@ -67,10 +69,6 @@ def trace(
 
 def _print(rollout: Rollout, attempt: Attempt, spans: Sequence[Span], attributes: bool) -> None:
     from rich.text import Text
-
-    from agentlightning.cli.output import STATUS_STYLES, console, duration
-    from agentlightning.cli.waterfall import lines
-    from agentlightning.types.rewards import find_final_reward
 
     screen = console()
     reward = find_final_reward(spans)
@@ -104,8 +102,6 @@ def _why_empty(attempt: Attempt) -> str:
 
 def _draw(drawn: Sequence[Line], width: int, attributes: bool) -> list[Text]:
     from rich.text import Text
-
-    from agentlightning.cli.output import clean, duration, one_line
 
     names = [f"{'  ' * each.depth}{clean(each.span.name)}" for each in drawn]
     room = max(20, min(_NAME_LIMIT, max(map(len, names))))
@@ -145,3 +141,98 @@ def _bar(line: Line, whole: float, width: int) -> str:
     full, rest = divmod(min(eighths, (width - begin) * 8), 8)
     bar = " " * begin + "█" * full + (_EIGHTHS[rest] if rest else "")
     return f"{bar:<{width}}"
+
+
+# --- The spans of an attempt as a tree in time. Pure: spans go in, lines come out ---
+
+
+class Line(NamedTuple):
+    """One span, as it is to be drawn."""
+
+    span: Span
+    depth: int
+    start: float
+    """Seconds after the earliest span of all began; 0 where its time is not known."""
+    seconds: float | None
+    """How long it took. None: it has not ended, or its times are not known."""
+    note: str
+    """What matters of it, in a few words."""
+
+
+def lines(spans: Sequence[Span]) -> list[Line]:
+    """Spans below their parents, siblings in the order in which they began.
+
+    Whatever holes there are, each span is there once: one whose parent is missing is a root, and so is one of each
+    circle of parents.
+    """
+    known = {each.span_id: each for each in spans}
+    children: dict[str | None, list[Span]] = defaultdict(list)
+    for each in spans:
+        children[each.parent_id if each.parent_id in known else None].append(each)
+    for siblings in children.values():
+        siblings.sort(key=_begins)
+    origin = min((each.start_time for each in spans if each.start_time is not None), default=0.0)
+    drawn: set[int] = set()
+    found = [line for root in children[None] for line in _below(root, children, origin, drawn)]
+    for each in spans:  # those in a circle have no root
+        if id(each) not in drawn:
+            found += _below(each, children, origin, drawn)
+    return found
+
+
+def _below(root: Span, children: dict[str | None, list[Span]], origin: float, drawn: set[int]) -> Iterator[Line]:
+    """A span and all below it. Not recursive: agents may nest deeper than Python does."""
+    pending = [(root, 0)]
+    while pending:
+        span, depth = pending.pop()
+        if id(span) in drawn:
+            continue
+        drawn.add(id(span))
+        yield _line(span, depth, origin)
+        pending += [(child, depth + 1) for child in reversed(children.get(span.span_id, ()))]
+
+
+def _line(span: Span, depth: int, origin: float) -> Line:
+    start, end = span.start_time, span.end_time
+    seconds = None if start is None or end is None else max(0.0, end - start)
+    return Line(span, depth, 0.0 if start is None else start - origin, seconds, _note(span))
+
+
+def _begins(span: Span) -> tuple[float, int]:
+    return (span.start_time if span.start_time is not None else float("inf"), span.sequence_id)
+
+
+def _note(span: Span) -> str:
+    attributes = span.attributes
+    operation = attributes.get(LightningSpanAttributes.OPERATION_NAME.value)
+    parts: list[str] = [] if operation is None else [one_line(operation, 40)]
+    parts += [f"{each.name} reward {each.value:.4g}" for each in get_rewards_from_span(span)]
+    asked = _number(attributes.get(GenAIAttributes.USAGE_INPUT_TOKENS.value))
+    answered = _number(attributes.get(GenAIAttributes.USAGE_OUTPUT_TOKENS.value))
+    if asked is not None or answered is not None:
+        parts.append(f"{'?' if asked is None else asked} → {'?' if answered is None else answered} tokens")
+    retries = _number(attributes.get(LLMCallAttributes.RETRIES.value))
+    if retries:
+        parts.append(f"{retries} retries")
+    version = attributes.get(LLMCallAttributes.MODEL_VERSION.value)
+    if version is not None:
+        parts.append(f"weights {one_line(version, 20)}")
+    if span.status.status_code == "ERROR":
+        parts.append(f"error: {one_line(span.status.description or _exception(span), 80)}")
+    elif _exception(span):
+        parts.append(f"raised {one_line(_exception(span), 80)}")
+    if span.end_time is None:
+        parts.append("not ended")
+    return ", ".join(parts)
+
+
+def _exception(span: Span) -> str:
+    for event in span.events:
+        if event.name == "exception":
+            kind, message = (event.attributes.get(f"exception.{each}", "") for each in ("type", "message"))
+            return f"{kind}: {message}".strip(": ")
+    return ""
+
+
+def _number(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) else None

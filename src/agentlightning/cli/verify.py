@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from agentlightning.cli.exits import ExitCode
-from agentlightning.cli.options import ApiKey, Format, Output, Url
+from agentlightning.cli.options import ApiKey, ExitCode, Format, Output, Url
+from agentlightning.cli.output import Cell, Column, print_json, print_table
+from agentlightning.cli.target import locate, look
 
 if TYPE_CHECKING:
     from agentlightning.types import VerificationReport
@@ -27,9 +28,6 @@ def verify(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABL
       agl verify --url agentlightning.db
       agl verify --url backup.db -o json | jq .violations
     """
-    from agentlightning.cli.output import print_json
-    from agentlightning.cli.target import locate, look
-
     report = look(url, api_key, lambda store: store.verify())
     if output is Format.JSON:
         print_json(report)
@@ -41,8 +39,6 @@ def verify(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABL
 
 def print_report(report: VerificationReport, place: str) -> None:
     """Print what was looked at, and what is wrong."""
-    from agentlightning.cli.output import Cell, Column, print_table
-
     looked_at = ", ".join(f"{number:,} {kind}" for kind, number in sorted(report.checked.items()))
     if report.ok:
         typer.echo(f"{place}: every rule holds ({looked_at}).")

@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from agentlightning.cli.exits import ExitCode
-from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
+from agentlightning.cli.options import ApiKey, ExitCode, Format, Limit, Output, Url
+from agentlightning.cli.output import (
+    STATUS_STYLES,
+    Cell,
+    Column,
+    ago,
+    duration,
+    one_line,
+    print_json,
+    print_rest,
+    print_table,
+)
+from agentlightning.cli.overview import clock_of, last_heard
+from agentlightning.cli.target import act, look
+from agentlightning.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from agentlightning.cli.output import Cell
@@ -46,9 +59,6 @@ def ls(
       agl workers ls --alive
       agl workers ls --match gpu-1 -o json | jq -r '.items[].worker_id'
     """
-    from agentlightning.cli.output import Column, print_json, print_rest, print_table
-    from agentlightning.cli.overview import clock_of
-    from agentlightning.cli.target import look
 
     async def question(store: LightningStore) -> tuple[PaginatedResult[Worker], float]:
         page = await store.query_workers(
@@ -78,9 +88,6 @@ def ls(
 
 
 def _row(worker: Worker, now: float) -> list[Cell | str]:
-    from agentlightning.cli.output import STATUS_STYLES, Cell, ago, duration, one_line
-    from agentlightning.cli.overview import last_heard
-
     return [
         worker.worker_id,
         Cell(worker.status, STATUS_STYLES[worker.status]),
@@ -156,8 +163,6 @@ def _direct(
     url: str | None,
     api_key: str | None,
 ) -> None:
-    from agentlightning.cli.target import act
-
     async def action(store: LightningStore) -> None:
         directed = await store.direct_workers(directive, worker_ids=names)
         verb = {"drain": "asked to drain", "stop": "asked to stop", None: "free to go on"}[directive]
@@ -173,8 +178,6 @@ def _direct(
 
 
 async def _wait_until_free(store: LightningStore, names: Sequence[str], seconds: float) -> None:
-    from agentlightning.errors import StoreUnavailable
-
     until = time.monotonic() + seconds
     busy = wanted = set(names)
     while True:

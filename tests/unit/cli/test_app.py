@@ -18,9 +18,8 @@ import pytest
 import typer
 
 from agentlightning import SqliteLightningStore, errors
-from agentlightning.cli.app import COMMANDS
-from agentlightning.cli.exits import ExitCode, exit_code
-from agentlightning.cli.lazy import Command, Group, _unwrapped, build
+from agentlightning.cli.app import COMMANDS, Command, Group, _unwrapped, build
+from agentlightning.cli.options import ExitCode, exit_code
 from command_line import Done, agl, agl_process, clean_environment
 
 HEAVY = ("aiohttp", "apsw", "asyncio", "fastapi", "jinja2", "msgspec", "opentelemetry", "psutil", "pydantic", "uvicorn")
@@ -165,7 +164,7 @@ def agl_program(body: str, *words: str) -> Done:
 import sys, types
 import typer
 from agentlightning.cli import app
-from agentlightning.cli.lazy import Command
+from agentlightning.cli.app import Command
 from agentlightning.errors import *
 module = types.ModuleType("made_for_a_test")
 def fail() -> None:

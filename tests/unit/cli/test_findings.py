@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from agentlightning import InMemoryLightningStore
-from agentlightning.cli.checkup import Traced, check_disk, check_spans
-from agentlightning.cli.findings import Finding, explain
-from agentlightning.cli.overview import RECENT, Overview, Pace, gather
+from agentlightning.cli.doctor import Traced, check_disk, check_spans
+from agentlightning.cli.overview import RECENT, Finding, Overview, Pace, explain, gather
 from agentlightning.types import Span
 from clocks import ManualClock
 from scenes import claimed, config, enqueued, finish

@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter
 
 from agentlightning.errors import AgentLightningError, BadRequest, NotJson, StoreUnavailable, TooLarge, error_classes
-from agentlightning.http.messages import Problem
 from agentlightning.http.routes import Route
 from agentlightning.store.validation import INT64_END, MAX_DEPTH
 from agentlightning.types import PaginatedResult
@@ -83,6 +82,20 @@ def _record(record: Any) -> bytes:
 
 
 # --- Errors --------------------------------------------------------------------------------------
+
+
+class Problem(BaseModel):
+    """Why a request was refused (RFC 9457, problem details)."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    status: int
+    code: str
+    """Stable, for programs: the code of the exception that the same call raises in Python."""
+    detail: str
+    request_id: str
+    errors: Sequence[dict[str, Any]] | None = None
+    """Which parts of the body or the query are not valid."""
 
 
 def encode_problem(

@@ -18,10 +18,9 @@ from starlette.requests import ClientDisconnect
 
 from agentlightning.errors import AgentLightningError, BadRequest, NoSuchRoute, StoreUnavailable, TooLarge
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
-from agentlightning.http.messages import Health, Readiness
 from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH
 from agentlightning.http.server.limits import Load, ServerLimits
-from agentlightning.http.server.openapi import OPENAPI_PATHS, openapi_document
+from agentlightning.http.server.openapi import OPENAPI_PATHS, Health, Readiness, openapi_document
 from agentlightning.http.server.otlp import (
     JSON_MEDIA,
     PROTOBUF_MEDIA,

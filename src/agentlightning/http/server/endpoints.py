@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
@@ -12,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidId, InvalidValue, NotFound, NotJson
 from agentlightning.http.codec import decode_strict, encode_page_parts, encode_result
-from agentlightning.http.routes import ROUTES, Route
+from agentlightning.http.routes import Route
 from agentlightning.http.server.matching import Bound
 from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans
+from agentlightning.http.signatures import arguments_of
 from agentlightning.store.base import LightningStore, sequence_ids_of
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.span_json import span_json
@@ -64,13 +66,11 @@ class Call(NamedTuple):
     @property
     def waits(self) -> bool:
         """Whether it may wait for something to happen in the store."""
-        match self.bound.route.method:
-            case "dequeue_many_rollouts":
-                return self.arguments.get("wait_seconds", 0) > 0
-            case "wait_for_rollouts":
-                return self.arguments.get("timeout") != 0
-            case _:
-                return False
+        route = self.bound.route
+        if route.wait_argument is None:
+            return False
+        seconds = self.arguments.get(route.wait_argument, arguments_of(route.method)[route.wait_argument].default)
+        return seconds is None or seconds > 0
 
 
 class Answerer:
@@ -84,9 +84,6 @@ class Answerer:
         self._engine = store if isinstance(store, EngineStore) else None
         self._store: Any = store.answering_in_json() if isinstance(store, EngineStore) else store
         self._records = store
-        self._bodies = {route: TypeAdapter[Any](route.body) for route in ROUTES if route.body is not None}
-        self._lists = {route: _fields_of(route, list) for route in ROUTES if route.query is not None}
-        self._integers = {route: _fields_of(route, int) for route in ROUTES if route.query is not None}
 
     def call(self, bound: Bound, values: Sequence[str], query: bytes, raw: bytes) -> Call:
         """Take a request apart.
@@ -142,7 +139,7 @@ class Answerer:
     def _from_body(self, route: Route, raw: bytes) -> dict[str, Any]:
         decoded = decode_strict(raw)
         try:
-            body = self._bodies[route].validate_python(decoded)
+            body = _body_adapter(route).validate_python(decoded)
         except ValidationError as error:
             raise _invalid(error, "body") from error
         if route.body_argument is not None:
@@ -150,7 +147,7 @@ class Answerer:
         return {name: getattr(body, name) for name in body.model_fields_set}
 
     def _from_query(self, route: Route, query: bytes) -> dict[str, Any]:
-        model, lists, integers = cast(Any, route.query), self._lists[route], self._integers[route]
+        model, lists, integers = cast(Any, route.query), _fields_of(route, list), _fields_of(route, int)
         given: dict[str, Any] = {}
         try:
             pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
@@ -249,6 +246,12 @@ def _is_null(error: ValidationError) -> bool:
     return error.errors(include_url=False, include_context=False)[0].get("input") is None
 
 
+@cache
+def _body_adapter(route: Route) -> TypeAdapter[Any]:
+    return TypeAdapter(route.body)
+
+
+@cache
 def _fields_of(route: Route, kind: type[Any]) -> frozenset[str]:
     """The arguments in the query string that are of this kind."""
     fields = cast(Any, route.query).model_fields

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import cleandoc, getdoc
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
-from agentlightning.http.messages import Health, Problem, Readiness
+from agentlightning.http.codec import Problem
 from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH, ROUTES, Dialect, Route
 from agentlightning.store.base import LightningStore
 
@@ -27,6 +27,19 @@ _REFUSALS: Mapping[str, str] = {
     "503": "Cannot be done now. Send it again after `Retry-After`.",
     "507": "The disk is full.",
 }
+
+
+class Health(BaseModel):
+    """The server answers."""
+
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """Whether the server takes requests, and why not."""
+
+    status: Literal["ready", "draining", "unavailable"]
+    detail: str | None = None
 
 
 def openapi_document(version: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from agentlightning.http.server.admin import build_operations
 from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.connections import DirectConnection
 from agentlightning.http.server.endpoints import Answerer
-from agentlightning.http.server.forwarding import DelegatingStore
 from agentlightning.http.server.limits import Gate, Load, ServerLimits
+from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
 from agentlightning.serving.connections import ConnectionBounds
@@ -46,7 +46,7 @@ _REPLACED: Mapping[str, str] = {
 """Arguments of 0.3 that have no effect any more, and what came in their place."""
 
 
-class LightningStoreServer(DelegatingStore):
+class LightningStoreServer(ForwardingStore):
     """Serves a store over HTTP from a thread of its own, which any event loop or thread may start and stop.
 
     The object is a store, too: in the process that made it, it is ``store`` itself; pickled, or inherited by

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidValue
 from agentlightning.http.codec import check_node_count, check_unique_keys, decode_strict
-from agentlightning.http.messages import SpansBody
+from agentlightning.http.routes import CLIENT_ROUTES
 from agentlightning.store.arguments import check_batch, span_drafts
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import body_of
@@ -29,7 +29,7 @@ _ATTRIBUTE, _EVENT, _LINK = TypeAdapter[Any](AttributeValue), TypeAdapter(Event)
 
 
 class _PlainBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A ``SpansBody`` of plain spans."""
+    """An object with a list of plain spans."""
 
     spans: list[PlainSpan]
 
@@ -55,7 +55,7 @@ def draft_of_span(raw: bytes) -> SpanDraft:
 
 
 def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
-    """Many spans. ``raw``: the JSON of a ``SpansBody``. Raises as ``draft_of_span``."""
+    """Many spans. ``raw``: the JSON of an object with the list ``spans``. Raises as ``draft_of_span``."""
     drafts = plain_drafts(raw, many=True)
     if drafts is not None:
         return drafts
@@ -66,14 +66,14 @@ def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
             check_batch(cast("list[Any]", spans), "spans")
     if len(raw) > _LARGE_BYTES:
         _check_large(decoded)
-    return span_drafts(SpansBody.model_validate(decoded).spans)
+    return span_drafts(CLIENT_ROUTES["add_many_spans"].body.model_validate(decoded).spans)
 
 
 def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
     """The spans of a request, if all of them are plain and the JSON is strict; else None, and pydantic decides.
 
     Args:
-        raw: the JSON of a ``SpansBody``, or of one ``Span``.
+        raw: the JSON of an object with the list ``spans``, or of one ``Span``.
         many: which of the two.
 
     Raises:

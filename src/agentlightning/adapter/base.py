@@ -1,4 +1,4 @@
-"""What an adapter is."""
+"""The `Adapter` classes, and how an adapter reports spans that it could not use."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ if TYPE_CHECKING:
 
 T_from = TypeVar("T_from")
 T_to = TypeVar("T_to")
+T = TypeVar("T")
 
 
 class Adapter(Generic[T_from, T_to]):
-    """Turns one kind of data into another. A subclass writes `adapt`."""
+    """Converts one kind of data into another. A subclass implements `adapt`."""
 
     def __call__(self, source: T_from, /) -> T_to:
         """Call `adapt`."""
         return self.adapt(source)
 
     def adapt(self, source: T_from, /) -> T_to:
-        """Return what was made of ``source``, which stays as it is."""
-        raise NotImplementedError(f"{type(self).__name__} has no adapt method; an adapter must write one")
+        """Convert ``source``, which is not changed.
+
+        Raises:
+            NotImplementedError: the subclass does not implement it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no adapt method; an adapter must implement one")
 
 
 class OtelTraceAdapter(Adapter[Sequence["ReadableSpan"], T_to], Generic[T_to]):
-    """An adapter of spans of the OpenTelemetry SDK."""
+    """An adapter whose source is spans of the OpenTelemetry SDK."""
 
 
 class TraceAdapter(Adapter[Sequence[Span], T_to], Generic[T_to]):
-    """An adapter of spans as the store keeps them."""
-
-
-# --- What an adapter made of spans, and which spans it could not use ---
-
-T = TypeVar("T")
+    """An adapter whose source is spans as the store keeps them."""
 
 
 @dataclass(frozen=True)
 class UnusableSpan:
-    """A span that looks like what the adapter wants, and cannot be used."""
+    """A span of a model call that nothing could be made of."""
 
     span_id: str
     name: str
@@ -52,23 +52,22 @@ class UnusableSpan:
 
     @classmethod
     def of(cls, span: Span, reason: str) -> UnusableSpan:
-        """Say why a span is unusable."""
+        """Return the record of ``span``, with the reason why it cannot be used."""
         return cls(span.span_id, span.name, reason)
 
 
 @dataclass(frozen=True)
 class Adapted(Generic[T]):
-    """What was made, in the order of the spans, and what could not be used."""
+    """What an adapter made, in the order of the spans, and the spans that it could not use."""
 
     made: list[T]
     unusable: list[UnusableSpan]
 
-
-def log_unusable(logger: logging.Logger, unusable: Sequence[UnusableSpan]) -> None:
-    """Log one warning about all of them, if there are any: how many for which reason, and the first of each."""
-    if not unusable:
-        return
-    counts = Counter(each.reason for each in unusable)
-    first = {each.reason: each for each in reversed(unusable)}
-    told = "; ".join(f"{count}× {reason} (span {first[reason].span_id})" for reason, count in counts.most_common())
-    logger.warning("%d spans of model calls could not be used: %s", len(unusable), told)
+    def made_with_warning(self, logger: logging.Logger) -> list[T]:
+        """Return what was made; log one warning about the unusable spans: how many per reason, and the first one."""
+        if self.unusable:
+            counts = Counter(each.reason for each in self.unusable)
+            first = {each.reason: each.span_id for each in reversed(self.unusable)}
+            reasons = "; ".join(f"{count}× {reason} (span {first[reason]})" for reason, count in counts.most_common())
+            logger.warning("%d spans of model calls could not be used: %s", len(self.unusable), reasons)
+        return self.made

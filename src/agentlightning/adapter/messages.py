@@ -1,4 +1,4 @@
-"""`TraceToMessages`: model calls as conversations in OpenAI's shape, for fine-tuning and for reading."""
+"""`TraceToMessages`: model calls as conversations in OpenAI's shape, for fine-tuning and for people."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan, log_unusable
-from agentlightning.adapter.calls import Conversation, Message, group_genai_dict as group_genai_dict, read_model_call
+from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan
+from agentlightning.adapter.calls import Conversation, Message, read_model_call
 from agentlightning.adapter.tree import LLM_CALL_MATCH, TraceTree
 from agentlightning.types import Span
+from agentlightning.types.attributes import filter_and_unflatten_attributes
 
 _logger = logging.getLogger(__name__)
 
 
 class OpenAIMessages(TypedDict):
-    """One model call: what was asked, with the answer as the last message, and the tools there were."""
+    """One model call: its messages, with the reply as the last one, and the tools that the model could call."""
 
     messages: list[Message]
     tools: list[Message] | None
 
 
+def group_genai_dict(data: Mapping[str, Any], prefix: str) -> dict[str, Any] | list[Any]:
+    """Return what stands below ``prefix`` in flat attributes, nested again; keys 0, 1, 2 … become a list."""
+    return filter_and_unflatten_attributes(data, prefix)
+
+
 def convert_to_openai_messages(prompt_completion_list: Iterable[Conversation]) -> Iterator[OpenAIMessages]:
-    """Each conversation with its reply at the end. One without a reply ends with what was asked."""
+    """Yield each conversation with its reply at the end; one without a reply ends with the request."""
     for conversation in prompt_completion_list:
         replies = [] if conversation.reply is None else [conversation.reply]
         yield OpenAIMessages(messages=[*conversation.messages, *replies], tools=conversation.tools)
@@ -32,17 +38,17 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
     """Makes one conversation of each model call, in the order of the calls.
 
     Args:
-        llm_call_match: regular expression that the names of the spans of model calls match somewhere.
+        llm_call_match: regular expression that is searched for in the names of spans; it finds the model calls.
     """
 
     def __init__(self, llm_call_match: str = LLM_CALL_MATCH) -> None:
         self._llm_call_match = llm_call_match
 
     def get_tool_calls(self, completion: Span, all_spans: Sequence[Span], /) -> Iterable[Message]:
-        """The tools that ran below a model call's span, as OpenAI's tool calls.
+        """Yield the tools that ran below a model call's span, as OpenAI's tool calls.
 
-        Instrumentations that do not record the calls in the reply make spans of them:
-        ``gen_ai.tool.name`` of OpenTelemetry, or ``tool.name`` of AgentOps.
+        Some instrumentations do not record the calls in the reply, but as spans: ``gen_ai.tool.name`` of
+        OpenTelemetry, or ``tool.name`` of AgentOps.
         """
         for span in all_spans:
             if span.parent_id != completion.span_id:
@@ -60,7 +66,7 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
             }
 
     def examine(self, source: Sequence[Span], /) -> Adapted[OpenAIMessages]:
-        """The conversations, and the spans of model calls that none could be made of."""
+        """Return the conversations, and the spans of model calls that none could be made of."""
         if not source:
             return Adapted([], [])
         calls = TraceTree.from_spans(source).find_llm_calls(
@@ -88,7 +94,5 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
         return Adapted(list(convert_to_openai_messages(conversations)), unusable)
 
     def adapt(self, source: Sequence[Span], /) -> list[OpenAIMessages]:
-        """The conversations. Spans that cannot be used are logged; `examine` returns them."""
-        adapted = self.examine(source)
-        log_unusable(_logger, adapted.unusable)
-        return adapted.made
+        """Return the conversations of ``examine``, and log the spans that cannot be used."""
+        return self.examine(source).made_with_warning(_logger)

@@ -1,21 +1,22 @@
-"""`TraceTree`: the spans of an attempt as the tree that they are."""
+"""`TraceTree`: the spans of an attempt as a tree, its model calls, and their rewards."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agentlightning.adapter.calls import FoundCall, has_token_ids, one_for_each_reply, one_of_each_nest, read_model_call
+from agentlightning.adapter.calls import has_token_ids, read_model_call, response_id_of
 from agentlightning.semconv import GenAIAttributes
 from agentlightning.types import Span, Triplet
 from agentlightning.types.rewards import get_reward_value
 
 LLM_CALL_MATCH = r"openai\.chat|openai\.completion|^(chat|text_completion|generate_content)( |$)"
-"""Names of the spans of model calls: AgentOps' and OpenLLMetry's, and those by OpenTelemetry's conventions."""
+"""Matches the names of spans of model calls: those of AgentOps and OpenLLMetry, and of OpenTelemetry's conventions."""
 
 _AGENT_NAMES = (GenAIAttributes.AGENT_NAME.value, "agent.name")
 
@@ -27,16 +28,18 @@ class RewardMatchPolicy(StrEnum):
     """The first reward after it below the same parent, unless another call comes between."""
 
     FIRST_OCCURRENCE = "first_occurrence"
-    """The first reward after it in time, wherever it is."""
+    """The first reward after it in time, anywhere in the tree."""
 
 
 class TraceTree:
-    """A span and what happened inside of it.
+    """A span with its descendants.
+
+    Nothing here recurses, because traces of agents that call themselves can be thousands of levels deep.
 
     Args:
-        id: of the span.
-        span: itself.
-        children: trees of the spans whose parent it is.
+        id: the id of the span.
+        span: the span itself.
+        children: the trees of the spans whose parent it is.
     """
 
     def __init__(self, id: str, span: Span, children: list[TraceTree] | None = None) -> None:
@@ -44,32 +47,32 @@ class TraceTree:
         self.span = span
         self.children = children if children is not None else []
 
-    # --- Making ----------------------------------------------------------------------------------
+    # --- Building --------------------------------------------------------------------------------
 
     @classmethod
     def from_spans(cls, spans: Sequence[Span]) -> TraceTree:
-        """The tree of some spans, children in the order of their times.
+        """Build the tree of some spans, with children in the order of their times.
 
-        A span whose parent is not there, or that is its own ancestor, counts as one without a parent. If
-        there are several of those, a root is made up for them.
+        A span whose parent is missing, or that is its own ancestor, counts as one without a parent. If there are
+        several of those, they get a virtual root.
 
         Raises:
             ValueError: there are no spans.
         """
         nodes = {span.span_id: cls(span.span_id, span) for span in spans}
         if not nodes:
-            raise ValueError("a tree cannot be made of no spans")
+            raise ValueError("a tree cannot be built from no spans; give at least one")
         roots: list[TraceTree] = []
-        top = _spans_without_parent({node.id: node.span.parent_id for node in nodes.values()})
+        root_ids = _root_ids({node.id: node.span.parent_id for node in nodes.values()})
         for node in nodes.values():
-            (roots if node.id in top else nodes[str(node.span.parent_id)].children).append(node)
+            (roots if node.id in root_ids else nodes[str(node.span.parent_id)].children).append(node)
         for node in nodes.values():
             node.children.sort(key=_when)
         if len(roots) == 1:
             return roots[0]
         roots.sort(key=_when)
         first = roots[0].span
-        made_up = Span.from_attributes(
+        virtual = Span.from_attributes(
             attributes={},
             rollout_id=first.rollout_id,
             attempt_id=first.attempt_id,
@@ -77,18 +80,19 @@ class TraceTree:
             start_time=min(node.start_time for node in roots),
             end_time=max(node.end_time for node in nodes.values()),
         )
-        return cls(made_up.span_id, made_up, roots)
+        return cls(virtual.span_id, virtual, roots)
 
     def add_child(self, child: TraceTree) -> None:
-        """Put a tree below this span, after those that are there."""
+        """Add a tree below this span, after its other children."""
         self.children.append(child)
 
     def repair_hierarchy(self) -> None:
         """Move spans that lost their parent below the span that they happened in.
 
-        Instrumentations that know nothing of each other make spans side by side where one contains the
-        other. A direct child of this tree moves below the shortest other span that was open all its time.
+        Instrumentations that do not know of each other write spans as siblings where one contains the other. Each
+        direct child of this tree moves below the shortest other span that was open during its whole time.
         """
+        # The ids of the spans below each child, which may not become its parent.
         inside = {child.id: {node.id for node in child.traverse()} for child in self.children}
         everyone = [node for node in self.traverse() if node is not self]
         for child in list(self.children):
@@ -110,20 +114,20 @@ class TraceTree:
                 if parent.id in members:
                     members |= inside[child.id]
 
-    # --- Looking ---------------------------------------------------------------------------------
+    # --- Reading ---------------------------------------------------------------------------------
 
     @property
     def start_time(self) -> float:
-        """When the span began; 0 if nobody knows."""
+        """When the span began, in seconds since the Unix epoch; 0 if it is not known."""
         return self.span.start_time or 0.0
 
     @property
     def end_time(self) -> float:
-        """When the span ended; its begin if nobody knows."""
+        """When the span ended, in seconds since the Unix epoch; its start if it is not known."""
         return self.start_time if self.span.end_time is None else self.span.end_time
 
     def traverse(self) -> list[TraceTree]:
-        """All spans of the tree, each before its children."""
+        """Return all nodes of the tree, each before its children."""
         found: list[TraceTree] = []
         pending: list[TraceTree] = [self]
         while pending:
@@ -133,18 +137,18 @@ class TraceTree:
         return found
 
     def find_id(self, id: str) -> TraceTree | None:
-        """The tree of the span with this id, if it is here."""
+        """Return the tree of the span with this id; None if it is not here."""
         return next((node for node in self.traverse() if node.id == id), None)
 
     def names_tuple(self) -> tuple[str, list[Any]]:
-        """The names alone: that of the span, and the same of each child."""
+        """Return the name of the span, and the same of each child."""
         made: dict[str, tuple[str, list[Any]]] = {}
         for node in reversed(self.traverse()):
             made[node.id] = (node.span.name, [made[child.id] for child in node.children])
         return made[self.id]
 
     def to_json(self) -> dict[str, Any]:
-        """The tree as a JSON object: ``id``, ``span`` and ``children``."""
+        """Return the tree as a JSON object: ``id``, ``span`` and ``children``."""
         made: dict[str, dict[str, Any]] = {}
         for node in reversed(self.traverse()):
             children = [made[child.id] for child in node.children]
@@ -155,8 +159,8 @@ class TraceTree:
         """Write the tree to ``FILENAME.dot``, in the language of Graphviz (https://graphviz.org/doc/info/lang.html).
 
         Args:
-            filename: without the ending.
-            interested_span_match: spans whose names match this somewhere are filled with colour.
+            filename: the path of the file, without its extension.
+            interested_span_match: regular expression; spans in whose names it is found are coloured.
         """
         lines = ["digraph trace {", "  node [shape=box];"]
         for node in self.traverse():
@@ -169,13 +173,13 @@ class TraceTree:
         Path(f"{filename}.dot").write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
 
     def agent_name(self) -> str | None:
-        """The agent that the span is about, if it names one."""
+        """Return the agent that the span names; None if it names none."""
         attributes = self.span.attributes
         named = next((attributes[name] for name in _AGENT_NAMES if attributes.get(name)), None)
         return None if named is None else str(named)
 
     def maybe_reward_dict(self) -> dict[str, Any]:
-        """``{"type": "reward", "value": …}`` if the span carries a reward, else empty."""
+        """Return ``{"type": "reward", "value": …}`` if the span carries a reward, otherwise an empty object."""
         value = get_reward_value(self.span)
         return {} if value is None else {"type": "reward", "value": value}
 
@@ -195,21 +199,21 @@ class TraceTree:
         within_llm_call: bool | None = None,
         existing_llm_call_response_ids: set[str] | None = None,
     ) -> list[tuple[TraceTree, str]]:
-        """The spans of model calls in the order of their times, each with the name of its agent.
+        """Return the spans of model calls in the order of their times, each with the name of its agent.
 
         Args:
-            llm_call_match: regular expression that their names match somewhere.
-            agent_match: only calls of agents whose name matches this; None for all.
-            within_matching_subtree: the agent that this tree is part of; None for none.
-            within_reward: whether this tree is part of a reward; its calls are left out then. None takes all.
+            llm_call_match: regular expression that is searched for in their names.
+            agent_match: only calls of agents in whose name this is found; None: all calls.
+            within_matching_subtree: the agent that this tree is part of; None: none.
+            within_reward: whether this tree is part of a reward; its calls are left out then. None: all are taken.
             within_llm_call: whether this tree is part of a model call. Of calls inside of each other one is
-                kept: the outermost, unless only an inner one has token ids. None takes all.
-            existing_llm_call_response_ids: ids of replies that were seen before; grows by those found. Of
-                several calls with the same reply one is kept, rather one with token ids. None takes all.
+                kept: the outermost, unless only an inner one has token ids. None: all are taken.
+            existing_llm_call_response_ids: ids of replies that were seen before; the ids found are added. Of
+                several calls with the same reply one is kept, preferably with token ids. None: all are taken.
         """
         is_call = re.compile(llm_call_match)
-        found: list[FoundCall[TraceTree]] = []
-        pending: list[tuple[TraceTree, str | None, bool, FoundCall[TraceTree] | None]] = [
+        found: list[_FoundCall] = []
+        pending: list[tuple[TraceTree, str | None, bool, _FoundCall | None]] = [
             (self, within_matching_subtree, bool(within_reward), None)
         ]
         while pending:
@@ -219,19 +223,19 @@ class TraceTree:
                 agent = name
             in_reward = in_reward or (within_reward is not None and node.is_reward_span())
             if is_call.search(node.span.name) and not in_reward and (agent_match is None or agent is not None):
-                outer = FoundCall(node, node.span, agent or "", outer)
+                outer = _FoundCall(node, agent or "", outer)
                 found.append(outer)
             pending.extend((child, agent, in_reward, outer) for child in node.children)
         if within_llm_call is not None:
-            found = [] if within_llm_call else one_of_each_nest(found)
+            found = [] if within_llm_call else _without_nested(found)
         if existing_llm_call_response_ids is not None:
-            found = one_for_each_reply(found, existing_llm_call_response_ids)
+            found = _without_repeated_replies(found, existing_llm_call_response_ids)
         return [(call.node, call.agent) for call in sorted(found, key=lambda call: _when(call.node))]
 
     def match_rewards(
         self, reward_match: RewardMatchPolicy | str, llm_calls: Sequence[TraceTree]
     ) -> dict[str, float | None]:
-        """The reward of each call, by the id of its span; None for a call without one."""
+        """Return the reward of each call, by the id of its span; None for a call without one."""
         calls = {call.id for call in llm_calls}
         if RewardMatchPolicy(reward_match) is RewardMatchPolicy.FIRST_SIBLING:
             matched = dict[str, float | None].fromkeys(calls)
@@ -247,7 +251,7 @@ class TraceTree:
         }
 
     def span_to_triplet(self, span: Span, agent_name: str) -> Triplet:
-        """One model call as a training example, without a reward. See ``ModelCall.triplet``."""
+        """Return one model call as a training example, without a reward. See ``ModelCall.triplet``."""
         return read_model_call(span).triplet(agent_name, None)
 
     def to_trajectory(
@@ -260,12 +264,12 @@ class TraceTree:
         final_reward: float | None = None,
         _skip_empty_token_spans: bool = False,
     ) -> list[Triplet]:
-        """The model calls as training examples, in the order of their times.
+        """Return the model calls as training examples, in the order of their times.
 
         Args:
             llm_call_match, agent_match: see ``find_llm_calls``.
             exclude_llm_call_in_reward: leave out calls that a reward function made.
-            dedup_llm_call: take each call once, however many instrumentations recorded it.
+            dedup_llm_call: take each call once, although several instrumentations may have recorded it.
             reward_match: which reward belongs to which call.
             final_reward: the reward of the last call, if it has none of its own.
             _skip_empty_token_spans: leave out calls without token ids.
@@ -285,13 +289,60 @@ class TraceTree:
         return triplets
 
 
+@dataclass(frozen=True)
+class _FoundCall:
+    """A span of a model call, found in a tree."""
+
+    node: TraceTree
+    agent: str
+    outer: _FoundCall | None
+    """The call that contains it."""
+
+    @property
+    def has_token_ids(self) -> bool:
+        return has_token_ids(self.node.span)
+
+
+def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
+    """Keep one record of each call that several instrumentations recorded inside of each other.
+
+    The outermost record is kept; but if only inner ones have token ids, those are, because the others cannot be
+    trained on.
+    """
+    groups: dict[str, list[_FoundCall]] = {}
+    for call in calls:
+        outermost = call
+        while outermost.outer is not None:
+            outermost = outermost.outer
+        groups.setdefault(outermost.node.id, []).append(call)
+    kept: list[_FoundCall] = []
+    for group in groups.values():
+        recorded = [call for call in group if call.has_token_ids]
+        are_inner = bool(recorded) and all(call.outer is not None for call in recorded)
+        kept += recorded if are_inner else [call for call in group if call.outer is None]
+    return kept
+
+
+def _without_repeated_replies(calls: Sequence[_FoundCall], seen: set[str]) -> list[_FoundCall]:
+    """Keep one call for each response id that is not in ``seen``, preferably with token ids; add the ids to it."""
+    kept: list[_FoundCall] = []
+    for call in sorted(calls, key=lambda call: not call.has_token_ids):
+        response_id = response_id_of(call.node.span)
+        if response_id is None or response_id not in seen:
+            kept.append(call)
+        if response_id is not None:
+            seen.add(response_id)
+    return kept
+
+
 def _when(node: TraceTree) -> tuple[float, int]:
+    # The sequence id orders spans that began at the same time: clocks of different hosts are coarse.
     return node.start_time, node.span.sequence_id
 
 
-def _spans_without_parent(parents: dict[str, str | None]) -> set[str]:
-    """Ids of the spans that nothing is above of: without a parent here, or the first seen of a circle."""
-    top: set[str] = set()
+def _root_ids(parents: dict[str, str | None]) -> set[str]:
+    """Return the ids of spans that nothing is above of: without a parent here, or the first one of a cycle."""
+    roots: set[str] = set()
     settled: set[str] = set()
     for start in parents:
         path: list[str] = []
@@ -302,14 +353,14 @@ def _spans_without_parent(parents: dict[str, str | None]) -> set[str]:
             on_path.add(current)
             parent = parents[current]
             if parent is None or parent not in parents:
-                top.add(current)
+                roots.add(current)
                 break
             current = parent
         else:
             if current in on_path:
-                top.add(current)
+                roots.add(current)
         settled.update(path)
-    return top
+    return roots
 
 
 def _sibling_rewards(siblings: Sequence[TraceTree], calls: set[str]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Adapters that make training examples (triplets) of the spans of an attempt."""
+"""Adapters that make training examples (triplets) from the spans of an attempt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan, log_unusable
+from agentlightning.adapter.base import Adapted, TraceAdapter, UnusableSpan
 from agentlightning.adapter.calls import has_token_ids, read_model_call
 from agentlightning.adapter.tree import LLM_CALL_MATCH, RewardMatchPolicy as RewardMatchPolicy, TraceTree as TraceTree
 from agentlightning.semconv import LLMCallAttributes
@@ -23,28 +23,30 @@ _NO_TOKEN_IDS = "token ids of prompt or response were not recorded; does the bac
 
 
 class TraceToTripletBase(TraceAdapter[list[Triplet]]):
-    """Makes one triplet of each model call that something can be learned from. A subclass writes `examine`."""
+    """Makes one triplet from each model call that can be trained on. A subclass implements `examine`."""
 
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
-        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
-        raise NotImplementedError(f"{type(self).__name__} has no examine method")
+        """Return the triplets in the order of the calls, and the spans of calls that none could be made of.
+
+        Raises:
+            NotImplementedError: the subclass does not implement it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no examine method; an adapter must implement one")
 
     def adapt(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> list[Triplet]:
-        """The triplets in the order of the calls. Spans that cannot be used are logged; `examine` returns them."""
-        adapted = self.examine(source)
-        log_unusable(_logger, adapted.unusable)
-        return adapted.made
+        """Return the triplets of ``examine``, and log the spans that cannot be used."""
+        return self.examine(source).made_with_warning(_logger)
 
 
 class TracerTraceToTriplet(TraceToTripletBase):
-    """Makes triplets of whatever recorded the calls: a tracer with any instrumentation, the proxy, or both.
+    """Makes triplets from all records of calls: of a tracer with any instrumentation, of the proxy, or of both.
 
-    A call without token ids still makes a triplet, if its messages were recorded: ``token_ids`` are empty.
+    A call without token ids still makes a triplet if its messages were recorded; its ``token_ids`` are empty then.
 
     Args:
         repair_hierarchy: put spans that lost their parent below the span that they happened in.
-        llm_call_match: regular expression that the names of the spans of model calls match somewhere.
-        agent_match: only calls of agents whose name matches this; None for all.
+        llm_call_match: regular expression that is searched for in the names of spans; it finds the model calls.
+        agent_match: only calls of agents in whose name this regular expression is found; None: all calls.
         exclude_llm_call_in_reward: leave out calls that a reward function made.
         reward_match: which reward belongs to which call.
         _skip_empty_token_spans: calls without token ids are unusable.
@@ -79,7 +81,7 @@ class TracerTraceToTriplet(TraceToTripletBase):
         return tree
 
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
-        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
+        """Return the triplets in the order of the calls, and the spans of calls that none could be made of."""
         if not source:
             return Adapted([], [])
         tree = self._tree(source)
@@ -105,26 +107,26 @@ class TracerTraceToTriplet(TraceToTripletBase):
         return Adapted(made, unusable)
 
     def _tree(self, source: Sequence[Span] | Sequence[ReadableSpan]) -> TraceTree:
-        tree = TraceTree.from_spans(_as_ours(source))
+        tree = TraceTree.from_spans(_as_spans(source))
         if self._repair_hierarchy:
             tree.repair_hierarchy()
         return tree
 
 
 class LlmProxyTraceToTriplet(TraceToTripletBase):
-    """Makes triplets of the calls that the LLM proxy recorded, and of nothing else.
+    """Makes triplets from the calls that the LLM proxy recorded, and from nothing else.
 
-    Calls must have token ids. A call's reward is the first one that was emitted after it began. The spans
-    need not hang together: the proxy knows the attempt of a call, and no more.
+    Calls must have token ids. A call's reward is the first one that was emitted after it began. The spans need not
+    form one tree, because the proxy knows the attempt of a call, but not always the agent's span that made it.
     """
 
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
-        """The triplets in the order of the calls, and the spans of calls that none could be made of."""
-        spans = sorted(_as_ours(source), key=lambda span: (span.start_time or 0.0, span.sequence_id))
+        """Return the triplets in the order of the calls, and the spans of calls that none could be made of."""
+        spans = sorted(_as_spans(source), key=lambda span: (span.start_time or 0.0, span.sequence_id))
         made: list[Triplet] = []
         unusable: list[UnusableSpan] = []
         reward: float | None = None
-        for span in reversed(spans):
+        for span in reversed(spans):  # so that the last reward seen is the first one after the call
             value = get_reward_value(span)
             if value is not None:
                 reward = value
@@ -138,6 +140,6 @@ class LlmProxyTraceToTriplet(TraceToTripletBase):
         return Adapted(made[::-1], unusable[::-1])
 
 
-def _as_ours(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
-    """The spans as ours, where they came from the OpenTelemetry SDK."""
+def _as_spans(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
+    """Return the spans as records; those of the OpenTelemetry SDK are converted."""
     return [span if isinstance(span, Span) else Span.from_opentelemetry(span, "", "", 0) for span in source]

@@ -19,7 +19,7 @@ from agentlightning.errors import (
     StoreStopped,
 )
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Span
+from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _GONE_FOR_GOOD = (StoreClosed, StoreForked, StoreStopped)
 
 
 class _Parcel(NamedTuple):
-    span: Span
+    span: PlainSpan
     size: int
     accepted: asyncio.Future[bool]
 
@@ -72,7 +72,7 @@ class SpanDelivery:
         """Whether no more should be put in."""
         return self._waiting_bytes >= self._max_waiting_bytes
 
-    def put(self, span: Span, size: int) -> asyncio.Future[bool]:
+    def put(self, span: PlainSpan, size: int) -> asyncio.Future[bool]:
         """Take in one span of about ``size`` bytes.
 
         Returns:
@@ -136,7 +136,10 @@ class SpanDelivery:
         if store is None:
             raise StoreClosed("the proxy has no store")
         try:
-            await store.add_many_spans([parcel.span for parcel in batch])
+            if store.capabilities.get("plain_spans", False):
+                await store.add_many_spans([parcel.span for parcel in batch])
+            else:
+                await store.add_many_spans([parcel.span.to_span() for parcel in batch])
         except _REFUSED_FOR_GOOD as error:
             if len(batch) > 1:
                 await self._deliver(batch[: len(batch) // 2])

@@ -16,12 +16,18 @@ import msgspec
 from agentlightning.proxy.dialects.base import ModelRequest, RecordedReply, WireDialect
 from agentlightning.proxy.errors import ProxyError
 from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
-from agentlightning.types import Attributes, AttributeValue, OtelResource, Span, SpanContext, TraceStatus
+from agentlightning.types.plain_spans import (
+    PlainAttributes,
+    PlainContext,
+    PlainResource,
+    PlainSpan,
+    PlainStatus,
+    PlainValue,
+)
 
 _MAX_BODY_BYTES = 1_500_000
 """A longer request or reply is shortened: the store takes spans up to 4 MiB, and a span carries both."""
 _MAX_TEXT_CHARS = 2_000
-_RESOURCE: Attributes = {"service.name": "agentlightning-proxy"}
 _REQUEST_NUMBERS: Mapping[str, GenAIAttributes] = {
     "temperature": GenAIAttributes.REQUEST_TEMPERATURE,
     "top_p": GenAIAttributes.REQUEST_TOP_P,
@@ -33,7 +39,7 @@ _OVERHEAD_BYTES = 1_000
 _TOKEN_BYTES = 36
 """The size of a number in a list, as Python keeps it."""
 
-_Found: TypeAlias = dict[GenAIAttributes | LLMCallAttributes, AttributeValue | None]
+_Found: TypeAlias = dict[GenAIAttributes | LLMCallAttributes, PlainValue | None]
 
 
 class CallOrigin(NamedTuple):
@@ -84,7 +90,7 @@ class CallRecord:
         return _OVERHEAD_BYTES + len(self.raw_request) + len(self.reply.body) + _TOKEN_BYTES * tokens
 
 
-def span_of(record: CallRecord) -> Span:
+def span_of(record: CallRecord) -> PlainSpan:
     """Return the span of a call that has ended, without a sequence id: the store issues it.
 
     Raises:
@@ -96,8 +102,10 @@ def span_of(record: CallRecord) -> Span:
     trace_id = record.origin.trace_id or secrets.token_hex(16)
     span_id = secrets.token_hex(8)
     model = record.request.model if record.request else "unknown"
-    # Every value was checked when it was read; validating thousands of token ids again takes longer than the call.
-    return Span.model_construct(
+    status = PlainStatus(status_code="OK")
+    if record.error_type is not None:
+        status = PlainStatus("ERROR", _without_nul(record.error_message or record.error_type))
+    return PlainSpan(
         rollout_id=record.origin.rollout_id,
         attempt_id=record.origin.attempt_id,
         sequence_id=0,
@@ -105,25 +113,19 @@ def span_of(record: CallRecord) -> Span:
         span_id=span_id,
         parent_id=record.origin.parent_span_id,
         name=_without_nul(f"{record.dialect.operation} {model}"),
-        status=_status_of(record),
+        status=status,
         attributes=_attributes_of(record, ended),
         events=[],
         links=[],
         start_time=record.start_time,
         end_time=record.start_time + (ended - record.started),
-        context=SpanContext(trace_id=trace_id, span_id=span_id, is_remote=False, trace_state={}),
+        context=PlainContext(trace_id=trace_id, span_id=span_id, is_remote=False, trace_state={}),
         parent=None,
-        resource=OtelResource(attributes=dict(_RESOURCE), schema_url=""),
+        resource=PlainResource(attributes={"service.name": "agentlightning-proxy"}, schema_url=""),
     )
 
 
-def _status_of(record: CallRecord) -> TraceStatus:
-    if record.error_type is None:
-        return TraceStatus(status_code="OK")
-    return TraceStatus(status_code="ERROR", description=_without_nul(record.error_message or record.error_type))
-
-
-def _attributes_of(record: CallRecord, ended: float) -> Attributes:
+def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
     request, reply = record.request, record.reply
     found: _Found = {
         GenAIAttributes.OPERATION_NAME: record.dialect.operation,
@@ -135,7 +137,7 @@ def _attributes_of(record: CallRecord, ended: float) -> Attributes:
         LLMCallAttributes.MODEL_VERSION: record.model_version or reply.fingerprint,
         GenAIAttributes.RESPONSE_ID: reply.response_id,
         GenAIAttributes.RESPONSE_MODEL: reply.model,
-        GenAIAttributes.RESPONSE_FINISH_REASONS: reply.finish_reasons or None,
+        GenAIAttributes.RESPONSE_FINISH_REASONS: [*reply.finish_reasons] or None,
         GenAIAttributes.USAGE_INPUT_TOKENS: reply.input_tokens,
         GenAIAttributes.USAGE_OUTPUT_TOKENS: reply.output_tokens,
         LLMCallAttributes.RESPONSE: _body_text(reply.body),

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from agentlightning import InMemoryLightningStore, Span
+from agentlightning import InMemoryLightningStore
 from agentlightning.errors import StoreUnavailable
 from agentlightning.proxy.admission import ProxyAccess
 from agentlightning.proxy.delivery import SpanDelivery
@@ -18,6 +18,7 @@ from agentlightning.proxy.errors import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
 from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing
+from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 WAIT_SECONDS = 20.0
 CHAT = ChatCompletions()
@@ -33,7 +34,7 @@ class GatedStore(InMemoryLightningStore):
         self.batches: list[int] = []
         self.failures: list[Exception] = []
 
-    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         await self.open.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -55,7 +56,7 @@ async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, SpanDeli
             await delivery.close(0)
 
 
-def span_for(origin: CallOrigin) -> Span:
+def span_for(origin: CallOrigin) -> PlainSpan:
     return span_of(CallRecord(CHAT, origin))
 
 

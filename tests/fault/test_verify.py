@@ -88,8 +88,8 @@ BROKEN = [
     Broken("span_sequence_increases", "span row 3", f"UPDATE spans SET sequence_id = 2 WHERE seq = 3 AND {SPANS}"),
     Broken(
         "span_sequence_increases",
-        "attempt at-running-1",
-        "UPDATE attempts SET span_sequence = 2 WHERE attempt_id = 'at-running-1'",
+        "attempt at-done-1",
+        "UPDATE attempts SET span_sequence = 2 WHERE attempt_id = 'at-done-1'",
     ),
     Broken(
         "span_has_attempt",
@@ -228,8 +228,6 @@ BROKEN = [
     Broken("json_valid", "worker worker-1", "UPDATE workers SET heartbeat_stats = x'7b'"),
     Broken("json_valid", "worker worker-1", "UPDATE workers SET registration = x'7b'"),
     # Workers
-    Broken("worker_holds_attempt", "worker worker-1", "UPDATE workers SET current_attempt_id = 'at-done-1'"),
-    Broken("worker_holds_attempt", "worker worker-1", "UPDATE workers SET current_attempt_id = 'at-0'"),
     Broken(
         "worker_holds_attempt",
         "worker worker-1",

@@ -114,10 +114,22 @@ def nobody_is_stale(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_heartbeat_renews_no_lease(patch: pytest.MonkeyPatch) -> None:
-    def touch(attempt: AttemptRow, now: Moment) -> AttemptRow:
-        return attempts.replace(attempt, last_heartbeat_time=now.wall)
+    def touch(attempt: AttemptRow, now: Moment, span_sequence: int | None = None) -> AttemptRow:
+        counter = attempt.span_sequence if span_sequence is None else span_sequence
+        return attempts.replace(attempt, last_heartbeat_time=now.wall, span_sequence=counter)
 
     patch.setattr(attempts, "touch", touch)
+
+
+def throttled_heartbeats_are_dropped(patch: pytest.MonkeyPatch) -> None:
+    """A sign of life that need not be durable is not kept in memory either."""
+    touch = SqliteTransaction.touch
+
+    async def forget(self: SqliteTransaction, old: Any, new: Any, write_after: float) -> Any:
+        heard = new.beaten_lease - old.beaten_lease >= write_after
+        return await touch(self, old, new, write_after) if heard else old
+
+    patch.setattr(SqliteTransaction, "touch", forget)
 
 
 def nothing_times_out(patch: pytest.MonkeyPatch) -> None:
@@ -167,8 +179,7 @@ def spans_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def undone_writes_are_remembered(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RowCache, "forget", lambda *_: None)
-    patch.setattr(RowCache, "clear", lambda _: None)
+    patch.setattr(RowCache, "restore", lambda *_: None)
 
 
 def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:
@@ -181,6 +192,7 @@ def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:
     [
         nobody_is_stale,
         a_heartbeat_renews_no_lease,
+        throttled_heartbeats_are_dropped,
         nothing_times_out,
         lost_workers_are_not_noticed,
         poison_is_found_too_soon,

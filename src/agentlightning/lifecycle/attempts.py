@@ -106,9 +106,25 @@ def steady(attempt: AttemptRow) -> bool:
     return attempt.status == "running" and attempt.confirm_seconds is None
 
 
-def touch(attempt: AttemptRow, now: Moment) -> AttemptRow:
-    """A sign of life of an attempt that is ``steady``."""
-    return replace(attempt, last_heartbeat_time=now.wall, beaten_lease=now.lease)
+def touch(attempt: AttemptRow, now: Moment, span_sequence: int | None = None) -> AttemptRow:
+    """A sign of life of an attempt that is ``steady``; with the last sequence id, if it came with spans."""
+    if span_sequence is None:
+        span_sequence = attempt.span_sequence
+    return replace(attempt, last_heartbeat_time=now.wall, beaten_lease=now.lease, span_sequence=span_sequence)
+
+
+def only_heard(before: AttemptRow, after: AttemptRow) -> bool:
+    """Whether a live attempt gave a sign of life, and nothing else about it changed.
+
+    Such a change need not be durable: every lease gets a full new term when the store is opened, and the last
+    sequence id is recovered from the spans then.
+    """
+    return after.live and after == replace(
+        before,
+        last_heartbeat_time=after.last_heartbeat_time,
+        beaten_lease=after.beaten_lease,
+        span_sequence=after.span_sequence,
+    )
 
 
 def beat(pair: Pair, now: Moment) -> Pair:

@@ -6,6 +6,10 @@ from typing import Literal, NamedTuple
 
 from agentlightning.lifecycle.records import AttemptRow, Policy, WorkerRow
 
+_THROTTLES_PER_TERM = 10
+_THROTTLE_WITHOUT_TERM = 60.0
+"""Where nothing expires a stored sign of life is only shown, to those who read the file from another process."""
+
 
 class Due(NamedTuple):
     """The first thing that will end an attempt if nothing else happens."""
@@ -39,3 +43,19 @@ def attempt_deadline(policy: Policy, attempt: AttemptRow) -> float | None:
 def worker_due(worker: WorkerRow) -> float | None:
     """When the worker's lease runs out; None if it has none."""
     return None if worker.lease_seconds is None else worker.beaten_lease + worker.lease_seconds
+
+
+def attempt_throttle(policy: Policy, attempt: AttemptRow) -> float:
+    """How many seconds the stored sign of life of an attempt may be older than the newest one.
+
+    A tenth of the shortest term that ends the attempt. Expiry is judged by the newest sign of life, so this does
+    not delay it. It bounds what a crash forgets: the time-out of the attempt then starts over from the stored one.
+    """
+    terms = (attempt.confirm_seconds, policy.unresponsive_seconds, policy.timeout_seconds)
+    known = [term for term in terms if term is not None]
+    return min(known) / _THROTTLES_PER_TERM if known else _THROTTLE_WITHOUT_TERM
+
+
+def worker_throttle(worker: WorkerRow) -> float:
+    """As ``attempt_throttle``, for a worker."""
+    return _THROTTLE_WITHOUT_TERM if worker.lease_seconds is None else worker.lease_seconds / _THROTTLES_PER_TERM

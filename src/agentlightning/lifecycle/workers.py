@@ -64,6 +64,27 @@ def beat(worker: WorkerRow, lease_seconds: float | None, stats: bytes | None, no
     return _idle(worker, now) if worker.current_attempt_id is None else replace(worker, status="busy")
 
 
+def only_heard(before: WorkerRow, after: WorkerRow) -> bool:
+    """Whether a worker gave a sign of life, took an attempt or ended one, and nothing else about it changed.
+
+    Such a change need not be durable: the lease gets a full new term when the store is opened, and what the worker
+    holds is known from its attempts. Only the times that are shown may be older after a crash.
+    """
+    if before.status != after.status and "unknown" in (before.status, after.status):
+        return False
+    return after == replace(
+        before,
+        status=after.status,
+        last_heartbeat_time=after.last_heartbeat_time,
+        last_dequeue_time=after.last_dequeue_time,
+        last_busy_time=after.last_busy_time,
+        last_idle_time=after.last_idle_time,
+        current_rollout_id=after.current_rollout_id,
+        current_attempt_id=after.current_attempt_id,
+        beaten_lease=after.beaten_lease,
+    )
+
+
 def register(worker: WorkerRow, registration: bytes) -> WorkerRow:
     """It says what it is. One that says something new has begun anew, and is free of what was asked of it before."""
     if worker.registration == registration:

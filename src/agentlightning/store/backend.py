@@ -25,6 +25,8 @@ from agentlightning.lifecycle.records import (
 
 T = TypeVar("T")
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
+H = TypeVar("H", AttemptRow, WorkerRow)
+N = TypeVar("N", RolloutRow, AttemptRow, WorkerRow, ResourcesRow)
 
 Row = RolloutRow | AttemptRow | WorkerRow | ResourcesRow
 Table = Literal["rollouts", "attempts", "spans", "resources", "workers"]
@@ -178,12 +180,25 @@ class ReadTransaction(Protocol):
 class Transaction(ReadTransaction, Protocol):
     """Rows, and changes to them that become durable together or not at all."""
 
-    async def insert(self, row: Row) -> int:
-        """Store a new row; returns the ``seq`` that the backend issued for it."""
+    async def insert(self, row: N) -> N:
+        """Store a new row; returns it with the ``seq`` that the backend issued for it."""
         ...
 
     async def put(self, old: R, new: R) -> R:
         """Replace ``old``, provided that it is still stored as it was read; returns ``new`` with its version."""
+        ...
+
+    async def touch(self, old: H, new: H, write_after: float) -> H:
+        """Take a sign of life: as ``put``, for a ``new`` that differs only in times of the last sign of life (and in
+        the counter of span sequence ids, which can be recovered from the spans).
+
+        It need not become durable before the stored one is ``write_after`` seconds older than it, on the lease clock.
+        Every read and every transaction of this process sees it at once.
+        """
+        ...
+
+    async def save_touched(self) -> None:
+        """Make every sign of life durable that ``touch`` took, and visible to what ``page`` filters and sorts by."""
         ...
 
     async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:

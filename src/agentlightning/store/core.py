@@ -81,19 +81,28 @@ class Core:
             result = await self.backend.write(swept_first)
         return cast(T, result)
 
-    async def read(self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
+    async def read(
+        self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1, save_touched: bool = False
+    ) -> T:
         """Run an operation that only reads, after a sweep if one is due.
 
         A store that cannot write is read all the same; what has expired there is computed on the way out.
+
+        Args:
+            operation: reads.
+            rows: about how many rows it will read.
+            save_touched: make signs of life durable first, because the operation sorts by them.
         """
         self.open()
-        while self._deadlines.passed() and not self.backend.stopped:
-            try:
+        try:
+            while self._deadlines.passed() and not self.backend.stopped:
                 await self.backend.write(sweep)
-            except StoreClosed:
-                raise
-            except StoreUnavailable:
-                break
+            if save_touched and not self.backend.stopped:
+                await self.backend.write(lambda tx: tx.save_touched())
+        except StoreClosed:
+            raise
+        except StoreUnavailable:
+            pass
         return await self.backend.read(operation, rows=rows)
 
     # --- Waiting ---------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ _WORKER_STATES = get_args(WorkerStatus)
 _SHORT_PAGE = 256
 """Rows that are read at once, in the caller's thread; how many more there are is not known before."""
 _WHOLE_STORE = 2**31
+_TOUCHED = frozenset({"last_heartbeat_time", "last_dequeue_time", "last_busy_time", "last_idle_time"})
+"""Fields of attempts and workers whose newest values may not be in the database, which sorts by what it has."""
 
 
 class ReadingStore(LightningStore):
@@ -259,7 +261,9 @@ class ReadingStore(LightningStore):
 
         short = query if 0 < query.limit <= _SHORT_PAGE else query._replace(limit=_SHORT_PAGE + 1)
         scans = not query.scope and bool(query.filters or query.sort_by)
-        page: Page = await self._core.read(answer(short), rows=_WHOLE_STORE if scans else _SHORT_PAGE)
+        rows = _WHOLE_STORE if scans else _SHORT_PAGE
+        touched = query.sort_by in _TOUCHED and query.table in ("workers", "attempts")
+        page: Page = await self._core.read(answer(short), rows=rows, save_touched=touched)
         if short is not query and len(page.rows) > _SHORT_PAGE:
             page = await self._core.read(answer(query), rows=page.total)
         return PaginatedResult[Any].model_construct(

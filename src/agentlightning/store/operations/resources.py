@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from agentlightning.errors import IdReused, NotFound
 from agentlightning.lifecycle.records import ResourcesRow
 from agentlightning.store.backend import ResourcesBy, Transaction
@@ -85,4 +83,4 @@ async def _insert(
         digest=digest,
     )
     tx.count({"resources": 1 if newest is None else 0, "resources_versions": 1})
-    return replace(row, seq=await tx.insert(row))
+    return await tx.insert(row)

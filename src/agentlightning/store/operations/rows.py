@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec.structs import replace
-
 from agentlightning.errors import NotFound
-from agentlightning.lifecycle import workers
+from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started
-from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutRow, WorkerRow
+from agentlightning.lifecycle.deadlines import attempt_throttle, worker_throttle
+from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import AttemptsBy, Deadline, Finished, ReadTransaction, Transaction, Waiting
 
@@ -67,7 +66,7 @@ async def save(tx: Transaction, before: Change, after: Change) -> Change:
     """Write a rollout and its attempt where they differ from what was stored."""
     attempt = after.attempt
     if attempt is not None and before.attempt is not None and attempt is not before.attempt:
-        attempt = await _save_attempt(tx, before.attempt, attempt)
+        attempt = await _save_attempt(tx, before.attempt, attempt, before.rollout.policy)
     rollout = after.rollout
     if rollout is not before.rollout:
         rollout = await _save_rollout(tx, before.rollout, rollout, attempt)
@@ -77,8 +76,8 @@ async def save(tx: Transaction, before: Change, after: Change) -> Change:
 async def save_started(tx: Transaction, before: Change, started: Started) -> Change:
     """Write a new attempt, its rollout, and the attempt that it replaced."""
     if started.replaced is not None and before.attempt is not None:
-        await _save_attempt(tx, before.attempt, started.replaced)
-    attempt = replace(started.attempt, seq=await tx.insert(started.attempt))
+        await _save_attempt(tx, before.attempt, started.replaced, before.rollout.policy)
+    attempt = await tx.insert(started.attempt)
     tx.count({"attempts": 1})
     if attempt.deadline is not None:
         tx.publish(Deadline(attempt.deadline))
@@ -87,7 +86,7 @@ async def save_started(tx: Transaction, before: Change, started: Started) -> Cha
 
 async def insert_rollout(tx: Transaction, rollout: RolloutRow) -> RolloutRow:
     """Store a new rollout."""
-    rollout = replace(rollout, seq=await tx.insert(rollout))
+    rollout = await tx.insert(rollout)
     tx.count({f"rollouts.{rollout.status}": 1})
     if rollout.claimable:
         tx.publish(Waiting(1))
@@ -98,8 +97,7 @@ async def worker_of(tx: Transaction, worker_id: str) -> WorkerRow:
     """The worker; a new one is registered."""
     worker = await tx.get(WorkerRow, worker_id)
     if worker is None:
-        worker = WorkerRow(seq=0, version=1, worker_id=worker_id)
-        worker = replace(worker, seq=await tx.insert(worker))
+        worker = await tx.insert(WorkerRow(seq=0, version=1, worker_id=worker_id))
         tx.count({"workers": 1})
     return worker
 
@@ -108,6 +106,8 @@ async def save_worker(tx: Transaction, before: WorkerRow, after: WorkerRow) -> W
     """Write a worker, if it has changed."""
     if after is before:
         return before
+    if workers.only_heard(before, after):
+        return await tx.touch(before, after, worker_throttle(after))
     if after.deadline is not None and after.deadline != before.deadline:
         tx.publish(Deadline(after.deadline))
     return await tx.put(before, after)
@@ -129,7 +129,9 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
         await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 
 
-async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow) -> AttemptRow:
+async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow, policy: Policy) -> AttemptRow:
+    if attempts.only_heard(before, after):
+        return await tx.touch(before, after, attempt_throttle(policy, after))
     saved = await tx.put(before, after)
     if after.deadline is not None and after.deadline != before.deadline:
         tx.publish(Deadline(after.deadline))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from agentlightning.lifecycle import attempts
+from agentlightning.lifecycle.deadlines import attempt_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair, SpanRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Transaction
@@ -97,10 +98,11 @@ def _numbered(attempt: AttemptRow, drafts: Sequence[SpanDraft]) -> tuple[list[Sp
 async def _hear_from(tx: Transaction, attempt: AttemptRow, counter: int) -> None:
     """A span is a sign of life of an attempt that still holds its rollout."""
     now = tx.now()
-    if attempts.steady(attempt):
-        await tx.put(attempt, replace(attempts.touch(attempt, now), span_sequence=counter))
-        return
     rollout = await load_rollout(tx, attempt.rollout_id)
+    if attempts.steady(attempt):
+        heard = attempts.touch(attempt, now, counter)
+        await tx.touch(attempt, heard, attempt_throttle(rollout.policy, heard))
+        return
     after = attempts.run(Pair(rollout, attempt), now)
     heard = after.attempt
     if heard.span_sequence != counter:

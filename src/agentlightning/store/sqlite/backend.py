@@ -360,7 +360,7 @@ class FileBackend(SqliteBackend):
     def _read(self, op: Callable[[ReadTransaction], Awaitable[T]]) -> T:
         try:
             with self._readers.snapshot() as connection:
-                return run_to_end(op(SqliteReads(connection, self.moment())))
+                return run_to_end(op(SqliteReads(connection, self.moment(), self._use().cache)))
         except FAULTS as error:
             known = translate(error, self._path)
             if stops_store(known) and self._writer is not None:
@@ -402,10 +402,11 @@ class FileBackend(SqliteBackend):
 
 
 def _rebase_leases(connection: apsw.Connection, now: float) -> None:
-    """Give every lease a full fresh term, so that the time the store was closed expires none.
+    """Give every lease a full new term, so that the time the store was closed expires none.
 
-    Time-outs go on from where they stood. Deadlines are lower bounds: set to now, the first
-    sweep computes the true ones.
+    Time-outs go on from where they stood at the last sign of life that was written. Deadlines are lower bounds: set
+    to now, the first sweep computes the true ones. The last sequence id of each live attempt may be known from its
+    spans only, because a span does not write the row of its attempt.
     """
     with connection:
         connection.execute(
@@ -413,7 +414,11 @@ def _rebase_leases(connection: apsw.Connection, now: float) -> None:
                 version = version + 1,
                 started_lease = started_lease + :now - (SELECT max(beaten_lease) FROM attempts WHERE live),
                 beaten_lease = :now,
-                deadline = iif(deadline IS NULL, NULL, :now)
+                deadline = iif(deadline IS NULL, NULL, :now),
+                span_sequence = max(
+                    span_sequence,
+                    (SELECT coalesce(max(sequence_id), 0) FROM spans WHERE attempt_seq = attempts.seq)
+                )
             WHERE live""",
             {"now": now},
         )

@@ -134,7 +134,16 @@ _VERSION_3 = """
 ALTER TABLE rollouts ADD COLUMN releases INTEGER NOT NULL DEFAULT 0;
 """
 
-MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4 = """
+DROP INDEX spans_in_order;
+ALTER TABLE workers DROP COLUMN current_rollout_id;
+ALTER TABLE workers DROP COLUMN current_attempt_id;
+UPDATE workers SET status = 'idle' WHERE status = 'busy';
+"""
+"""What a worker works on is computed from its live attempts. The spans of one attempt are found by the index that
+keeps them unique and then sorted, which costs less than keeping a second index in order at every insert."""
+
+MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 """Script number n brings a file from version n to version n + 1."""
 
 

@@ -133,7 +133,8 @@ class GroupCommit:
         """Operations that they carried."""
         self.last_batch = 0
         """How many of them the last one carried."""
-        self._cache = RowCache()
+        self.cache = RowCache()
+        """Rows that were used last, and signs of life that are not stored."""
         self._lock = threading.Lock()
         self._jobs: deque[_Job[Any]] = deque()
         self._woken: set[asyncio.AbstractEventLoop] = set()
@@ -193,7 +194,15 @@ class GroupCommit:
         with self._turn:
             while self._jobs:
                 self._run_batch(self._commit)
+            if self._fault is None:
+                self._save_touched()
             self._connection.close()
+
+    def _save_touched(self) -> None:
+        """Write the signs of life that are only in memory: time-outs go on from there when the file is opened."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._jobs.append(_Job(lambda tx: tx.save_touched(), None, future))
+        self._run_batch(self._commit)
 
     # --- Queue -----------------------------------------------------------------------------------
 
@@ -299,7 +308,7 @@ class GroupCommit:
             jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), _BATCH_LIMIT))]
         if not jobs:
             return None
-        batch = _Batch(jobs, SqliteTransaction(self._connection, self._cache))
+        batch = _Batch(jobs, SqliteTransaction(self._connection, self.cache))
         try:
             if self._fault is not None:
                 raise self._fault
@@ -307,8 +316,8 @@ class GroupCommit:
                 self._run_all(batch)
             except CannotUndo:
                 self._connection.execute("ROLLBACK")
-                self._cache.clear()
-                batch.transaction = GuardedTransaction(self._connection, self._cache)
+                batch.transaction.rolled_back()
+                batch.transaction = GuardedTransaction(self._connection, self.cache)
                 self._run_all(batch)
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: every caller gets the error
             self._abandon(batch, error)
@@ -322,7 +331,7 @@ class GroupCommit:
         self._connection.execute("BEGIN IMMEDIATE")
         for job in batch.jobs:
             self._step(batch.transaction, job)
-        batch.transaction.flush_counters()
+        batch.transaction.finish()
 
     def _step(self, transaction: SqliteTransaction, job: _Job[Any]) -> None:
         transaction.begin(self._moment())
@@ -348,7 +357,7 @@ class GroupCommit:
             self.stop(known)
         batch.fail(known)
         batch.transaction.wrote = False
-        self._cache.clear()
+        batch.transaction.rolled_back()
         self._roll_back()
 
     def _commit(self, batch: _Batch) -> None:
@@ -364,7 +373,7 @@ class GroupCommit:
             known.__cause__ = error
             self.stop(known)
             batch.fail(known)
-            self._cache.clear()
+            batch.transaction.rolled_back()
             self._roll_back()
         else:
             self.commits += 1

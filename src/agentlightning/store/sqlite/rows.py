@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from operator import is_
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -24,8 +23,10 @@ class Codec(Generic[R]):
     Args:
         table: the table.
         row: the row class.
-        encoded: fields that are not stored as they are: to the stored value, and back.
+        encoded: fields that are not stored as they are: to the stored value, and back (None: as it is).
         derived: columns behind the fields, computed from the row's status.
+        source: what is selected from under the name ``t``, if it is not the table itself.
+        computed: fields that ``source`` computes, so that they are not stored.
     """
 
     def __init__(
@@ -33,33 +34,42 @@ class Codec(Generic[R]):
         table: Literal["rollouts", "attempts", "resources", "workers"],
         row: type[R],
         *,
-        encoded: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = MappingProxyType({}),
+        encoded: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any] | None]] = MappingProxyType({}),
         derived: Mapping[str, Callable[[R], Any]] = MappingProxyType({}),
+        source: str | None = None,
+        computed: Sequence[str] = (),
     ) -> None:
         self.table: Literal["rollouts", "attempts", "resources", "workers"] = table
         self.fields = row.__struct_fields__
-        self.columns = (*self.fields, *derived)
-        self.select = f"SELECT {', '.join(self.fields)} FROM {table}"
-        stored = self.columns[1:]
-        self.insert = f"INSERT INTO {table} ({', '.join(stored)}) VALUES ({', '.join('?' * len(stored))})"
+        self.derived = tuple(derived)
+        self.source = f"{source or table} t"
+        self.select = f"SELECT {self.names('t')} FROM {self.source}"
+        self.select_all = f"SELECT {', '.join([self.names('t'), *derived])} FROM {self.source}"
         self._row = row
-        self._encoded = {self.fields.index(name): way for name, way in encoded.items()}
-        self._derived = tuple(derived.values())
+        self._stored = tuple(i for i, name in enumerate(self.fields) if i and name not in computed)
+        columns = [*[self.fields[i] for i in self._stored], *derived]
+        self.insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        self._encode = {self.fields.index(name): encode for name, (encode, _) in encoded.items()}
+        self._decode = {self.fields.index(name): decode for name, (_, decode) in encoded.items() if decode}
+        self._derive = tuple(derived.values())
         self._decisive = self.fields.index("status") if derived else -1
         self._updates: dict[tuple[int, ...], str] = {}
 
+    def derive(self, row: R) -> list[Any]:
+        """The values of the derived columns."""
+        return [derive(row) for derive in self._derive]
+
     def encode(self, row: R) -> list[Any]:
-        """The values of all columns."""
-        values = [*astuple(row), *[derive(row) for derive in self._derived]]
-        for index, (encode, _) in self._encoded.items():
-            values[index] = encode(values[index])
-        return values
+        """The values for ``insert``."""
+        values = astuple(row)
+        encode = self._encode
+        return [*[encode[i](values[i]) if i in encode else values[i] for i in self._stored], *self.derive(row)]
 
     def decode(self, values: Sequence[Any]) -> R:
         """The row with these values of its fields."""
-        if self._encoded:
+        if self._decode:
             values = list(values)
-            for index, (_, decode) in self._encoded.items():
+            for index, decode in self._decode.items():
                 values[index] = decode(values[index])
         return self._row(*values)
 
@@ -74,23 +84,19 @@ class Codec(Generic[R]):
         row is found by ``seq``, on condition that its ``version`` is the one that was read.
         """
         before, after = astuple(old), astuple(new)
-        changed = tuple([i for i, same in enumerate(map(is_, before, after)) if not same])
-        derived = [derive(new) for derive in self._derived] if self._decisive in changed else []
+        changed = tuple([i for i in self._stored if before[i] is not after[i]])
+        derived = self.derive(new) if self._decisive in changed else []
         statement = self._updates.get(changed)
         if statement is None:
             statement = self._updates[changed] = self._update_statement(changed, bool(derived))
-        values = [after[i] for i in changed]
-        for index, (encode, _) in self._encoded.items():
-            if index in changed:
-                values[changed.index(index)] = encode(after[index])
+        encode = self._encode
+        values = [encode[i](after[i]) if i in encode else after[i] for i in changed]
         return statement, [*values, *derived, before[0], before[1]]
 
     def _update_statement(self, changed: tuple[int, ...], derived: bool) -> str:
-        columns = [self.fields[i] for i in changed]
-        if derived:
-            columns += self.columns[len(self.fields) :]
-        assignments = "".join(f", {column} = ?" for column in columns)
-        return f"UPDATE {self.table} SET version = version + 1{assignments} WHERE seq = ? AND version = ?"
+        columns = [*[self.fields[i] for i in changed], *(self.derived if derived else ())]
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        return f"UPDATE {self.table} SET {assignments} WHERE seq = ? AND version = ?"
 
 
 @lru_cache(maxsize=1024)
@@ -111,7 +117,27 @@ ROLLOUTS: Codec[RolloutRow] = Codec(
 )
 ATTEMPTS: Codec[AttemptRow] = Codec("attempts", AttemptRow, derived={"live": lambda row: int(row.live)})
 RESOURCES: Codec[ResourcesRow] = Codec("resources", ResourcesRow)
-WORKERS: Codec[WorkerRow] = Codec("workers", WorkerRow)
+_OF_HELD_ATTEMPT = {
+    "current_rollout_id": "h.rollout_id",
+    "current_attempt_id": "h.attempt_id",
+    "status": "iif(h.seq IS NULL, w.status, 'busy')",
+}
+"""What is computed about a worker: it is busy with the newest live attempt that names it. That saves writing the row
+of the worker each time when it claims or ends an attempt."""
+_WORKER_COLUMNS = ", ".join(
+    f"{_OF_HELD_ATTEMPT.get(name, f'w.{name}')} AS {name}" for name in WorkerRow.__struct_fields__
+)
+_WORKERS_NOW = (
+    f"(SELECT {_WORKER_COLUMNS} FROM workers w LEFT JOIN attempts h "
+    "ON h.seq = (SELECT max(seq) FROM attempts WHERE worker_id = w.worker_id AND live))"
+)
+WORKERS: Codec[WorkerRow] = Codec(
+    "workers",
+    WorkerRow,
+    source=_WORKERS_NOW,
+    computed=("current_rollout_id", "current_attempt_id"),
+    encoded={"status": (lambda status: "idle" if status == "busy" else status, None)},
+)
 
 _BY_ROW: dict[type[msgspec.Struct], Codec[Any]] = {
     RolloutRow: ROLLOUTS,
@@ -143,7 +169,7 @@ _FROM: dict[Table, str] = {
     "attempts": "attempts t",
     "spans": _SPANS_OF_ATTEMPTS,
     "resources": "resources t",
-    "workers": "workers t",
+    "workers": WORKERS.source,
 }
 _COUNT_FROM: dict[Table, str] = {**_FROM, "rollouts": "rollouts t"}
 _SELECT: dict[Table, str] = {

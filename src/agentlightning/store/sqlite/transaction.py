@@ -1,14 +1,21 @@
 """The row primitives of ``store.backend`` on one SQLite connection.
 
-No method ever suspends: an operation made of these can be stepped to its end without an
-event loop.
+No method ever suspends, so an operation made of these can be stepped to its end without an event loop.
+
+The writing connection keeps rows in memory, for two reasons:
+
+* A row that several steps of an operation change is written once, before a statement that searches its table or
+  at the end of the batch. ``put`` therefore only notes the change.
+* A sign of life (``touch``) need not be durable, because every lease gets a full new term when the file is opened.
+  It stays in memory until it is older than the throttle of its row, until the row changes otherwise, or until the
+  row has to make way. Readers look into the same memory, so they see the newest sign of life.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import apsw
 import msgspec
@@ -30,69 +37,89 @@ from agentlightning.store.sqlite.rows import (
     total_statement,
 )
 
-# --- The rows written last, so that the next operation on them need not read them again ---
+R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
+H = TypeVar("H", AttemptRow, WorkerRow)
 
 _ROWS_OF_A_KIND = 2048
 _LARGEST = 4096
 """Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
 
-_KEYS = {
-    RolloutRow: attrgetter("rollout_id"),
-    AttemptRow: attrgetter("attempt_id"),
-    WorkerRow: attrgetter("worker_id"),
-}
-_BLOBS: dict[type[Any], Callable[[Any], tuple[bytes | None, ...]]] = {
-    RolloutRow: lambda row: (row.input, row.metadata),
-    AttemptRow: lambda row: (row.metadata,),
-    WorkerRow: lambda row: (row.heartbeat_stats, row.registration),
-}
+
+class Shelf:
+    """The cached rows of one kind, the oldest first.
+
+    Args:
+        codec: how rows of the kind are stored.
+        key: the name of the field that identifies a row.
+        size: the bytes of JSON in a row.
+    """
+
+    __slots__ = ("codec", "key", "rows", "size", "stored")
+
+    def __init__(self, codec: Codec[Any], key: str, size: Callable[[Any], int]) -> None:
+        self.codec = codec
+        self.key = attrgetter(key)
+        self.size = size
+        self.rows: dict[str, Any] = {}
+        """The newest state of each row."""
+        self.stored: dict[str, Any] = {}
+        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
+        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
+
+
+class Undo(NamedTuple):
+    """What a shelf held under a key before a change."""
+
+    shelf: Shelf
+    key: str
+    row: Any
+    stored: Any
 
 
 class RowCache:
-    """Rollouts, attempts and workers as the running transaction sees them; the oldest make way."""
+    """Rollouts, attempts and workers as the running transaction sees them."""
 
     def __init__(self) -> None:
-        self._rows: dict[type[Any], dict[str, Any]] = {kind: {} for kind in _KEYS}
+        self.shelves: dict[type[Any], Shelf] = {
+            RolloutRow: Shelf(ROLLOUTS, "rollout_id", lambda row: len(row.input) + len(row.metadata or b"")),
+            AttemptRow: Shelf(ATTEMPTS, "attempt_id", lambda row: len(row.metadata or b"")),
+            WorkerRow: Shelf(
+                WORKERS, "worker_id", lambda row: len(row.heartbeat_stats or b"") + len(row.registration or b"")
+            ),
+        }
+        self._attempts = self.shelves[AttemptRow].rows
+        self._workers = self.shelves[WorkerRow].rows
 
-    def get(self, kind: type[Any], key: str) -> Any | None:
-        """The row, if it is here."""
-        return self._rows[kind].get(key)
+    def attempt_now(self, row: AttemptRow) -> AttemptRow:
+        """An attempt as read from the database, with the newest sign of life.
 
-    def keep(self, row: Any) -> None:
-        """Take in a row as it has just been written; rows of other kinds are passed over."""
-        kind: type[Any] = type(row)
-        rows = self._rows.get(kind)
-        if rows is None:
-            return
-        key = _KEYS[kind](row)
-        if sum([len(blob) for blob in _BLOBS[kind](row) if blob is not None]) > _LARGEST:
-            rows.pop(key, None)
-            return
-        rows[key] = row
-        if len(rows) > _ROWS_OF_A_KIND:
-            del rows[next(iter(rows))]
+        A newer version in memory belongs to a transaction that is not committed yet. Its sign of life counts all
+        the same, or the reader would take a live attempt for an expired one.
+        """
+        newest: AttemptRow | None = self._attempts.get(row.attempt_id)
+        if newest is None or newest is row:
+            return row
+        if newest.version == row.version:
+            return newest
+        if row.live and newest.beaten_lease > row.beaten_lease:
+            return replace(row, last_heartbeat_time=newest.last_heartbeat_time, beaten_lease=newest.beaten_lease)
+        return row
 
-    def forget(self, row: Any) -> None:
-        """Drop a row, because its write was undone or it was deleted."""
-        kind: type[Any] = type(row)
-        if kind in _KEYS:
-            self._rows[kind].pop(_KEYS[kind](row), None)
+    def worker_now(self, row: WorkerRow) -> WorkerRow:
+        """A worker as read from the database, with the newest sign of life."""
+        newest: WorkerRow | None = self._workers.get(row.worker_id)
+        return newest if newest is not None and newest.version == row.version else row
 
-    def forget_attempts_of(self, rollout_id: str) -> None:
-        """Drop the attempts of a rollout, because they were deleted."""
-        attempts = self._rows[AttemptRow]
-        for key in [key for key, row in attempts.items() if row.rollout_id == rollout_id]:
-            del attempts[key]
+    def restore(self, log: list[Undo], since: int) -> None:
+        """Take back the changes in ``log[since:]``, and drop them from it."""
+        for shelf, key, row, stored in reversed(log[since:]):
+            for rows, before in ((shelf.rows, row), (shelf.stored, stored)):
+                if before is None:
+                    rows.pop(key, None)
+                else:
+                    rows[key] = before
+        del log[since:]
 
-    def clear(self) -> None:
-        """Drop everything, because a whole transaction was undone."""
-        for rows in self._rows.values():
-            rows.clear()
-
-
-# ---
-
-R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 
 _INSERT_SPAN = (
     "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
@@ -102,21 +129,35 @@ _SCAN_SPANS = (
     "SELECT seq, attempt_seq, sequence_id, issued, span_id, body FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
 )
 _GETS: dict[type[Any], tuple[Codec[Any], str]] = {
-    RolloutRow: (ROLLOUTS, f"{ROLLOUTS.select} WHERE rollout_id = ?"),
-    AttemptRow: (ATTEMPTS, f"{ATTEMPTS.select} WHERE attempt_id = ?"),
-    WorkerRow: (WORKERS, f"{WORKERS.select} WHERE worker_id = ?"),
+    RolloutRow: (ROLLOUTS, f"{ROLLOUTS.select} WHERE t.rollout_id = ?"),
+    AttemptRow: (ATTEMPTS, f"{ATTEMPTS.select} WHERE t.attempt_id = ?"),
+    WorkerRow: (WORKERS, f"{WORKERS.select} WHERE t.worker_id = ?"),
 }
 _TABLES: dict[Table, Codec[Any]] = {each.table: each for each in (ROLLOUTS, ATTEMPTS, RESOURCES, WORKERS)}
 _ROLLOUT_WIDTH = len(ROLLOUTS.fields)
 
 
-class SqliteReads:
-    """``ReadTransaction`` on a connection that is inside a transaction."""
+class RolloutWithLatest(NamedTuple):
+    """A row of a page of rollouts."""
 
-    def __init__(self, connection: apsw.Connection, now: Moment) -> None:
+    rollout: RolloutRow
+    latest: AttemptRow | None
+
+
+class SqliteReads:
+    """``ReadTransaction`` on a connection that is inside a transaction.
+
+    Args:
+        connection: the connection.
+        now: the clocks.
+        cache: where the writer of this process keeps signs of life; None if another process writes.
+    """
+
+    def __init__(self, connection: apsw.Connection, now: Moment, cache: RowCache | None = None) -> None:
         self._connection = connection
         self._execute = connection.cursor().execute
         self._now = now
+        self._heard = cache
 
     def now(self) -> Moment:
         return self._now
@@ -127,7 +168,23 @@ class SqliteReads:
     async def get(self, kind: type[R], key: str) -> R | None:
         codec, sql = _GETS[kind]
         rows = self._rows(sql, (key,))
-        return codec.decode(rows[0]) if rows else None
+        return self._found(codec.decode(rows[0])) if rows else None
+
+    def _found(self, row: Any) -> Any:
+        """What is returned for a row that was looked up."""
+        return self._newest(row)
+
+    def _newest(self, row: Any) -> Any:
+        """The row with its newest sign of life."""
+        cache = self._heard
+        if cache is not None:
+            if type(row) is AttemptRow:
+                return cache.attempt_now(row)
+            if type(row) is WorkerRow:
+                return cache.worker_now(row)
+            if type(row) is RolloutWithLatest and row.latest is not None:
+                return RolloutWithLatest(row.rollout, cache.attempt_now(row.latest))
+        return row
 
     async def get_resources(self, selection: ResourcesBy) -> ResourcesRow | None:
         match selection:
@@ -148,11 +205,12 @@ class SqliteReads:
             f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq DESC LIMIT ?",
             (selection.value, selection.limit),
         )
-        return [ATTEMPTS.decode(row) for row in rows]
+        return [self._found(ATTEMPTS.decode(row)) for row in rows]
 
     async def page(self, query: PageQuery) -> Page:
         raw = self._rows(*page_statement(query))
-        rows = [_DECODE[query.table](row) for row in raw]
+        decode = _DECODE[query.table]
+        rows = [self._newest(decode(row)) for row in raw]
         whole = query.limit == -1 or len(rows) < query.limit
         if not query.with_total or (whole and (rows or query.offset == 0)):
             return Page(rows, query.offset + len(rows))
@@ -175,74 +233,73 @@ class SqliteReads:
         if table == "spans":
             return self._rows(_SCAN_SPANS, (after, limit))
         codec = _TABLES[table]
-        columns = ", ".join(codec.columns)
-        rows = self._rows(f"SELECT {columns} FROM {table} WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
-        return [found for row in rows for found in _decode_or_tell(codec, row)]
+        rows = self._rows(f"{codec.select_all} WHERE t.seq > ? ORDER BY t.seq LIMIT ?", (after, limit))
+        return [found for row in rows for found in _decode_or_report(codec, row)]
 
     async def integrity(self) -> list[str]:
         return [row[0] for row in self._rows("PRAGMA integrity_check(100)") if row[0] != "ok"]
 
 
 class CannotUndo(Exception):
-    """An operation failed after it had written, in a transaction without savepoints."""
+    """An operation failed after one of its statements had written, in a transaction without savepoints."""
 
 
 class SqliteTransaction(SqliteReads):
     """``Transaction``: many operations, one after another, in one SQLite transaction.
 
-    It counts on none of them failing after it has written: nearly all check first. One that does
-    cannot be undone alone, so ``undo`` raises, and all have to be run again in a
-    ``GuardedTransaction``. Going without savepoints saves SQLite a copy of every page that an
+    An operation that fails before a statement of it has written is undone in memory. One that fails later cannot
+    be undone alone, so ``undo`` raises, and all have to be run again in a ``GuardedTransaction``. This is rare,
+    because nearly all operations check first. Going without savepoints saves SQLite a copy of every page that an
     operation touches.
     """
 
     def __init__(self, connection: apsw.Connection, cache: RowCache) -> None:
-        super().__init__(connection, Moment(0.0, 0.0))
+        super().__init__(connection, Moment(0.0, 0.0), cache)
         self._cache = cache
-        self._own_rows: list[Row] = []
+        self._shelves = cache.shelves
         self.events: list[Event] = []
         """What the operations that succeeded have published."""
         self.wrote = False
-        """Whether any operation that succeeded has written."""
+        """Whether any operation that succeeded has changed something that must be durable."""
         self._counts: list[tuple[str, int]] = []
-        self._writing = False
-        self._own_events: list[Event] = []
-        self._own_counts: list[tuple[str, int]] = []
+        self._changed: list[tuple[Shelf, str]] = []
+        """Rows that may have to be written before the commit."""
+        self._log: list[Undo] = []
+        self._began = (0, 0, 0, 0)
+        """How long the four lists were when the running operation began."""
+        self._wrote_statement = False
+        self._wrote_own = False
 
     def begin(self, now: Moment) -> None:
         """The next operation begins."""
         self._now = now
-        self._writing = False
-        self._own_events = []
-        self._own_counts = []
-        self._own_rows = []
+        self._wrote_statement = False
+        self._wrote_own = False
+        self._began = (len(self._log), len(self._changed), len(self._counts), len(self.events))
 
     def keep(self) -> None:
         """The operation succeeded: its effects stay."""
-        if self._writing:
+        if self._wrote_own:
             self.wrote = True
-        self.events += self._own_events
-        self._counts += self._own_counts
 
     def undo(self) -> None:
         """The operation failed: as if it had never been.
 
         Raises:
-            CannotUndo: it has written.
+            CannotUndo: a statement of it has written.
         """
-        if self._writing:
+        if self._wrote_statement:
             raise CannotUndo
+        self._forget_operation()
 
-    async def get(self, kind: type[R], key: str) -> R | None:
-        row = self._cache.get(kind, key)
-        if row is None:
-            row = await super().get(kind, key)
-            if row is not None:
-                self._cache.keep(row)
-        return row
+    def _forget_operation(self) -> None:
+        log, changed, counts, events = self._began
+        self._cache.restore(self._log, log)
+        del self._changed[changed:], self._counts[counts:], self.events[events:]
 
-    def flush_counters(self) -> None:
-        """Write what the operations counted. Call once, after the last one."""
+    def finish(self) -> None:
+        """Write what the operations have changed and counted. Call once, after the last one."""
+        self._flush()
         sums: dict[str, int] = {}
         for name, change in self._counts:
             sums[name] = sums.get(name, 0) + change
@@ -254,29 +311,132 @@ class SqliteTransaction(SqliteReads):
                     (name, change),
                 )
 
+    def rolled_back(self) -> None:
+        """The database has undone the whole transaction: so does the cache."""
+        self._cache.restore(self._log, 0)
+
+    # --- The cache -------------------------------------------------------------------------------
+
+    def _keep(self, shelf: Shelf, key: str, row: Any) -> None:
+        """Take a row that is as stored into the cache."""
+        if shelf.size(row) > _LARGEST:
+            return
+        self._log.append(Undo(shelf, key, None, None))
+        rows = shelf.rows
+        rows[key] = row
+        if len(rows) > _ROWS_OF_A_KIND:
+            oldest = next(iter(rows))
+            self._write_now(shelf, oldest)
+            self._drop(shelf, oldest)
+
+    def _drop(self, shelf: Shelf, key: str) -> None:
+        self._log.append(Undo(shelf, key, shelf.rows.pop(key, None), shelf.stored.pop(key, None)))
+
+    def _found(self, row: Any) -> Any:
+        """The row as the running transaction has it; it is kept, if it was not here."""
+        shelf = self._shelves[type(row)]
+        key = shelf.key(row)
+        cached = shelf.rows.get(key)
+        if cached is not None:
+            return cached
+        self._keep(shelf, key, row)
+        return row
+
+    def _write_now(self, shelf: Shelf, key: str) -> None:
+        """Write a row whose newest state is not stored, be it only for a sign of life."""
+        stored = shelf.stored.get(key)
+        if stored is not None:
+            row = shelf.rows[key]
+            self._log.append(Undo(shelf, key, row, stored))
+            if row.version == stored.version:
+                row = shelf.rows[key] = replace(row, version=row.version + 1)
+            del shelf.stored[key]
+            self._update(shelf, stored, row)
+
+    def _flush(self) -> None:
+        """Write the rows that were put. Call before a statement that searches their tables."""
+        changed = self._changed
+        if changed:
+            for shelf, key in changed:
+                stored = shelf.stored.get(key)
+                if stored is not None:
+                    row = shelf.rows[key]
+                    if row.version != stored.version:
+                        del shelf.stored[key]
+                        self._update(shelf, stored, row)
+            changed.clear()
+
+    def _update(self, shelf: Shelf, stored: Any, row: Any) -> None:
+        self._write()
+        self._execute(*shelf.codec.update(stored, row))
+        if self._connection.changes() != 1:
+            raise Conflict(f"{type(row).__name__} {row.seq} has changed since it was read; read it again")
+
     def _write(self) -> None:
-        self._writing = True
+        """A statement that writes follows."""
+        self._wrote_statement = self._wrote_own = True
 
-    def _remember(self, row: Row) -> None:
-        self._cache.keep(row)
-        self._own_rows.append(row)
+    # --- Primitives ------------------------------------------------------------------------------
 
-    async def insert(self, row: Row) -> int:
+    async def get(self, kind: type[R], key: str) -> R | None:
+        row = self._shelves[kind].rows.get(key)
+        return row if row is not None else await super().get(kind, key)
+
+    async def insert(self, row: Row) -> Any:
+        if type(row) is AttemptRow:
+            self._flush()  # the attempt that it replaces must not be live any more in the index of live ones
         self._write()
         codec = codec_of(row)
-        self._execute(codec.insert, codec.encode(row)[1:])
-        seq = self._connection.last_insert_rowid()
-        self._remember(replace(row, seq=seq))
-        return seq
+        self._execute(codec.insert, codec.encode(row))
+        stored = replace(row, seq=self._connection.last_insert_rowid())
+        shelf = self._shelves.get(type(row))
+        if shelf is not None:
+            self._keep(shelf, shelf.key(stored), stored)
+        return stored
 
     async def put(self, old: R, new: R) -> R:
-        self._write()
-        self._execute(*codec_of(new).update(old, new))
-        if self._connection.changes() != 1:
+        shelf = self._shelves[type(new)]
+        key = shelf.key(new)
+        row = replace(new, version=old.version + 1)
+        cached = shelf.rows.get(key)
+        if cached is None:  # too large for the cache
+            self._update(shelf, old, row)
+            self._keep(shelf, key, row)
+            return row
+        if cached.version != old.version or cached.seq != old.seq:
             raise Conflict(f"{type(old).__name__} {old.seq} has changed since it was read; read it again")
-        written = replace(new, version=old.version + 1)
-        self._remember(written)
-        return written
+        stored = shelf.stored.get(key)
+        self._log.append(Undo(shelf, key, cached, stored))
+        if stored is None:
+            shelf.stored[key] = cached
+        shelf.rows[key] = row
+        self._wrote_own = True
+        if shelf.size(row) > _LARGEST:
+            self._write_now(shelf, key)
+            self._drop(shelf, key)
+        else:
+            self._changed.append((shelf, key))
+        return row
+
+    async def touch(self, old: H, new: H, write_after: float) -> H:
+        shelf = self._shelves[type(new)]
+        key = shelf.key(new)
+        cached = shelf.rows.get(key)
+        if cached is None or cached.version != old.version:
+            return await self.put(old, new)
+        stored = shelf.stored.get(key)
+        if new.beaten_lease - (stored or cached).beaten_lease >= write_after:
+            return await self.put(old, new)
+        self._log.append(Undo(shelf, key, cached, stored))
+        if stored is None:
+            shelf.stored[key] = cached
+        shelf.rows[key] = new
+        return new
+
+    async def save_touched(self) -> None:
+        for shelf in self._shelves.values():
+            for key in list(shelf.stored):
+                self._write_now(shelf, key)
 
     async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
         self._write()
@@ -290,16 +450,29 @@ class SqliteTransaction(SqliteReads):
             before = after
         return fresh
 
+    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
+        if selection.live_only:  # nothing else that is searched for ever changes
+            self._flush()
+        return await super().attempts_by(selection)
+
+    async def page(self, query: PageQuery) -> Page:
+        self._flush()
+        return await super().page(query)
+
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
+        self._flush()
         rows = self._rows(f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?", (limit,))
-        return [ROLLOUTS.decode(row) for row in rows]
+        return [self._found(ROLLOUTS.decode(row)) for row in rows]
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
+        self._flush()
         attempts = self._rows(f"{ATTEMPTS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
         workers = self._rows(f"{WORKERS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
-        return [*map(ATTEMPTS.decode, attempts), *map(WORKERS.decode, workers)]
+        rows = [*map(ATTEMPTS.decode, attempts), *map(WORKERS.decode, workers)]
+        return [self._found(row) for row in rows]
 
     async def next_deadline(self) -> float | None:
+        self._flush()
         sql = (
             "SELECT min(at) FROM (SELECT min(deadline) AS at FROM attempts WHERE deadline IS NOT NULL "
             "UNION ALL SELECT min(deadline) FROM workers WHERE deadline IS NOT NULL)"
@@ -314,62 +487,70 @@ class SqliteTransaction(SqliteReads):
         return len(doomed), sum(size for _, size in doomed)
 
     async def delete_rollout(self, rollout: RolloutRow) -> int:
+        self._flush()
         self._write()
         self._execute("DELETE FROM attempts WHERE rollout_id = ?", (rollout.rollout_id,))
-        attempts = self._connection.changes()
+        deleted = self._connection.changes()
         self._execute("DELETE FROM rollouts WHERE seq = ?", (rollout.seq,))
-        self._cache.forget(rollout)
-        self._cache.forget_attempts_of(rollout.rollout_id)
-        return attempts
+        self._drop(self._shelves[RolloutRow], rollout.rollout_id)
+        attempts = self._shelves[AttemptRow]
+        for key in [key for key, row in attempts.rows.items() if row.rollout_id == rollout.rollout_id]:
+            self._drop(attempts, key)
+        return deleted
 
     def count(self, changes: Mapping[str, int]) -> None:
-        self._own_counts += changes.items()
+        self._counts += changes.items()
 
     def publish(self, event: Event) -> None:
-        self._own_events.append(event)
+        self.events.append(event)
 
 
 class GuardedTransaction(SqliteTransaction):
     """A transaction in which each operation can be undone alone: it has a savepoint of its own."""
 
+    def begin(self, now: Moment) -> None:
+        """The next operation begins."""
+        super().begin(now)
+        self._saved = False
+
     def keep(self) -> None:
         """The operation succeeded: its effects stay."""
-        if self._writing:
+        self._flush()  # inside the savepoint, so that the next operation cannot undo it
+        if self._saved:
             self._execute("RELEASE operation")
         super().keep()
 
     def undo(self) -> None:
         """The operation failed: as if it had never been."""
-        if self._writing:
+        if self._saved:
             self._execute("ROLLBACK TO operation; RELEASE operation")
-            for row in self._own_rows:
-                self._cache.forget(row)
+        self._forget_operation()
 
     def _write(self) -> None:
-        if not self._writing:
+        super()._write()
+        if not self._saved:
             self._execute("SAVEPOINT operation")
-            self._writing = True
+            self._saved = True
 
 
-def _decode_or_tell(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:
+def _decode_or_report(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:
     width = len(codec.fields)
     try:
         row = codec.decode(values[:width])
-        derived = codec.encode(row)[width:]
+        derived = codec.derive(row)
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         return [Unreadable(values[0], str(error))]
-    names = codec.columns[width:]
     wrong = [
         Unreadable(values[0], f"its column {name} is {stored!r} and should be {true!r}")
-        for name, stored, true in zip(names, values[width:], derived, strict=True)
+        for name, stored, true in zip(codec.derived, values[width:], derived, strict=True)
         if stored != true
     ]
     return [*wrong, row]
 
 
-def _with_latest(row: tuple[Any, ...]) -> tuple[RolloutRow, AttemptRow | None]:
+def _with_latest(row: tuple[Any, ...]) -> RolloutWithLatest:
     latest = None if row[_ROLLOUT_WIDTH] is None else ATTEMPTS.decode(row[_ROLLOUT_WIDTH:])
-    return ROLLOUTS.decode(row[:_ROLLOUT_WIDTH]), latest
+    return RolloutWithLatest(ROLLOUTS.decode(row[:_ROLLOUT_WIDTH]), latest)
 
 
 _DECODE: dict[Table, Callable[[tuple[Any, ...]], Any]] = {

@@ -127,6 +127,36 @@ def test_a_file_of_the_first_version_keeps_its_workers(tmp_path: Path) -> None:
     asyncio.run(check_workers())
 
 
+def test_a_file_of_the_third_version_keeps_what_its_workers_do(tmp_path: Path) -> None:
+    """Version 4 computes what a worker holds from its live attempts, and drops an index of the spans."""
+    database = tmp_path / "old.db"
+    open_writer(str(database), "full", vfs=None, migrations=MIGRATIONS[:3]).close()
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.execute(
+            "INSERT INTO rollouts (version, rollout_id, status, priority, input, policy, start_time, attempts, "
+            "redeliveries, latest_attempt_id, digest, claimable) "
+            "VALUES (1, 'ro-1', 'running', 0, x'31', '{}', 1.0, 1, 0, 'at-1', x'', 0); "
+            "INSERT INTO attempts (version, rollout_id, attempt_id, sequence_id, status, start_time, worker_id, "
+            "started_lease, beaten_lease, span_sequence, digest, live) "
+            "VALUES (1, 'ro-1', 'at-1', 1, 'running', 1.0, 'busy', 1.0, 1.0, 1, x'', 1); "
+            "INSERT INTO workers (version, worker_id, status, current_rollout_id, current_attempt_id, beaten_lease) "
+            "VALUES (1, 'busy', 'busy', 'ro-1', 'at-1', 1.0), (1, 'idle', 'idle', NULL, NULL, 1.0), "
+            "(1, 'lost', 'unknown', NULL, NULL, 1.0); "
+            "INSERT INTO counters VALUES ('workers', 3), ('attempts', 1), ('rollouts.running', 1)"
+        )
+
+    async def check_workers() -> None:
+        async with SqliteLightningStore(database) as store:
+            shown = {each.worker_id: (each.status, each.current_attempt_id) for each in await store.query_workers()}
+            assert shown == {"busy": ("busy", "at-1"), "idle": ("idle", None), "lost": ("unknown", None)}
+            assert [each.worker_id for each in await store.query_workers(status_in=["busy"])] == ["busy"]
+            await store.update_attempt("ro-1", "at-1", "succeeded")
+            assert (await store.query_workers(status_in=["busy"])).total == 0
+            await assert_sound(store)
+
+    asyncio.run(check_workers())
+
+
 @pytest.mark.parametrize("operation", ["write", "sync"])
 def test_a_disk_that_fails_during_a_migration_leaves_the_old_version_or_the_new(tmp_path: Path, operation: Any) -> None:
     """At its first operation, its second, and so on."""

@@ -228,11 +228,6 @@ BROKEN = [
     Broken("json_valid", "worker worker-1", "UPDATE workers SET heartbeat_stats = x'7b'"),
     Broken("json_valid", "worker worker-1", "UPDATE workers SET registration = x'7b'"),
     # Workers
-    Broken(
-        "worker_holds_attempt",
-        "worker worker-1",
-        "UPDATE attempts SET worker_id = 'worker-2' WHERE attempt_id = 'at-running-1'",
-    ),
     # Counters
     Broken("counters_true", "counter spans", "UPDATE counters SET value = value + 1 WHERE name = 'spans'"),
     Broken("counters_true", "counter span_bytes", "UPDATE counters SET value = 0 WHERE name = 'span_bytes'"),

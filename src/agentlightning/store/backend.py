@@ -19,7 +19,6 @@ from agentlightning.lifecycle.records import (
     Moment,
     ResourcesRow,
     RolloutRow,
-    SpanRow,
     WorkerRow,
 )
 
@@ -28,6 +27,9 @@ R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 H = TypeVar("H", AttemptRow, WorkerRow)
 N = TypeVar("N", RolloutRow, AttemptRow, WorkerRow, ResourcesRow)
 
+SpanValues = tuple[int, int, bool, str, bytes]
+"""A span to store: the ``seq`` of its attempt, its ``sequence_id``, whether that was issued, its ``span_id``, its body.
+See ``SpanRow``, which would take three times as long to make."""
 Row = RolloutRow | AttemptRow | WorkerRow | ResourcesRow
 Table = Literal["rollouts", "attempts", "spans", "resources", "workers"]
 
@@ -201,12 +203,12 @@ class Transaction(ReadTransaction, Protocol):
         """Make every sign of life durable that ``touch`` took, and visible to what ``page`` filters and sorts by."""
         ...
 
-    async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
+    async def insert_spans(self, spans: Sequence[SpanValues]) -> list[bool]:
         """Store spans; for each whether it was new. Known is (attempt, ``span_id``)."""
         ...
 
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
-        """Rollouts that wait, higher priority first, then by ``seq``."""
+        """Rollouts that wait, higher priority first, then by ``seq``. The caller must claim all of them."""
         ...
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
 from agentlightning.store.backend import (
@@ -67,19 +67,11 @@ class Core:
 
     async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run an operation that writes, after a sweep of all that is due, which may take several transactions."""
-        self.open()
-        deadlines = self._deadlines
-        more_is_due = True
-
-        async def swept_first(tx: Transaction) -> T | None:
-            nonlocal more_is_due
-            more_is_due = tx.now().lease >= deadlines.next and await sweep(tx)
-            return None if more_is_due else await operation(tx)
-
-        result = None
-        while more_is_due:
-            result = await self.backend.write(swept_first)
-        return cast(T, result)
+        if not self._open or self._closed:
+            self.open()
+        while self._deadlines.passed():
+            await self.backend.write(sweep)
+        return await self.backend.write(operation)
 
     async def read(
         self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1, save_touched: bool = False

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.deadlines import attempt_throttle
-from agentlightning.lifecycle.records import AttemptRow, Pair, SpanRow
+from agentlightning.lifecycle.records import AttemptRow, Pair
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Transaction
+from agentlightning.store.backend import SpanValues, Transaction
 from agentlightning.store.operations.rows import attempt_of, load_rollout, save
 
 
@@ -32,30 +32,56 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
     Raises:
         NotFound: a rollout or attempt is unknown.
     """
+    first = drafts[0]
+    if all(draft[0] == first[0] and draft[1] == first[1] for draft in drafts):  # as nearly always
+        return await _add_spans_of(tx, first.rollout_id, first.attempt_id, drafts)
     by_attempt: dict[tuple[str, str], list[int]] = {}
     for position, draft in enumerate(drafts):
         by_attempt.setdefault((draft.rollout_id, draft.attempt_id), []).append(position)
     issued = [0] * len(drafts)
     for (rollout_id, attempt_id), positions in by_attempt.items():
-        attempt = await attempt_of(tx, rollout_id, attempt_id)
-        of_attempt, counter = await insert_spans(tx, attempt, [drafts[i] for i in positions])
+        of_attempt = await _add_spans_of(tx, rollout_id, attempt_id, [drafts[i] for i in positions])
         for position, sequence_id in zip(positions, of_attempt, strict=True):
             issued[position] = sequence_id
-        await _hear_from(tx, attempt, counter)
     return issued
 
 
+async def _add_spans_of(tx: Transaction, rollout_id: str, attempt_id: str, drafts: Sequence[SpanDraft]) -> list[int]:
+    attempt = await attempt_of(tx, rollout_id, attempt_id)
+    sequence_ids, counter = await insert_spans(tx, attempt, drafts)
+    await _hear_from(tx, attempt, counter)
+    return sequence_ids
+
+
 async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[SpanDraft]) -> tuple[list[int], int]:
-    """Store spans of one attempt without writing its row: (the ``sequence_id`` of each as in ``add_spans``, the
-    attempt's ``span_sequence`` after them)."""
-    rows, counter = _numbered(attempt, drafts)
-    fresh = await tx.insert_spans(rows)
+    """Store spans of one attempt without writing its row.
+
+    A given sequence id is kept and pushes the counter of the attempt up.
+
+    Returns:
+        The ``sequence_id`` of each as in ``add_spans``, and the attempt's ``span_sequence`` after them.
+    """
+    if not drafts:
+        return [], attempt.span_sequence
+    counter = attempt.span_sequence
+    size = 0
+    spans: list[SpanValues] = []
+    numbers: list[int] = []
+    for _, _, given, span_id, body in drafts:
+        number = given or counter + 1
+        counter = max(counter, number)
+        size += len(body)
+        numbers.append(number)
+        spans.append((attempt.seq, number, not given, span_id, body))
+    fresh = await tx.insert_spans(spans)
+    if not all(fresh):
+        numbers = [number if new else 0 for number, new in zip(numbers, fresh, strict=True)]
+        size = sum([len(draft.body) for draft, new in zip(drafts, fresh, strict=True) if new])
     stored = sum(fresh)
     if not stored:
-        return [0] * len(rows), attempt.span_sequence
-    size = sum(len(row.body) for row, new in zip(rows, fresh, strict=True) if new)
+        return numbers, attempt.span_sequence
     tx.count({"spans": stored, "span_bytes": size})
-    return [row.sequence_id if new else 0 for row, new in zip(rows, fresh, strict=True)], counter
+    return numbers, counter
 
 
 async def issue_sequence_ids(tx: Transaction, wanted: Sequence[tuple[str, str]]) -> list[int]:
@@ -71,28 +97,6 @@ async def issue_sequence_ids(tx: Transaction, wanted: Sequence[tuple[str, str]])
         await tx.put(attempt, replace(attempt, span_sequence=counter))
         issued.append(counter)
     return issued
-
-
-def _numbered(attempt: AttemptRow, drafts: Sequence[SpanDraft]) -> tuple[list[SpanRow], int]:
-    """The rows to store, and the attempt's counter after. A given id is kept and pushes the counter up."""
-    counter = attempt.span_sequence
-    rows: list[SpanRow] = []
-    for draft in drafts:
-        given = draft.sequence_id > 0
-        sequence_id = draft.sequence_id if given else counter + 1
-        counter = max(counter, sequence_id)
-        rows.append(
-            SpanRow(
-                attempt.seq,
-                draft.rollout_id,
-                draft.attempt_id,
-                sequence_id,
-                not given,
-                draft.span_id,
-                draft.body,
-            )
-        )
-    return rows, counter
 
 
 async def _hear_from(tx: Transaction, attempt: AttemptRow, counter: int) -> None:

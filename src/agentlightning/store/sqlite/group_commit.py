@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import apsw
 
@@ -44,7 +44,7 @@ _BATCH_LIMIT = 512
 
 def run_to_end(operation: Awaitable[T]) -> T:
     """Step an operation that never suspends to its end, without an event loop."""
-    coroutine = cast(Coroutine[Any, Any, T], operation)
+    coroutine: Coroutine[Any, Any, T] = operation  # pyright: ignore[reportAssignmentType]
     try:
         coroutine.send(None)
     except StopIteration as stop:
@@ -75,7 +75,7 @@ class _Job(Generic[T]):
         if self.future.done():
             return
         if self.error is None:
-            self.future.set_result(cast(T, self.value))
+            self.future.set_result(self.value)  # pyright: ignore[reportArgumentType] - it succeeded
         else:
             self.future.set_exception(self.error)
 
@@ -208,7 +208,8 @@ class GroupCommit:
 
     def _accept(self, job: _Job[Any]) -> None:
         with self._lock:
-            self._check_open()
+            if self._closed or self._fault is not None:
+                self._check_open()
             self._jobs.append(job)
             loop = job.loop
             if loop is None or loop in self._woken:
@@ -329,12 +330,13 @@ class GroupCommit:
 
     def _run_all(self, batch: _Batch) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
+        now = self._moment()
         for job in batch.jobs:
-            self._step(batch.transaction, job)
+            self._step(batch.transaction, job, now)
         batch.transaction.finish()
 
-    def _step(self, transaction: SqliteTransaction, job: _Job[Any]) -> None:
-        transaction.begin(self._moment())
+    def _step(self, transaction: SqliteTransaction, job: _Job[Any], now: Moment) -> None:
+        transaction.begin(now)
         job.error = None
         try:
             job.value = run_to_end(job.operation(transaction))

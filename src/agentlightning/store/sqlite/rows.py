@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
+from operator import is_not
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -46,8 +48,10 @@ class Codec(Generic[R]):
         self.select = f"SELECT {self.names('t')} FROM {self.source}"
         self.select_all = f"SELECT {', '.join([self.names('t'), *derived])} FROM {self.source}"
         self._row = row
-        self._stored = tuple(i for i, name in enumerate(self.fields) if i and name not in computed)
-        columns = [*[self.fields[i] for i in self._stored], *derived]
+        self._computed = frozenset(self.fields.index(name) for name in computed)
+        self._indexes = range(len(self.fields))
+        stored = [name for name in self.fields[1:] if name not in computed]
+        columns = [*stored, *derived]
         self.insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         self._encode = {self.fields.index(name): encode for name, (encode, _) in encoded.items()}
         self._decode = {self.fields.index(name): decode for name, (_, decode) in encoded.items() if decode}
@@ -61,9 +65,12 @@ class Codec(Generic[R]):
 
     def encode(self, row: R) -> list[Any]:
         """The values for ``insert``."""
-        values = astuple(row)
-        encode = self._encode
-        return [*[encode[i](values[i]) if i in encode else values[i] for i in self._stored], *self.derive(row)]
+        values: list[Any] = [*astuple(row)]
+        for index, encode in self._encode.items():
+            values[index] = encode(values[index])
+        if self._computed:
+            values = [value for index, value in enumerate(values) if index not in self._computed]
+        return [*values[1:], *self.derive(row)]
 
     def decode(self, values: Sequence[Any]) -> R:
         """The row with these values of its fields."""
@@ -84,7 +91,9 @@ class Codec(Generic[R]):
         row is found by ``seq``, on condition that its ``version`` is the one that was read.
         """
         before, after = astuple(old), astuple(new)
-        changed = tuple([i for i in self._stored if before[i] is not after[i]])
+        changed = tuple(compress(self._indexes, map(is_not, before, after)))
+        if self._computed:
+            changed = tuple([i for i in changed if i not in self._computed])
         derived = self.derive(new) if self._decisive in changed else []
         statement = self._updates.get(changed)
         if statement is None:
@@ -120,7 +129,7 @@ RESOURCES: Codec[ResourcesRow] = Codec("resources", ResourcesRow)
 _OF_HELD_ATTEMPT = {
     "current_rollout_id": "h.rollout_id",
     "current_attempt_id": "h.attempt_id",
-    "status": "iif(h.seq IS NULL, w.status, 'busy')",
+    "status": "iif(h.seq IS NOT NULL AND w.status IN ('idle', 'unknown'), 'busy', w.status)",
 }
 """What is computed about a worker: it is busy with the newest live attempt that names it. That saves writing the row
 of the worker each time when it claims or ends an attempt."""

@@ -14,6 +14,7 @@ The writing connection keeps rows in memory, for two reasons:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,17 @@ from msgspec.structs import replace
 
 from agentlightning.errors import Conflict
 from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, SpanRow, WorkerRow
-from agentlightning.store.backend import AttemptsBy, Event, Page, PageQuery, ResourcesBy, Row, Table, Unreadable
+from agentlightning.store.backend import (
+    AttemptsBy,
+    Event,
+    Page,
+    PageQuery,
+    ResourcesBy,
+    Row,
+    SpanValues,
+    Table,
+    Unreadable,
+)
 from agentlightning.store.sqlite.rows import (
     ATTEMPTS,
     RESOURCES,
@@ -43,6 +54,8 @@ H = TypeVar("H", AttemptRow, WorkerRow)
 _ROWS_OF_A_KIND = 2048
 _LARGEST = 4096
 """Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
+_READ_AHEAD_LIMIT = 16
+"""The most rollouts that a batch reads from the queue at a time for claims that may follow in it."""
 
 
 class Shelf:
@@ -67,13 +80,9 @@ class Shelf:
         a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
 
 
-class Undo(NamedTuple):
-    """What a shelf held under a key before a change."""
-
-    shelf: Shelf
-    key: str
-    row: Any
-    stored: Any
+Undo = tuple[Shelf, str, Any, Any]
+"""What a shelf held under a key before a change: (shelf, key, newest row, stored row). A plain tuple, because several
+are made for each operation and a named one takes three times as long to make."""
 
 
 class RowCache:
@@ -155,7 +164,9 @@ class SqliteReads:
 
     def __init__(self, connection: apsw.Connection, now: Moment, cache: RowCache | None = None) -> None:
         self._connection = connection
-        self._execute = connection.cursor().execute
+        cursor = connection.cursor()
+        self._execute = cursor.execute
+        self._executemany = cursor.executemany
         self._now = now
         self._heard = cache
 
@@ -265,6 +276,9 @@ class SqliteTransaction(SqliteReads):
         self._changed: list[tuple[Shelf, str]] = []
         """Rows that may have to be written before the commit."""
         self._log: list[Undo] = []
+        self._ahead: dict[int, RolloutRow] = {}
+        """The next rollouts of the queue, read ahead and not yet taken in this transaction."""
+        self._read_ahead = 1
         self._began = (0, 0, 0, 0)
         """How long the four lists were when the running operation began."""
         self._wrote_statement = False
@@ -295,6 +309,7 @@ class SqliteTransaction(SqliteReads):
     def _forget_operation(self) -> None:
         log, changed, counts, events = self._began
         self._cache.restore(self._log, log)
+        self._ahead.clear()
         del self._changed[changed:], self._counts[counts:], self.events[events:]
 
     def finish(self) -> None:
@@ -321,7 +336,7 @@ class SqliteTransaction(SqliteReads):
         """Take a row that is as stored into the cache."""
         if shelf.size(row) > _LARGEST:
             return
-        self._log.append(Undo(shelf, key, None, None))
+        self._log.append((shelf, key, None, None))
         rows = shelf.rows
         rows[key] = row
         if len(rows) > _ROWS_OF_A_KIND:
@@ -330,7 +345,7 @@ class SqliteTransaction(SqliteReads):
             self._drop(shelf, oldest)
 
     def _drop(self, shelf: Shelf, key: str) -> None:
-        self._log.append(Undo(shelf, key, shelf.rows.pop(key, None), shelf.stored.pop(key, None)))
+        self._log.append((shelf, key, shelf.rows.pop(key, None), shelf.stored.pop(key, None)))
 
     def _found(self, row: Any) -> Any:
         """The row as the running transaction has it; it is kept, if it was not here."""
@@ -347,7 +362,7 @@ class SqliteTransaction(SqliteReads):
         stored = shelf.stored.get(key)
         if stored is not None:
             row = shelf.rows[key]
-            self._log.append(Undo(shelf, key, row, stored))
+            self._log.append((shelf, key, row, stored))
             if row.version == stored.version:
                 row = shelf.rows[key] = replace(row, version=row.version + 1)
             del shelf.stored[key]
@@ -385,6 +400,8 @@ class SqliteTransaction(SqliteReads):
     async def insert(self, row: Row) -> Any:
         if type(row) is AttemptRow:
             self._flush()  # the attempt that it replaces must not be live any more in the index of live ones
+        elif type(row) is RolloutRow:
+            self._note_queue(row, known=False)
         self._write()
         codec = codec_of(row)
         self._execute(codec.insert, codec.encode(row))
@@ -398,6 +415,8 @@ class SqliteTransaction(SqliteReads):
         shelf = self._shelves[type(new)]
         key = shelf.key(new)
         row = replace(new, version=old.version + 1)
+        if isinstance(row, RolloutRow):
+            self._note_queue(row, known=True)
         cached = shelf.rows.get(key)
         if cached is None:  # too large for the cache
             self._update(shelf, old, row)
@@ -406,7 +425,7 @@ class SqliteTransaction(SqliteReads):
         if cached.version != old.version or cached.seq != old.seq:
             raise Conflict(f"{type(old).__name__} {old.seq} has changed since it was read; read it again")
         stored = shelf.stored.get(key)
-        self._log.append(Undo(shelf, key, cached, stored))
+        self._log.append((shelf, key, cached, stored))
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = row
@@ -427,7 +446,7 @@ class SqliteTransaction(SqliteReads):
         stored = shelf.stored.get(key)
         if new.beaten_lease - (stored or cached).beaten_lease >= write_after:
             return await self.put(old, new)
-        self._log.append(Undo(shelf, key, cached, stored))
+        self._log.append((shelf, key, cached, stored))
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = new
@@ -438,17 +457,19 @@ class SqliteTransaction(SqliteReads):
             for key in list(shelf.stored):
                 self._write_now(shelf, key)
 
-    async def insert_spans(self, rows: Sequence[SpanRow]) -> list[bool]:
+    async def insert_spans(self, spans: Sequence[SpanValues]) -> list[bool]:
         self._write()
-        execute, changes = self._execute, self._connection.total_changes
-        fresh: list[bool] = []
-        before = changes()
-        for row in rows:
-            execute(_INSERT_SPAN, (row.attempt_seq, row.sequence_id, int(row.issued), row.span_id, row.body))
-            after = changes()
-            fresh.append(after != before)
-            before = after
-        return fresh
+        connection = self._connection
+        before = connection.total_changes()
+        self._executemany(_INSERT_SPAN, spans)
+        inserted = connection.total_changes() - before
+        if inserted == len(spans):
+            return [True] * inserted
+        # Rows get consecutive numbers, so the newest ones are those that were inserted just now.
+        last = connection.last_insert_rowid()
+        found = self._rows("SELECT span_id FROM spans WHERE seq > ?", (last - inserted,)) if inserted else ()
+        fresh = {span_id for (span_id,) in found}
+        return [_take_out(fresh, span[3]) for span in spans]
 
     async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
         if selection.live_only:  # nothing else that is searched for ever changes
@@ -460,9 +481,30 @@ class SqliteTransaction(SqliteReads):
         return await super().page(query)
 
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
-        self._flush()
-        rows = self._rows(f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?", (limit,))
-        return [self._found(ROLLOUTS.decode(row)) for row in rows]
+        ahead = self._ahead
+        if len(ahead) < limit:
+            self._flush()
+            # The first claim of a batch reads no more than it wants; further ones show that more are coming.
+            wanted = max(limit, self._read_ahead)
+            self._read_ahead = min(4 * wanted, _READ_AHEAD_LIMIT)
+            rows = self._rows(f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?", (wanted,))
+            ahead = self._ahead = {row[0]: ROLLOUTS.decode(row) for row in rows}
+        taken = [self._found(row) for row in islice(ahead.values(), limit)]
+        for row in taken:
+            del ahead[row.seq]
+        return taken
+
+    def _note_queue(self, row: RolloutRow, *, known: bool) -> None:
+        """A rollout is inserted or changed: what was read ahead of the queue may not be its head any more."""
+        ahead = self._ahead
+        if not ahead:
+            return
+        if known:
+            outdated = row.claimable or row.seq in ahead
+        else:
+            outdated = row.claimable and row.priority > next(reversed(ahead.values())).priority
+        if outdated:
+            ahead.clear()
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
         self._flush()
@@ -531,6 +573,14 @@ class GuardedTransaction(SqliteTransaction):
         if not self._saved:
             self._execute("SAVEPOINT operation")
             self._saved = True
+
+
+def _take_out(ids: set[str], span_id: str) -> bool:
+    """Whether the id is in the set, and no longer after: of two equal spans in one call only the first is new."""
+    if span_id not in ids:
+        return False
+    ids.remove(span_id)
+    return True
 
 
 def _decode_or_report(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
 from agentlightning.store.backend import (
@@ -69,9 +69,20 @@ class Core:
         """Run an operation that writes, after a sweep of all that is due, which may take several transactions."""
         if not self._open or self._closed:
             self.open()
-        while self._deadlines.passed():
-            await self.backend.write(sweep)
-        return await self.backend.write(operation)
+        if not self._deadlines.passed():
+            return await self.backend.write(operation)
+        more_is_due = True
+
+        # One operation with its sweep, so that it is accepted at once and also carried out if its caller goes away.
+        async def swept_first(tx: Transaction) -> T | None:
+            nonlocal more_is_due
+            more_is_due = await sweep(tx)
+            return None if more_is_due else await operation(tx)
+
+        result = None
+        while more_is_due:
+            result = await self.backend.write(swept_first)
+        return cast(T, result)
 
     async def read(
         self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1, save_touched: bool = False

@@ -110,19 +110,17 @@ from agentlightning.errors import (
     UnsupportedMedia as UnsupportedMedia,
     WrongServer as WrongServer,
 )
+from agentlightning.execution.abort import Interrupted as Interrupted
 from agentlightning.execution.base import (
     AlgorithmBundle as AlgorithmBundle,
+    ExecutionEvent as ExecutionEvent,
     ExecutionStrategy as ExecutionStrategy,
+    MultiprocessingEvent as MultiprocessingEvent,
     RunnerBundle as RunnerBundle,
+    ThreadingEvent as ThreadingEvent,
 )
 from agentlightning.execution.client_server import (
     ClientServerExecutionStrategy as ClientServerExecutionStrategy,
-)
-from agentlightning.execution.events import (
-    ExecutionEvent as ExecutionEvent,
-    Interrupted as Interrupted,
-    MultiprocessingEvent as MultiprocessingEvent,
-    ThreadingEvent as ThreadingEvent,
 )
 from agentlightning.execution.quotas import Quotas as Quotas, RestartPolicy as RestartPolicy
 from agentlightning.execution.shared_memory import (

@@ -17,7 +17,7 @@ import pytest
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.abort import abort, abort_stages
-from agentlightning.execution.process_tree import Process, snapshot
+from agentlightning.execution.process_tree import ProcessInfo, snapshot
 
 GRACEFUL, TERMINATE = 0.6, 0.5
 ALLOWED_SECONDS = GRACEFUL + 3 * TERMINATE + 2
@@ -65,7 +65,7 @@ def test_a_process_that_survives_is_seen() -> None:
         assert stubborn.stdout is not None
         stubborn.stdout.readline()
 
-        def living() -> list[Process]:
+        def living() -> list[ProcessInfo]:
             return [each for each in [snapshot().get(stubborn.pid)] if each is not None]
 
         stages = abort_stages(0.05, 0.05)
@@ -121,7 +121,7 @@ def test_a_second_ctrl_c_goes_to_stage_4(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         for line in process.stderr:
-            if "once more to kill" in line:
+            if "send it again to kill" in line:
                 break
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)

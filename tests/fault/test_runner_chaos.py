@@ -20,7 +20,7 @@ from agentlightning import (
     RolloutConfig,
     SqliteLightningStore,
 )
-from agentlightning.execution.process_tree import Process, send
+from agentlightning.execution.process_tree import ProcessInfo, send_signal
 from execution_agents import AgentRunner, ShortAgent
 
 KILL_SECONDS = 0.5
@@ -81,7 +81,7 @@ class Chaos:
         while True:
             lives = sorted(programs.noted(programs.folder(), "runner"), key=lambda life: life[2])
             name, pid, started = self._rng.choice(list({life[0]: life for life in lives}.values()))
-            send(Process(pid, 0, 0, started, name), signal.SIGKILL)
+            send_signal(ProcessInfo(pid, 0, 0, started, name), signal.SIGKILL)
             await asyncio.sleep(KILL_SECONDS)
 
 

@@ -12,7 +12,7 @@ from agentlightning.cli.target import Database, locate
 from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from agentlightning.execution.events import ExecutionEvent
+    from agentlightning.execution.base import ExecutionEvent
     from agentlightning.store.base import LightningStore
 
 

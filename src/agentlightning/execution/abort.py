@@ -1,163 +1,253 @@
-"""Stopping processes in four stages: the stop event, SIGINT, SIGTERM, SIGKILL.
+"""How a run is stopped: by which signals a user asks for it, and how its processes are ended in four stages.
 
-The stages are data. Each is applied to every process of the run that is left, and given its time;
-the next begins when that is up, or at the last one at once when somebody is in a hurry.
+The stages are data: the stop event, SIGINT, SIGTERM, SIGKILL. Each one is applied to every process of the run that is
+left, and has its time; the next begins when that is over. A second signal from the user goes to the last stage at once.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, Self
 
-from agentlightning.execution.process_tree import Process, send
+from agentlightning.execution.process_tree import ProcessInfo, send_signal
 
 _log = logging.getLogger(__name__)
-_LOOK_SECONDS = 0.02
-_MOST_LOOK_SECONDS = 0.2
+
+# --- Signals from the user -------------------------------------------------------------------------------------------
 
 
-class Stage(NamedTuple):
+class Interrupted(KeyboardInterrupt, SystemExit):
+    """The run was stopped by a signal, and everything it had started has ended.
+
+    Code that catches ``KeyboardInterrupt`` catches it. A program that lets it pass ends without a traceback, with the
+    exit code that shells use: 128 plus the number of the signal, so 130 for Ctrl+C.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the run was stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class SignalHandlers:
+    """A context in which the first signal begins an abort, and every further one hurries it.
+
+    It handles SIGINT, SIGTERM and SIGHUP (sent when a terminal is closed). The last two are left alone if the program
+    handles or ignores them already. Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Args:
+        on_first: called at the first signal, in the main thread, between two steps of whatever runs there.
+        on_further: the same for every further signal; what it raises is raised there.
+    """
+
+    def __init__(self, on_first: Callable[[], None], on_further: Callable[[], None] = lambda: None) -> None:
+        self._on_first = on_first
+        self._on_further = on_further
+        self._before: dict[int, Any] = {}
+        self._count = 0
+        self._force = False
+        self._main_thread = threading.main_thread().ident
+        self.number: int | None = None
+        """The first signal."""
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._before.clear()
+
+    def is_hurried(self) -> bool:
+        """Whether there was a further signal."""
+        return self._count > 1
+
+    def conclude(self) -> None:
+        """Note that the run has ended: from now on every signal hurries what is left to do.
+
+        If a signal ended the run, that one does not count as a hurry.
+        """
+        self._count = max(self._count, 1)
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if there was a signal."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def interrupt_main_thread(self) -> None:
+        """Raise ``KeyboardInterrupt`` in the main thread, whatever it does or waits for. Any thread may call."""
+        if self._before and self._main_thread is not None:
+            self._force = True
+            # A real signal, because only that ends a system call in which the main thread may be blocked.
+            signal.pthread_kill(self._main_thread, signal.SIGINT)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._force:
+            self._force = False
+            raise KeyboardInterrupt
+        self._count += 1
+        if self._count == 1:
+            self.number = number
+            self._on_first()
+            _log.warning("%s: stopping; send it again to kill what is left", signal.Signals(number).name)
+        else:
+            self._on_further()
+
+
+# --- The four stages -------------------------------------------------------------------------------------------------
+
+_FIRST_POLL_SECONDS = 0.02
+_MAX_POLL_SECONDS = 0.2
+
+
+class AbortStage(NamedTuple):
     """One step of an abort."""
 
     number: int
     name: str
     signals: tuple[signal.Signals, ...]
-    """What every process of the run is sent; nothing: the stop event is set instead."""
+    """Sent to every process of the run; empty: the stop event is set instead."""
     seconds: float
     """How long to wait for the processes to end."""
 
 
-def abort_stages(graceful_timeout: float, terminate_timeout: float) -> tuple[Stage, ...]:
+def abort_stages(graceful_timeout: float, terminate_timeout: float) -> tuple[AbortStage, ...]:
     """The stages of an abort, with their times in seconds.
 
-    A process that was stopped (SIGSTOP) sees neither SIGINT nor SIGTERM until it goes on, so it is told to.
+    SIGCONT follows SIGINT and SIGTERM because a process that was stopped (SIGSTOP) receives them only when it goes on.
     """
     return (
-        Stage(1, "the stop event", (), graceful_timeout),
-        Stage(2, "SIGINT", (signal.SIGINT, signal.SIGCONT), terminate_timeout),
-        Stage(3, "SIGTERM", (signal.SIGTERM, signal.SIGCONT), terminate_timeout),
-        Stage(4, "SIGKILL", (signal.SIGKILL,), terminate_timeout),
+        AbortStage(1, "the stop event", (), graceful_timeout),
+        AbortStage(2, "SIGINT", (signal.SIGINT, signal.SIGCONT), terminate_timeout),
+        AbortStage(3, "SIGTERM", (signal.SIGTERM, signal.SIGCONT), terminate_timeout),
+        AbortStage(4, "SIGKILL", (signal.SIGKILL,), terminate_timeout),
     )
 
 
-class Ending(NamedTuple):
+class ProcessEnd(NamedTuple):
     """How one process ended during an abort."""
 
     pid: int
     name: str
-    stage: Stage | None
-    """The stage that ended it; None: it is still there."""
+    stage: AbortStage | None
+    """The stage that ended it; None: it has survived all of them."""
     seconds: float
     """Since the abort began."""
 
 
-class _Hunt:
-    """Who is left, and in which stage those who are not have ended."""
-
-    def __init__(self, living: Callable[[], list[Process]], names: Mapping[int, str], clock: Callable[[], float]):
-        self._living = living
-        self._names = names
-        self._clock = clock
-        self._began = clock()
-        self._known: dict[tuple[int, float], Process] = {}
-        self.stage: Stage | None = None
-        """The last stage that was applied."""
-        self.endings: list[Ending] = []
-
-    def look(self) -> list[Process]:
-        """Those who are left; notes those who are not any more."""
-        left = {(each.pid, each.started): each for each in self._living()}
-        if self.stage is not None:
-            for key in self._known.keys() - left.keys():
-                self._note(self._known[key], self.stage)
-        self._known = left
-        return list(left.values())
-
-    def give_up(self) -> None:
-        """Note those who have survived everything."""
-        for each in self._known.values():
-            self._note(each, None)
-
-    def _note(self, process: Process, stage: Stage | None) -> None:
-        name = self._names.get(process.pid) or f"{process.name}, left behind by {self._owner(process)}"
-        self.endings.append(Ending(process.pid, name, stage, self._clock() - self._began))
-
-    def _owner(self, process: Process) -> str:
-        return self._names.get(process.session) or self._names.get(process.parent) or "a process of this run"
-
-
 def abort(
-    stages: tuple[Stage, ...],
-    living: Callable[[], list[Process]],
+    stages: tuple[AbortStage, ...],
+    living: Callable[[], list[ProcessInfo]],
     names: Mapping[int, str],
     stop: Callable[[], None],
     *,
     hurry: Callable[[], bool] = lambda: False,
     pause: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
-) -> list[Ending]:
+) -> list[ProcessEnd]:
     """End all processes of a run; blocks until they have ended, or every stage has had its time.
 
     Args:
         stages: what is done, in this order.
-        living: the processes of the run that have not ended.
-        names: of the processes that hear the stop event, by number.
+        living: returns the processes of the run that have not ended.
+        names: of the processes that see the stop event, by number.
         stop: sets the stop event.
-        hurry: whether to go on to the last stage at once.
+        hurry: whether to go to the last stage at once.
         pause: waits for so many seconds, or less.
+        clock: monotonic, in seconds.
 
     Returns:
-        How each process ended, in the order in which they did.
+        How each process ended, in the order in which they ended.
     """
-    hunt = _Hunt(living, names, clock)
+    progress = _AbortProgress(living, names, clock)
     for stage in stages:
-        if hurry() and stage is not stages[-1]:
+        is_last = stage is stages[-1]
+        if hurry() and not is_last:
             continue
-        left = hunt.look()
+        left = progress.update()
         if not left:
             break
-        hunt.stage = stage
+        progress.stage = stage
         if not stage.signals:
             stop()
-        _apply(stage, left, hunt, names, hurry if stage is not stages[-1] else lambda: False, pause, clock)
-    if hunt.look():
-        hunt.give_up()
-    return hunt.endings
+        progress.apply(stage, left, hurry=(lambda: False) if is_last else hurry, pause=pause)
+    for survivor in progress.update():
+        progress.note(survivor, None)
+    return progress.ends
 
 
-def _apply(
-    stage: Stage,
-    left: list[Process],
-    hunt: _Hunt,
-    names: Mapping[int, str],
-    hurry: Callable[[], bool],
-    pause: Callable[[float], object],
-    clock: Callable[[], float],
-) -> None:
-    until = clock() + stage.seconds
-    look_seconds = _LOOK_SECONDS
-    told: set[tuple[int, float]] = set()
-    while left and clock() < until and not hurry():
-        if not stage.signals and not any(each.pid in names for each in left):
-            return  # the others do not hear the stop event
-        for process in left:  # also those that have appeared since
-            if (process.pid, process.started) not in told:
-                told.add((process.pid, process.started))
-                for number in stage.signals:
-                    send(process, number)
-        pause(min(look_seconds, max(until - clock(), 0.0)))
-        look_seconds = min(look_seconds * 1.5, _MOST_LOOK_SECONDS)
-        left = hunt.look()
+class _AbortProgress:
+    """Which processes are left, and in which stage the others have ended."""
+
+    def __init__(
+        self, living: Callable[[], list[ProcessInfo]], names: Mapping[int, str], clock: Callable[[], float]
+    ) -> None:
+        self._living = living
+        self._names = names
+        self._clock = clock
+        self._began = clock()
+        self._known: dict[tuple[int, float], ProcessInfo] = {}
+        self.stage: AbortStage | None = None
+        """The last stage that was applied."""
+        self.ends: list[ProcessEnd] = []
+
+    def apply(
+        self,
+        stage: AbortStage,
+        left: list[ProcessInfo],
+        *,
+        hurry: Callable[[], bool],
+        pause: Callable[[float], object],
+    ) -> None:
+        """Send the signals of a stage, and wait until its time is over or nobody is left."""
+        until = self._clock() + stage.seconds
+        poll_seconds = _FIRST_POLL_SECONDS
+        signalled: set[tuple[int, float]] = set()
+        while left and self._clock() < until and not hurry():
+            if not stage.signals and not any(each.pid in self._names for each in left):
+                return  # the processes that are left do not know of the stop event, so waiting is useless
+            # Again in each round, because a process may have started another one since.
+            for process in left:
+                if (process.pid, process.started) not in signalled:
+                    signalled.add((process.pid, process.started))
+                    for number in stage.signals:
+                        send_signal(process, number)
+            pause(min(poll_seconds, max(until - self._clock(), 0.0)))
+            poll_seconds = min(poll_seconds * 1.5, _MAX_POLL_SECONDS)
+            left = self.update()
+
+    def update(self) -> list[ProcessInfo]:
+        """Return the processes that are left, and note the end of the others."""
+        left = {(each.pid, each.started): each for each in self._living()}
+        if self.stage is not None:
+            for key in self._known.keys() - left.keys():
+                self.note(self._known[key], self.stage)
+        self._known = left
+        return list(left.values())
+
+    def note(self, process: ProcessInfo, stage: AbortStage | None) -> None:
+        """Record how a process ended; None: it has not."""
+        name = self._names.get(process.pid)
+        if name is None:
+            owner = self._names.get(process.session) or self._names.get(process.parent) or "a process of this run"
+            name = f"{process.name}, left behind by {owner}"
+        self.ends.append(ProcessEnd(process.pid, name, stage, self._clock() - self._began))
 
 
-def tell(endings: list[Ending]) -> None:
-    """Log one line for each process: what ended it."""
-    for pid, name, stage, seconds in endings:
+def log_ends(ends: list[ProcessEnd]) -> None:
+    """Log for each process what ended it."""
+    for pid, name, stage, seconds in ends:
         if stage is None:
-            _log.error("%s (pid %d) is still there after %.1f s, whatever it was sent", name, pid, seconds)
+            _log.error("%s (pid %d) is still there after %.1f s, in spite of every signal", name, pid, seconds)
         elif stage.signals:
             _log.warning("%s (pid %d) was ended by %s, stage %d, %.1f s", name, pid, stage.name, stage.number, seconds)
         else:

@@ -1,21 +1,63 @@
-"""What an execution strategy is given, and what it does with it."""
+"""What an execution strategy is given, what it promises, and the stop event by which both sides of a run end."""
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import threading
 from abc import ABC, abstractmethod
+from multiprocessing import synchronize
+from multiprocessing.context import BaseContext
 from typing import ClassVar, Protocol
 
-from agentlightning.execution.events import ExecutionEvent
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
 from agentlightning.store.base import LightningStore
+
+
+class ExecutionEvent(Protocol):
+    """A flag that one side sets and the other sees."""
+
+    def set(self) -> None:
+        """Set the flag; idempotent."""
+        ...
+
+    def clear(self) -> None:
+        """Clear the flag."""
+        ...
+
+    def is_set(self) -> bool:
+        """Whether the flag is set."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block the calling thread until the flag is set, or for ``timeout`` seconds; return whether it is set."""
+        ...
+
+
+class ThreadingEvent(threading.Event):
+    """A flag for the threads of one process."""
+
+
+class MultiprocessingEvent(synchronize.Event):
+    """A flag for processes that ``multiprocessing`` starts; it is passed to them at their start.
+
+    Args:
+        ctx: the context that starts the processes; None: the default one.
+    """
+
+    def __init__(self, *, ctx: BaseContext | None = None) -> None:
+        super().__init__(ctx=ctx or multiprocessing.get_context())
+
+
+LINGER_SHARE = 0.8
+"""The share of a strategy's graceful time that an algorithm may linger; the rest is for its own end."""
 
 
 class AlgorithmBundle(Protocol):
     """The algorithm's side of a run, ready to be called.
 
-    It ends when it is done, soon after ``event`` is set, or when its task is cancelled. One that also has a coroutine
-    method ``prepare(store)`` gets the store itself by that first, before anybody else can reach it.
+    It ends when it is done, soon after ``event`` is set, or when its task is cancelled. If it also has a coroutine
+    method ``prepare(store)``, that is called first, before any runner can reach the store.
     """
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
@@ -42,7 +84,7 @@ class ExecutionStrategy(ABC):
 
     @abstractmethod
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
-        """Run both sides, and return when all of it has ended.
+        """Run both sides, and return when everything has ended.
 
         Raises:
             ExecutionFailed: a side failed, or no runner could be kept alive; with the reason and, where a
@@ -50,9 +92,16 @@ class ExecutionStrategy(ABC):
             Interrupted: Ctrl+C. It is a ``KeyboardInterrupt``; a program that lets it pass ends with exit code 130.
         """
 
+    def linger_seconds(self) -> float:
+        """How long an algorithm that was stopped may keep its services up for runners that finish what they hold.
+
+        It must be less than the time after which the strategy stops the algorithm by force. Default: 0.
+        """
+        return 0.0
+
 
 def prepare_store(algorithm: AlgorithmBundle, store: LightningStore) -> None:
-    """Let the algorithm's side have the store first, if it asks for that. Raises what its ``prepare`` raises."""
+    """Call ``prepare`` of the algorithm's side, if it has one. Raises what that raises."""
     prepare = getattr(algorithm, "prepare", None)
     if prepare is not None:
         asyncio.run(prepare(store))

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, cast, get_args
 
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import (
+    LINGER_SHARE,
     AlgorithmBundle,
     ExecutionStrategy,
     RunnerBundle,
@@ -18,9 +19,8 @@ from agentlightning.execution.base import (
 )
 from agentlightning.execution.launcher import StartMethod
 from agentlightning.execution.quotas import Quotas, RestartPolicy
-from agentlightning.execution.roles import AlgorithmRun, SplitRun
+from agentlightning.execution.roles import AlgorithmRun, RunnerHostRun
 from agentlightning.execution.run import RunSettings
-from agentlightning.execution.runner_host import RunnerHostRun
 from agentlightning.http.routes import parse_address
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
@@ -31,41 +31,41 @@ MainProcess = Literal["algorithm", "runner"]
 
 _DEFAULT_HOST = "localhost"
 _DEFAULT_PORT = 4747
-_FOREIGN = re.compile(r"[^A-Za-z0-9._~-]+")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._~-]+")
 
 
 class ClientServerExecutionStrategy(ExecutionStrategy):
-    """Runs the two sides of a run as processes, on one machine or on many, around a store on HTTP.
+    """Runs both sides of a run as processes, on one machine or on many, around a store on HTTP.
 
     ``algorithm``: serves the store and runs the algorithm here. ``runner``: runs ``n_runners`` runners here, each
-    in a process of its own, for a server elsewhere, which it waits for. ``both``: all of it here.
+    in a process of its own, for a server on another machine, which it waits for. ``both``: all of it here.
 
-    Runners are watched: one that crashes is started again, its attempts end in the store at once, and
-    the others go on. When the algorithm ends, runners elsewhere are asked, through the store, to finish and to leave.
+    Runners are watched: when one crashes, its attempts end in the store at once, it is started again, and the others
+    go on. When the algorithm ends, runners on other machines are asked, through the store, to finish and to leave.
 
     Args:
-        role: what this process is started for. Default: ``AGL_CURRENT_ROLE``, else ``both``.
-        server_host: name or address where the store is served, or found. Default: ``AGL_SERVER_HOST``, else
-            ``localhost``. One that other machines can reach needs an API key.
-        server_port: its port; 0 (not for ``runner``): any that is free. Default: ``AGL_SERVER_PORT``, else 4747.
-        n_runners: how many runners there are here.
-        graceful_timeout: seconds that processes get to end by themselves once they are told to (stage 1 of an abort).
+        role: what this process does. Default: ``AGL_CURRENT_ROLE``, else ``both``.
+        server_host: name or address where the store is served, or for ``runner``, where the server is. Default:
+            ``AGL_SERVER_HOST``, else ``localhost``. One that other machines can reach needs an API key.
+        server_port: its port; 0 (not for ``runner``): any free one. Default: ``AGL_SERVER_PORT``, else 4747.
+        n_runners: how many runners run on this machine.
+        graceful_timeout: seconds that processes get to end by themselves after the stop event (stage 1 of an abort).
         terminate_timeout: seconds for each of the other stages: SIGINT, SIGTERM, SIGKILL.
         main_process: of ``both``: which side runs in this process; ``runner`` needs ``n_runners=1``.
-        managed_store: whether the store is served; False: it is given to both sides as it is, and must be fit
-            for that. Default: ``AGL_MANAGED_STORE``, else True.
-        allowed_exit_codes: with which a runner may end without having crashed (negative: by a signal).
+        managed_store: whether the store is served. False: both sides get it as it is, so it must work in several
+            processes. Default: ``AGL_MANAGED_STORE``, else True.
+        allowed_exit_codes: exit codes of a runner that do not count as a crash (negative: by a signal).
         start_method: how processes are started: ``fork``, ``spawn`` or ``forkserver``. Default: ``fork`` while this
             process has one thread, else ``forkserver``.
-        restarts: how crashes of runners are answered.
-        quotas: what each runner process may use up.
+        restarts: when a runner that crashed is started again.
+        quotas: limits of each runner process.
         api_key: of the server. Default: ``AGL_API_KEY``.
-        run_id: names the run; a runner that has one refuses the server of another. Default: ``AGL_RUN_ID``, else a
-            new one for ``algorithm`` and ``both``, and any for ``runner``.
-        server_url: of ``runner``: where the server is, when ``server_host`` and ``server_port`` cannot say it: with
-            ``https://``, or with a path that a reverse proxy puts in front. It may hold the key.
+        run_id: names the run; a runner refuses the server of another run. Default: ``AGL_RUN_ID``, else a new one for
+            ``algorithm`` and ``both``, and any for ``runner``.
+        server_url: of ``runner``: the server's URL, where ``server_host`` and ``server_port`` are not enough: with
+            ``https://``, or with a path that a reverse proxy adds. It may contain the key.
         connect_timeout: seconds that a runner waits for a server that is not up yet.
-        stay: of ``runner``: when the run is over, wait for the next one, however long that takes.
+        stay: of ``runner``: when the run is over, wait for the next one, without a limit.
 
     Raises:
         InvalidValue: an argument, or an environment variable, is not valid; or the store would be served to
@@ -119,11 +119,18 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         settings = self._settings()
         match self.role:
             case "algorithm":
-                AlgorithmRun(settings, store).execute(algorithm)
+                AlgorithmRun(settings, store).execute(algorithm, None)
             case "runner":
                 RunnerHostRun(settings, store).execute(runner)
             case "both":
-                SplitRun(settings, store, self.main_process).execute(algorithm, runner)
+                AlgorithmRun(settings, store, self.main_process).execute(algorithm, runner)
+
+    def linger_seconds(self) -> float:
+        """A part of ``graceful_timeout``; 0 if the store is not served.
+
+        A store that is not managed may serve other runs too, so something may always be running in it.
+        """
+        return LINGER_SHARE * self.graceful_timeout if self.managed_store else 0.0
 
     def _settings(self) -> RunSettings:
         return RunSettings(
@@ -153,7 +160,7 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
             raise InvalidValue(f"server_port {port!r} is not a port that can be used (AGL_SERVER_PORT)")
         if self.server_url is not None and self.role != "runner":
             raise InvalidValue(
-                f"server_url {self.server_url!r} says where a server is found, and role {self.role!r} serves the store "
+                f"server_url {self.server_url!r} names a server elsewhere, but role {self.role!r} serves the store "
                 "itself; give server_host and server_port"
             )
         if self.n_runners < 1:
@@ -173,15 +180,15 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         if serves and not is_loopback(self.server_host) and not self._api_key:
             raise InvalidValue(
                 f"server_host {self.server_host!r} lets other machines reach the store, and there is no API key: "
-                "whoever finds the port could read and change everything. Either set a key, in AGL_API_KEY or "
-                "api_key=, here and on the machines of the runners (one is made by: "
+                "anybody who finds the port could read and change everything. Either set a key, in AGL_API_KEY or "
+                "api_key=, here and on the machines of the runners (this command makes one: "
                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'); "
                 "or serve this machine only, with server_host='localhost'"
             )
 
 
 def _worker_names(number: int) -> tuple[str, ...]:
-    """Worker ids, unique across machines, processes and calls; each belongs to one place that processes fill."""
-    host = _FOREIGN.sub("-", socket.gethostname()).strip("-")[:64] or "host"
+    """Worker ids, unique across machines, processes and calls. Each belongs to one slot, also after a restart."""
+    host = _NOT_IN_NAMES.sub("-", socket.gethostname()).strip("-")[:64] or "host"
     token = secrets.token_hex(4)
     return tuple(f"{host}-{os.getpid()}-{token}-{index}" for index in range(number))

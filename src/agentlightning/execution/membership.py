@@ -1,4 +1,4 @@
-"""A runner joins a server: waits until it is up, and makes sure that it is the one that was meant."""
+"""How runners join a server, leave it when they are asked to, and come back."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound, WrongServer
-from agentlightning.execution.supervisor import Slot
+from agentlightning.execution.child import Slot
 from agentlightning.http.routes import CANONICAL, parse_address
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Worker, WorkerDirective
 
 _log = logging.getLogger(__name__)
-_ASK_SECONDS = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-_TELL_SECONDS = (1.0, 5.0, 10.0, 20.0, 30.0)
-"""When the first countdowns are shown, in seconds since the beginning; then every 30."""
+
+# --- Joining ---------------------------------------------------------------------------------------------------------
+
+_REQUEST_SECONDS = 5.0
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.1, 2.0
+_LOG_SECONDS = (1.0, 5.0, 10.0, 20.0, 30.0)
+"""When the first countdowns are logged, in seconds since the beginning; then every 30 seconds."""
 
 
-class Joined(NamedTuple):
-    """A server, as it says of itself. Two that are equal are one, which was up all the time."""
+class JoinedServer(NamedTuple):
+    """A server, as it describes itself. Two that are equal are the same server, which has not restarted between."""
 
     run_id: str | None
     """The run that it serves; None: it serves none, or several."""
     instance: str | None
-    """Another one for each start of a server."""
-
-
-async def anybody_may(_: Joined) -> None:
-    """Holds nobody back."""
+    """A different one for each start of a server."""
 
 
 async def join_server(
@@ -45,52 +44,56 @@ async def join_server(
     run_id: str | None,
     limit_seconds: float,
     stopped: Callable[[], bool] = lambda: False,
-    held_back: Callable[[Joined], Awaitable[str | None]] = anybody_may,
-) -> Joined | None:
-    """Wait until the server answers and is ready; a countdown is logged, as a warning.
+    reason_to_wait: Callable[[JoinedServer], Awaitable[str | None]] | None = None,
+) -> JoinedServer | None:
+    """Wait until the server answers and is ready; a countdown is logged as a warning.
 
     Args:
-        url: where it is: ``http://host:port``, or with ``https``; maybe with the key.
+        url: of the server: ``http://host:port``, or with ``https``; it may contain the key.
         api_key: the key; None: that of the URL, if it has one.
         run_id: the run that the server must serve; None: any.
         limit_seconds: how long to wait; may be infinite.
-        stopped: whether to give up quietly.
-        held_back: why a server that could be joined shall not be, for now; None: it shall.
+        stopped: whether to give up without an error.
+        reason_to_wait: returns why a server that is ready shall not be joined yet; None: it may be joined.
 
     Returns:
         The server that has been joined; None: ``stopped``.
 
     Raises:
         WrongServer: it serves another run, does not take the key, or has a certificate that is not trusted.
-        ExecutionFailed: nothing that could be joined has answered in time.
+        ExecutionFailed: no server that could be joined has answered in time.
     """
     address = parse_address(url)
     key = api_key or address.api_key
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    began, pause, told = time.monotonic(), _FIRST_PAUSE, 0
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS), headers=headers) as session:
+    began, pause, logged = time.monotonic(), _FIRST_PAUSE_SECONDS, 0
+    timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
         while not stopped():
-            answer = await _ask(session, address.root, run_id, key)
-            problem = await held_back(answer) if isinstance(answer, Joined) else answer
-            if isinstance(answer, Joined) and problem is None:
-                return answer
+            answer = await _probe(session, address.root, run_id, key)
+            if isinstance(answer, JoinedServer):
+                problem = None if reason_to_wait is None else await reason_to_wait(answer)
+                if problem is None:
+                    return answer
+            else:
+                problem = answer
             waited = time.monotonic() - began
             if waited >= limit_seconds:
                 raise ExecutionFailed(
                     f"no server to join at {address.root} within {limit_seconds:g} s: {problem}. Start the algorithm "
-                    "there, or mend server_host and server_port (AGL_SERVER_HOST, AGL_SERVER_PORT)"
+                    "there, or correct server_host and server_port (AGL_SERVER_HOST, AGL_SERVER_PORT)"
                 )
-            if waited >= _when_to_tell(told):
-                told += 1
+            if waited >= _next_log_seconds(logged):
+                logged += 1
                 left = "no limit" if limit_seconds == math.inf else f"{limit_seconds - waited:.0f} s left"
                 _log.warning("waiting for %s: %s; %s", address.root, problem, left)
             await asyncio.sleep(min(pause, max(limit_seconds - waited, 0.0)))
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            pause = min(pause * 1.5, _MAX_PAUSE_SECONDS)
     return None
 
 
-async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> Joined | str:
-    """The server, if it can be joined now; else what is in the way."""
+async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> JoinedServer | str:
+    """The server if it is ready; else why it is not. Raises ``WrongServer`` if waiting would not help."""
     try:
         async with session.get(f"{root}{CANONICAL.prefix}/health/detail") as reply:
             if reply.status in (401, 403):
@@ -120,69 +123,66 @@ async def _ask(session: aiohttp.ClientSession, root: str, run_id: str | None, ke
             "give it the address of its own, or the AGL_RUN_ID of that run"
         )
     status = detail.get("status", {}).get("status")
-    return Joined(detail.get("run_id"), detail.get("instance")) if status == "ready" else f"it is {status}"
+    return JoinedServer(detail.get("run_id"), detail.get("instance")) if status == "ready" else f"it is {status}"
 
 
-def _when_to_tell(told: int) -> float:
-    return _TELL_SECONDS[told] if told < len(_TELL_SECONDS) else 30.0 * (told - len(_TELL_SECONDS) + 2)
+def _next_log_seconds(logged: int) -> float:
+    return _LOG_SECONDS[logged] if logged < len(_LOG_SECONDS) else 30.0 * (logged - len(_LOG_SECONDS) + 2)
 
 
-# --- The end of a run, for those who work elsewhere: they are told through the store, and waite ---
+# --- Leaving: workers on other machines are asked through the store, and waited for -----------------------------------
 
-_LOOK_SECONDS = 0.05
-_MOST_LOOK_SECONDS = 0.5
-_GOODBYE_SECONDS = 2.0
+_FIRST_POLL_SECONDS, _MAX_POLL_SECONDS = 0.05, 0.5
+_DEREGISTER_SECONDS = 2.0
 
 
-async def dismiss(store: LightningStore, directive: WorkerDirective, seconds: float) -> list[str]:
+async def ask_workers_to_leave(store: LightningStore, directive: WorkerDirective, seconds: float) -> list[str]:
     """Ask all workers to drain or to stop, and wait until they have left.
 
-    A worker has left when it has said goodbye, or its lease has run out. Workers without a lease (of 0.3)
-    neither hear nor leave, and are not waited for. Those that come meanwhile are sent away, too.
+    A worker has left when it has deregistered, or when its lease has expired. Workers without a lease (clients of 0.3)
+    do not see the request and are not waited for. Workers that register meanwhile are asked too.
 
     Returns:
-        The names of those that are still there after ``seconds``.
+        The names of the workers that are still there after ``seconds``.
     """
     await store.direct_workers(directive)
-    until, pause = time.monotonic() + seconds, _LOOK_SECONDS
+    until, pause = time.monotonic() + seconds, _FIRST_POLL_SECONDS
     while True:
-        left = await _present(store)
-        late = [worker.worker_id for worker in left if worker.directive != directive]
+        present = await _workers_with_lease(store)
+        late = [worker.worker_id for worker in present if worker.directive != directive]
         if late:
             await store.direct_workers(directive, worker_ids=late)
         remaining = until - time.monotonic()
-        if not left or remaining <= 0:
-            return [worker.worker_id for worker in left]
+        if not present or remaining <= 0:
+            return [worker.worker_id for worker in present]
         await asyncio.sleep(min(pause, remaining))
-        pause = min(pause * 1.5, _MOST_LOOK_SECONDS)
+        pause = min(pause * 1.5, _MAX_POLL_SECONDS)
 
 
-async def say_goodbye(store: LightningStore, worker_id: str, error: BaseException | None = None) -> None:
-    """A worker's runner has ended: whatever it still holds is lost, and nobody need wait for its lease.
+async def deregister_worker(store: LightningStore, worker_id: str, error: BaseException | None = None) -> None:
+    """Report that a worker's runner has ended, so that what it still holds is handed on before its lease expires.
 
-    A store that cannot be told learns it from the lease.
+    If the store cannot be told, the lease expires instead.
 
     Args:
-        error: what the runner ended with, if it failed.
+        store: where the worker is registered.
+        worker_id: its name.
+        error: why the runner failed, if it did.
     """
     message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
+    message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
     reason_code = "resource_exhausted" if isinstance(error, MemoryError) else None
     try:
-        async with asyncio.timeout(_GOODBYE_SECONDS):
-            await store.report_worker_lost(worker_id, message=_plain(message), reason_code=reason_code)
+        async with asyncio.timeout(_DEREGISTER_SECONDS):
+            await store.report_worker_lost(worker_id, message=message, reason_code=reason_code)
     except NotFound:
-        return  # it never came to introduce itself
-    except (TimeoutError, AgentLightningError, NotImplementedError) as error:
-        _log.debug("%s could not say goodbye: %s", worker_id, error)
+        return  # it had not registered
+    except (TimeoutError, AgentLightningError, NotImplementedError) as problem:
+        _log.debug("%s could not deregister: %s", worker_id, problem)
 
 
-def _plain(text: str) -> str:
-    """Without what a store would not take: NUL and lone surrogates."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-async def stranded(store: LightningStore) -> int:
-    """How many rollouts wait while no worker is there to take them; 0 if one is."""
+async def unserved_rollouts(store: LightningStore) -> int:
+    """How many rollouts wait while no worker is there to claim them; 0 if there is one."""
     statistics = await store.statistics()
     by_status = statistics.get("rollouts_by_status", {})
     waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
@@ -191,34 +191,34 @@ async def stranded(store: LightningStore) -> int:
     return waiting
 
 
-async def _present(store: LightningStore) -> Collection[Worker]:
+async def _workers_with_lease(store: LightningStore) -> Collection[Worker]:
     workers = await store.query_workers(status_in=["idle", "busy"])
     return [worker for worker in workers if worker.lease_seconds is not None]
 
 
-# --- Workers that have left, on a machine that stays: which of them may come back to the run th ---
+# --- Coming back, on a machine that stays for the next run ------------------------------------------------------------
 
-_RETURNING_ASK_SECONDS = 2.0
+_REJOIN_REQUEST_SECONDS = 2.0
 
-_LEAVES = frozenset({"drain", "stop", "gone"})
-"""The outcomes of a runner that did not leave because it had done its share."""
-
-
-def away(slots: Sequence[Slot]) -> list[Slot]:
-    """Those whose runner has left, and would work on if it could."""
-    return [slot for slot in slots if slot.state == "ended" and slot.outcome and slot.outcome.word in _LEAVES]
+_LEFT_STATUSES = frozenset({"drain", "stop", "gone"})
+"""The results of a runner that left before it had done its share."""
 
 
-async def welcome(store: LightningStore, slots: Sequence[Slot]) -> list[str]:
-    """Names of those that are not, or not any more, asked to leave; none, if the store cannot be asked.
+def left_slots(slots: Sequence[Slot]) -> list[Slot]:
+    """The slots whose runner has left, and would go on if it could."""
+    return [slot for slot in slots if slot.state == "ended" and slot.result and slot.result.status in _LEFT_STATUSES]
 
-    A run that comes to its end never takes back what it has asked; an operator may.
+
+async def may_rejoin(store: LightningStore, slots: Sequence[Slot]) -> list[str]:
+    """Names of the workers that are not asked to leave, or not any more; none if the store cannot be asked.
+
+    A run that ends never takes its request back; an operator may, by ``agl resume``.
     """
     try:
-        async with asyncio.timeout(_RETURNING_ASK_SECONDS):
+        async with asyncio.timeout(_REJOIN_REQUEST_SECONDS):
             workers = await asyncio.gather(*(store.get_worker_by_id(slot.name) for slot in slots))
     except (TimeoutError, AgentLightningError, NotImplementedError) as error:
-        _log.debug("cannot tell who is asked to leave: %s", error)
+        _log.debug("cannot tell which workers are asked to leave: %s", error)
         return []
     return [
         slot.name for slot, worker in zip(slots, workers, strict=True) if worker is None or worker.directive is None

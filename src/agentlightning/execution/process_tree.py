@@ -1,11 +1,14 @@
-"""Which processes belong to a run, however far they have gone: double forks, own sessions, other parents.
+"""Which processes belong to a run, however they detach themselves: double forks, own sessions, other parents.
 
-A process belongs to the run if one of these says so:
+A process belongs to the run if one of these is true:
 
-- it descends from the nursery, which on Linux adopts every descendant whose parent ends;
-- it is in the session of a process that the nursery started;
-- its environment carries the mark of the run, which every program that is started inherits;
-- it is in the run's cgroup, where there is one.
+- it descends from the launcher, which on Linux adopts every descendant whose parent ends;
+- it is in the session of a process that the launcher started;
+- its environment carries the mark of the run, which every program inherits;
+- it is in the run's control group, if there is one.
+
+No single rule is enough: a program may clear its environment or start a session, only Linux can adopt orphans, and
+control groups are often not available in containers.
 """
 
 from __future__ import annotations
@@ -16,36 +19,41 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-MARK = "AGL_KIN"
+_log = logging.getLogger(__name__)
+
+MARK = "AGL_RUN_MARK"
 """Name of the environment variable that marks the processes of a run."""
 
-_DEAD = "ZXx"
+_DEAD_STATES = "ZXx"
 _PROC = Path("/proc")
 
 
-class Process(NamedTuple):
+class ProcessInfo(NamedTuple):
     """A process that has not ended."""
 
     pid: int
     parent: int
     session: int
     started: float
-    """When it began, on any clock: tells it from another one that has the same number later."""
+    """When it began, on any clock. It tells the process from a later one with the same number."""
     name: str
 
 
-def snapshot() -> dict[int, Process]:
-    """All processes that have not ended, by number. One that has ended and was not collected does not count."""
-    return _of_proc() if _PROC.joinpath("self", "stat").exists() else _of_psutil()
+def snapshot() -> dict[int, ProcessInfo]:
+    """All processes that have not ended, by number. A zombie, which has ended and is not collected, does not count."""
+    if not _PROC.joinpath("self", "stat").exists():
+        return _snapshot_by_psutil()
+    # Read here rather than by psutil, which takes ten times as long; an abort does this every few milliseconds.
+    found = (_read_stat(int(entry)) for entry in os.listdir(_PROC) if entry.isdigit())
+    return {process.pid: process for process in found if process is not None}
 
 
-def descendants(table: dict[int, Process], ancestor: int) -> set[int]:
+def descendants(table: dict[int, ProcessInfo], ancestor: int) -> set[int]:
     """Numbers of all processes below ``ancestor``."""
     children: dict[int, list[int]] = {}
     for process in table.values():
@@ -60,20 +68,24 @@ def descendants(table: dict[int, Process], ancestor: int) -> set[int]:
     return found
 
 
-def send(process: Process, number: signal.Signals) -> None:
-    """Send a signal, unless the process has ended, or is not ours to signal.
+def send_signal(process: ProcessInfo, number: signal.Signals) -> None:
+    """Send a signal, unless the process has ended or belongs to another user.
 
-    Never to another process that has got its number since: the number is held by a pidfd while it is compared.
+    The signal never reaches another process that has got the same number since: a pidfd keeps referring to one process,
+    and the start time is compared while it is open (pidfd_open(2)).
     """
     try:
         handle = os.pidfd_open(process.pid)
     except AttributeError:  # not Linux
-        _kill(process.pid, number)
+        try:
+            os.kill(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
         return
     except OSError:
         return
     try:
-        now = _read(process.pid)
+        now = _read_stat(process.pid)
         if now is not None and now.started == process.started:
             signal.pidfd_send_signal(handle, number)
     except (ProcessLookupError, PermissionError):
@@ -82,93 +94,81 @@ def send(process: Process, number: signal.Signals) -> None:
         os.close(handle)
 
 
-class Kin:
+class ProcessTree:
     """The processes of one run.
 
     Args:
         mark: value of ``MARK`` in their environment.
-        nursery: number of the process that starts them; it is not one of them.
-        enrolled: numbers of the processes in the run's cgroup.
+        launcher_pid: number of the process that starts them; it is not one of them.
+        cgroup: control group of the run.
 
     Raises:
-        ValueError: ``nursery`` is one from which every process descends.
+        ValueError: ``launcher_pid`` is 0 or 1, from which every process descends.
     """
 
-    def __init__(self, mark: str, nursery: int, enrolled: Callable[[], Collection[int]] = frozenset[int]) -> None:
-        if nursery <= 1:
-            raise ValueError(f"every process descends from {nursery}; that cannot be the nursery of a run")
+    def __init__(self, mark: str, launcher_pid: int, cgroup: Cgroup | None = None) -> None:
+        # Without this check a mistake of ours would send SIGKILL to every process of the machine.
+        if launcher_pid <= 1:
+            raise ValueError(f"every process descends from {launcher_pid}; that cannot be the launcher of a run")
         self._mark = f"{MARK}={mark}".encode()
-        self._nursery = nursery
-        self._enrolled = enrolled
+        self._launcher_pid = launcher_pid
+        self._cgroup = cgroup
         self._sessions: set[int] = set()
 
-    def note(self, pid: int) -> None:
-        """The nursery has started this process, in a session of its own."""
+    def add_session(self, pid: int) -> None:
+        """Note that the launcher has started this process, which leads a session of its own."""
         self._sessions.add(pid)
 
-    def living(self) -> list[Process]:
-        """Those that have not ended."""
+    def living(self) -> list[ProcessInfo]:
+        """The processes that have not ended."""
         table = snapshot()
-        found = descendants(table, self._nursery)
-        found.update(self._enrolled())
+        found = descendants(table, self._launcher_pid)
+        if self._cgroup is not None:
+            found.update(self._cgroup.processes())
         for process in table.values():
-            if process.session in self._sessions or self._marked(process.pid):
+            if process.session in self._sessions or self._is_marked(process.pid):
                 found.add(process.pid)
-        found -= {self._nursery, os.getpid()}
+        found -= {self._launcher_pid, os.getpid()}
         return [table[pid] for pid in sorted(found) if pid in table]
 
-    def _marked(self, pid: int) -> bool:
+    def _is_marked(self, pid: int) -> bool:
         try:
             environment = _PROC.joinpath(str(pid), "environ").read_bytes()
-        except OSError:  # it has ended, is not ours to look into, or there is no /proc
+        except OSError:  # the process has ended or belongs to another user, or there is no /proc
             return False
         return self._mark in environment.split(b"\0")
 
 
-def _of_proc() -> dict[int, Process]:
-    table: dict[int, Process] = {}
-    for entry in os.listdir(_PROC):
-        process = _read(int(entry)) if entry.isdigit() else None
-        if process is not None:
-            table[process.pid] = process
-    return table
-
-
-def _read(pid: int) -> Process | None:
+def _read_stat(pid: int) -> ProcessInfo | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:  # it has ended
         return None
-    # "pid (name) state ppid pgrp session … starttime(22nd) …"; the name may hold anything (proc_pid_stat(5)).
+    # "pid (name) state ppid pgrp session … starttime(22nd) …" (proc_pid_stat(5)). The name may contain spaces and
+    # parentheses, so the fields are counted from the last parenthesis.
     name, _, rest = stat.partition("(")[2].rpartition(")")
     fields = rest.split()
-    return None if fields[0] in _DEAD else Process(pid, int(fields[1]), int(fields[3]), float(fields[19]), name)
+    if fields[0] in _DEAD_STATES:
+        return None
+    return ProcessInfo(pid, int(fields[1]), int(fields[3]), float(fields[19]), name)
 
 
-def _kill(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
-
-
-def _of_psutil() -> dict[int, Process]:
-    table: dict[int, Process] = {}
+def _snapshot_by_psutil() -> dict[int, ProcessInfo]:
+    table: dict[int, ProcessInfo] = {}
     for each in psutil.process_iter(["ppid", "create_time", "name", "status"]):
-        told = each.info  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
-        if told["status"] == psutil.STATUS_ZOMBIE:
+        read = each.info  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+        if read["status"] == psutil.STATUS_ZOMBIE:
             continue
         try:
             session = os.getsid(each.pid)
         except OSError:
             continue
-        table[each.pid] = Process(each.pid, told["ppid"] or 0, session, told["create_time"] or 0.0, told["name"] or "")
+        started, name = read["create_time"] or 0.0, read["name"] or ""
+        table[each.pid] = ProcessInfo(each.pid, read["ppid"] or 0, session, started, name)
     return table
 
 
-# --- Control groups, version 2: who belongs to a run, and how much memory a runner has, told by ---
-
-_log = logging.getLogger(__name__)
+# --- Control groups, version 2 (cgroups(7)): who belongs to a run, and how much memory a runner may have -------------
 
 
 class Cgroup:
@@ -182,22 +182,23 @@ class Cgroup:
         self.path = path
 
     def child(self, name: str) -> Cgroup:
-        """A control group below this one; made if it is not there."""
+        """A control group below this one; it is made if it does not exist."""
         path = self.path / name
         path.mkdir(exist_ok=True)
         return Cgroup(path)
 
     def limit_memory(self, number_of_bytes: int) -> bool:
-        """Let the kernel kill its processes when all of them hold more; whether it can."""
+        """Let the kernel kill all its processes when together they use more; return whether the kernel can."""
         try:
             (self.path / "memory.max").write_text(str(number_of_bytes))
+            # All together, because an agent that has lost one of its programs to the kernel cannot be trusted to fail.
             (self.path / "memory.oom.group").write_text("1")
         except OSError:  # the memory controller is not available here
             return False
         return True
 
     def memory_kills(self) -> int:
-        """How many of its processes the kernel has killed for want of memory."""
+        """How many of its processes the kernel has killed because of the memory limit."""
         try:
             events = (self.path / "memory.events").read_text()
         except OSError:
@@ -205,18 +206,18 @@ class Cgroup:
         return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
     def processes(self) -> set[int]:
-        """Numbers of the processes in it, and in those below it."""
+        """Numbers of the processes in it and in the groups below it."""
         found: set[int] = set()
-        for path in (self.path, *_subdirectories(self.path)):
+        for path in (self.path, *self._children()):
             try:
-                found.update(int(line) for line in (path / "cgroup.procs").read_text().split())
+                found.update(map(int, (path / "cgroup.procs").read_text().split()))
             except OSError:  # it was removed meanwhile
                 continue
         return found
 
     def remove(self) -> None:
-        """Remove it and those below it, if no process is left in them; idempotent."""
-        for path in (*_subdirectories(self.path), self.path):
+        """Remove it and the groups below it, unless they still have processes; idempotent."""
+        for path in (*self._children(), self.path):
             try:
                 path.rmdir()
             except FileNotFoundError:
@@ -224,24 +225,30 @@ class Cgroup:
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
-                _log.warning("control group %s still has processes and stays", path)
+                _log.warning("control group %s still has processes and is not removed", path)
+
+    def _children(self) -> list[Path]:
+        try:
+            return [each for each in self.path.iterdir() if each.is_dir()]
+        except OSError:
+            return []
 
 
 def make_cgroup(name: str) -> Cgroup | None:
-    """A new control group below that of this process; None where that is not possible."""
-    parent = _own_directory()
+    """A new control group below that of this process; None where the system does not allow it."""
+    parent = _own_cgroup()
     if parent is None:
         return None
     path = parent / name
     try:
         path.mkdir()
-        (path / "cgroup.procs").read_text()  # refused in a subtree of another type
+        (path / "cgroup.procs").read_text()  # fails in a subtree of type "threaded", which cannot hold processes
     except OSError as error:
         _log.debug("no control group for this run: %s", error)
         if path.is_dir():
             path.rmdir()
         return None
-    for directory in (parent, path):  # each must hand the memory controller on to those below it
+    for directory in (parent, path):  # a group has the memory controller only if every group above it passes it on
         try:
             (directory / "cgroup.subtree_control").write_text("+memory")
         except OSError as error:
@@ -249,52 +256,45 @@ def make_cgroup(name: str) -> Cgroup | None:
     return Cgroup(path)
 
 
-def _own_directory() -> Path | None:
-    """Where the cgroup2 file system shows the control group of this process (cgroups(7))."""
+def _own_cgroup() -> Path | None:
+    """The directory of this process's control group in the cgroup2 file system."""
     try:
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         own = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     mounted = next((line.split()[1] for line in mounts if line.split()[2] == "cgroup2"), None)
-    inside = next((line[len("0::") :] for line in own if line.startswith("0::")), None)
+    inside = next((line.removeprefix("0::") for line in own if line.startswith("0::")), None)
     if mounted is None or inside is None:
         return None
     directory = Path(mounted) / inside.lstrip("/")
     return directory if directory.is_dir() else None
 
 
-def _subdirectories(path: Path) -> list[Path]:
-    try:
-        return [each for each in path.iterdir() if each.is_dir()]
-    except OSError:
-        return []
-
-
-# --- What Linux offers to whoever is responsible for other processes. Elsewhere each says that  ---
+# --- What Linux offers to a process that is responsible for others (prctl(2)). Other systems have no equivalent. ------
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_LINUX = sys.platform == "linux"
 
 
 def adopt_orphans() -> bool:
-    """Make this process the parent of every descendant whose own parent ends; whether the system can (prctl(2))."""
+    """Make this process the parent of every descendant whose own parent ends; return whether the system can."""
     return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> bool:
-    """Let the kernel kill this process as soon as ``parent`` ends; whether the system can (prctl(2)).
+    """Let the kernel kill this process as soon as ``parent`` ends; return whether the system can.
 
-    The kernel looks at the *thread* that made this process, so the parent must have only one.
+    The kernel watches the *thread* that made this process, not the whole parent. So the parent must have one thread, or
+    this process would die when the thread ends. That is why only the launcher starts processes.
     """
     armed = _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() != parent:  # the parent ended before the kernel was asked, so no signal will come
         os.kill(os.getpid(), signal.SIGKILL)
     return armed
 
 
 def _prctl(option: int, argument: int) -> bool:
-    if not _LINUX:
+    if sys.platform != "linux":
         return False
     return ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0) == 0

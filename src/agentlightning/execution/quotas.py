@@ -1,4 +1,4 @@
-"""What a runner process may use up, and how one that has used it up is recognised."""
+"""What a runner process may use, how one that used too much is recognised, and when a crashed one is restarted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Quotas:
     """Limits of each runner process. None: whatever the system allows.
 
     Args:
-        memory_bytes: what it may hold of memory of its own, with all its descendants where the memory controller
-            of cgroup v2 can be used; elsewhere each process for itself (``RLIMIT_DATA``).
-        cpu_seconds: CPU time it may use, in whole seconds (``RLIMIT_CPU``).
-        open_files: file descriptors it may have open.
-        processes: how many processes and threads the user may have in all, for it to make another one
+        memory_bytes: private memory, of the process and all its descendants together where the memory controller of
+            cgroup v2 is available, elsewhere of each process alone (``RLIMIT_DATA``).
+        cpu_seconds: CPU time, in whole seconds (``RLIMIT_CPU``).
+        open_files: open file descriptors.
+        processes: how many processes and threads the user may have in all when the runner makes another one
             (``RLIMIT_NPROC``; the system does not apply it to root).
-        nice: by how much it gives way to others, 0 to 19.
-        cpus: the processors it may run on, by number.
+        nice: added to the scheduling priority, 0 to 19; higher values give way to other processes.
+        cpus: numbers of the processors that it may run on.
     """
 
     memory_bytes: int | None = None
@@ -34,7 +34,7 @@ class Quotas:
         """Limit this process and what it will start.
 
         Args:
-            memory_is_limited: whether somebody else, the cgroup, sees to ``memory_bytes``.
+            memory_is_limited: whether a control group applies ``memory_bytes`` already.
 
         Raises:
             OSError, ValueError: the system refuses a limit, for example one above what the user may have.
@@ -42,7 +42,8 @@ class Quotas:
         if self.memory_bytes is not None and not memory_is_limited:
             _limit(resource.RLIMIT_DATA, self.memory_bytes)
         if self.cpu_seconds is not None:
-            # SIGXCPU at the limit; SIGKILL a little later, if that was ignored.
+            # At the soft limit the kernel sends SIGXCPU, by which `exhausted` recognises the reason; at the hard limit
+            # SIGKILL, in case the process ignores the first.
             _limit(resource.RLIMIT_CPU, self.cpu_seconds, self.cpu_seconds + 5)
         if self.open_files is not None:
             _limit(resource.RLIMIT_NOFILE, self.open_files)
@@ -57,6 +58,7 @@ class Quotas:
 
 
 def _limit(what: int, soft: int, hard: int | None = None) -> None:
+    """Set a limit. It is never above the present hard limit, which only root may raise (setrlimit(2))."""
     hard = soft if hard is None else hard
     _, most = resource.getrlimit(what)
     if most != resource.RLIM_INFINITY:
@@ -65,12 +67,12 @@ def _limit(what: int, soft: int, hard: int | None = None) -> None:
 
 
 def exhausted(quotas: Quotas | None, exit_code: int | None, *, memory_kills: int = 0) -> str | None:
-    """Which quota a process has used up, told by how it ended; None: none.
+    """Which quota a process has exceeded, judged by how it ended; None: none.
 
     Args:
-        quotas: what it was allowed.
-        exit_code: as of ``subprocess``: negative for a signal.
-        memory_kills: how many of its processes the kernel has killed for want of memory.
+        quotas: its limits.
+        exit_code: as in ``subprocess``: negative for a signal.
+        memory_kills: how many of its processes the kernel has killed because of the memory limit.
     """
     if memory_kills > 0:
         allowed = None if quotas is None else quotas.memory_bytes
@@ -80,22 +82,22 @@ def exhausted(quotas: Quotas | None, exit_code: int | None, *, memory_kills: int
     return None
 
 
-# --- When a runner that crashed is started again, and when it is given up. Pure: time comes in  ---
+# --- Restarts. Pure: the time is an argument. ------------------------------------------------------------------------
 
 _MINUTE = 60.0
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """How crashes are answered.
+    """When a runner that crashed is started again, and after which delay.
 
     Args:
         most_per_minute: how many crashes of one runner within a minute are answered with a restart;
             0: it is never started again.
         first_delay: seconds before it is started again.
-        factor: what the delay grows by with each life in a row that was too short.
-        longest_delay: seconds at most.
-        short_life: a life shorter than so many seconds was too short: the runner may crash at once again.
+        factor: multiplies the delay for each consecutive short life.
+        longest_delay: the largest delay, in seconds.
+        short_life: a runner that lived for fewer seconds counts as a short life: it may crash again at once.
     """
 
     most_per_minute: int = 10
@@ -106,7 +108,7 @@ class RestartPolicy:
 
 
 @dataclass
-class Restarts:
+class CrashCounter:
     """The crashes of one runner.
 
     Args:
@@ -118,7 +120,11 @@ class Restarts:
     _short_lives: int = 0
 
     def crashed(self, lived_seconds: float, now: float) -> float | None:
-        """Note a crash: seconds until the next start, or None: it is given up."""
+        """Count a crash; return the delay of the restart in seconds, or None if there is no restart.
+
+        A restart policy without a limit would hide a runner that can never work; one without a delay would keep the
+        machine busy with restarts.
+        """
         self._crashes = [each for each in self._crashes if each > now - _MINUTE]
         self._crashes.append(now)
         if len(self._crashes) > self.policy.most_per_minute:

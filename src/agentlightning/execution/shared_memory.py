@@ -13,36 +13,41 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from agentlightning.errors import ExecutionFailed, InvalidValue
+from agentlightning.execution.abort import SignalHandlers
 from agentlightning.execution.base import (
+    LINGER_SHARE,
     AlgorithmBundle,
+    ExecutionEvent,
     ExecutionStrategy,
     RunnerBundle,
+    ThreadingEvent,
     prepare_store,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.events import ExecutionEvent, Interrupts, ThreadingEvent
 from agentlightning.store.base import LightningStore
 
 _log = logging.getLogger(__name__)
-_SIGNAL_SECONDS = 0.1
-_STRANDED_LOOK_SECONDS = 1.0
-_STRANDED_LOOKS = 3
+
+_JOIN_POLL_SECONDS = 0.1
+_UNSERVED_POLL_SECONDS = 1.0
+_UNSERVED_POLLS = 3
+"""How often in a row the same rollouts must be found waiting after the last runner has ended before the run fails."""
 
 
 class SharedMemoryExecutionStrategy(ExecutionStrategy):
     """Runs the algorithm and the runners in threads of this process: the quickest way to try something out.
 
-    Nothing is pickled and nothing is served; but an agent that crashes the interpreter ends all, and Python code
-    of all threads shares one processor. Every store of this package is safe across threads and loops.
+    Nothing is pickled and nothing is served. But an agent that crashes the interpreter ends everything, and the Python
+    code of all threads shares one processor. Every store of this package is safe across threads and loops.
 
     Args:
         n_runners: how many runners there are.
         main_thread: which side runs in the thread that calls ``execute``; ``runner`` needs ``n_runners=1``.
-        join_timeout: seconds that threads get to end after everything in them was cancelled; one that blocks for
-            longer is left behind, with a warning.
-        graceful_delay: seconds that a side may run on after the stop event, before it is cancelled.
-        poll_interval: how often, in seconds, each side looks whether it shall stop.
-        managed_store: of 0.3, which wrapped stores to make them safe for threads. Nothing needs that any more, so
+        join_timeout: seconds that threads get to end after everything in them was cancelled. A thread that blocks for
+            longer is abandoned, with a warning.
+        graceful_delay: seconds that a side may go on after the stop event, before it is cancelled.
+        poll_interval: how often, in seconds, each side checks whether it shall stop.
+        managed_store: of 0.3, which wrapped stores to make them safe for threads. No store needs that any more, so
             both values mean the same. Default: ``AGL_MANAGED_STORE``, else True.
 
     Raises:
@@ -79,49 +84,52 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
         self.managed_store = resolve_managed_store_flag(managed_store)
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
-        sides = _Sides(store, self)
-        runners = [Side(f"runner {index}", partial(runner, store, index)) for index in range(self.n_runners)]
-        works = [Side("algorithm", partial(algorithm, store)), *runners]
+        run = _ThreadedRun(store, self)
+        runners = [_Side(f"runner {index}", partial(runner, store, index)) for index in range(self.n_runners)]
+        sides = [_Side("algorithm", partial(algorithm, store)), *runners]
         if self.main_thread == "runner":
-            works.reverse()
-        with Interrupts(sides.event.set, sides.hurry) as interrupts:
+            sides.reverse()
+        with SignalHandlers(run.event.set, run.hurry) as signals:
             prepare_store(algorithm, store)
-            threads = [_start(sides, side) for side in works[1:]]
-            sides.run(works[0], self.join_timeout)
-            sides.event.set()
-            self._wait_for(threads)
-            interrupts.check()
-        if sides.failure is not None:
-            raise sides.failure
+            threads = [
+                threading.Thread(target=run.run_side, args=(side,), name=f"agl-{side.name}", daemon=True)
+                for side in sides[1:]
+            ]
+            for thread in threads:
+                thread.start()
+            run.run_side(sides[0], self.join_timeout)
+            run.event.set()
+            self._join(threads)
+            signals.check()
+        if run.failure is not None:
+            raise run.failure
 
-    def _wait_for(self, threads: list[threading.Thread]) -> None:
+    def linger_seconds(self) -> float:
+        """A part of ``graceful_delay``."""
+        return LINGER_SHARE * self.graceful_delay
+
+    def _join(self, threads: list[threading.Thread]) -> None:
         until = time.monotonic() + self.graceful_delay + self.join_timeout
         for thread in threads:
             while thread.is_alive() and time.monotonic() < until:
-                thread.join(_SIGNAL_SECONDS)  # no longer, so that signals are attended to
+                thread.join(_JOIN_POLL_SECONDS)  # not longer, because Python runs signal handlers only between calls
             if thread.is_alive():
-                _log.warning("%s blocks and does not end; its thread is left behind", thread.name)
+                _log.warning("%s blocks and does not end; its thread is abandoned", thread.name)
 
 
-class Side(NamedTuple):
-    """One of those that work on the store."""
+class _Side(NamedTuple):
+    """The algorithm or one runner."""
 
     name: str
     work: Callable[[ExecutionEvent], Coroutine[Any, Any, None]]
 
 
-def _start(sides: _Sides, side: Side) -> threading.Thread:
-    thread = threading.Thread(target=sides.run, args=(side,), name=f"agl-{side.name}", daemon=True)
-    thread.start()
-    return thread
-
-
-class _Sides:
+class _ThreadedRun:
     """What the threads of one run share.
 
     Args:
         store: what they work on.
-        limits: the strategy, which says how long each step may take.
+        limits: the strategy, which has the time limits of each step.
     """
 
     def __init__(self, store: LightningStore, limits: SharedMemoryExecutionStrategy) -> None:
@@ -133,80 +141,83 @@ class _Sides:
         self._runners_left = limits.n_runners
         self._lock = threading.Lock()
         self._hurry = False
-        self._main_side_runs = False
+        self._main_thread_is_busy = False
 
     def hurry(self) -> None:
-        """Cancel at once, whatever ``graceful_delay`` says; and interrupt a side that blocks the main thread."""
+        """Cancel at once, whatever ``graceful_delay`` is, and interrupt a side that blocks the main thread."""
         self._hurry = True
-        if self._main_side_runs:
+        if self._main_thread_is_busy:
             raise KeyboardInterrupt
 
-    def run(self, side: Side, join_timeout: float = math.inf) -> None:
+    def run_side(self, side: _Side, join_timeout: float = math.inf) -> None:
         """Run one side to its end, in this thread. What it raises stops the others, and is kept.
 
         Args:
             side: what to run.
-            join_timeout: seconds after which one that was cancelled and goes on all the same is left behind.
+            join_timeout: seconds after which a side that was cancelled and goes on nevertheless is abandoned.
         """
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         task = loop.create_task(self._work(side))
+        is_main = threading.current_thread() is threading.main_thread()
         try:
-            self._main_side_runs |= threading.current_thread() is threading.main_thread()
-            loop.run_until_complete(self._watched(side.name, task, join_timeout))
+            self._main_thread_is_busy |= is_main
+            loop.run_until_complete(self._watch(side.name, task, join_timeout))
         except BaseException as error:  # noqa: BLE001 - the boundary of a side: raised by `execute`
             self._fail(side.name, error)
         finally:
-            self._main_side_runs &= threading.current_thread() is not threading.main_thread()
+            self._main_thread_is_busy &= not is_main
             asyncio.set_event_loop(None)
             if side.name == "algorithm":
                 self.event.set()
         if task.done() or self._hurry:
-            _wind_up(loop)
+            loop.run_until_complete(_cancel_other_tasks())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
 
-    async def _work(self, side: Side) -> None:
+    async def _work(self, side: _Side) -> None:
         try:
             await side.work(self.event)
         except KeyboardInterrupt:
-            if not self._hurry:  # else it has been interrupted, and that is its end
+            if not self._hurry:  # else `hurry` has raised it, and it has done its work
                 raise
 
-    async def _watched(self, name: str, task: asyncio.Task[None], join_timeout: float) -> None:
-        """Wait for the end of a side, and bring it about when that is asked."""
-        await self._until(task, lambda: self.event.is_set())
-        await self._until(task, lambda: self._hurry, self._limits.graceful_delay)
+    async def _watch(self, name: str, task: asyncio.Task[None], join_timeout: float) -> None:
+        """Wait for the end of a side, and cancel it some time after the stop event."""
+        await self._wait(task, lambda: self.event.is_set())
+        await self._wait(task, lambda: self._hurry, self._limits.graceful_delay)
         if not task.done():
             task.cancel()
-            await self._until(task, lambda: False, join_timeout)
+            await self._wait(task, lambda: False, join_timeout)
         if not task.done():
-            raise ExecutionFailed(f"{name} was cancelled and goes on all the same; it is left behind")
+            raise ExecutionFailed(f"{name} was cancelled and goes on nevertheless; it is abandoned")
         with contextlib.suppress(asyncio.CancelledError):
             task.result()
         if name != "algorithm":
-            await self._when_a_runner_has_ended()
+            await self._runner_ended()
 
-    async def _until(self, task: asyncio.Future[None], met: Callable[[], bool], seconds: float = math.inf) -> None:
+    async def _wait(self, task: asyncio.Future[None], met: Callable[[], bool], seconds: float = math.inf) -> None:
         """Wait until the task is done, or the condition is met, or the time is up."""
         until = time.monotonic() + seconds
         while not task.done() and not met() and time.monotonic() < until:
             await asyncio.wait([task], timeout=self._limits.poll_interval)
 
-    async def _when_a_runner_has_ended(self) -> None:
-        """The last one stays, to see that the algorithm does not wait for ever for what nobody will run."""
+    async def _runner_ended(self) -> None:
+        """Count the end of a runner. The last one stays, to fail a run whose algorithm would wait for ever."""
         with self._lock:
             self._runners_left -= 1
             last = self._runners_left == 0
-        looks, before = 0, -1
+        polls, before = 0, -1
         while last and not self.event.is_set():
-            await asyncio.sleep(self._limits.poll_interval if looks == 0 else _STRANDED_LOOK_SECONDS)
+            await asyncio.sleep(self._limits.poll_interval if polls == 0 else _UNSERVED_POLL_SECONDS)
             by_status = (await self._store.statistics()).get("rollouts_by_status", {})
             waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
-            looks = looks + 1 if waiting and waiting == before else 1
+            polls = polls + 1 if waiting and waiting == before else 1
             before = waiting
-            if looks > _STRANDED_LOOKS and waiting:
+            if polls > _UNSERVED_POLLS and waiting:
                 raise ExecutionFailed(
-                    f"all runners have come to their end, and {waiting} rollouts wait that nobody will run; "
-                    "give max_rollouts more, or none"
+                    f"all runners have ended, and {waiting} rollouts wait that nobody will run; "
+                    "increase max_rollouts, or leave it out"
                 )
 
     def _fail(self, name: str, error: BaseException) -> None:
@@ -219,14 +230,7 @@ class _Sides:
         self.event.set()
 
 
-def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel what a side has left running in its loop, and close that."""
-    loop.run_until_complete(_cancel_others())
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.close()
-
-
-async def _cancel_others() -> None:
+async def _cancel_other_tasks() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -1,179 +1,165 @@
-"""Watching the processes of a run: each is started, and replaced when it crashes, as long as that makes sense."""
+"""The supervisor: starts the processes of a run, replaces those that crash, and stops them.
+
+A run has slots, each of which one process after another fills (``agentlightning.execution.child.Slot``).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
-from agentlightning.execution.launcher import NurseryLink
-from agentlightning.execution.messages import Exited, Outcome, Ready, Start, Started
-from agentlightning.execution.process_tree import Cgroup, Kin, send
-from agentlightning.execution.quotas import Quotas, RestartPolicy, Restarts, exhausted
+from agentlightning.execution.abort import AbortStage, ProcessEnd, abort, log_ends
+from agentlightning.execution.child import (
+    Crash,
+    ProcessExited,
+    ProcessJob,
+    ProcessReady,
+    ProcessResult,
+    ProcessStarted,
+    SetStopEvent,
+    Slot,
+)
+from agentlightning.execution.launcher import Launcher, StartMethod, choose_start_method, open_launcher
+from agentlightning.execution.process_tree import MARK, Cgroup, ProcessTree, make_cgroup, send_signal
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
-# --- The places of a run that processes fill, one life after another ---
+_log = logging.getLogger(__name__)
 
-SlotState = Literal["starting", "running", "waiting", "ended", "given up"]
-"""``waiting``: it crashed, and is started again soon. ``ended``: it came to its end, or is not needed any more."""
-
-
-@dataclass(frozen=True)
-class Crash:
-    """How a process failed."""
-
-    slot: str
-    pid: int
-    what: str
-    """In half a sentence."""
-    traceback: str
-    exhausted: bool
-    """Whether it had used up one of its quotas."""
-
-    def __str__(self) -> str:
-        return f"{self.slot} (pid {self.pid}) {self.what}"
+_T = TypeVar("_T")
 
 
-@dataclass
-class Slot:
-    """One place.
+class LoopThread:
+    """An event loop in a thread of its own, from the first use to ``close``.
+
+    The supervisor and calls of the store run there, because the main thread runs one side of the run, which may block.
 
     Args:
-        name: of the place; for a runner, its worker id.
-        job: which job is done here.
-        arguments: plain values for the job.
-        restart: whether a process that crashes is replaced.
-        quotas: what each process may use up.
-        environment: added to that of each process.
+        name: of the thread.
     """
 
-    name: str
-    job: str
-    arguments: Mapping[str, Any]
-    restart: RestartPolicy | None
-    quotas: Quotas | None = None
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    cgroup: Cgroup | None = None
-    state: SlotState = "ended"
-    life: int = 0
-    begun: bool = False
-    """Whether the process of this life has begun with its job, whatever became of it since."""
-    pid: int = 0
-    began: float = 0.0
-    outcome: Outcome | None = None
-    """Of the last life."""
-    crash: Crash | None = None
-    """The last one."""
-    _restarts: Restarts | None = None
-    _memory_kills: int = 0
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     @property
-    def live(self) -> bool:
-        """Whether a process is there, or will be."""
-        return self.state in ("starting", "running", "waiting")
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop. It is started only now, because a thread that exists earlier forbids to fork the launcher."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True)
+            self._thread.start()
+        return self._loop
 
-    def begin(self, now: float) -> Start:
-        """The order for the next life."""
-        self.life += 1
-        self.state, self.begun, self.pid, self.began, self.outcome = "starting", False, 0, now, None
-        limited = False
-        if self.cgroup is not None and self.quotas is not None and self.quotas.memory_bytes is not None:
-            limited = self.cgroup.limit_memory(self.quotas.memory_bytes)
-        return Start(
-            slot=self.name,
-            life=self.life,
-            job=self.job,
-            arguments=self.arguments,
-            environment=self.environment,
-            quotas=self.quotas,
-            cgroup=None if self.cgroup is None else str(self.cgroup.path),
-            memory_is_limited=limited,
-        )
+    def begin(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Start a coroutine in the loop; other threads get its result from the future."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-    def ended_as(self, exited: Exited, allowed_exit_codes: frozenset[int]) -> Crash | None:
-        """Take note of the end of a life: how it crashed, or None if it came to its end in good order.
+    def call(self, work: Coroutine[Any, Any, _T], seconds: float | None = None) -> _T:
+        """Run a coroutine in the loop and wait for it. Raises what it raises, and ``TimeoutError``."""
+        future = self.begin(work)
+        try:
+            return future.result(seconds)
+        except BaseException:  # also an interrupt of this thread: the coroutine must not run on
+            future.cancel()
+            raise
 
-        One that ends with an exit code that is allowed, and without a word, has not crashed, but nobody else has
-        told the store that it is gone.
-        """
-        self.state, self.outcome = "ended", exited.outcome
-        kills = 0 if self.cgroup is None else self.cgroup.memory_kills()
-        new_kills, self._memory_kills = kills - self._memory_kills, kills
-        failed = exited.outcome is not None and exited.outcome.word == "failed"
-        if exited.code in allowed_exit_codes and not failed:
-            return None
-        used_up = exhausted(self.quotas, exited.code, memory_kills=new_kills)
-        if used_up is None and exited.outcome is not None and exited.outcome.exhausted:
-            used_up = exited.outcome.exhausted
-        self.crash = Crash(
-            slot=self.name,
-            pid=exited.pid,
-            what=_told(exited, used_up),
-            traceback=exited.outcome.traceback if exited.outcome else "",
-            exhausted=used_up is not None,
-        )
-        return self.crash
-
-    def delay(self, now: float) -> float | None:
-        """Seconds until the next life after a crash; None: there is none any more."""
-        if self.restart is None:
-            return None
-        self._restarts = self._restarts or Restarts(self.restart)
-        return self._restarts.crashed(now - self.began, now)
+    def close(self) -> None:
+        """Cancel what runs, and end the thread. Idempotent."""
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return
+        self._loop = self._thread = None
+        asyncio.run_coroutine_threadsafe(cancel_all_tasks(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
-def _told(exited: Exited, used_up: str | None) -> str:
-    if exited.code < 0 and exited.pid:
-        how = f"was killed by {_signal_name(-exited.code)}"
-    elif exited.outcome is not None and exited.outcome.word == "failed":
-        how = f"failed: {exited.outcome.error}"
-    else:
-        how = f"ended with exit code {exited.code}"
-    return how if used_up is None else f"{how}, having used up {used_up}"
+async def cancel_all_tasks() -> None:
+    """Cancel all other tasks of this loop and wait for them, then finish its generators and worker threads."""
+    loop = asyncio.get_running_loop()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()
 
 
-def _signal_name(number: int) -> str:
+# --- The supervisor --------------------------------------------------------------------------------------------------
 
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-# ---
-
-_log = logging.getLogger(__name__)
 _REPORT_SECONDS = 10.0
-"""How long a restart waits for the store to take note of the loss; after that, leases must do."""
+"""How long a restart waits for the store to record the loss of the worker; after that, its lease has to expire."""
 _LAST_REPORT_SECONDS = 1.0
-"""The same, when everything is being stopped and nobody waits for a restart."""
+"""The same, when everything is being stopped."""
+_START_SECONDS = 5.0
+_COLLECT_SECONDS = 2.0
 
 
 class Supervisor:
-    """Keeps the slots of a run filled. It lives in one event loop.
+    """Keeps the slots of a run filled.
+
+    It works in the loop of ``thread``. Its public methods are called from other threads and block: ``open`` starts the
+    launcher, which must happen before this process has threads if the launcher is to be forked; ``begin`` starts the
+    processes; ``abort`` stops them; ``close`` ends the launcher and everything that is left.
 
     Args:
-        link: to the nursery that makes the processes.
-        kin: takes note of them.
-        slots: the places.
-        allowed_exit_codes: with which a process may end without having crashed.
-        store: is told which workers are dead; None: nobody needs to know.
-        on_over: called once, when no slot will be filled any more and nobody has asked for that: with the reason,
-            or without one if all have come to their end.
-        on_ready: called whenever a process has begun with its job, and so has one in every other slot.
+        jobs: what processes do, by name.
+        start_method: how they are started; None: ``fork`` from a process with one thread, else ``forkserver``.
+        thread: where the supervisor works. It outlives the supervisor.
     """
 
-    def __init__(
+    def __init__(self, jobs: Mapping[str, ProcessJob], start_method: StartMethod | None, thread: LoopThread) -> None:
+        self._jobs = jobs
+        self._start_method: StartMethod | None = start_method
+        self._thread = thread
+        self._launcher: Launcher | None = None
+        self._tree: ProcessTree | None = None
+        self._cgroup: Cgroup | None = None
+        self._slots: dict[str, Slot] = {}
+        self._allowed_exit_codes = frozenset[int]()
+        self._store: LightningStore | None = None
+        self._on_over: Callable[[ExecutionFailed | None], None] = lambda _: None
+        self._on_ready: Callable[[], None] = lambda: None
+        self._stop_requested = asyncio.Event()
+        self._recoveries: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._names: dict[int, str] = {}
+        """Which slot each process fills or filled, by number."""
+        self.over = False
+        """Whether no slot will be filled any more, unless ``begin_again`` is called."""
+
+    def open(self) -> None:
+        """Start the launcher.
+
+        Raises:
+            InvalidValue: a job cannot be sent to another process; the message names it and the alternatives.
+        """
+        method = choose_start_method(self._start_method, self._jobs)
+        mark = secrets.token_hex(8)
+        self._cgroup = make_cgroup(f"agl-{mark}")
+        try:
+            self._launcher = open_launcher(self._jobs, method, mark, self._cgroup)
+        except BaseException:
+            if self._cgroup is not None:
+                self._cgroup.remove()
+            raise
+        self._tree = ProcessTree(mark, self._launcher.pid, self._cgroup)
+        self._environment = {MARK: mark}
+
+    def begin(
         self,
-        link: NurseryLink,
-        kin: Kin,
         slots: Sequence[Slot],
         *,
         allowed_exit_codes: frozenset[int],
@@ -181,155 +167,204 @@ class Supervisor:
         on_over: Callable[[ExecutionFailed | None], None],
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._link = link
-        self._kin = kin
-        self._slots = {slot.name: slot for slot in slots}
-        self._allowed_exit_codes = allowed_exit_codes
-        self._store = store
-        self._on_over = on_over
-        self._on_ready = on_ready
-        self._stop_asked = asyncio.Event()
-        self.over = False
-        """Whether no slot will be filled any more, unless ``begin_again`` is called."""
-        self._recoveries: set[asyncio.Task[None]] = set()
-        self._settled = asyncio.Event()
-        self.names: dict[int, str] = {}
-        """Which slot each process fills or filled, by number."""
+        """Start a process in every slot, and watch them from now on.
 
-    def begin(self) -> None:
-        """Start a process in every slot."""
-        asyncio.get_running_loop().add_reader(self._link.fileno(), self._read)
-        for slot in self._slots.values():
-            self._launch(slot)
+        Args:
+            slots: the slots of the run.
+            allowed_exit_codes: codes that are not a crash.
+            store: is told which workers are dead; None: nobody needs to know.
+            on_over: called once when no slot will be filled any more and no abort has begun: with the reason of the
+                failure, or None if all processes have ended as they should.
+            on_ready: called when a process has begun with its job and so has one in every other slot.
+        """
+        for number, slot in enumerate(slots):
+            slot.environment = {**slot.environment, **self._environment}
+            slot.cgroup = None if self._cgroup is None else self._cgroup.child(f"{slot.job}-{number}")
+        self._slots = {slot.name: slot for slot in slots}
+        self._allowed_exit_codes, self._store = allowed_exit_codes, store
+        self._on_over, self._on_ready = on_over, on_ready
+        self._thread.call(self._begin())
 
     def begin_again(self, names: Collection[str]) -> None:
-        """Start a process in each of these slots that has none; also where the last ones had crashed too often."""
+        """Start a process in each of these slots that has none, also if it was given up."""
+
+        async def begin_again() -> None:
+            for slot in self._slots.values():
+                if slot.name in names and not slot.is_live and not self._stop_requested.is_set():
+                    self.over = False
+                    self._start(slot)
+
+        self._thread.call(begin_again())
+
+    def abort(self, stages: tuple[AbortStage, ...], hurry: Callable[[], bool]) -> list[ProcessEnd]:
+        """Stop all processes, stage by stage, and log for each which stage ended it. Idempotent.
+
+        Args:
+            stages: what is done.
+            hurry: whether to go to the last stage at once.
+        """
+        launcher, tree = self._launcher, self._tree
+        if launcher is None or tree is None or not self._slots or self._stop_requested.is_set():
+            return []
+        try:
+            self._thread.call(self._stop_starting(), _START_SECONDS)
+        except TimeoutError:
+            _log.error("the launcher does not answer; its processes are ended nevertheless")
+        ends = abort(stages, tree.living, self._names, lambda: launcher.send(SetStopEvent()), hurry=hurry)
+        log_ends(ends)
+        try:
+            self._thread.call(self._wait_until_collected(), _COLLECT_SECONDS)
+        except TimeoutError:
+            _log.error("the launcher has not reported the end of every process")
+        return ends
+
+    def close(self) -> None:
+        """End the launcher and everything that is left. Idempotent."""
+        launcher, self._launcher = self._launcher, None
+        if launcher is None:
+            return
+        if self._slots:
+
+            async def stop_reading() -> None:
+                asyncio.get_running_loop().remove_reader(launcher.fileno())
+
+            self._thread.call(stop_reading())
+        launcher.close()
+        if self._cgroup is not None:
+            self._cgroup.remove()
+
+    # --- In the loop: events of the launcher ---------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        assert self._launcher is not None
+        asyncio.get_running_loop().add_reader(self._launcher.fileno(), self._read, self._launcher)
         for slot in self._slots.values():
-            if slot.name in names and not slot.live and not self._stop_asked.is_set():
-                self.over = False
-                self._launch(slot)
+            self._start(slot)
 
-    async def stop_starting(self) -> None:
-        """Start no more; return when every process that was ordered is there, and known by its number."""
-        self._stop_asked.set()
+    def _start(self, slot: Slot) -> None:
+        if self._launcher is not None:
+            self._launcher.send(slot.next_start(time.monotonic()))
+
+    async def _stop_starting(self) -> None:
+        """Start no more processes; return when the number of every process that was started is known."""
+        self._stop_requested.set()
         while any(slot.state == "starting" and not slot.pid for slot in self._slots.values()):
-            self._settled.clear()
-            await self._settled.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
-    async def collected(self) -> None:
-        """Wait until the nursery has told the end of every process."""
+    async def _wait_until_collected(self) -> None:
+        """Wait until the launcher has reported the end of every process."""
         while any(slot.state in ("starting", "running") for slot in self._slots.values()):
-            self._settled.clear()
-            await self._settled.wait()
+            self._changed.clear()
+            await self._changed.wait()
         await asyncio.gather(*self._recoveries)
 
-    async def close(self) -> None:
-        """Listen to the nursery no more."""
-        asyncio.get_running_loop().remove_reader(self._link.fileno())
-
-    # --- What the nursery says -------------------------------------------------------------------
-
-    def _read(self) -> None:
-        messages = self._link.receive()
-        if messages is None:
-            asyncio.get_running_loop().remove_reader(self._link.fileno())
-            self._nursery_lost()
+    def _read(self, launcher: Launcher) -> None:
+        events = launcher.receive()
+        if events is None:
+            asyncio.get_running_loop().remove_reader(launcher.fileno())
+            self._lose_launcher()
             return
-        for message in messages:
-            slot = self._slots[message.slot]
-            if message.life == slot.life:
-                self._take_in(slot, message)
-        self._settled.set()
+        for event in events:
+            slot = self._slots[event.slot]
+            if event.generation == slot.generation:
+                self._handle(slot, event)
+        self._changed.set()
 
-    def _take_in(self, slot: Slot, message: Started | Ready | Exited) -> None:
-        match message:
-            case Started(_, _, pid):
+    def _handle(self, slot: Slot, event: ProcessStarted | ProcessReady | ProcessExited) -> None:
+        assert self._tree is not None
+        match event:
+            case ProcessStarted(_, _, pid):
                 slot.pid = pid
                 if pid:
-                    self.names[pid] = slot.name
-                    self._kin.note(pid)
-            case Ready():
-                slot.state, slot.begun = "running", True
-                if all(each.begun for each in self._slots.values()):
+                    self._names[pid] = slot.name
+                    self._tree.add_session(pid)
+            case ProcessReady():
+                slot.state, slot.ready = "running", True
+                if all(each.ready for each in self._slots.values()):
                     self._on_ready()
-            case Exited():
-                crash = slot.ended_as(message, self._allowed_exit_codes)
-                if not self._stop_asked.is_set():  # then the abort sees to what is left, stage by stage
-                    self._clean_up(slot)
+            case ProcessExited():
+                if not self._stop_requested.is_set():  # during an abort, its stages end what is left
+                    self._kill_leftovers(slot, self._tree)
+                # After the slow part, because other threads must not see a slot that has ended long before `over`.
+                crash = slot.end(event, self._allowed_exit_codes)
                 if crash is not None:
                     slot.state = "waiting"
-                    self._later(self._recovery(slot, crash))
+                    self._later(self._recover(slot, crash))
                     return
-                _log.info("%s (pid %d) has come to its end", slot.name, message.pid)
-                if message.outcome is None:  # without a goodbye
-                    self._later(self._tell_store(slot.name, f"its process (pid {message.pid}) has ended"))
+                _log.info("%s (pid %d) has ended", slot.name, event.pid)
+                if event.result is None:  # an allowed exit code, but the worker has not deregistered
+                    self._later(self._report_lost(slot.name, f"its process (pid {event.pid}) has ended"))
                 self._check_over()
 
-    def _nursery_lost(self) -> None:
-        """Without it nothing can be started, and what it had started was ended by the kernel."""
+    def _lose_launcher(self) -> None:
+        """The launcher has died, so nothing can be started, and the kernel has killed all its processes."""
         for slot in self._slots.values():
-            if slot.live:
-                self._later(self._tell_store(slot.name, "the nursery has died, and its process with it"))
+            if slot.is_live:
+                self._later(self._report_lost(slot.name, "the launcher has died, and its process with it"))
             slot.state = "ended"
-        self._settled.set()
-        self._end(ExecutionFailed("the process that starts and watches all others (the nursery) has died"))
+        self._changed.set()
+        self._finish(ExecutionFailed("the launcher, the process that starts and watches all others, has died"))
 
-    # --- Crashes ---------------------------------------------------------------------------------
+    def _kill_leftovers(self, slot: Slot, tree: ProcessTree) -> None:
+        """Kill what a process has left in its session or its control group, so that the next one starts clean."""
+        grouped = set[int]() if slot.cgroup is None else slot.cgroup.processes()
+        for process in tree.living():
+            if process.session == slot.pid or process.pid in grouped:
+                send_signal(process, signal.SIGKILL)
 
-    def _clean_up(self, slot: Slot) -> None:
-        """What a process leaves behind in its session or its cgroup does not outlive it."""
-        enrolled = set[int]() if slot.cgroup is None else slot.cgroup.processes()
-        for process in self._kin.living():
-            if process.session == slot.pid or process.pid in enrolled:
-                send(process, signal.SIGKILL)
+    # --- In the loop: crashes, and the end -----------------------------------------------------------------------
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
-    async def _recovery(self, slot: Slot, crash: Crash) -> None:
-        """Tell the store, then start the next process, after a while."""
-        stopped = self._stop_asked.is_set()
+    async def _recover(self, slot: Slot, crash: Crash) -> None:
+        """Report the loss to the store, then start the next process after a delay, unless the slot is given up."""
+        stopped = self._stop_requested.is_set()
         reason_code = "resource_exhausted" if crash.exhausted else None
-        await self._tell_store(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
+        # The store is told first: otherwise the next process, which has the same worker id, would renew the lease of
+        # the dead one, and the attempts of the dead one would seem to run on.
+        await self._report_lost(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
         directive = None if stopped else await self._directive(slot.name)
-        delay = None if stopped or directive else slot.delay(time.monotonic())
+        delay = None if stopped or directive else slot.restart_delay(time.monotonic())
+        trace = f"\n{crash.traceback}" if crash.traceback else ""
         if delay is not None:
-            _log.warning("%s; it is started again in %.1f s%s", crash, delay, _indented(crash.traceback))
+            _log.warning("%s; it is started again in %.1f s%s", crash, delay, trace)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await self._stop_asked.wait()
-        if self._stop_asked.is_set():
+                    await self._stop_requested.wait()
+        if self._stop_requested.is_set():
             slot.state = "ended"
-            if stopped and crash.traceback:
-                _log.error("%s while it was being stopped%s", crash, _indented(crash.traceback))
+            if stopped and trace:
+                _log.error("%s while it was being stopped%s", crash, trace)
         elif directive is not None:
-            slot.state, slot.outcome = "ended", Outcome(directive)
+            slot.state, slot.result = "ended", ProcessResult(directive)
             _log.warning("%s; it had been asked to leave, and is not started again", crash)
             self._check_over()
         elif delay is None:
             slot.state = "given up"
-            _log.error("%s; it is not started again%s", crash, _indented(crash.traceback))
+            _log.error("%s; it is not started again%s", crash, trace)
             self._check_over()
         else:
-            self._launch(slot)
-        self._settled.set()
+            self._start(slot)
+        self._changed.set()
 
-    async def _tell_store(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
+    async def _report_lost(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
         if self._store is None:
             return
-        patience = _LAST_REPORT_SECONDS if self._stop_asked.is_set() else _REPORT_SECONDS
+        seconds = _LAST_REPORT_SECONDS if self._stop_requested.is_set() else _REPORT_SECONDS
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 await self._store.report_worker_lost(worker_id, message=message, reason_code=reason_code)
         except NotFound:
-            return  # it died before the store had heard of it, so it held nothing
+            return  # it died before it registered, so it held nothing
         except (TimeoutError, AgentLightningError, NotImplementedError) as error:
-            _log.warning("the store does not know yet that %s is lost; its lease will tell (%s)", worker_id, error)
+            _log.warning("the store does not know yet that %s is lost; its lease will expire (%s)", worker_id, error)
 
     async def _directive(self, worker_id: str) -> WorkerDirective | None:
-        """What the worker had been asked to do, if anything; a new process would not know of that."""
+        """What the worker had been asked to do, if anything. A new process would not know of it and would stay."""
         if self._store is None:
             return None
         try:
@@ -339,28 +374,19 @@ class Supervisor:
             return None
         return None if worker is None else worker.directive
 
-    def _launch(self, slot: Slot) -> None:
-        self._link.send(slot.begin(time.monotonic()))
-
-    # --- The end ---------------------------------------------------------------------------------
-
     def _check_over(self) -> None:
-        if any(slot.live for slot in self._slots.values()):
+        if any(slot.is_live for slot in self._slots.values()):
             return
         given_up = [slot for slot in self._slots.values() if slot.state == "given up"]
         if len(given_up) < len(self._slots):
-            self._end(None)
+            self._finish(None)
             return
         crash = given_up[-1].crash
         assert crash is not None  # that is why it was given up
-        why = str(crash) if given_up[-1].restart is None else f"no runner can be kept alive; at last {crash}"
-        self._end(ExecutionFailed(why, crash.traceback))
+        why = str(crash) if given_up[-1].restart is None else f"no runner can be kept alive; the last one: {crash}"
+        self._finish(ExecutionFailed(why, crash.traceback))
 
-    def _end(self, reason: ExecutionFailed | None) -> None:
-        if not self.over and not self._stop_asked.is_set():
+    def _finish(self, reason: ExecutionFailed | None) -> None:
+        if not self.over and not self._stop_requested.is_set():
             self._on_over(reason)
             self.over = True
-
-
-def _indented(traceback: str) -> str:
-    return f"\n{traceback}" if traceback else ""

@@ -14,10 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from agentlightning.execution.base import ExecutionStrategy
-from agentlightning.execution.client_server import ClientServerExecutionStrategy
-from agentlightning.execution.events import ExecutionEvent
-from agentlightning.execution.shared_memory import SharedMemoryExecutionStrategy
+from agentlightning.execution.base import ExecutionEvent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _STOP_CHECK_SECONDS = 0.1
-_PART_OF_PATIENCE = 0.8
-"""Of the time in which the algorithm's side must end: what is left is for its own end."""
 
 
 @dataclass
@@ -158,18 +153,6 @@ class AlgorithmRole:
         if self.run is not None:
             algorithm.set_run(self.run)
         algorithm.set_reporter(progress.report)
-
-
-def linger_seconds(strategy: ExecutionStrategy) -> float:
-    """How long an algorithm may stay for the sake of runners: less than the strategy's patience with it.
-
-    In a store that serves other runs too there may always be something that runs; there it does not stay at all.
-    """
-    if isinstance(strategy, ClientServerExecutionStrategy):
-        return _PART_OF_PATIENCE * strategy.graceful_timeout if strategy.managed_store else 0.0
-    if isinstance(strategy, SharedMemoryExecutionStrategy):
-        return _PART_OF_PATIENCE * strategy.graceful_delay
-    return 0.0
 
 
 async def _either(working: asyncio.Task[None], other: Coroutine[Any, Any, None], seconds: float | None = None) -> None:

@@ -33,7 +33,7 @@ from agentlightning.trainer.components import (
     strategy_of,
     warn_of_ignored,
 )
-from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole, linger_seconds
+from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
 from agentlightning.trainer.views import ProgressSpec, make_view
 from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG
 from agentlightning.types import Dataset, NamedResources, RolloutConfig
@@ -268,7 +268,7 @@ class Trainer:
             train_dataset=train_dataset,
             val_dataset=val_dataset,
             progress=self.progress,
-            linger_seconds=linger_seconds(self.strategy),
+            linger_seconds=self.strategy.linger_seconds(),
         )
         runner_role = RunnerRole(self._make_runner, agent, self.hooks)
 

@@ -18,7 +18,7 @@ import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
-from agentlightning.execution.membership import dismiss, say_goodbye, stranded
+from agentlightning.execution.membership import ask_workers_to_leave, deregister_worker, unserved_rollouts
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.types import WorkerDirective
@@ -44,15 +44,15 @@ async def test_workers_are_asked_and_waited_for() -> None:
     async with InMemoryLightningStore() as store:
         await store.update_worker("one", lease_seconds=60)
         await store.update_worker("of-0.3")  # without a lease: it neither hears nor leaves
-        leaving = asyncio.create_task(dismiss(store, "drain", 10))
+        leaving = asyncio.create_task(ask_workers_to_leave(store, "drain", 10))
         while (await store.update_worker("one")).directive is None:
             await asyncio.sleep(0.001)
         await store.update_worker("late", lease_seconds=60)
         while (await store.update_worker("late")).directive is None:
             await asyncio.sleep(0.01)
-        await say_goodbye(store, "one")
+        await deregister_worker(store, "one")
         assert not leaving.done()
-        await say_goodbye(store, "late")
+        await deregister_worker(store, "late")
         assert await leaving == []
 
 
@@ -60,18 +60,18 @@ async def test_those_who_stay_are_named() -> None:
     async with InMemoryLightningStore() as store:
         await store.update_worker("stubborn", lease_seconds=60)
         began = time.monotonic()
-        assert await dismiss(store, "stop", 0.1) == ["stubborn"]
+        assert await ask_workers_to_leave(store, "stop", 0.1) == ["stubborn"]
         assert time.monotonic() - began < 2
 
 
 async def test_a_goodbye_ends_what_the_worker_holds_and_says_why() -> None:
     async with InMemoryLightningStore() as store:
-        await say_goodbye(store, "nobody-knows-me")
+        await deregister_worker(store, "nobody-knows-me")
         reasons = []
         for error in (None, ValueError("a\0b \ud800"), MemoryError()):
             started = await store.start_rollout("input", worker_id="worker")
             await store.update_attempt(started.rollout_id, started.attempt.attempt_id, "running")
-            await say_goodbye(store, "worker", error)
+            await deregister_worker(store, "worker", error)
             attempt = await store.get_latest_attempt(started.rollout_id)
             assert attempt is not None
             reasons.append((attempt.status, attempt.reason_code, attempt.reason_message))
@@ -84,11 +84,11 @@ async def test_a_goodbye_ends_what_the_worker_holds_and_says_why() -> None:
 
 async def test_rollouts_are_stranded_only_without_workers() -> None:
     async with InMemoryLightningStore() as store:
-        assert await stranded(store) == 0
+        assert await unserved_rollouts(store) == 0
         await store.enqueue_rollout("input")
-        assert await stranded(store) == 1
+        assert await unserved_rollouts(store) == 1
         await store.update_worker("worker", lease_seconds=60)
-        assert await stranded(store) == 0
+        assert await unserved_rollouts(store) == 0
 
 
 def test_an_operator_drains_one_worker(folder: Path) -> None:
@@ -211,12 +211,12 @@ def test_a_host_that_stays_comes_back_for_the_next_run(folder: Path) -> None:
 
 
 _UNGUARDED = """
-from agentlightning.execution import runner_host
+from agentlightning.execution import roles
 
-async def welcome(store, slots):
+async def may_rejoin(store, slots):
     return [slot.name for slot in slots]
 
-runner_host.welcome = welcome
+roles.may_rejoin = may_rejoin
 """
 
 

@@ -119,7 +119,7 @@ def test_a_side_that_swallows_its_cancellation_is_left_behind(caplog: pytest.Log
                 done_at_once, runner, InMemoryLightningStore()
             )
             assert time.monotonic() - began < 1.5
-            assert "left behind" in caplog.text
+            assert "abandoned" in caplog.text
             caplog.clear()
     finally:
         release.set()
@@ -127,7 +127,7 @@ def test_a_side_that_swallows_its_cancellation_is_left_behind(caplog: pytest.Log
 
 @pytest.mark.parametrize("main_thread", ["runner", pytest.param("algorithm", marks=pytest.mark.slow)])
 def test_rollouts_that_nobody_will_run_end_the_run(main_thread: Any) -> None:
-    with pytest.raises(ExecutionFailed, match="come to their end, and 15 rollouts wait"):
+    with pytest.raises(ExecutionFailed, match="have ended, and 15 rollouts wait"):
         SharedMemoryExecutionStrategy(1, main_thread, **QUICK).execute(
             _algorithm, Runner(most=5), InMemoryLightningStore()
         )

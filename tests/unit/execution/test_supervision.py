@@ -138,7 +138,7 @@ def test_runners_that_have_done_their_share_are_not_replaced(folder: Path) -> No
 
 
 def test_rollouts_that_nobody_will_run_end_the_run(folder: Path) -> None:
-    with pytest.raises(ExecutionFailed, match="come to their end, and 1 rollouts wait"):
+    with pytest.raises(ExecutionFailed, match="have ended, and 1 rollouts wait"):
         ClientServerExecutionStrategy(n_runners=2, **QUICK).execute(
             Inputs("never run"), programs.ends_at_once, InMemoryLightningStore()
         )
@@ -152,7 +152,7 @@ def test_an_exit_code_that_is_allowed_is_no_crash(folder: Path, caplog: pytest.L
         ids = [(await store.enqueue_rollout(each)).rollout_id for each in algorithm.inputs[1:]]
         await store.wait_for_rollouts(rollout_ids=ids, timeout=20)
         await store.enqueue_rollout(algorithm.inputs[0])
-        while "come to its end" not in caplog.text:
+        while "has ended" not in caplog.text:
             await asyncio.sleep(0.01)
 
     ClientServerExecutionStrategy(n_runners=2, allowed_exit_codes=(0, 3), **QUICK).execute(
@@ -161,14 +161,14 @@ def test_an_exit_code_that_is_allowed_is_no_crash(folder: Path, caplog: pytest.L
     assert "started again" not in caplog.text
 
 
-def test_the_death_of_the_nursery_ends_the_run(folder: Path) -> None:
+def test_the_death_of_the_launcher_ends_the_run(folder: Path) -> None:
     async def algorithm(store: Any, event: Any) -> None:
         await programs.until(lambda: len(programs.noted(folder, "runner")) == 2)
         pid = programs.noted(folder, "runner")[0][1]
         os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
         await asyncio.Event().wait()
 
-    with pytest.raises(ExecutionFailed, match="the nursery"):
+    with pytest.raises(ExecutionFailed, match="the launcher"):
         ClientServerExecutionStrategy(n_runners=2, start_method="forkserver", **QUICK).execute(
             algorithm, programs.works, InMemoryLightningStore()
         )

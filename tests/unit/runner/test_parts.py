@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.execution.events import MultiprocessingEvent, ThreadingEvent
+from agentlightning.execution.base import MultiprocessingEvent, ThreadingEvent
 from agentlightning.runner.attempt import failed
 from agentlightning.runner.base import StopWatch
 from agentlightning.runner.calling import AgentThreads

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import agentlightning as agl
-from agentlightning.execution.events import ThreadingEvent
-from agentlightning.trainer.roles import AlgorithmRole, linger_seconds
+from agentlightning.execution.base import ThreadingEvent
+from agentlightning.trainer.roles import AlgorithmRole
 
 
 class Watched(agl.InMemoryLightningStore):
@@ -93,4 +93,4 @@ async def test_it_does_not_stay_longer_than_it_may() -> None:
     ids=["cs", "store of others", "shm"],
 )
 def test_the_strategy_says_how_long(strategy: agl.ExecutionStrategy, seconds: float) -> None:
-    assert linger_seconds(strategy) == seconds
+    assert strategy.linger_seconds() == seconds

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from agentlightning.execution.process_tree import MARK, Kin, Process, descendants, make_cgroup, send, snapshot
+from agentlightning.execution.process_tree import (
+    MARK,
+    ProcessInfo,
+    ProcessTree,
+    descendants,
+    make_cgroup,
+    send_signal,
+    snapshot,
+)
 
 NOBODY = 2**30
 """No process has this number."""
@@ -38,14 +46,14 @@ def running(program: str, **environment: str) -> Iterator[tuple[int, str]]:
             process.kill()
 
 
-def found(kin: Kin) -> set[int]:
-    return {each.pid for each in kin.living()}
+def found(tree: ProcessTree) -> set[int]:
+    return {each.pid for each in tree.living()}
 
 
-def test_what_descends_from_the_nursery_is_found() -> None:
-    with running(f"{_LEAVE}\n{_WAIT}") as (nursery, grandchild):
-        kin = Kin("no-such-mark", nursery)
-        assert found(kin) == {int(grandchild)}
+def test_what_descends_from_the_launcher_is_found() -> None:
+    with running(f"{_LEAVE}\n{_WAIT}") as (launcher, grandchild):
+        tree = ProcessTree("no-such-mark", launcher)
+        assert found(tree) == {int(grandchild)}
         os.kill(int(grandchild), signal.SIGKILL)
 
 
@@ -53,8 +61,8 @@ def test_what_has_lost_its_parent_is_found_by_its_mark() -> None:
     with running(_LEAVE, **{MARK: "mark-of-this-test"}) as (parent, left):
         os.waitid(os.P_PID, parent, os.WEXITED | os.WNOWAIT)
         try:
-            assert found(Kin("mark-of-this-test", NOBODY)) == {int(left)}
-            assert found(Kin("mark-of-this", NOBODY)) == set()
+            assert found(ProcessTree("mark-of-this-test", NOBODY)) == {int(left)}
+            assert found(ProcessTree("mark-of-this", NOBODY)) == set()
         finally:
             os.kill(int(left), signal.SIGKILL)
 
@@ -63,15 +71,15 @@ def test_who_has_ended_and_was_not_collected_does_not_count() -> None:
     with running("print()", **{MARK: "another-mark"}) as (pid, _):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie now
         assert pid not in snapshot()
-        assert found(Kin("another-mark", NOBODY)) == set()
+        assert found(ProcessTree("another-mark", NOBODY)) == set()
 
 
 def test_a_session_is_found_when_its_leader_is_gone() -> None:
     with running(_LEAVE) as (_, left):
-        kin = Kin("no-such-mark", NOBODY)
-        assert found(kin) == set()
-        kin.note(int(left))
-        assert found(kin) == {int(left)}
+        tree = ProcessTree("no-such-mark", NOBODY)
+        assert found(tree) == set()
+        tree.add_session(int(left))
+        assert found(tree) == {int(left)}
         os.kill(int(left), signal.SIGKILL)
 
 
@@ -83,7 +91,7 @@ def test_a_cgroup_finds_those_in_it_and_below() -> None:
         with running(_WAIT) as (pid, _):
             (cgroup.child("below").path / "cgroup.procs").write_text(str(pid))
             assert cgroup.processes() == {pid}
-            assert found(Kin("no-such-mark", NOBODY, cgroup.processes)) == {pid}
+            assert found(ProcessTree("no-such-mark", NOBODY, cgroup)) == {pid}
             assert cgroup.memory_kills() == 0
             cgroup.remove()  # someone is left in it
             assert cgroup.path.is_dir()
@@ -96,11 +104,11 @@ def test_a_cgroup_finds_those_in_it_and_below() -> None:
 @pytest.mark.parametrize("pid", [-1, 0, 1])
 def test_the_whole_machine_is_never_a_run(pid: int) -> None:
     with pytest.raises(ValueError, match="every process descends"):
-        Kin("no-such-mark", pid)
+        ProcessTree("no-such-mark", pid)
 
 
 def test_descendants_of_a_table() -> None:
-    table = {pid: Process(pid, parent, 0, 0.0, "") for pid, parent in ((2, 1), (3, 2), (4, 3), (5, 1), (6, 9))}
+    table = {pid: ProcessInfo(pid, parent, 0, 0.0, "") for pid, parent in ((2, 1), (3, 2), (4, 3), (5, 1), (6, 9))}
     assert descendants(table, 2) == {3, 4}
     assert descendants(table, 1) == {2, 3, 4, 5}
     assert descendants(table, 7) == set()
@@ -109,8 +117,8 @@ def test_descendants_of_a_table() -> None:
 def test_a_signal_never_goes_to_another_process_that_has_the_number() -> None:
     with running(_WAIT) as (pid, _):
         now = snapshot()[pid]
-        send(now._replace(started=now.started - 1), signal.SIGKILL)  # it was another one, and is gone
+        send_signal(now._replace(started=now.started - 1), signal.SIGKILL)  # it was another one, and is gone
         assert pid in snapshot()
-        send(now, signal.SIGKILL)
+        send_signal(now, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        send(now, signal.SIGKILL)  # it has ended
+        send_signal(now, signal.SIGKILL)  # it has ended

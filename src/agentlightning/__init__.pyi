@@ -26,6 +26,8 @@ from agentlightning.algorithm.batches import batch_iter_over_dataset as batch_it
 from agentlightning.algorithm.decorator import (
     FunctionalAlgorithm as FunctionalAlgorithm,
     algo as algo,
+    with_llm_proxy as with_llm_proxy,
+    with_store as with_store,
 )
 from agentlightning.algorithm.fast import (
     Baseline as Baseline,
@@ -42,10 +44,6 @@ from agentlightning.algorithm.policy import (
 )
 from agentlightning.algorithm.run import (
     Run as Run,
-)
-from agentlightning.algorithm.wiring import (
-    with_llm_proxy as with_llm_proxy,
-    with_store as with_store,
 )
 from agentlightning.demo.policy_endpoint import PolicyEndpoint as PolicyEndpoint
 from agentlightning.demo.softmax_policy import SoftmaxPolicy as SoftmaxPolicy

@@ -15,7 +15,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.demo import game, game as strategy
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
-from agentlightning.demo.training import Account, Outcome
+from agentlightning.demo.training import DemoResult, StoreAudit
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore
 
 AGL = Path(sys.executable).with_name("agl")
@@ -128,13 +128,13 @@ def test_the_strategy_of_a_policy_in_words() -> None:
 
 @pytest.mark.parametrize(("win_rate", "learned"), [(0.27, False), (0.8, False), (0.87, True)])
 def test_what_counts_as_learned(win_rate: float, learned: bool) -> None:
-    account = Account(rollouts=1, succeeded=1, retried=(), lost=0, counted_twice=0, violations=0)
-    outcome = Outcome(0.27, win_rate, "", account, None, 1.0, Path("store.db"))
+    audit = StoreAudit(rollouts=1, succeeded=1, retried=(), lost=0, counted_twice=0, violations=0)
+    outcome = DemoResult(0.27, win_rate, "", audit, None, 1.0, Path("store.db"))
     assert outcome.learned is learned
 
 
 @pytest.mark.parametrize("wrong", ["lost", "counted_twice", "violations"])
 def test_what_is_lost_or_doubled_is_not_clean(wrong: str) -> None:
     numbers = {"lost": 0, "counted_twice": 0, "violations": 0}
-    assert Account(rollouts=1, succeeded=1, retried=(), **numbers).clean
-    assert not Account(rollouts=1, succeeded=1, retried=(), **(numbers | {wrong: 1})).clean
+    assert StoreAudit(rollouts=1, succeeded=1, retried=(), **numbers).clean
+    assert not StoreAudit(rollouts=1, succeeded=1, retried=(), **(numbers | {wrong: 1})).clean

@@ -2,10 +2,9 @@
 
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import batch_iter_over_dataset
-from agentlightning.algorithm.decorator import FunctionalAlgorithm, algo
+from agentlightning.algorithm.decorator import FunctionalAlgorithm, algo, with_llm_proxy, with_store
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
-from agentlightning.algorithm.wiring import with_llm_proxy, with_store
 
 __all__ = [
     "Algorithm",

@@ -1,8 +1,8 @@
 """`APO`: automatic prompt optimisation by textual gradients and beam search.
 
-After Pryzant et al., Automatic Prompt Optimization with "Gradient Descent" and Beam Search, 2023,
-https://arxiv.org/abs/2305.03495: a model reads what came of a prompt and says what is wrong with it (the
-gradient), another rewrites the prompt accordingly (the step), and the best of what comes of that are kept.
+Source: Pryzant et al., Automatic Prompt Optimization with "Gradient Descent" and Beam Search, 2023,
+https://arxiv.org/abs/2305.03495. A model reads how runs with a prompt went and criticises the prompt (the gradient),
+another model rewrites it accordingly (the step), and the best prompts are kept for the next round (the beam).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
@@ -28,68 +29,49 @@ from agentlightning.types.rewards import find_final_reward
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A prompt, and the mean reward of its validation rollouts; None if none of them had one."""
+class _ScoredPrompt(BaseModel):
+    """A prompt, and the mean reward of its validation rollouts; None if it was not measured, or none had a reward."""
 
     prompt: PromptTemplate
-    score: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"prompt": self.prompt.model_dump(), "score": self.score}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> _Scored:
-        return cls(PromptTemplate(**data["prompt"]), data["score"])
+    score: float | None = None
 
 
-@dataclass(frozen=True)
-class _State:
-    """Where the search stands. What is to be evaluated is kept before it is: it cannot be thought up twice."""
+class _SearchState(BaseModel):
+    """Where the search stands.
+
+    Candidates are saved before they are evaluated: their rollout ids follow from their places, and models would not
+    write the same prompts again.
+    """
 
     round: int
-    beam: list[_Scored]
+    beam: list[_ScoredPrompt]
     candidates: list[PromptTemplate] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        candidates = None if self.candidates is None else [each.model_dump() for each in self.candidates]
-        return {"round": self.round, "beam": [each.to_json() for each in self.beam], "candidates": candidates}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> _State:
-        candidates = data["candidates"]
-        return cls(
-            data["round"],
-            [_Scored.from_json(each) for each in data["beam"]],
-            None if candidates is None else [PromptTemplate(**each) for each in candidates],
-        )
 
 
 class APO(Algorithm):
     """Improves the one prompt template among the initial resources.
 
-    In each round every prompt of the beam is tried on some training tasks, criticised for what came of
-    it, and rewritten, ``branch_factor`` times; then all are tried on the same validation tasks, and
-    those with the highest mean reward are the next beam. A rollout that failed has no reward, which
-    is no reward of 0: means are taken over those that have one.
+    In each round every prompt of the beam is run on some training tasks, criticised, and rewritten, ``branch_factor``
+    times. Then all prompts are run on the same validation tasks, and those with the highest mean reward are the next
+    beam. A failed rollout has no reward, which is not a reward of 0: means are taken over rollouts that have one.
 
-    Under a run's name the search is kept after each stage, and finished rollouts are not run again.
+    If the run has a name, the search is saved after each stage, and finished rollouts are not run again.
 
     Args:
-        async_openai_client: an ``openai.AsyncOpenAI``, or what looks like one. None: one is made, which needs
+        async_openai_client: an ``openai.AsyncOpenAI``, or an object with its methods. None: one is made, which needs
             the extra ``openai`` and takes its key and URL from the environment.
-        gradient_model: says what is wrong with a prompt.
+        gradient_model: criticises a prompt.
         apply_edit_model: rewrites it.
-        diversity_temperature: of both.
-        gradient_batch_size: training tasks that one critique is based on.
-        val_batch_size: validation tasks that prompts are compared on; of a smaller dataset all.
-        beam_width: how many prompts are kept.
-        branch_factor: how many new ones each of them leads to in a round.
-        beam_rounds: how many rounds.
-        rollout_batch_timeout: seconds to wait for one batch of rollouts; those that are late are cancelled.
-        run_initial_validation: whether the first prompt is measured before anything else. If not, it is
-            measured with those of the first round.
-        seed: of which tasks are taken.
+        diversity_temperature: of both models.
+        gradient_batch_size: number of training tasks behind one critique.
+        val_batch_size: number of validation tasks that prompts are compared on; of a smaller dataset all.
+        beam_width: number of prompts that are kept.
+        branch_factor: number of new prompts from each of them in a round.
+        beam_rounds: number of rounds.
+        rollout_batch_timeout: seconds to wait for one batch of rollouts; late ones are cancelled.
+        run_initial_validation: whether the first prompt is measured before the first round. If not, it is
+            measured with the prompts of the first round.
+        seed: of the choice of tasks.
 
     Raises:
         InvalidValue: a number is out of its range.
@@ -131,13 +113,13 @@ class APO(Algorithm):
         self._timeout = rollout_batch_timeout
         self._run_initial_validation = run_initial_validation
         self._seed = seed
-        self._best: _Scored | None = None
+        self._best: _ScoredPrompt | None = None
 
     def get_best_prompt(self) -> PromptTemplate:
-        """The prompt with the highest mean reward so far.
+        """Return the prompt with the highest mean reward so far.
 
         Raises:
-            InvalidValue: none has been measured yet.
+            InvalidValue: no prompt has been measured yet.
         """
         if self._best is None:
             raise InvalidValue("no prompt has been measured yet; run the algorithm first")
@@ -146,13 +128,13 @@ class APO(Algorithm):
     async def run(  # pyright: ignore[reportIncompatibleMethodOverride] - may be awaited, which the base allows
         self, train_dataset: Dataset[Any] | None = None, val_dataset: Dataset[Any] | None = None
     ) -> None:
-        """Search through all rounds. After, `get_best_prompt` has the result.
+        """Search through all rounds. `get_best_prompt` returns the result, which is also published as resources.
 
         Raises:
             InvalidValue: there is no dataset, or not exactly one prompt template among the initial resources.
             NothingToLearn: no prompt ever got a reward.
             MissingExtra: no client was given, and there is no ``openai`` package to make one.
-            Exception: what the client raises when a model cannot be asked; the run can be taken up again.
+            Exception: what the client raises if a model does not answer; the run can be resumed.
         """
         check_dataset(train_dataset, "train_dataset")
         check_dataset(val_dataset, "val_dataset")
@@ -166,8 +148,6 @@ class APO(Algorithm):
         best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
         await self.get_store().add_resources(best)
 
-    # --- The search ------------------------------------------------------------------------------
-
     async def _search(
         self,
         client: Any,
@@ -176,22 +156,22 @@ class APO(Algorithm):
         train_dataset: Dataset[Any],
         val_dataset: Dataset[Any],
     ) -> None:
-        state = self._load() or _State(0, [_Scored(first, None)])
+        state = self._load() or _SearchState(round=0, beam=[_ScoredPrompt(prompt=first)])
         if state.round == 0 and state.candidates is None and self._run_initial_validation:
-            state = _State(0, await self._score(0, "start", name, [first], val_dataset))
+            state = _SearchState(round=0, beam=await self._score(0, "start", name, [first], val_dataset))
             self._note_best(state.beam)
         for round_number in range(state.round, self._beam_rounds):
             if state.candidates is None:
                 candidates = await self._branch(client, round_number, name, state.beam, train_dataset)
-                state = _State(round_number, state.beam, candidates)
+                state = _SearchState(round=round_number, beam=state.beam, candidates=candidates)
                 self._save(state)
             state = await self._select(state, name, val_dataset)
             self._save(state)
 
     async def _branch(
-        self, client: Any, round_number: int, name: str, beam: Sequence[_Scored], dataset: Dataset[Any]
+        self, client: Any, round_number: int, name: str, beam: Sequence[_ScoredPrompt], dataset: Dataset[Any]
     ) -> list[PromptTemplate]:
-        """New prompts, without repeats."""
+        """Return new prompts, each once."""
         parents = [each.prompt for each in beam for _ in range(self._branch_factor)]
         made = await asyncio.gather(
             *(self._improve(client, round_number, place, name, prompt, dataset) for place, prompt in enumerate(parents))
@@ -207,7 +187,7 @@ class APO(Algorithm):
     async def _improve(
         self, client: Any, round_number: int, place: int, name: str, prompt: PromptTemplate, dataset: Dataset[Any]
     ) -> PromptTemplate | None:
-        """A better version of a prompt; None if the model's answer is no usable one."""
+        """Return a rewritten prompt; None if the model's answer is not usable."""
         rng = random.Random(f"{self._seed} {round_number} {place}")
         count = min(self._gradient_batch_size, len(dataset))
         tasks = [dataset[index] for index in rng.sample(range(len(dataset)), count)]
@@ -217,16 +197,16 @@ class APO(Algorithm):
         try:
             return read_prompt(reply, prompt)
         except InvalidValue as error:
-            _logger.warning("round %d: a new prompt cannot be used: %s", round_number, error)
+            _logger.warning("round %d: a new prompt is not usable: %s", round_number, error)
             return None
 
-    async def _select(self, state: _State, name: str, dataset: Dataset[Any]) -> _State:
-        """The next beam: the best of the old one and the new."""
+    async def _select(self, state: _SearchState, name: str, dataset: Dataset[Any]) -> _SearchState:
+        """Measure what is not measured, and return the state with the next beam: the best of old and new prompts."""
         unmeasured = [each.prompt for each in state.beam if each.score is None]
         measured = [each for each in state.beam if each.score is not None]
         fresh = state.candidates or []
         measured += await self._score(state.round, "val", name, [*unmeasured, *fresh], dataset)
-        # Sorting is stable: of equals, the older one stays in front.
+        # Sorting is stable, so of prompts with equal scores the older one is kept.
         measured.sort(key=lambda each: -math.inf if each.score is None else each.score, reverse=True)
         beam = measured[: self._beam_width]
         self._note_best(beam)
@@ -234,35 +214,33 @@ class APO(Algorithm):
         if beam[0].score is not None:
             numbers["reward_mean"] = beam[0].score
         self.report(state.round, **numbers)
-        return _State(state.round + 1, beam)
+        return _SearchState(round=state.round + 1, beam=beam)
 
     async def _score(
         self, round_number: int, kind: str, name: str, prompts: Sequence[PromptTemplate], dataset: Dataset[Any]
-    ) -> list[_Scored]:
-        """Each prompt with its mean reward over the validation tasks, which are the same in the whole search."""
+    ) -> list[_ScoredPrompt]:
+        """Return each prompt with its mean reward over the validation tasks, which are the same for all prompts."""
         count = min(self._val_batch_size, len(dataset))
         tasks = [dataset[index] for index in random.Random(f"{self._seed}").sample(range(len(dataset)), count)]
 
-        async def score(place: int, prompt: PromptTemplate) -> _Scored:
+        async def score(place: int, prompt: PromptTemplate) -> _ScoredPrompt:
             trials = await self._try(round_number, f"{kind}{place}-", name, prompt, tasks, "val")
             rewards = [trial.reward for trial in trials if trial.reward is not None]
-            return _Scored(prompt, math.fsum(rewards) / len(rewards) if rewards else None)
+            return _ScoredPrompt(prompt=prompt, score=math.fsum(rewards) / len(rewards) if rewards else None)
 
         return list(await asyncio.gather(*(score(place, prompt) for place, prompt in enumerate(prompts))))
 
-    def _note_best(self, beam: Sequence[_Scored]) -> None:
+    def _note_best(self, beam: Sequence[_ScoredPrompt]) -> None:
         for each in beam:
             if each.score is not None and (
                 self._best is None or self._best.score is None or each.score > self._best.score
             ):
                 self._best = each
 
-    # --- Rollouts and models ---------------------------------------------------------------------
-
     async def _try(
         self, round_number: int, kind: str, name: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
     ) -> list[Trial]:
-        """Run the agent with a prompt on some tasks."""
+        """Run the agent with a prompt on some tasks, and return how that went."""
         store, run = self.get_store(), self.get_run()
         resources = await store.add_resources({**(self.get_initial_resources() or {}), name: prompt})
         requests = [
@@ -294,7 +272,7 @@ class APO(Algorithm):
     async def _cancel(self, rollout_id: str) -> None:
         try:
             await self.get_store().cancel_rollout(rollout_id, message=f"not done after {self._timeout:g} s")
-        except IllegalMove:  # it ended in between; too late to count
+        except IllegalMove:  # it ended in the meantime, too late to count
             rollout = await self.get_store().get_rollout_by_id(rollout_id)
             if rollout is None or not is_finished(rollout):
                 raise
@@ -307,7 +285,7 @@ class APO(Algorithm):
 
     @asynccontextmanager
     async def _client(self) -> AsyncGenerator[Any]:
-        """The client that was given, or one that is closed after."""
+        """Yield the client that was given, or a new one that is closed afterwards."""
         if self._openai is not None:
             yield self._openai
             return
@@ -330,21 +308,19 @@ class APO(Algorithm):
             )
         return templates[0]
 
-    # --- Checkpoints -----------------------------------------------------------------------------
-
-    def _load(self) -> _State | None:
+    def _load(self) -> _SearchState | None:
         run = self.get_run()
         checkpoint = None if run is None else run.load_checkpoint()
         if checkpoint is None:
             return None
-        self._best = None if checkpoint["best"] is None else _Scored.from_json(checkpoint["best"])
-        return _State.from_json(checkpoint["state"])
+        self._best = None if checkpoint["best"] is None else _ScoredPrompt.model_validate(checkpoint["best"])
+        return _SearchState.model_validate(checkpoint["state"])
 
-    def _save(self, state: _State) -> None:
+    def _save(self, state: _SearchState) -> None:
         run = self.get_run()
         if run is not None:
-            best = None if self._best is None else self._best.to_json()
-            run.save_checkpoint({"state": state.to_json(), "best": best})
+            best = None if self._best is None else self._best.model_dump()
+            run.save_checkpoint({"state": state.model_dump(), "best": best})
 
 
 def _outcome(rollout: Rollout) -> str:

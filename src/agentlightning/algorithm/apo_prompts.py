@@ -1,4 +1,4 @@
-"""What `APO` says to the models that improve prompts, and what it makes of their answers."""
+"""The requests of `APO` to the models that improve prompts, and how their replies are read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from agentlightning.errors import InvalidValue
 from agentlightning.types import PromptTemplate
 
-_LONGEST = 4000
-"""Characters of one conversation that are shown to a model."""
+_MAX_CHARACTERS = 4000
+"""Characters of one conversation that a model sees."""
 
 _FENCE = re.compile(r"\A\s*```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TAGS = re.compile(r"<prompt>\s*\n?(.*?)\n?\s*</prompt>", re.DOTALL)
@@ -21,18 +21,18 @@ _TAGS = re.compile(r"<prompt>\s*\n?(.*?)\n?\s*</prompt>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Trial:
-    """How one rollout with a prompt went."""
+    """One rollout with a prompt."""
 
     task: Any
     reward: float | None
     outcome: str
-    """Its status, and the reason if it failed."""
+    """The rollout's status, with the reason if it failed."""
     conversations: Sequence[Any]
     """OpenAI messages."""
 
 
 def ask_for_critique(prompt: PromptTemplate, trials: Sequence[Trial]) -> str:
-    """The request for a textual gradient: what is wrong with a prompt, seen from what came of it."""
+    """Return the request for a textual gradient: what is wrong with a prompt, judged by some rollouts."""
     shown = "\n\n".join(_describe(number, trial) for number, trial in enumerate(trials, 1))
     return (
         "An agent works with a prompt template. You see the template, and what came of it in some runs, each with "
@@ -43,7 +43,7 @@ def ask_for_critique(prompt: PromptTemplate, trials: Sequence[Trial]) -> str:
 
 
 def ask_for_edit(prompt: PromptTemplate, critique: str) -> str:
-    """The request for a better prompt, along the critique."""
+    """Return the request for a better prompt, given the critique."""
     names = sorted(placeholders(prompt) or ())
     kept = f"It may use these placeholders and no others: {', '.join(names)}. " if names else ""
     syntax = {"f-string": "Python's str.format", "jinja": "Jinja", "poml": "POML"}[prompt.engine]
@@ -55,10 +55,10 @@ def ask_for_edit(prompt: PromptTemplate, critique: str) -> str:
 
 
 def read_prompt(reply: str, like: PromptTemplate) -> PromptTemplate:
-    """The template in a model's reply, in the language of ``like``.
+    """Return the template in a model's reply, in the language of ``like``.
 
     Raises:
-        InvalidValue: the reply is empty, or the template is malformed or uses a placeholder that ``like`` has not.
+        InvalidValue: the reply is empty, or the template is malformed or uses a placeholder that ``like`` lacks.
     """
     tagged = _TAGS.search(reply)
     text = tagged.group(1) if tagged else reply
@@ -74,7 +74,7 @@ def read_prompt(reply: str, like: PromptTemplate) -> PromptTemplate:
 
 
 def placeholders(prompt: PromptTemplate) -> set[str] | None:
-    """The names that a template wants values for; None for a language that cannot be read here.
+    """Return the names of a template's placeholders; None for a language that is not parsed here.
 
     Raises:
         InvalidValue: the template is malformed.
@@ -87,7 +87,7 @@ def placeholders(prompt: PromptTemplate) -> set[str] | None:
     if prompt.engine == "jinja":
         from jinja2 import Environment, TemplateSyntaxError, meta
 
-        # Parsed, never rendered: nothing of an untrusted template runs here.
+        # Parsed and not rendered, because a model wrote the template and its code must not run here.
         environment = Environment(autoescape=True)
         try:
             return set(meta.find_undeclared_variables(environment.parse(prompt.template)))
@@ -99,7 +99,7 @@ def placeholders(prompt: PromptTemplate) -> set[str] | None:
 def _describe(number: int, trial: Trial) -> str:
     reward = "none" if trial.reward is None else f"{trial.reward:g}"
     said = json.dumps(trial.conversations, ensure_ascii=False, default=str)
-    if len(said) > _LONGEST:
-        said = said[:_LONGEST] + f" … ({len(said) - _LONGEST} characters more)"
+    if len(said) > _MAX_CHARACTERS:
+        said = said[:_MAX_CHARACTERS] + f" … ({len(said) - _MAX_CHARACTERS} characters more)"
     task = json.dumps(trial.task, ensure_ascii=False, default=str)
     return f'<run number="{number}" reward="{reward}" outcome="{trial.outcome}">\n<task>{task}</task>\n{said}\n</run>'

@@ -1,4 +1,4 @@
-"""Inputs in batches, and rollouts that are enqueued once however often they are asked for."""
+"""Datasets in batches, repeatable enqueueing, reads of many rollouts, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
 T = TypeVar("T")
 
 _READS_AT_ONCE = 32
-"""So that a step of thousands of rollouts does not open thousands of requests."""
+"""A limit, so that a step of thousands of rollouts does not open thousands of requests."""
 
 _WRITES_AT_ONCE = 500
-"""Rollouts in one enqueue: a body that any server takes."""
+"""Rollouts in one request: its body stays below the limit of any server."""
 
 
 def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Sequence[T]]:
@@ -34,17 +34,17 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
 
 
 def check_dataset(dataset: object, name: str) -> None:
-    """Whether inputs can be taken out of it by position; None is no dataset, and fine.
+    """Raise unless the dataset is None or can be read by position.
 
     Args:
-        dataset: what a user gave.
+        dataset: as the user gave it.
         name: of the argument, for the message.
 
     Raises:
-        InvalidValue: they cannot.
+        InvalidValue: it cannot.
     """
     by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts, and tables, which are read by their columns
+    by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts and data frames are read by key or column
     if dataset is not None and (by_name or not by_position or isinstance(dataset, (str, bytes))):
         raise InvalidValue(
             f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as a "
@@ -53,12 +53,12 @@ def check_dataset(dataset: object, name: str) -> None:
 
 
 async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:
-    """Enqueue those that do not exist yet, and return the ids of all of them, in order.
+    """Enqueue the rollouts that do not exist yet, and return the ids of all, in order.
 
-    A rollout that exists stays as it is, whatever became of it.
+    A rollout that exists is left as it is, in any status.
 
     Args:
-        requests: with the ``rollout_id`` each, or else none of them can exist yet.
+        requests: those with a ``rollout_id`` may exist already.
 
     Raises:
         IdReused: a rollout exists with another input.
@@ -87,10 +87,10 @@ async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutR
 
 async def spans_of(store: LightningStore, rollouts: Sequence[Rollout]) -> list[list[Span]]:
     """Return the spans of the newest attempt of each rollout, in order."""
-    gate = asyncio.Semaphore(_READS_AT_ONCE)
+    slots = asyncio.Semaphore(_READS_AT_ONCE)
 
     async def read(rollout: Rollout) -> list[Span]:
-        async with gate:
+        async with slots:
             return list(await store.query_spans(rollout.rollout_id, "latest"))
 
     return list(await asyncio.gather(*(read(rollout) for rollout in rollouts)))
@@ -109,11 +109,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# --- What the numbers that algorithms are given must be like ---
-
-
 def check_counts(*, least: int = 1, **counts: int) -> None:
-    """Whether all are whole numbers of at least ``least``.
+    """Raise unless all are whole numbers of at least ``least``.
 
     Raises:
         InvalidValue: one is not.
@@ -124,7 +121,7 @@ def check_counts(*, least: int = 1, **counts: int) -> None:
 
 
 def check_seconds(**times: float) -> None:
-    """Whether all are finite times, longer than nothing.
+    """Raise unless all are finite times above 0.
 
     Raises:
         InvalidValue: one is not.

@@ -1,4 +1,4 @@
-"""Algorithms that end quickly and teach nothing: for trying out an agent, as `Trainer.dev` does."""
+"""Algorithms that end quickly and do not learn, for trying out an agent as `Trainer.dev` does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once
-from agentlightning.algorithm.resume import give_to_leftovers
-from agentlightning.algorithm.wiring import running_proxy
+from agentlightning.algorithm.model_proxy import running_proxy
+from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, Rollout, RolloutMode, Span
@@ -24,26 +24,26 @@ _Work = tuple[RolloutMode, Any]
 
 
 class FastAlgorithm(Algorithm):
-    """An algorithm that is quick enough for `Trainer.dev`. A mark; it adds nothing."""
+    """Marks an algorithm that is quick enough for `Trainer.dev`."""
 
 
 class Baseline(FastAlgorithm):
-    """Runs every input, and logs what came of it: status, reward, spans. It learns nothing.
+    """Runs every input, and logs status, reward and spans of each rollout. It does not learn.
 
-    With an LLM proxy, which is started if it does not run, and no language model among the initial
-    resources, the agent gets the proxy's model as the resource ``llm``.
+    If there is an LLM proxy and no language model among the initial resources, the agent gets the proxy's model as the
+    resource ``llm``. The proxy is started if it is not running.
 
-    Under a run's name it goes on where a process that died left off, and runs no finished rollout again.
+    If the run has a name, a process that resumes it continues with the first unfinished epoch, and runs no finished
+    rollout again.
 
     Args:
-        n_epochs: how often to go through the inputs.
-        train_split: the share of the training inputs that is run in the mode ``train`` when there is no
-            validation dataset; the rest is run in the mode ``val``. With one, all are run as ``train``.
-        polling_interval: seconds after which to look whether the queue has room, if no rollout ended
-            before that.
-        max_queue_length: how many rollouts may wait in the queue at a time.
-        span_verbosity: what to log of each span: its name alone, also the names of its attributes, or
-            also their values.
+        n_epochs: number of passes over the inputs.
+        train_split: share of the training inputs that is run in the mode ``train`` if there is no validation dataset;
+            the rest is run in the mode ``val``. With a validation dataset all are run as ``train``.
+        polling_interval: seconds between checks whether the queue has room, while no rollout ends.
+        max_queue_length: number of rollouts that may wait in the queue at a time.
+        span_verbosity: what to log of each span: ``none``: only its name, ``keys``: also the names of its attributes,
+            ``key_values``: also their values.
 
     Raises:
         InvalidValue: an argument is out of its range.
@@ -77,8 +77,8 @@ class Baseline(FastAlgorithm):
 
         Raises:
             IdReused: the run of this name was begun with other inputs.
-            InvalidValue: it was begun with more or fewer; or a dataset is none; or the proxy has several models, so
-                the initial resources must say which to use.
+            InvalidValue: it was begun with another number of inputs; or a dataset cannot be read by position; or the
+                proxy has several models, so the initial resources must say which one to use.
         """
         check_dataset(train_dataset, "train_dataset")
         check_dataset(val_dataset, "val_dataset")
@@ -103,15 +103,14 @@ class Baseline(FastAlgorithm):
         if resources is not None:
             published = await store.add_resources(resources)
             resources_id = published.resources_id
-            if run is not None:
-                await give_to_leftovers(store, run.name, lambda _: published)
+            await reassign_unfinished(store, run, lambda _: published)
         for epoch in range(self._epochs_done(len(work)), self._n_epochs):
             await self._run_epoch(store, epoch, work, resources_id)
             if run is not None:
                 run.save_checkpoint({"epoch": epoch + 1, "inputs": len(work)})
 
     def _epochs_done(self, inputs: int) -> int:
-        """Epochs that earlier starts of the run have done.
+        """Return the number of epochs that earlier starts of the run have completed.
 
         Raises:
             InvalidValue: they had another number of inputs.
@@ -126,7 +125,7 @@ class Baseline(FastAlgorithm):
                 "another name"
             )
         if checkpoint["epoch"] >= self._n_epochs:
-            _logger.info("the run %r has done its %d epochs; there is nothing to run", run.name, self._n_epochs)
+            _logger.info("the run %r has completed its %d epochs; there is nothing to run", run.name, self._n_epochs)
         return int(checkpoint["epoch"])
 
     def _split(self, train: Dataset[Any] | None, val: Dataset[Any] | None) -> list[_Work]:
@@ -163,7 +162,7 @@ class Baseline(FastAlgorithm):
         self.report(epoch, **numbers)
 
     async def _begun(self, store: LightningStore, epoch: int) -> set[str | None]:
-        """The rollouts of the epoch that exist, from an earlier start of the run."""
+        """Return the ids of the epoch's rollouts that exist already, from an earlier start of the run."""
         run = self.get_run()
         if run is None:
             return set()
@@ -192,14 +191,14 @@ class Baseline(FastAlgorithm):
             running = [task for task in following if not task.done()]
             if running:
                 await asyncio.wait(running, timeout=self._polling_interval, return_when=asyncio.FIRST_COMPLETED)
-            else:  # the queue is full of somebody else's rollouts
+            else:  # the queue is full of rollouts of others, whose end is not awaited here
                 await asyncio.sleep(self._polling_interval)
 
     async def _follow(self, store: LightningStore, rollout_id: str) -> tuple[Rollout, float | None]:
         """Wait for the end of a rollout, log it, and return it with its reward."""
         (rollout,) = await store.wait_for_rollouts(rollout_ids=[rollout_id])
         spans = list(await store.query_spans(rollout_id, "latest"))
-        # What a failed attempt emitted before it failed is not what the rollout was worth.
+        # A failed attempt may have emitted a reward before it failed; that is not the reward of the rollout.
         reward = find_final_reward(spans) if rollout.status == "succeeded" else None
         why = f", {rollout.reason_code}: {rollout.reason_message}" if rollout.reason_code else ""
         _logger.info(

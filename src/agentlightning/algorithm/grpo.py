@@ -19,14 +19,14 @@ from typing import Any, Generic
 from typing_extensions import TypeVar
 
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
-from agentlightning.algorithm.base import Algorithm, ModelProxy
+from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import check_counts, check_dataset, enqueue_once, spans_of
 from agentlightning.algorithm.grpo_groups import GroupReader, StepGroups
+from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
 from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
-from agentlightning.algorithm.resume import give_to_leftovers
-from agentlightning.algorithm.wiring import running_proxy
+from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import InvalidValue, NothingToLearn
-from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, ResourcesUpdate, Rollout, RolloutMode
+from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
 
 _logger = logging.getLogger(__name__)
@@ -291,15 +291,10 @@ class GRPO(Algorithm, Generic[PolicyT]):
                 own = self.get_initial_resources() or {}
                 train = await store.add_resources({**own, "llm": self._llm(endpoint, proxy, 1.0)})
                 val = await store.add_resources({**own, "llm": self._llm(endpoint, proxy, 0.0)})
-                await self._give_to_leftovers(train, val)
+                await reassign_unfinished(store, self.get_run(), lambda mode: val if mode == "val" else train)
                 yield _Serving(endpoint, train.resources_id, val.resources_id, resumed_step)
         finally:
             await endpoint.stop()
-
-    async def _give_to_leftovers(self, train: ResourcesUpdate, val: ResourcesUpdate) -> None:
-        run = self.get_run()
-        if run is not None:
-            await give_to_leftovers(self.get_store(), run.name, lambda mode: val if mode == "val" else train)
 
     @asynccontextmanager
     async def _behind_proxy(self, endpoint: ModelEndpoint) -> AsyncGenerator[ModelProxy | None]:

@@ -17,7 +17,7 @@ from agentlightning.errors import StoreOwned
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from agentlightning.demo.training import Outcome
+    from agentlightning.demo.training import DemoResult
 
 
 _RUNS = Path("agl-runs")
@@ -49,18 +49,17 @@ def demo(
     """
     from rich.console import Console
 
-    from agentlightning.demo.show import DemoLines, DemoTable, Notices
-    from agentlightning.demo.training import train
+    from agentlightning.demo.training import DemoLines, DemoTable, train
 
-    console, notices = Console(highlight=False), Notices()
+    console = Console(highlight=False)
     name = _free_name() if keep else _cleared(_NAME)
     console.print(
         "[bold]A number from 1 to 15, four guesses, told higher or lower.[/bold] The policy begins by guessing blindly."
     )
-    view = DemoTable(console, notices) if console.is_terminal else DemoLines(console, notices)
-    outcome = train(name, _RUNS, seed=seed, steps=steps, kill=not no_kill, view=view, notices=notices)
-    _tell(console, outcome, wanted_kill=not no_kill)
-    succeeded = outcome.learned and outcome.account.clean
+    view = DemoTable(console) if console.is_terminal else DemoLines(console)
+    result = train(name, _RUNS, seed=seed, steps=steps, kill=not no_kill, view=view)
+    _print_result(console, result, wanted_kill=not no_kill)
+    succeeded = result.learned and result.audit.clean
     raise typer.Exit(ExitCode.OK if succeeded else ExitCode.FAILED)
 
 
@@ -83,29 +82,29 @@ def _free_name() -> str:
     return f"{_NAME}-{number}"
 
 
-def _tell(console: Console, outcome: Outcome, *, wanted_kill: bool) -> None:
-    account = outcome.account
+def _print_result(console: Console, result: DemoResult, *, wanted_kill: bool) -> None:
+    audit = result.audit
     console.print()
-    verdict = "[green]The policy has learned the game[/green]" if outcome.learned else "[red]It has not learned[/red]"
+    verdict = "[green]The policy has learned the game[/green]" if result.learned else "[red]It has not learned[/red]"
     console.print(
-        f"{verdict}: {outcome.strategy}. With its best guesses it wins {outcome.win_rate:.0%} of all games "
-        f"({outcome.win_rate_before:.0%} before)."
+        f"{verdict}: {result.strategy}. With its best guesses it wins {result.win_rate:.0%} of all games "
+        f"({result.win_rate_before:.0%} before)."
     )
     console.print(
-        f"{account.rollouts} rollouts in {outcome.seconds:.0f} s; {account.lost} lost, {account.counted_twice} counted "
-        f"twice, {account.violations} records that break a rule."
+        f"{audit.rollouts} rollouts in {result.seconds:.0f} s; {audit.lost} lost, {audit.counted_twice} counted "
+        f"twice, {audit.violations} records that break a rule."
     )
     if wanted_kill:
-        rescued = [each for each in account.retried if each.lost_its_worker]
+        rescued = [each for each in audit.retried if each.lost_its_worker]
         console.print(
-            f"Runner {outcome.killed} was killed (SIGKILL) in the middle of its work; "
+            f"Runner {result.killed} was killed (SIGKILL) in the middle of its work; "
             f"{_count(len(rescued), 'game')} it was playing went to the other one, and "
             f"{sum(each.status == 'succeeded' for each in rescued)} succeeded."
-            if outcome.killed
+            if result.killed
             else "No runner was killed: there was none at work at the time."
         )
-    database = os.path.relpath(outcome.database)
-    example = next((each.rollout_id for each in account.retried if each.lost_its_worker), None)
+    database = os.path.relpath(result.database)
+    example = next((each.rollout_id for each in audit.retried if each.lost_its_worker), None)
     console.print(f"\nEverything is in [bold]{database}[/bold]. Look into it:")
     rollouts = "rollouts ls" if example is None else f"rollouts show {example}"
     for command in ("status", rollouts, "verify"):

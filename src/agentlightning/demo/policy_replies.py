@@ -1,8 +1,8 @@
-"""What a `SoftmaxTable` answers to requests of the OpenAI protocol, as values: nothing here serves anything.
+"""What a `SoftmaxTable` replies to requests of the OpenAI protocol, as values: nothing here serves anything.
 
 Sources: https://platform.openai.com/docs/api-reference/chat and ``/completions``; for ``return_token_ids``,
 ``prompt_token_ids`` and ``token_ids`` https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html.
-A reply is always one word, so that a stream has one chunk with text.
+A reply is always one word, so a stream has one chunk of text for each choice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
@@ -26,8 +26,7 @@ _NOT_OFFERED: Mapping[str, Any] = {
     "response_format": None,
     "suffix": None,
 }
-"""Fields that would change the reply in a way that is not offered here, and the value that changes nothing."""
-
+"""Fields that would change the reply in an unsupported way, and the value that changes nothing."""
 
 _R = TypeVar("_R", bound="_Request")
 
@@ -72,83 +71,54 @@ class _CompletionRequest(_Request):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A reply, whole and in chunks. Which of the two is sent is up to ``streamed``."""
+class PolicyReply:
+    """A reply, in both forms that it can be sent in."""
 
     body: dict[str, Any]
+    chunks: Sequence[dict[str, Any]]
+    """The body as the chunks of a stream, without the mark of its end."""
     streamed: bool
-    shows_usage: bool
-    """Whether a stream ends with a chunk about usage."""
-    _chunk_choices: Sequence[dict[str, Any]]
-    _last_choices: Sequence[dict[str, Any]]
-
-    def chunks(self) -> Iterator[dict[str, Any]]:
-        """The reply as the chunks of a stream, without the mark of its end."""
-        kind = "chat.completion.chunk" if self.body["object"] == "chat.completion" else "text_completion"
-        head = {**self.body, "object": kind}
-        usage = head.pop("usage")
-        prompt_token_ids = head.pop("prompt_token_ids", None)
-        # Where usage is asked for every chunk has the field, with null in all but the last: OpenAI's rule.
-        no_usage = {"usage": None} if self.shows_usage else {}
-        for number, choice in enumerate(self._chunk_choices):
-            first = {} if prompt_token_ids is None or number else {"prompt_token_ids": prompt_token_ids}
-            yield {**head, **first, **no_usage, "choices": [choice]}
-        for choice in self._last_choices:
-            yield {**head, **no_usage, "choices": [choice]}
-        if self.shows_usage:
-            yield {**head, "choices": [], "usage": usage}
-
-
-class _Written(NamedTuple):
-    """The choices of a reply, whole and as a stream has them: the word, then the end."""
-
-    choices: list[dict[str, Any]]
-    chunks: list[dict[str, Any]]
-    lasts: list[dict[str, Any]]
+    """Whether the request asked for a stream."""
 
 
 def list_models(model: str) -> dict[str, Any]:
-    """The reply to ``GET /v1/models``."""
+    """Return the reply to ``GET /v1/models``."""
     entry = {"id": model, "object": "model", "created": 0, "owned_by": "agentlightning"}
     return {"object": "list", "data": [entry]}
 
 
-def answer_chat(
+def reply_to_chat(
     policy: SoftmaxTable, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
-) -> Answer:
-    """The reply to ``POST /v1/chat/completions``.
-
-    The prompt is the text of all messages, in their order.
+) -> PolicyReply:
+    """Return the reply to ``POST /v1/chat/completions``. The prompt is the text of all messages, in their order.
 
     Args:
-        policy: says the word.
+        policy: samples the word.
         model: its name.
         version: of its weights; becomes ``system_fingerprint``.
         fields: the request.
-        rng: where chance comes from, unless the request has a seed.
+        rng: source of randomness, unless the request has a seed.
 
     Raises:
         NotFound: the request is for another model.
-        InvalidValue: the request is not valid, or asks for what is not offered.
+        InvalidValue: the request is not valid, or asks for something unsupported.
     """
     request = _read(_ChatRequest, fields, model)
-    text = "\n".join(_text_of(message) for message in request.messages)
-    spoken = _Spoken.by(policy, policy.encode(text), request, rng)
-    written = _Written([], [], [])
-    for index, choice in enumerate(spoken.choices):
-        word = policy.decode([choice.token_id])
-        shared = {"index": index, "logprobs": spoken.chat_logprobs(choice, request), **spoken.token_ids(choice)}
-        written.choices.append({**shared, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"})
-        written.chunks.append({**shared, "delta": {"role": "assistant", "content": word}, "finish_reason": None})
-        written.lasts.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": "stop"})
-    body = spoken.body("chat.completion", "chatcmpl-", model, version, written.choices)
-    return Answer(body, request.stream, _wants_usage(request), written.chunks, written.lasts)
+    prompt_ids = policy.encode("\n".join(_text_of(message) for message in request.messages))
+
+    def logprobs(choice: WordChoice) -> dict[str, Any] | None:
+        if not request.logprobs:
+            return None
+        tops = [_logprob_entry(policy, each) for each in _most_probable(policy, prompt_ids, request.top_logprobs or 0)]
+        return {"content": [{**_logprob_entry(policy, choice), "top_logprobs": tops}], "refusal": None}
+
+    return _reply(_CHAT, policy, prompt_ids, request, version, rng, logprobs)
 
 
-def answer_completion(
+def reply_to_completion(
     policy: SoftmaxTable, model: str, version: str, fields: Mapping[str, Any], rng: random.Random
-) -> Answer:
-    """The reply to ``POST /v1/completions``, whose prompt may be text or token ids. See ``answer_chat``."""
+) -> PolicyReply:
+    """Return the reply to ``POST /v1/completions``, whose prompt may be text or token ids. See ``reply_to_chat``."""
     request = _read(_CompletionRequest, fields, model)
     prompt = request.prompt
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
@@ -157,71 +127,14 @@ def answer_completion(
         prompt_ids = policy.encode(prompt)
     else:
         prompt_ids = cast("list[int]", prompt)
-        policy.decode(prompt_ids)  # refuses ids that are no tokens
-    spoken = _Spoken.by(policy, prompt_ids, request, rng)
-    written = _Written([], [], [])
-    for index, choice in enumerate(spoken.choices):
-        ids = spoken.token_ids(choice)
-        if ids:  # vLLM has the prompt's ids in each choice here, and at the top for chats
-            ids["prompt_token_ids"] = prompt_ids
-        shared = {"index": index, "logprobs": spoken.text_logprobs(choice, request), **ids}
-        text = policy.decode([choice.token_id])
-        written.choices.append({**shared, "text": text, "finish_reason": "stop"})
-        written.chunks.append({**shared, "text": text, "finish_reason": None})
-        written.lasts.append({"index": index, "text": "", "logprobs": None, "finish_reason": "stop"})
-    body = spoken.body("text_completion", "cmpl-", model, version, written.choices)
-    return Answer(body, request.stream, _wants_usage(request), written.chunks, written.lasts)
+        policy.decode(prompt_ids)  # raises if one is not a token
 
-
-@dataclass(frozen=True)
-class _Spoken:
-    """The words that were chosen for a prompt, and how to write them down."""
-
-    policy: SoftmaxTable
-    prompt_ids: list[int]
-    choices: list[WordChoice]
-    shows_ids: bool
-
-    @classmethod
-    def by(cls, policy: SoftmaxTable, prompt_ids: list[int], request: _Request, rng: random.Random) -> _Spoken:
-        own = rng if request.seed is None else random.Random(f"{request.seed} {prompt_ids}")
-        temperature = 1.0 if request.temperature is None else request.temperature
-        top_p = 1.0 if request.top_p is None else request.top_p
-        choices = [policy.choose(tuple(prompt_ids), own, temperature, top_p) for _ in range(request.n)]
-        return cls(policy, prompt_ids, choices, bool(request.return_token_ids))
-
-    def token_ids(self, choice: WordChoice) -> dict[str, Any]:
-        return {"token_ids": [choice.token_id]} if self.shows_ids else {}
-
-    def body(self, kind: str, prefix: str, model: str, version: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        said = len(self.choices)
-        usage = {
-            "prompt_tokens": len(self.prompt_ids),
-            "completion_tokens": said,
-            "total_tokens": len(self.prompt_ids) + said,
-        }
-        body = {
-            "id": prefix + secrets.token_hex(12),
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": version,
-            "choices": choices,
-            "usage": usage,
-        }
-        return {**body, "prompt_token_ids": self.prompt_ids} if self.shows_ids else body
-
-    def chat_logprobs(self, choice: WordChoice, request: _ChatRequest) -> dict[str, Any] | None:
-        if not request.logprobs:
-            return None
-        tops = [self._entry(*each) for each in self._most_probable(request.top_logprobs or 0)]
-        return {"content": [{**self._entry(*choice), "top_logprobs": tops}], "refusal": None}
-
-    def text_logprobs(self, choice: WordChoice, request: _CompletionRequest) -> dict[str, Any] | None:
+    def logprobs(choice: WordChoice) -> dict[str, Any] | None:
         if request.logprobs is None:
             return None
-        word = self.policy.decode([choice.token_id])
-        tops = {self.policy.decode([token_id]): logprob for token_id, logprob in self._most_probable(request.logprobs)}
+        word = policy.decode([choice.token_id])
+        likely = _most_probable(policy, prompt_ids, request.logprobs)
+        tops = {policy.decode([each.token_id]): each.logprob for each in likely}
         return {
             "tokens": [word],
             "token_logprobs": [choice.logprob],
@@ -229,20 +142,87 @@ class _Spoken:
             "text_offset": [0],
         }
 
-    def _most_probable(self, count: int) -> list[WordChoice]:
-        if count == 0:
-            return []
-        logprobs = self.policy.logprobs(tuple(self.prompt_ids))
-        said = map(WordChoice, self.policy.action_ids, logprobs)
-        return sorted(said, key=lambda each: -each.logprob)[:count]
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        word = self.policy.decode([token_id])
-        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+    return _reply(_COMPLETION, policy, prompt_ids, request, version, rng, logprobs)
 
 
-def _wants_usage(request: _Request) -> bool:
-    return request.stream_options is not None and request.stream_options.include_usage
+class _Dialect(NamedTuple):
+    """How chats and completions differ."""
+
+    kind: str
+    chunk_kind: str
+    id_prefix: str
+    whole_field: str
+    """Of a choice in the whole reply: the field with its text."""
+    chunk_field: str
+    """Of a choice in a chunk: the field with its text."""
+    no_text: Any
+    """Value of ``chunk_field`` in the last chunk of a choice."""
+
+
+_CHAT = _Dialect("chat.completion", "chat.completion.chunk", "chatcmpl-", "message", "delta", {})
+_COMPLETION = _Dialect("text_completion", "text_completion", "cmpl-", "text", "text", "")
+
+
+def _reply(
+    dialect: _Dialect,
+    policy: SoftmaxTable,
+    prompt_ids: list[int],
+    request: _Request,
+    version: str,
+    rng: random.Random,
+    logprobs: Callable[[WordChoice], dict[str, Any] | None],
+) -> PolicyReply:
+    own_rng = rng if request.seed is None else random.Random(f"{request.seed} {prompt_ids}")
+    temperature = 1.0 if request.temperature is None else request.temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    choices: list[dict[str, Any]] = []
+    deltas: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    for index in range(request.n):
+        sampled = policy.choose(tuple(prompt_ids), own_rng, temperature, top_p)
+        word = policy.decode([sampled.token_id])
+        text = {"role": "assistant", "content": word} if dialect is _CHAT else word
+        shared: dict[str, Any] = {"index": index, "logprobs": logprobs(sampled)}
+        if request.return_token_ids:
+            shared["token_ids"] = [sampled.token_id]
+            if dialect is _COMPLETION:  # vLLM has the prompt's ids in each choice here, and at the top for chats
+                shared["prompt_token_ids"] = prompt_ids
+        choices.append({**shared, dialect.whole_field: text, "finish_reason": "stop"})
+        deltas.append({**shared, dialect.chunk_field: text, "finish_reason": None})
+        ends.append({"index": index, dialect.chunk_field: dialect.no_text, "logprobs": None, "finish_reason": "stop"})
+    head: dict[str, Any] = {
+        "id": dialect.id_prefix + secrets.token_hex(12),
+        "object": dialect.kind,
+        "created": int(time.time()),
+        "model": request.model,
+        "system_fingerprint": version,
+    }
+    usage = {
+        "prompt_tokens": len(prompt_ids),
+        "completion_tokens": request.n,
+        "total_tokens": len(prompt_ids) + request.n,
+    }
+    prompt = {"prompt_token_ids": prompt_ids} if request.return_token_ids else {}
+    shows_usage = request.stream_options is not None and request.stream_options.include_usage
+    # OpenAI's rule: where usage is asked for, every chunk has the field, with null in all but the last one.
+    chunk_head = {**head, "object": dialect.chunk_kind, **({"usage": None} if shows_usage else {})}
+    chunks = [{**chunk_head, "choices": [each]} for each in (*deltas, *ends)]
+    if shows_usage:
+        chunks.append({**chunk_head, "choices": [], "usage": usage})
+    chunks[0] |= prompt
+    return PolicyReply({**head, "choices": choices, "usage": usage, **prompt}, chunks, request.stream)
+
+
+def _most_probable(policy: SoftmaxTable, prompt_ids: list[int], count: int) -> list[WordChoice]:
+    if count == 0:
+        return []
+    words = map(WordChoice, policy.action_ids, policy.logprobs(tuple(prompt_ids)))
+    return sorted(words, key=lambda each: -each.logprob)[:count]
+
+
+def _logprob_entry(policy: SoftmaxTable, choice: WordChoice) -> dict[str, Any]:
+    word = policy.decode([choice.token_id])
+    return {"token": word, "logprob": choice.logprob, "bytes": list(word.encode())}
 
 
 def _text_of(message: _Message) -> str:

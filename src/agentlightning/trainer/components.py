@@ -1,9 +1,8 @@
-"""Building a component from whatever a user gives for it.
+"""Components of a trainer, from their specs.
 
-A spec is one of: an object of the right type; a class; a function that returns one; a name of a
-registry (``"cs"``); the dotted path of a class or function (``"my.module.MyAlgorithm"``); or a dict
-with ``type`` (a dotted path) or ``name`` (of a registry) and the keyword arguments beside it. The same
-shapes as in agentlightning 0.3.
+A spec is one of: an object of the right type; a class; a function that returns one; a short name (``"cs"``); the dotted
+path of a class or function (``"my.module.MyAlgorithm"``); or a dict with ``type`` (a dotted path or a class) or
+``name`` (a short name), and keyword arguments beside it. agentlightning 0.3 has the same specs.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from agentlightning.adapter.base import TraceAdapter
-from agentlightning.adapter.triplet import TracerTraceToTriplet
-from agentlightning.algorithm.base import Algorithm
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
 from agentlightning.execution.client_server import ClientServerExecutionStrategy
@@ -31,20 +27,43 @@ T = TypeVar("T")
 ComponentSpec: TypeAlias = T | type[T] | Callable[[], T] | str | dict[str, Any] | None
 """What may be given for a component of type ``T``; ``None`` means the default."""
 
+AlgorithmRegistry: Mapping[str, str] = {
+    "baseline": "agentlightning.algorithm.fast.Baseline",
+    "grpo": "agentlightning.algorithm.grpo.GRPO",
+    "apo": "agentlightning.algorithm.apo.APO",
+}
+"""Dotted paths by short name, as in all registries."""
+
+ExecutionStrategyRegistry: Mapping[str, str] = {
+    "shm": "agentlightning.execution.shared_memory.SharedMemoryExecutionStrategy",
+    "cs": "agentlightning.execution.client_server.ClientServerExecutionStrategy",
+}
+"""``shm``: both sides as threads of one process. ``cs``: as processes on one or more machines."""
+
+StoreRegistry: Mapping[str, str] = {
+    "memory": "agentlightning.store.sqlite.store.InMemoryLightningStore",
+    "sqlite": "agentlightning.store.sqlite.store.SqliteLightningStore",
+}
+
+TracerRegistry: Mapping[str, str] = {
+    "otel": "agentlightning.tracer.otel.OtelTracer",
+    "dummy": "agentlightning.tracer.dummy.DummyTracer",
+}
+
 
 def load_class(path: str) -> Callable[..., Any]:
     """Import the class or function named by a dotted path.
 
     Raises:
-        InvalidValue: there is no such module, or nothing callable of that name in it.
+        InvalidValue: there is no such module, or it has nothing callable of that name.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise InvalidValue(f"{path!r} is no dotted path; write package.module.ClassName")
+        raise InvalidValue(f"{path!r} is not a dotted path; write package.module.ClassName")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module that exists and needs another one which does not is that module's error, not this name's.
+        # The module may exist and fail to import another one. That is an error in the module, not in the path.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise InvalidValue(f"{path!r} cannot be imported: there is no module {error.name!r}") from error
@@ -65,21 +84,21 @@ def build_component(
     dict_default_cls: type[T] | None = None,
     registry: Mapping[str, str] | None = None,
 ) -> T | None:
-    """Make a component of ``expected_type`` from its spec.
+    """Make a component of ``expected_type`` from its spec; the module describes specs.
 
     Args:
-        spec: see the module.
-        expected_type: what must come out.
-        spec_name: the argument the spec was given for, for messages.
-        default_factory: makes the component when ``spec`` is None.
-        allow_none: whether None may come out when there is no default.
-        optional_defaults: arguments by name, with what computes them, passed to a class or factory that takes
-            an argument of that name and was not given one.
-        dict_default_cls: the class of a dict that names none.
+        spec: describes the component.
+        expected_type: class of the result.
+        spec_name: argument that the spec was given for, for messages.
+        default_factory: makes the component if ``spec`` is None.
+        allow_none: whether the result may be None if there is no default.
+        optional_defaults: functions that compute arguments, by name of the argument. A class or factory gets those
+            that it takes and that the spec does not give.
+        dict_default_cls: class of a dict that names none.
         registry: dotted paths by short name.
 
     Raises:
-        InvalidValue: the spec is none of these, names what does not exist, or made something else. (It is a
+        InvalidValue: the spec has another form, names what does not exist, or makes something else. (It is a
             ``ValueError``, too.)
         TypeError: the class does not take the arguments given.
     """
@@ -90,7 +109,7 @@ def build_component(
             return None
         raise InvalidValue(f"{spec_name} is None and has no default; give one")
     if isinstance(spec, expected_type):
-        return cast("T", spec)  # the type checker still thinks of classes and functions that happen to be a T
+        return cast("T", spec)  # for the type checker a class or a function could be a T, too
     factory, arguments = _factory_of(spec, spec_name, expected_type, dict_default_cls, registry or {})
     made = factory(**arguments, **_missing(factory, arguments, optional_defaults or {}))
     if not isinstance(made, expected_type):
@@ -107,7 +126,7 @@ def _factory_of(
     dict_default_cls: type[Any] | None,
     registry: Mapping[str, str],
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What makes the component, and the arguments that the spec gives it."""
+    """Return what makes the component, and the arguments that the spec gives it."""
     if isinstance(spec, str):
         return load_class(_path_of(spec, spec_name, registry)), {}
     if isinstance(spec, dict):
@@ -145,45 +164,24 @@ def _path_of(name: str, spec_name: str, registry: Mapping[str, str]) -> str:
 def _missing(
     factory: Callable[..., Any], given: Mapping[str, Any], defaults: Mapping[str, Callable[[], Any]]
 ) -> dict[str, Any]:
-    """Those defaults that the factory has a place for and was not given."""
+    """Return the defaults for arguments that the factory takes and was not given."""
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # a builtin that does not tell
+    except (TypeError, ValueError):  # a builtin without a signature
         return {}
     named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
     return {name: make() for name, make in defaults.items() if name in named and name not in given}
 
 
-# --- Short names of components, for specs such as ``strategy="cs"`` and ``algorithm={"name": "g ---
-
-ExecutionStrategyRegistry: Mapping[str, str] = {
-    "shm": "agentlightning.execution.shared_memory.SharedMemoryExecutionStrategy",
-    "cs": "agentlightning.execution.client_server.ClientServerExecutionStrategy",
-}
-"""How roles are run: ``shm`` as threads of one process, ``cs`` as processes on one or more machines."""
-
-AlgorithmRegistry: Mapping[str, str] = {
-    "baseline": "agentlightning.algorithm.fast.Baseline",
-    "grpo": "agentlightning.algorithm.grpo.GRPO",
-    "apo": "agentlightning.algorithm.apo.APO",
-}
-
-StoreRegistry: Mapping[str, str] = {
-    "memory": "agentlightning.store.sqlite.store.InMemoryLightningStore",
-    "sqlite": "agentlightning.store.sqlite.store.SqliteLightningStore",
-}
-
-TracerRegistry: Mapping[str, str] = {
-    "otel": "agentlightning.tracer.otel.OtelTracer",
-    "dummy": "agentlightning.tracer.dummy.DummyTracer",
-}
-
-
-# --- The parts of a trainer, each from what a user gives for it, and from a default ---
+def build_required(spec: ComponentSpec[T], expected_type: type[T], spec_name: str, **options: Any) -> T:
+    """Make a component that has a default. See ``build_component``, also for ``options``."""
+    made = build_component(spec, expected_type=expected_type, spec_name=spec_name, **options)
+    assert made is not None
+    return made
 
 
 def one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T | None:
-    """The value of an argument that has an old name, too.
+    """Return the value of an argument that also has an old name, with a warning if that was used.
 
     Raises:
         InvalidValue: both were given.
@@ -197,10 +195,10 @@ def one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T 
 
 
 def number_of(name: str, value: int | None, least: int) -> int | None:
-    """A whole number of at least ``least``, or None.
+    """Return the value, which is None or a whole number of at least ``least``.
 
     Raises:
-        InvalidValue: it is not.
+        InvalidValue: it is something else.
     """
     if value is not None and (type(value) is not int or value < least):
         raise InvalidValue(f"{name} is {value!r}; give a whole number, at least {least}, or leave it out")
@@ -208,7 +206,7 @@ def number_of(name: str, value: int | None, least: int) -> int | None:
 
 
 def hooks_of(given: Hook | Sequence[Hook] | None) -> tuple[Hook, ...]:
-    """One hook, or several, or none.
+    """Return the hooks as a tuple.
 
     Raises:
         InvalidValue: something else is among them.
@@ -222,44 +220,27 @@ def hooks_of(given: Hook | Sequence[Hook] | None) -> tuple[Hook, ...]:
     return tuple(each for each in hooks if each is not None)
 
 
-def algorithm_of(spec: ComponentSpec[Algorithm]) -> Algorithm | None:
-    """The algorithm, if there is one. Raises as ``build_component``."""
-    return build_component(
-        spec, expected_type=Algorithm, spec_name="algorithm", allow_none=True, registry=AlgorithmRegistry
-    )
-
-
-def adapter_of(spec: ComponentSpec[TraceAdapter[Any]]) -> TraceAdapter[Any]:
-    """The adapter. Raises as ``build_component``."""
-    return _built(spec, TraceAdapter, "adapter", TracerTraceToTriplet)
-
-
-def store_of(spec: ComponentSpec[LightningStore], default: Callable[[], LightningStore]) -> LightningStore:
-    """The store. Raises as ``build_component``."""
-    return _built(spec, LightningStore, "store", default, registry=StoreRegistry)
-
-
 def strategy_of(spec: ComponentSpec[ExecutionStrategy], n_runners: int | None, port: int | None) -> ExecutionStrategy:
-    """The strategy, which gets what it has a place for and was not given. Raises as ``build_component``."""
+    """Make the strategy. It gets the number of runners and the port, if it takes them and its spec has no others."""
     count = n_runners or 1
     defaults: dict[str, Callable[[], Any]] = {"n_runners": lambda: count, "server_port": lambda: port}
-    if count > 1:  # a thread runs one runner, so the main thread is the algorithm's
+    if count > 1:  # one thread runs one runner, so the algorithm must have the main thread
         defaults["main_thread"] = lambda: "algorithm"
-    return _built(
+    return build_required(
         spec,
         ExecutionStrategy,
         "strategy",
-        lambda: ClientServerExecutionStrategy(n_runners=count, server_port=port),
-        defaults=defaults,
+        default_factory=lambda: ClientServerExecutionStrategy(n_runners=count, server_port=port),
+        optional_defaults=defaults,
         registry=ExecutionStrategyRegistry,
     )
 
 
 def proxy_of(spec: ComponentSpec[LLMProxy], store: LightningStore) -> LLMProxy | None:
-    """The LLM proxy, if there is one; one that is made here records in ``store``. Raises as ``build_component``."""
+    """Make the LLM proxy, if one is wanted. Unless its spec says otherwise, it records in ``store``."""
     if spec is None:
         return None
-    from agentlightning.proxy.llm_proxy import LLMProxy  # brings a web server, which few trainers need
+    from agentlightning.proxy.llm_proxy import LLMProxy  # imports a web server, which most trainers do not need
 
     return build_component(
         spec,
@@ -271,7 +252,7 @@ def proxy_of(spec: ComponentSpec[LLMProxy], store: LightningStore) -> LLMProxy |
 
 
 def warn_of_ignored(component: str, made: object, given: object, **arguments: object) -> None:
-    """Warn of arguments that are for making a component, when it was given ready made, with others."""
+    """Warn of arguments for making a component that was given as an object with other values."""
     for name, value in arguments.items():
         if made is given and value is not None and getattr(made, name, None) != value:
             warnings.warn(
@@ -279,24 +260,3 @@ def warn_of_ignored(component: str, made: object, given: object, **arguments: ob
                 f"give {component}= as a class, a name or a dict",
                 stacklevel=3,
             )
-
-
-def _built(
-    spec: ComponentSpec[T],
-    expected_type: type[T],
-    spec_name: str,
-    default_factory: Callable[[], T],
-    *,
-    defaults: Mapping[str, Callable[[], Any]] | None = None,
-    registry: Mapping[str, str] | None = None,
-) -> T:
-    made = build_component(
-        spec,
-        expected_type=expected_type,
-        spec_name=spec_name,
-        default_factory=default_factory,
-        optional_defaults=defaults,
-        registry=registry,
-    )
-    assert made is not None  # there is a default
-    return made

@@ -1,37 +1,100 @@
-"""What a run looks like at one moment: how far, how fast, how good, and who works on it."""
+"""Progress of a run: measured from the store, and shown as a live table on a terminal or as log lines elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from agentlightning.errors import AgentLightningError
+from agentlightning.errors import AgentLightningError, InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Worker
 
-# --- A curve of any length in bounded memory, and as one line of text ---
+if TYPE_CHECKING:
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
 
+_logger = logging.getLogger("agentlightning.trainer")
+
+_RATE_WINDOW_SECONDS = 10.0
+_REMEMBERED_ROLLOUTS = 10_000
+_SHOWN_WORKERS = 50
+_FINAL = ("succeeded", "failed", "cancelled")
+_STATUS_ORDER = (*_FINAL, "running", "preparing", "queuing", "requeuing")
+_WORKER_WORDS = {"busy": "busy", "idle": "idle", "unknown": "silent"}
+_CURVE_POINTS = 64
+_CURVE_WIDTH = 48
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    elapsed_seconds: float
+    by_status: Mapping[str, int]
+    """Rollouts in the store by status, those of earlier starts of the run included."""
+    rate: float
+    """Rollouts that ended per second, over the last ten seconds."""
+    reward: float | None
+    """Mean of the newest rewards; None before the first."""
+    curve: Sequence[float]
+    """The mean reward over the run, oldest first."""
+    workers: Sequence[Worker]
+    step: int | None
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The algorithm's latest report."""
+    eta_seconds: float | None = None
+
+    @property
+    def total(self) -> int:
+        """Number of rollouts so far."""
+        return sum(self.by_status.values())
+
+    @property
+    def finished(self) -> int:
+        """Number of rollouts that have ended, in any status."""
+        return sum(self.by_status.get(status, 0) for status in _FINAL)
+
+
+class ProgressView(Protocol):
+    """Shows snapshots. The methods are called from the event loop of the algorithm, so they must not block."""
+
+    interval_seconds: float
+    """Time between snapshots."""
+
+    def open(self) -> None:
+        """Begin to show."""
+        ...
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show the newest snapshot."""
+        ...
+
+    def close(self) -> None:
+        """End; idempotent."""
+        ...
 
 
 class Curve:
     """Means of consecutive values: at most ``points`` of them, each over equally many values.
 
-    When there is one too many, neighbours are merged and each point stands for twice as many values.
+    When there is one too many, neighbours are merged, and from then on each point stands for twice as many values. So
+    a curve of any length takes bounded memory.
 
     Args:
         points: the most points to keep; even.
-        recent: over how many of the newest values ``recent_mean`` goes.
+        recent: number of the newest values in ``recent_mean``.
     """
 
-    def __init__(self, points: int = 64, recent: int = 100) -> None:
+    def __init__(self, points: int = _CURVE_POINTS, recent: int = 100) -> None:
         self._limit = points
         self._means: list[float] = []
         self._width = 1
@@ -48,17 +111,15 @@ class Curve:
             self._means.append(_mean(self._open))
             self._open.clear()
         if len(self._means) > self._limit:
-            self._merge()
-
-    def _merge(self) -> None:
-        last = self._means.pop()
-        self._means = [(first + second) / 2 for first, second in zip(self._means[::2], self._means[1::2], strict=True)]
-        self._open = [last] * self._width
-        self._width *= 2
+            last = self._means.pop()
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means = [(first + second) / 2 for first, second in pairs]
+            self._open = [last] * self._width
+            self._width *= 2
 
     @property
     def means(self) -> list[float]:
-        """The points of the curve, oldest first; the last one may still be filling."""
+        """The points of the curve, oldest first; the last one may still be incomplete."""
         return [*self._means, _mean(self._open)] if self._open else list(self._means)
 
     @property
@@ -71,86 +132,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as ``width`` bars at most, from the lowest to the highest value."""
-    if not values or width < 1:
-        return ""
-    if len(values) > width:
-        edges = [index * len(values) // width for index in range(width + 1)]
-        values = [_mean(values[start:end]) for start, end in pairwise(edges)]
-    low, high = min(values), max(values)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] for value in values)
-
-
-# ---
-
-_logger = logging.getLogger(__name__)
-
-_RATE_WINDOW_SECONDS = 10.0
-_REMEMBERED_ROLLOUTS = 10_000
-_SHOWN_WORKERS = 50
-_FINAL = ("succeeded", "failed", "cancelled")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One moment of a run."""
-
-    elapsed_seconds: float
-    by_status: Mapping[str, int]
-    """Rollouts in the store, those of earlier starts of the run included."""
-    rate: float
-    """Rollouts that ended per second, over the last ten seconds."""
-    reward: float | None
-    """Mean of the newest rewards; None before the first."""
-    curve: Sequence[float]
-    """The mean reward over the run, oldest first."""
-    workers: Sequence[Worker]
-    step: int | None
-    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What the algorithm reported last."""
-    eta_seconds: float | None = None
-
-    @property
-    def total(self) -> int:
-        """All rollouts there are so far."""
-        return sum(self.by_status.values())
-
-    @property
-    def finished(self) -> int:
-        """Those that have ended, in whatever way."""
-        return sum(self.by_status.get(status, 0) for status in _FINAL)
-
-
-class ProgressView(Protocol):
-    """Shows snapshots. All three are called from the event loop of the algorithm and must not block."""
-
-    interval_seconds: float
-    """How often it wants one."""
-
-    def open(self) -> None:
-        """Begin to show."""
-        ...
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Show the newest snapshot."""
-        ...
-
-    def close(self) -> None:
-        """End; idempotent."""
-        ...
-
-
 class Progress:
     """Measures a run and feeds a view while it is entered (``async with``).
 
-    A store that cannot be asked for the moment costs a frame, never the run.
+    If the store does not answer, a snapshot is skipped; the run goes on.
 
     Args:
-        store: what is asked for counts and workers.
-        view: who shows them.
-        clock: seconds that only grow.
+        store: is asked for counts and workers.
+        view: shows them. The first snapshot comes after its interval, when there is something to see.
+        clock: monotonic seconds.
     """
 
     def __init__(self, store: LightningStore, view: ProgressView, clock: Callable[[], float] = time.monotonic) -> None:
@@ -167,7 +157,7 @@ class Progress:
         self._task: asyncio.Task[None] | None = None
 
     def observe(self, rollout_id: str, reward: float) -> None:
-        """Take the final reward of a rollout into the curve, once."""
+        """Add the final reward of a rollout to the curve, once."""
         if rollout_id in self._seen:
             return
         self._seen[rollout_id] = None
@@ -176,9 +166,12 @@ class Progress:
         self._observed.add(reward)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take what the algorithm says of a step. A number called ``reward_mean`` makes the curve from then on.
+        """Take the algorithm's report of a step.
 
-        ``total_steps`` says how many steps there will be, for the estimate of the time left.
+        Args:
+            step: counted from 0.
+            numbers: if ``reward_mean`` is among them, it makes the curve from then on, instead of the observed
+                rewards. ``total_steps`` is the number of steps of the run, for the estimate of the time left.
         """
         if self._first_step is None:
             self._first_step = (self._clock(), step)
@@ -200,25 +193,25 @@ class Progress:
             with suppress(asyncio.CancelledError):
                 await task
         try:
-            await self._frame()
+            await self._show()
         finally:
             self._view.close()
 
     async def _watch(self) -> None:
         while True:
-            await self._frame()
             await asyncio.sleep(self._view.interval_seconds)
+            await self._show()
 
-    async def _frame(self) -> None:
+    async def _show(self) -> None:
         try:
             snapshot = await self.snapshot()
         except AgentLightningError as error:
-            _logger.debug("progress is not known for the moment: %s", error)
+            _logger.debug("the progress is unknown at the moment: %s", error)
             return
         self._view.show(snapshot)
 
     async def snapshot(self) -> Snapshot:
-        """Ask the store where everything stands.
+        """Ask the store for the present state.
 
         Raises:
             AgentLightningError: the store does not answer.
@@ -250,7 +243,7 @@ class Progress:
         return (finished - before) / (now - since) if now > since else 0.0
 
     def _eta(self, now: float, rate: float, unfinished: int) -> float | None:
-        """Seconds until the last step, by the pace so far; without steps, until the queue is empty."""
+        """Seconds until the last step, at the pace so far. If steps are unknown: until the queue is empty."""
         total = self._numbers.get("total_steps")
         if total is not None and self._step is not None and self._first_step is not None:
             since, first = self._first_step
@@ -258,3 +251,163 @@ class Progress:
                 return max(0.0, total - self._step - 1) * (now - since) / (self._step - first)
             return None
         return unfinished / rate if rate > 0 else None
+
+
+# --- Views -----------------------------------------------------------------------------------------
+
+ProgressSpec: TypeAlias = Literal["auto", "table", "log", "off"] | ProgressView
+"""How to show progress; ``auto`` is a table if stderr is a terminal, else log lines."""
+
+
+def make_view(spec: ProgressSpec) -> ProgressView:
+    """Return the view of a spec.
+
+    Raises:
+        InvalidValue: an unknown word.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if spec == "auto":
+        spec = "table" if sys.stderr.isatty() else "log"
+    views: dict[str, type[TableView | LogView | SilentView]] = {"table": TableView, "log": LogView, "off": SilentView}
+    if spec not in views:
+        raise InvalidValue(f"progress={spec!r}; give 'auto', 'table', 'log', 'off', or a ProgressView")
+    return views[spec]()
+
+
+class SilentView:
+    """Shows nothing."""
+
+    interval_seconds = 3600.0
+
+    def open(self) -> None:
+        """Do nothing."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class LogView(SilentView):
+    """One line of the logger ``agentlightning.trainer`` (level INFO) every ten seconds, and one at the end.
+
+    If the program has not configured any logging, the lines go to stderr, because nobody would see them otherwise.
+    """
+
+    interval_seconds = 10.0
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write one line."""
+        if not snapshot.total and snapshot.elapsed_seconds < self.interval_seconds:
+            return  # a run that failed before its first rollout; the error says more
+        reward = "none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}"
+        line = (
+            f"{snapshot.finished} rollouts ended of {snapshot.total} ({states_line(snapshot)}), {snapshot.rate:.1f}/s, "
+            f"reward {reward}, {workers_line(snapshot.workers)}, ETA {duration(snapshot.eta_seconds)}"
+        )
+        if _logger.hasHandlers():
+            _logger.info("%s", line)
+        else:
+            sys.stderr.write(f"{line}\n")
+
+
+class TableView:
+    """A table that is redrawn in place, on stderr."""
+
+    interval_seconds = 0.5
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._live: Live | None = None
+
+    def open(self) -> None:
+        """Begin to draw."""
+        # rich takes a tenth of a second to import, and runs without a terminal do not need it.
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=self._console or Console(stderr=True), auto_refresh=False)
+        self._live.start()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw the newest snapshot."""
+        if self._live is not None:
+            self._live.update(self.draw(snapshot), refresh=True)
+
+    def draw(self, snapshot: Snapshot) -> RenderableType:
+        """Return what is on the screen; subclasses add to it."""
+        return render(snapshot)
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+
+def render(snapshot: Snapshot) -> Group:
+    """Return a snapshot as a table."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    step = "" if snapshot.step is None else f"step {_step_of(snapshot)} done   "
+    table.add_row("run", f"{step}{duration(snapshot.elapsed_seconds)} gone, ETA {duration(snapshot.eta_seconds)}")
+    table.add_row("rollouts", f"{snapshot.finished} ended of {snapshot.total}, {snapshot.rate:.1f}/s")
+    table.add_row("states", states_line(snapshot))
+    table.add_row("workers", workers_line(snapshot.workers))
+    reward = Text("none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}  ")
+    reward.append(sparkline(snapshot.curve, _CURVE_WIDTH), style="green")
+    table.add_row("reward", reward)
+    shown = {name: value for name, value in snapshot.numbers.items() if name not in ("reward_mean", "total_steps")}
+    if shown:
+        table.add_row("algorithm", "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    return Group(table)
+
+
+def _step_of(snapshot: Snapshot) -> str:
+    done = (snapshot.step or 0) + 1  # steps are counted from 0
+    total = snapshot.numbers.get("total_steps")
+    return f"{done}" if total is None else f"{done} of {total:.0f}"
+
+
+def states_line(snapshot: Snapshot) -> str:
+    """Return how many rollouts are in which state, such as ``9 succeeded, 2 running``."""
+    counts = [f"{snapshot.by_status[status]} {status}" for status in _STATUS_ORDER if snapshot.by_status.get(status)]
+    return ", ".join(counts) or "no rollouts yet"
+
+
+def workers_line(workers: Sequence[Worker]) -> str:
+    """Return how many workers are in which state, such as ``1 busy, 1 silent``."""
+    counts = Counter(worker.status for worker in workers)
+    known = [f"{counts[status]} {word}" for status, word in _WORKER_WORDS.items() if counts[status]]
+    return ", ".join(known) or "no worker yet"
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds in a readable form: ``4 s``, ``3:20``, ``1:02:05``; ``?`` if unknown."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return the values as ``width`` bars at most, scaled between the lowest and the highest value."""
+    if not values or width < 1:
+        return ""
+    if len(values) > width:
+        edges = [index * len(values) // width for index in range(width + 1)]
+        values = [_mean(values[start:end]) for start, end in pairwise(edges)]
+    low, high = min(values), max(values)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in values)

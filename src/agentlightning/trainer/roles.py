@@ -1,6 +1,6 @@
 """The two roles of a run, as an execution strategy calls them: the algorithm's side and the runner's side.
 
-Both are plain objects, so that they can be sent to another process.
+Both are plain objects, because a strategy may send them to another process.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from agentlightning.algorithm.run import ProxyMove, prepare_to_resume, watch_lost_workers
 from agentlightning.execution.base import ExecutionEvent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import Runner
+from agentlightning.runner.identity import process_space
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
-from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_component
-from agentlightning.trainer.progress import Progress
-from agentlightning.trainer.resume import (
-    end_leftovers,
-    hold_until_asked,
-    requeue_cut_off,
-    watch_leftovers,
-    with_taking_up,
-)
-from agentlightning.trainer.views import ProgressSpec, make_view
-from agentlightning.trainer.wrappers import with_reward_observer, with_rollout_config
+from agentlightning.trainer.algorithm_store import algorithm_store
+from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_required
+from agentlightning.trainer.progress import Progress, ProgressSpec, make_view
 from agentlightning.types import Dataset, NamedResources, RolloutConfig
 
 if TYPE_CHECKING:
@@ -43,7 +37,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_STOP_CHECK_SECONDS = 0.1
+_CHECK_SECONDS = 0.1
 
 
 @dataclass
@@ -63,50 +57,42 @@ class AlgorithmRole:
     val_dataset: Dataset[Any] | None
     progress: ProgressSpec
     linger_seconds: float
-    """How long what it serves stays up once the run is stopped, for runners that finish what they hold."""
+    """How long the algorithm, and the models that it serves, stay up after a stop, for runners that finish their
+    rollouts."""
     _interrupted: bool = field(default=False, init=False)
 
     def interrupt(self) -> None:
-        """End the algorithm early, as if the stop event had been set. Any thread may call."""
+        """End the algorithm early, as if the stop event had been set. Any thread may call this."""
         self._interrupted = True
 
     async def prepare(self, store: LightningStore) -> None:
-        """Before runners can reach the store: see to what an earlier start of the run has left in it."""
-        if self.run is None or self.algorithm is None:
-            return
-        hold_until_asked(store)
-        await end_leftovers(store)
-        if self.llm_proxy is not None:
-            await requeue_cut_off(store)
+        """Make the store ready for a run that may be resumed, before runners can reach it."""
+        if self.run is not None and self.algorithm is not None:
+            await prepare_to_resume(store, process_space(), behind_proxy=self.llm_proxy is not None)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
-        """Run to the end of the algorithm, or until the event is set and runners have finished what they hold.
-
-        The proxy is stopped after.
-        """
+        """Run until the algorithm ends, or until the event is set and runners have finished what they hold."""
         progress = Progress(store, make_view(self.progress))
         if self.llm_proxy is not None:
             self.llm_proxy.set_store(store)
-        leftovers = None if self.run is None else asyncio.create_task(watch_leftovers(store))
+        watch = None if self.run is None else asyncio.create_task(watch_lost_workers(store, process_space()))
         try:
             async with progress:
                 await self._until_stopped(self._work(store, progress), store, event)
         finally:
-            if leftovers is not None:
-                leftovers.cancel()
-                (outcome,) = await asyncio.gather(leftovers, return_exceptions=True)
-                if isinstance(outcome, Exception):  # their leases say the same, later
-                    _logger.warning("could not look for workers of an earlier start: %s", outcome)
+            if watch is not None:
+                await _cancel(watch, "could not look for workers of an earlier start, whose leases end them later")
             if self.llm_proxy is not None and self.llm_proxy.is_running():
                 await self.llm_proxy.stop()
 
     async def _until_stopped(
         self, work: Coroutine[Any, Any, None], store: LightningStore, event: ExecutionEvent
     ) -> None:
-        """Do the work; when the run is stopped first, cancel it, but not before runners can do without it."""
+        """Do the work. After a stop it is cancelled, but only once no runner needs its models any more."""
         working = asyncio.create_task(work)
         waiting = asyncio.create_task(self._wait_for_end(working, store, event))
         try:
+            # Shielded: a cancellation of this task is a stop, too, and runners get the same time to finish after it.
             await asyncio.shield(waiting)
         except asyncio.CancelledError:
             self._interrupted = True
@@ -120,13 +106,13 @@ class AlgorithmRole:
             working.result()
 
     async def _wait_for_end(self, working: asyncio.Task[None], store: LightningStore, event: ExecutionEvent) -> None:
-        await _either(working, self._stop(event))
+        await _first_of(working, self._stop(event))
         if not working.done():
-            await _either(working, _until_nothing_runs(store), self.linger_seconds)
+            await _first_of(working, _until_nothing_runs(store), self.linger_seconds)
 
     async def _stop(self, event: ExecutionEvent) -> None:
         while not (event.is_set() or self._interrupted):  # noqa: ASYNC110 - an event of processes, which wakes no loop
-            await asyncio.sleep(_STOP_CHECK_SECONDS)
+            await asyncio.sleep(_CHECK_SECONDS)
 
     async def _work(self, store: LightningStore, progress: Progress) -> None:
         if self.algorithm is None:
@@ -134,7 +120,7 @@ class AlgorithmRole:
                 "this Trainer has no algorithm: it serves the store, for one that runs elsewhere, until it is stopped; "
                 "for one here, give algorithm=, or call dev() to try the agent out"
             )
-            await asyncio.Event().wait()  # until it is cancelled
+            await asyncio.Event().wait()  # until cancelled
             return
         self._equip(self.algorithm, store, progress)
         if self.algorithm.is_async():
@@ -143,8 +129,8 @@ class AlgorithmRole:
             await _in_thread(functools.partial(self.algorithm.run, self.train_dataset, self.val_dataset))
 
     def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> None:
-        given = store if self.run is None else with_taking_up(store, self.llm_proxy)
-        algorithm.set_store(with_reward_observer(with_rollout_config(given, self.rollout_config), progress.observe))
+        move = None if self.run is None else ProxyMove(store, self.llm_proxy)
+        algorithm.set_store(algorithm_store(store, self.rollout_config, progress.observe, move))
         algorithm.set_adapter(self.adapter)
         algorithm.set_llm_proxy(self.llm_proxy)
         algorithm.set_rollout_config(self.rollout_config)
@@ -155,25 +141,32 @@ class AlgorithmRole:
         algorithm.set_reporter(progress.report)
 
 
-async def _either(working: asyncio.Task[None], other: Coroutine[Any, Any, None], seconds: float | None = None) -> None:
-    """Wait until one of them has ended, or the time is up; the other coroutine is cancelled then."""
+async def _first_of(
+    working: asyncio.Task[None], other: Coroutine[Any, Any, None], timeout_seconds: float | None = None
+) -> None:
+    """Wait until one of them has ended, or the time is up; ``other`` is cancelled then."""
     meanwhile = asyncio.create_task(other)
     try:
-        await asyncio.wait([working, meanwhile], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([working, meanwhile], timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        meanwhile.cancel()
-        (outcome,) = await asyncio.gather(meanwhile, return_exceptions=True)
-        if isinstance(outcome, Exception):
-            _logger.warning("could not wait for runners to finish what they hold: %s", outcome)
+        await _cancel(meanwhile, "could not wait for runners to finish what they hold")
+
+
+async def _cancel(task: asyncio.Task[None], failure: str) -> None:
+    """End a task that is not needed any more. If it failed, that is logged: the run itself does not depend on it."""
+    task.cancel()
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(outcome, Exception):
+        _logger.warning("%s: %s", failure, outcome)
 
 
 async def _until_nothing_runs(store: LightningStore) -> None:
-    while await store.query_rollouts(status_in=["preparing", "running"], limit=1):  # noqa: ASYNC110 - a store tells no end
-        await asyncio.sleep(_STOP_CHECK_SECONDS)
+    while await store.query_rollouts(status_in=["preparing", "running"], limit=1):  # noqa: ASYNC110 - no store tells when
+        await asyncio.sleep(_CHECK_SECONDS)
 
 
 async def _in_thread(work: Callable[[], Any]) -> None:
-    """Run a blocking function in a daemon thread: one that does not end when cancelled must not keep the process."""
+    """Run a blocking function in a daemon thread, because it cannot be cancelled and must not block exit."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -189,7 +182,7 @@ async def _in_thread(work: Callable[[], Any]) -> None:
         error: BaseException | None = None
         try:
             work()
-        except BaseException as caught:  # noqa: BLE001 - carried to the loop, whatever it is
+        except BaseException as caught:  # noqa: BLE001 - raised again in the loop
             error = caught
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, error)
@@ -202,7 +195,7 @@ async def _in_thread(work: Callable[[], Any]) -> None:
 class RunnerFactory:
     """Makes the runner of each worker, from specs.
 
-    A runner or tracer that was given as an object is the first worker's; others of the same process get copies.
+    A runner or tracer that was given as an object belongs to the first worker; others in the same process get copies.
     """
 
     runner_spec: ComponentSpec[Runner[Any]]
@@ -210,32 +203,24 @@ class RunnerFactory:
     max_rollouts: int | None
 
     def __call__(self, worker_id: int) -> Runner[Any]:
-        """The runner of a worker, counted from 0.
+        """Return the runner of a worker, counted from 0.
 
         Raises:
-            InvalidValue: a spec that makes none.
+            InvalidValue: a spec does not make a runner or a tracer.
         """
-        made = build_component(
+        made = build_required(
             self.runner_spec,
-            expected_type=cast("type[Runner[Any]]", Runner),
-            spec_name="runner",
-            default_factory=lambda: LitAgentRunner(self.tracer(worker_id), max_rollouts=self.max_rollouts),
+            cast("type[Runner[Any]]", Runner),
+            "runner",
+            default_factory=lambda: LitAgentRunner[Any](self.tracer(worker_id), max_rollouts=self.max_rollouts),
             optional_defaults={"tracer": lambda: self.tracer(worker_id), "max_rollouts": lambda: self.max_rollouts},
             dict_default_cls=LitAgentRunner,
         )
-        assert made is not None  # there is a default
         return copy.deepcopy(made) if made is self.runner_spec and worker_id else made
 
     def tracer(self, worker_id: int) -> Tracer:
-        """The tracer of a worker. Raises as the runner."""
-        made = build_component(
-            self.tracer_spec,
-            expected_type=Tracer,
-            spec_name="tracer",
-            default_factory=OtelTracer,
-            registry=TracerRegistry,
-        )
-        assert made is not None  # there is a default
+        """Return the tracer of a worker. Raises like ``__call__``."""
+        made = build_required(self.tracer_spec, Tracer, "tracer", default_factory=OtelTracer, registry=TracerRegistry)
         return copy.deepcopy(made) if made is self.tracer_spec and worker_id else made
 
 
@@ -248,7 +233,7 @@ class RunnerRole:
     hooks: Sequence[Hook]
 
     async def __call__(self, store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
-        """Work until the event is set, or the runner has done its share."""
+        """Work until the event is set, or the runner has done its ``max_rollouts``."""
         runner = self.make_runner(worker_id)
         with runner.run_context(agent=self.agent, store=store, hooks=self.hooks, worker_id=worker_id):
             await runner.iter(event=event)

@@ -1,4 +1,4 @@
-"""``Trainer``: an agent, an algorithm and a way to run them, put together."""
+"""``Trainer``: puts an agent, an algorithm and a way to run them together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentlightning.adapter.base import TraceAdapter
+from agentlightning.adapter.triplet import TracerTraceToTriplet
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
@@ -21,32 +22,31 @@ from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.tracer.base import Tracer
+from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG
 from agentlightning.trainer.components import (
+    AlgorithmRegistry,
     ComponentSpec,
-    adapter_of,
-    algorithm_of,
+    StoreRegistry,
+    build_component,
+    build_required,
     hooks_of,
     number_of,
     one_of,
     proxy_of,
-    store_of,
     strategy_of,
     warn_of_ignored,
 )
+from agentlightning.trainer.progress import ProgressSpec, make_view
 from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
-from agentlightning.trainer.views import ProgressSpec, make_view
-from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG
 from agentlightning.types import Dataset, NamedResources, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.proxy.llm_proxy import LLMProxy
 
 
-# --- Running blocking work where an event loop is already running, as in a notebook ---
-
 T = TypeVar("T")
 
-_LOOK_SECONDS = 0.2
+_CHECK_SECONDS = 0.2
 
 
 def loop_is_running() -> bool:
@@ -59,9 +59,9 @@ def loop_is_running() -> bool:
 
 
 def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
-    """Run ``work`` in a thread of its own and wait for its result, in a thread whose loop is running.
+    """Run ``work`` in another thread and wait for its result. For a thread whose event loop is running: a notebook's.
 
-    A Ctrl+C reaches only the main thread. It is passed on by ``interrupt``, and raised here when the work has ended.
+    Ctrl+C reaches only the main thread. It is passed on by ``interrupt``, and raised here once the work has ended.
 
     Raises:
         KeyboardInterrupt: Ctrl+C while waiting.
@@ -72,19 +72,19 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
     def run() -> None:
         try:
             outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - carried to the waiting thread, whatever it is
+        except BaseException as error:  # noqa: BLE001 - raised again in the waiting thread
             outcome.set_exception(error)
 
     to_start = [threading.Thread(target=run, name="agentlightning-fit", daemon=True)]
     interrupted = False
     while True:
-        try:  # around the start as well: from then on an interrupt has something to end
+        try:  # around the start, too: from there on an interrupt must be passed on
             while to_start:
                 to_start.pop().start()
-            # Not by Thread.join, which takes a thread for ended when a signal interrupts it; and not without a limit,
-            # because a signal that comes just before a thread begins to wait does not wake it.
+            # Thread.join would not do: a signal that interrupts it makes it take the thread for ended. The timeout is
+            # there because a signal that arrives just before the wait does not wake it.
             while not outcome.done():
-                wait([outcome], timeout=_LOOK_SECONDS)
+                wait([outcome], timeout=_CHECK_SECONDS)
             break
         except KeyboardInterrupt:
             interrupted = True
@@ -94,39 +94,36 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
     return outcome.result()
 
 
-# ---
-
-
 class Trainer:
     """Trains an agent: ``Trainer(algorithm=…).fit(agent, dataset)``.
 
     Components are given as objects, classes, functions that return one, names, or dicts; see
-    ``agentlightning.trainer.components``. Left out, they are: a store in memory, ``LitAgentRunner`` with an
-    ``OtelTracer``, the strategy ``cs`` (the algorithm in this process, each runner in one of its own), and
+    ``agentlightning.trainer.components``. The defaults are a store in memory, ``LitAgentRunner`` with an
+    ``OtelTracer``, the strategy ``cs`` (the algorithm in this process, each runner in its own), and
     ``TracerTraceToTriplet``.
 
     Args:
         algorithm: what learns; without one, ``fit`` serves the store until it is stopped.
-        n_runners: how many runners; default 1.
-        max_rollouts: how many rollouts each runner takes before it ends; default: no limit.
-        strategy: how both sides are run: ``"cs"``, ``"shm"``, or one of your own.
-        port: where the store is served, for strategies that serve it.
+        n_runners: number of runners; default 1.
+        max_rollouts: number of rollouts that each runner takes before it ends; default: no limit.
+        strategy: how both sides are run: ``"cs"``, ``"shm"``, or your own.
+        port: of the store's server, for strategies that serve it.
         store: where everything is kept.
         run: a name for this run. Its store is then the file ``RUNS_FOLDER/NAME/store.db`` (unless ``store`` is
-            given) and its checkpoint lies beside it; a later ``fit`` of that name goes on where this one ended,
-            however it ended.
-        runs_folder: where the folders of runs are; default ``agl-runs`` in the current folder.
-        rollout_config: for rollouts that the algorithm enqueues without one. Default: lost workers and timeouts are
-            retried, up to 3 attempts, errors of the agent are not. ``RolloutConfig()`` retries nothing.
+            given), with its checkpoint beside it. A later ``fit`` under that name resumes the run, even if its process
+            was killed.
+        runs_folder: folder of the runs' folders; default ``agl-runs`` in the current folder.
+        rollout_config: for rollouts that the algorithm enqueues without one. By default lost workers and timeouts are
+            retried, up to 3 attempts, and errors of the agent are not. ``RolloutConfig()`` retries nothing.
         initial_resources: what the agent uses to begin with.
-        llm_proxy: records model calls; handed to the algorithm, and stopped when the run ends.
+        llm_proxy: records model calls; the algorithm gets it, and it is stopped when the run ends.
         runner, tracer, adapter, hooks: the runner's side, and how spans become training data.
         progress: ``auto`` (a table on a terminal, else log lines), ``table``, ``log``, ``off``, or a view.
         n_workers, max_tasks, triplet_exporter: old names of n_runners, max_rollouts, adapter.
-        dev, daemon: of 0.3. ``dev`` is replaced by the method ``dev()``; daemon processes are not needed.
+        dev, daemon: of 0.3. The method ``dev()`` replaces ``dev``; daemon processes are not needed.
 
     Raises:
-        InvalidValue: a spec that makes no such component, or arguments that contradict each other.
+        InvalidValue: a spec does not make such a component, or arguments contradict each other.
     """
 
     def __init__(
@@ -161,7 +158,7 @@ class Trainer:
         n_runners = number_of("n_runners", one_of("n_runners", n_runners, "n_workers", n_workers), 1)
         max_rollouts = number_of("max_rollouts", one_of("max_rollouts", max_rollouts, "max_tasks", max_tasks), 0)
         adapter = one_of("adapter", adapter, "triplet_exporter", triplet_exporter)
-        make_view(progress)  # a wrong word is told here, not in the middle of things
+        make_view(progress)  # so that a wrong word fails here, and not when the run has begun
 
         self.n_runners, self.max_rollouts, self.port = n_runners or 1, max_rollouts, port
         self.run_folder = None if run is None else Path(runs_folder) / run
@@ -172,9 +169,14 @@ class Trainer:
         self.progress: ProgressSpec = progress
         self._make_runner = make_runner = RunnerFactory(runner, tracer, max_rollouts)
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
-        self.adapter = adapter_of(adapter)
-        self.algorithm = algorithm_of(algorithm)
-        self.store, self._store_is_ours = store_of(store, self._default_store), store is None
+        self.adapter = build_required(adapter, TraceAdapter, "adapter", default_factory=TracerTraceToTriplet)
+        self.algorithm = build_component(
+            algorithm, expected_type=Algorithm, spec_name="algorithm", allow_none=True, registry=AlgorithmRegistry
+        )
+        self.store = build_required(
+            store, LightningStore, "store", default_factory=self._default_store, registry=StoreRegistry
+        )
+        self._owns_store = store is None
         self.strategy = strategy_of(strategy, n_runners, port)
         self.llm_proxy = proxy_of(llm_proxy, self.store)
         warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
@@ -204,16 +206,16 @@ class Trainer:
     ) -> None:
         """Run the algorithm on the agent, and return when it has ended.
 
-        Works in a script and in a notebook. After a run that has a name was interrupted, killed even, the same
-        call takes it up again: rollouts that had ended are not run again.
+        Works in scripts and in notebooks. If the run has a name and was interrupted, or its process was killed, the
+        same call resumes it: rollouts that have ended are not run again.
 
         Args:
             agent: what is trained.
             train_dataset, val_dataset: inputs of rollouts, by position.
 
         Raises:
-            InvalidValue: the agent is none.
-            Exception: what the algorithm raised, or why no runner could live.
+            InvalidValue: the agent is not a ``LitAgent``.
+            Exception: what the algorithm raised, or the reason why no runner could be kept alive.
         """
         self._execute(agent, self.algorithm, train_dataset, val_dataset)
 
@@ -224,7 +226,7 @@ class Trainer:
         *,
         val_dataset: Dataset[Any] | None = None,
     ) -> None:
-        """Try an agent out: like ``fit``, with an algorithm that is quick and learns nothing (``Baseline``).
+        """Try an agent out: like ``fit``, with an algorithm that is quick and does not learn (``Baseline``).
 
         Raises:
             TypeError: the trainer's algorithm is not a ``FastAlgorithm``.
@@ -276,19 +278,19 @@ class Trainer:
             try:
                 self.strategy.execute(algorithm_role, runner_role, self.store)
             finally:
-                self._let_go()
+                self._release_store()
 
         if loop_is_running():
             run_beside_loop(execute, algorithm_role.interrupt)
         else:
             execute()
 
-    def _let_go(self) -> None:
-        """Close the file of the run, for whoever wants it next: another trainer of that name, in a notebook perhaps.
+    def _release_store(self) -> None:
+        """Close the run's file, so that another trainer of that name can open it, such as in a notebook.
 
-        ``store`` opens it again when it is next asked for something.
+        A new store object takes the place of the closed one, and opens the file when it is first asked for something.
         """
-        if self._store_is_ours and isinstance(self.store, SqliteLightningStore):
+        if self._owns_store and isinstance(self.store, SqliteLightningStore):
             asyncio.run(self.store.close())
             self.store = self._default_store()
 

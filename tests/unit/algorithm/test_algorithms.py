@@ -14,7 +14,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.batches import enqueue_once
-from agentlightning.algorithm.resume import give_to_leftovers
+from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore
@@ -267,7 +267,7 @@ async def test_what_a_run_left_unfinished_gets_the_resources_of_its_new_start() 
         kept, ended, running = [await claimed(store) for _ in range(3)]
         await finish(store, ended)
 
-        await give_to_leftovers(store, "r", lambda _: new)
+        await reassign_unfinished(store, agl.Run("r", "."), lambda _: new)
 
         now = {each.rollout_id: (each.status, each.resources_id) for each in await store.query_rollouts()}
         assert now == {

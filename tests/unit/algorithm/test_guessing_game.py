@@ -105,5 +105,15 @@ def test_a_reply_is_a_place_among_the_numbers_that_are_left() -> None:
 
 
 def test_a_strategy_in_words() -> None:
-    assert game.describe({(1, 15): 8, (9, 15): 12, (1, 7): 4}) == "first guess 8; if higher 12, if lower 4"
-    assert game.describe({(1, 15): 15, (1, 14): 7}) == "first guess 15; if lower 7"
+    assert in_words(policy_with({15: 8, 7: 4})) == "first guess 8; if higher 12, if lower 4"
+    assert in_words(policy_with({15: 15, 14: 7})) == "first guess 15; if lower 7"
+
+
+def policy_with(places: dict[int, int]) -> SoftmaxPolicy:
+    """A policy that answers with these places, by how many numbers are left."""
+    words = SoftmaxPolicy(game.VOCABULARY)
+    rows = {
+        tuple(words.encode(str(left))): [float(word == str(place)) for word in game.VOCABULARY]
+        for left, place in places.items()
+    }
+    return SoftmaxPolicy(game.VOCABULARY, logits=rows)

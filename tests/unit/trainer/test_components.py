@@ -109,7 +109,7 @@ def test_an_unknown_argument_is_a_type_error() -> None:
 
 def test_load_class_needs_a_path() -> None:
     assert load_class("collections.OrderedDict") is OrderedDict
-    with pytest.raises(InvalidValue, match="no dotted path"):
+    with pytest.raises(InvalidValue, match="not a dotted path"):
         load_class("OrderedDict")
 
 

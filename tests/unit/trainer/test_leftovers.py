@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 import agentlightning as agl
+from agentlightning.algorithm.run import end_lost_workers
 from agentlightning.runner.identity import process_space
-from agentlightning.trainer.resume import end_leftovers
 
 
 def pid_of_nobody() -> int:
@@ -38,7 +38,7 @@ async def test_only_a_worker_that_certainly_is_dead_is_ended() -> None:
             claimed = await store.dequeue_rollout(worker_id=name)
             assert claimed is not None
             await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="running")
-        assert await end_leftovers(store) == {"alive", "elsewhere", "silent"}
+        assert await end_lost_workers(store, process_space()) == {"alive", "elsewhere", "silent"}
         statuses = {each.rollout_id: each.status for each in await store.query_rollouts()}
     assert statuses.pop("ro-gone") == "requeuing"
     assert set(statuses.values()) == {"running"}

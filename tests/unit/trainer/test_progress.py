@@ -11,8 +11,7 @@ from rich.console import Console
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue
-from agentlightning.trainer.progress import Progress, Snapshot
-from agentlightning.trainer.views import LogView, SilentView, TableView, duration, make_view
+from agentlightning.trainer.progress import LogView, Progress, SilentView, Snapshot, TableView, duration, make_view
 
 
 class Clock:

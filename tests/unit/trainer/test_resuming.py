@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 import agentlightning as agl
-from agentlightning.trainer.resume import hold_until_asked, requeue_cut_off, with_taking_up
+from agentlightning.algorithm.run import ProxyMove, prepare_to_resume
+from agentlightning.trainer.algorithm_store import algorithm_store
 
 HERE = "http://127.0.0.1:9/v1"
 GONE = "http://127.0.0.1:1/v1"
@@ -44,7 +45,7 @@ async def resources_of(store: agl.LightningStore, rollout_id: str) -> agl.NamedR
 async def test_nothing_is_handed_out_before_the_algorithm_asks(asks: str) -> None:
     async with agl.InMemoryLightningStore() as store:
         await store.enqueue_rollout("left")
-        hold_until_asked(store)
+        await prepare_to_resume(store, None, behind_proxy=False)
         assert await store.dequeue_rollout("w") is None
         waiting = asyncio.create_task(store.dequeue_rollout("w", wait_seconds=30))
         await asyncio.sleep(0)
@@ -69,7 +70,7 @@ async def test_what_waits_is_told_where_the_proxy_is_now(asks: str) -> None:
             await store.enqueue_rollout(name, rollout_id=name, resources_id=name)
         await store.enqueue_rollout("prompts", rollout_id="prompts", resources_id=prompts.resources_id)
         latest = await store.add_resources({"prompt": agl.PromptTemplate(template="newest", engine="f-string")})
-        algorithms = with_taking_up(store, proxy())
+        algorithms = algorithm_store(store, agl.RolloutConfig(), move=ProxyMove(store, proxy()))
 
         match asks:
             case "enqueue":
@@ -98,7 +99,7 @@ async def test_only_what_was_behind_a_proxy_is_begun_again() -> None:
             await store.add_resources(resources, resources_id=name)
             await store.enqueue_rollout(name, rollout_id=name, resources_id=name)
             assert await store.dequeue_rollout("w") is not None
-        await requeue_cut_off(store)
+        await prepare_to_resume(store, None, behind_proxy=True)
         statuses = {each.rollout_id: each.status for each in await store.query_rollouts()}
         assert statuses == {"proxied": "requeuing", "plain": "preparing"}
         failing = await store.get_latest_attempt("proxied")

@@ -11,8 +11,8 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue
+from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG
 from agentlightning.trainer.roles import RunnerFactory, RunnerRole
-from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG
 
 
 def test_what_a_trainer_is_made_of_by_default() -> None:

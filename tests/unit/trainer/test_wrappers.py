@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any, cast
 
 import agentlightning as agl
-from agentlightning.trainer.wrappers import DEFAULT_ROLLOUT_CONFIG, with_reward_observer, with_rollout_config
+from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG, algorithm_store
 from agentlightning.types import EnqueueRolloutRequest, RolloutConfig, Span
 
 MINE = RolloutConfig(max_attempts=7, retry_condition=["failed"])
@@ -22,7 +23,7 @@ def reward_span(rollout: agl.AttemptedRollout, value: float) -> Span:
 
 async def test_rollouts_without_a_config_get_the_default() -> None:
     async with agl.InMemoryLightningStore() as inner:
-        store = with_rollout_config(inner, DEFAULT_ROLLOUT_CONFIG)
+        store = algorithm_store(inner, DEFAULT_ROLLOUT_CONFIG)
         plain = await store.enqueue_rollout({"x": 1}, mode="train", rollout_id="ro-plain", priority=3)
         many = await store.enqueue_many_rollouts(
             [EnqueueRolloutRequest(input=1), EnqueueRolloutRequest(input=2, config=MINE)]
@@ -35,7 +36,7 @@ async def test_rollouts_without_a_config_get_the_default() -> None:
 
 async def test_a_config_of_ones_own_is_kept() -> None:
     async with agl.InMemoryLightningStore() as inner:
-        store = with_rollout_config(inner, DEFAULT_ROLLOUT_CONFIG)
+        store = algorithm_store(inner, DEFAULT_ROLLOUT_CONFIG)
         own = await store.enqueue_rollout(1, config=RolloutConfig())
         assert own.config == RolloutConfig()
         assert (await store.start_rollout(1, config=MINE)).config == MINE
@@ -43,7 +44,7 @@ async def test_a_config_of_ones_own_is_kept() -> None:
 
 async def test_the_default_retries_lost_workers_and_not_errors() -> None:
     async with agl.InMemoryLightningStore() as inner:
-        store = with_rollout_config(inner, DEFAULT_ROLLOUT_CONFIG)
+        store = algorithm_store(inner, DEFAULT_ROLLOUT_CONFIG)
         for status, then in (("unresponsive", "requeuing"), ("timeout", "requeuing"), ("failed", "failed")):
             started = await store.start_rollout(1)
             await store.update_attempt(started.rollout_id, started.attempt.attempt_id, status=status)
@@ -55,9 +56,7 @@ async def test_the_default_retries_lost_workers_and_not_errors() -> None:
 async def test_everything_else_goes_through() -> None:
     async with agl.InMemoryLightningStore() as inner:
         seen: list[tuple[str, float]] = []
-        store = with_reward_observer(
-            with_rollout_config(inner, MINE), lambda rollout_id, reward: seen.append((rollout_id, reward))
-        )
+        store = algorithm_store(inner, MINE, lambda rollout_id, reward: seen.append((rollout_id, reward)))
         assert isinstance(store, agl.LightningStore)
         assert store.capabilities == inner.capabilities
         assert (await store.statistics())["total_rollouts"] == 0
@@ -75,5 +74,16 @@ async def test_everything_else_goes_through() -> None:
 
 
 def test_a_wrapper_of_something_picklable_is_picklable() -> None:
-    store = pickle.loads(pickle.dumps(with_rollout_config({"stands for": "a client"}, MINE)))  # type: ignore[arg-type]
+    store = pickle.loads(pickle.dumps(algorithm_store({"stands for": "a client"}, MINE)))  # type: ignore[arg-type]
     assert store.keys() == {"stands for"}
+
+
+async def test_a_server_of_the_algorithms_store_keeps_its_fast_path_and_the_default_config() -> None:
+    async with agl.InMemoryLightningStore() as inner:
+        store = algorithm_store(inner, MINE, lambda *_: None)
+        in_json = cast("Any", store).answering_in_json()
+        made = await in_json.enqueue_rollout("task", rollout_id="ro-1")
+        assert isinstance(made, bytes)
+        kept = await inner.get_rollout_by_id("ro-1")
+        assert kept is not None
+        assert kept.config == MINE

@@ -151,10 +151,7 @@ class Trainer:
         rollout_config: RolloutConfig | None = None,
         progress: ProgressSpec = "auto",
     ) -> None:
-        if dev:
-            warnings.warn("Trainer(dev=True) has no effect; call trainer.dev(…)", DeprecationWarning, stacklevel=2)
-        if not daemon:
-            warnings.warn("daemon=False has no effect: runners never outlive us", DeprecationWarning, stacklevel=2)
+        _warn_of_obsolete(dev, daemon)
         n_runners = number_of("n_runners", one_of("n_runners", n_runners, "n_workers", n_workers), 1)
         max_rollouts = number_of("max_rollouts", one_of("max_rollouts", max_rollouts, "max_tasks", max_tasks), 0)
         adapter = one_of("adapter", adapter, "triplet_exporter", triplet_exporter)
@@ -170,9 +167,7 @@ class Trainer:
         self._make_runner = make_runner = RunnerFactory(runner, tracer, max_rollouts)
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = build_required(adapter, TraceAdapter, "adapter", default_factory=TracerTraceToTriplet)
-        self.algorithm = build_component(
-            algorithm, expected_type=Algorithm, spec_name="algorithm", allow_none=True, registry=AlgorithmRegistry
-        )
+        self.algorithm = _algorithm_of(algorithm)
         self.store = build_required(
             store, LightningStore, "store", default_factory=self._default_store, registry=StoreRegistry
         )
@@ -298,6 +293,21 @@ class Trainer:
         if self.run_folder is None:
             return InMemoryLightningStore()
         return SqliteLightningStore(self.run_folder / "store.db")
+
+
+def _warn_of_obsolete(dev: bool, daemon: bool) -> None:
+    if dev:
+        warnings.warn("Trainer(dev=True) has no effect; call trainer.dev(…)", DeprecationWarning, stacklevel=3)
+    if not daemon:
+        warnings.warn(
+            "daemon=False has no effect: runners always end with the trainer", DeprecationWarning, stacklevel=3
+        )
+
+
+def _algorithm_of(spec: ComponentSpec[Algorithm]) -> Algorithm | None:
+    return build_component(
+        spec, expected_type=Algorithm, spec_name="algorithm", allow_none=True, registry=AlgorithmRegistry
+    )
 
 
 def _config_of(given: RolloutConfig | None) -> RolloutConfig:

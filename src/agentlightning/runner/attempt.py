@@ -336,6 +336,7 @@ class RolloutResources:
         self._latest: NamedResources = {}
         self._latest_until = 0.0
         self._known: OrderedDict[tuple[str, int], NamedResources] = OrderedDict()
+        self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def find(self, rollout: AttemptedRollout) -> NamedResources | None:
         """The resources that the rollout was enqueued with; None if they are not in the store.
@@ -352,16 +353,22 @@ class RolloutResources:
         if version is None:  # a store that does not keep versions: take the newest
             return _content(await self._store.get_resources_by_id(resources_id))
         key = (resources_id, version)
+        if key not in self._known:
+            # One look-up serves all rollouts that begin meanwhile: after a training step they all want the new version.
+            fetching = self._fetching.get(key)
+            if fetching is None:
+                fetching = self._fetching[key] = asyncio.create_task(self._fetch(resources_id, version))
+                fetching.add_done_callback(lambda _: self._fetching.pop(key, None))
+            await asyncio.shield(fetching)
         found = self._known.get(key)
-        if found is None:
-            found = _content(await self._store.get_resources_by_id(resources_id, version=version))
-            if found is None:
-                return None
-            self._known[key] = found
+        return None if found is None else dict(found)
+
+    async def _fetch(self, resources_id: str, version: int) -> None:
+        found = _content(await self._store.get_resources_by_id(resources_id, version=version))
+        if found is not None:
+            self._known[resources_id, version] = found
             if len(self._known) > _CACHED_VERSIONS:
                 self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return dict(found)
 
 
 def failed(code: str, error: BaseException) -> AttemptOutcome:

@@ -31,6 +31,8 @@ Directive: TypeAlias = Literal["drain", "stop"]
 
 CONFIRM_SECONDS = 0.25
 """A claim is confirmed when its attempt has run for so long. A shorter attempt is confirmed by its report."""
+_REPORT_SECONDS = 2.0
+"""How long a report may take before its claim is confirmed by a call of its own; an overloaded store gets fewer."""
 _LONGEST_RETRY_SECONDS = 1.0
 _GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total")
 _GPU_SECONDS = 5.0
@@ -139,6 +141,10 @@ class Heartbeat:
     def begin(self, rollout: AttemptedRollout) -> None:
         """List this attempt in beats from now on. A claim whose work has not begun must not be listed."""
         self._begun[rollout.attempt.attempt_id] = _BegunAttempt(rollout.rollout_id, time.monotonic())
+
+    def reporting(self, attempt_id: str) -> None:
+        """The agent has finished, and the report of the attempt, which confirms its claim, is under way."""
+        self._begun[attempt_id].since = time.monotonic() + _REPORT_SECONDS - CONFIRM_SECONDS
 
     def end(self, attempt_id: str) -> None:
         """Stop listing this attempt."""

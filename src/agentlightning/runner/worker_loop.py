@@ -307,6 +307,7 @@ class WorkerLoop:
             finally:
                 self._working -= 1
             self._prefetch.note_run(time.monotonic() - began)
+            self._heartbeat.reporting(run.attempt_id)
             self._begin_held()
             self._changed.set()
             self._accept(await self._report(run, outcome))

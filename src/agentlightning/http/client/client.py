@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import msgspec
-
 from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.client.cache import ResourceCache, state_folder
 from agentlightning.http.client.calls import (
@@ -42,7 +40,6 @@ from agentlightning.store.arguments import check_claim_limit, check_pairs, span_
 from agentlightning.store.base import JsonObject, LightningStoreCapabilities, enqueue_request
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
-from agentlightning.store.span_json import span_json
 from agentlightning.store.validation import check_finite, check_id, check_text
 from agentlightning.types import (
     UNSET,
@@ -393,25 +390,28 @@ class LightningStoreClient(RegistryClient):
     ) -> FinishedAttempt:
         """Store the last spans of an attempt, end it, and claim the next rollouts. As the contract says, and further:
 
-        Spans of the attempt that wait on this machine's disk are delivered first. Without a ``request_id`` the
-        client makes one up, and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
+        Spans that wait on this machine's disk are delivered first; the new ones go there too while the server is out
+        of reach, and the end of the attempt is reported after them. Without a ``request_id`` the client makes one up,
+        and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
         """
         said = report(status, UNSET, UNSET, metadata, reason_code, reason_message)
         drafts = span_drafts_of(spans, check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
         check_claim_limit(claim_limit, least=0, what="claim_limit")
         optional_id(worker_id, "worker_id")
         optional_id(request_id, "request_id")
-        await self._spans.settle(rollout_id, attempt_id)
         arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, **said}
-        if drafts:
-            arguments["spans"] = [
-                msgspec.Raw(span_json(each.rollout_id, each.attempt_id, each.sequence_id, each.body)) for each in drafts
-            ]
         if claim_limit:
             arguments |= given(
                 claim_limit=claim_limit, worker_id=worker_id, request_id=request_id or self._ids.mint("rq-")
             )
-        finished: FinishedAttempt = await self._caller.call("finish_attempt", arguments)
+        finished: FinishedAttempt | None = None
+        if drafts:
+            finished = await self._spans.send_with("finish_attempt", arguments, drafts)
+        if finished is None:
+            issued = await self._spans.add(drafts) if drafts else []
+            await self._spans.settle(rollout_id, attempt_id)
+            ended: FinishedAttempt = await self._caller.call("finish_attempt", arguments)
+            finished = ended.model_copy(update={"sequence_ids": [number or 0 for number in issued]})
         if claim_limit and request_id is None:
             finished.claimed = await self._claims.confirm_all(finished.claimed)
         return finished

@@ -12,10 +12,13 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
-from agentlightning.errors import SpoolFull, StoreUnavailable, StoreUnreachable
+import msgspec
+
+from agentlightning.errors import SpoolFull, StoreClosed, StoreUnavailable, StoreUnreachable
 from agentlightning.http.client.calls import Caller
 from agentlightning.http.client.health import SpoolReport
 from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
@@ -93,6 +96,29 @@ class SpanDelivery:
                     raise
                 await self._wait_for_progress(min(left, _LOOK_AGAIN_SECONDS))
         return issued
+
+    async def send_with(self, method: str, arguments: Mapping[str, Any], drafts: Sequence[SpanDraft]) -> Any | None:
+        """Make a call that carries spans. None: it was not made, because the spans have to be added first.
+
+        That is so when other spans wait on the disk, when these are too large for one request, or when the server is
+        out of reach: spans in memory would be lost with the process while the call is tried again and again.
+        """
+        encoded = [span_json(each.rollout_id, each.attempt_id, each.sequence_id, each.body) for each in drafts]
+        if self._waiting or len(encoded) > _CHUNK_SPANS or sum(map(len, encoded)) > _CHUNK_BYTES:
+            return None
+        patience = self._caller.patience_seconds if self._folder is None else self._spool_after_seconds
+        try:
+            return await self._caller.call(
+                method,
+                {**arguments, "spans": [msgspec.Raw(each) for each in encoded]},
+                patience_seconds=patience,
+                waits_while_shed=self._folder is None,
+            )
+        except StoreUnavailable as error:
+            if self._folder is None or isinstance(error, StoreClosed):
+                raise
+            _logger.debug("spans go apart from %s: %s", method, error.message)
+            return None
 
     async def settle(self, rollout_id: str, attempt_id: str | None) -> None:
         """Wait until the server has all spans of an attempt, or of a rollout, that wait on the disk.

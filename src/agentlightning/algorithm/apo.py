@@ -20,10 +20,17 @@ from pydantic import BaseModel
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.apo_prompts import Trial, ask_for_critique, ask_for_edit, read_prompt
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once, spans_of
+from agentlightning.algorithm.batches import (
+    check_counts,
+    check_dataset,
+    check_seconds,
+    enqueue_once,
+    requests_for,
+    spans_of,
+)
 from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import is_finished
-from agentlightning.types import Dataset, EnqueueRolloutRequest, PromptTemplate, Rollout, RolloutMode
+from agentlightning.types import Dataset, PromptTemplate, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
 
 _logger = logging.getLogger(__name__)
@@ -241,18 +248,11 @@ class APO(Algorithm):
         self, round_number: int, kind: str, name: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
     ) -> list[Trial]:
         """Run the agent with a prompt on some tasks, and return how that went."""
-        store, run = self.get_store(), self.get_run()
+        store = self.get_store()
         resources = await store.add_resources({**(self.get_initial_resources() or {}), name: prompt})
-        requests = [
-            EnqueueRolloutRequest(
-                input=task,
-                mode=mode,
-                resources_id=resources.resources_id,
-                config=self.get_rollout_config(),
-                rollout_id=None if run is None else run.rollout_id(round_number, index, kind),
-            )
-            for index, task in enumerate(tasks)
-        ]
+        requests = requests_for(
+            self, tasks, mode=mode, resources_id=resources.resources_id, step=round_number, kind=kind
+        )
         rollout_ids = await enqueue_once(store, requests)
         ended = await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=self._timeout)
         late = set(rollout_ids) - {rollout.rollout_id for rollout in ended}

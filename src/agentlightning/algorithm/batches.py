@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from agentlightning.algorithm.base import Algorithm
 from agentlightning.errors import IdReused, InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, Span
+from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, RolloutMode, Span
 
 T = TypeVar("T")
 
@@ -50,6 +51,38 @@ def check_dataset(dataset: object, name: str) -> None:
             f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as a "
             "list of inputs (of a table: table.to_dict('records'))"
         )
+
+
+def requests_for(
+    algorithm: Algorithm,
+    inputs: Sequence[Any],
+    *,
+    mode: RolloutMode,
+    resources_id: str | None,
+    step: int,
+    kind: str = "",
+    first_index: int = 0,
+) -> list[EnqueueRolloutRequest]:
+    """Return one request for each input, with the algorithm's rollout config and the ids of its run, if it has one.
+
+    Args:
+        algorithm: whose rollouts they are.
+        inputs: one for each rollout.
+        mode, resources_id: of all rollouts.
+        step, kind: see ``Run.rollout_id``.
+        first_index: index of the first rollout in the step.
+    """
+    run, config = algorithm.get_run(), algorithm.get_rollout_config()
+    return [
+        EnqueueRolloutRequest(
+            input=each,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            rollout_id=None if run is None else run.rollout_id(step, index, kind),
+        )
+        for index, each in enumerate(inputs, first_index)
+    ]
 
 
 async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:

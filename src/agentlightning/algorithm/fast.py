@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once
+from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once, requests_for
 from agentlightning.algorithm.model_proxy import running_proxy
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, Rollout, RolloutMode, Span
+from agentlightning.types import LLM, Dataset, NamedResources, Rollout, RolloutMode, Span
 from agentlightning.types.rewards import find_final_reward
 
 _logger = logging.getLogger(__name__)
@@ -145,9 +145,12 @@ class Baseline(FastAlgorithm):
         begun = await self._begun(store, epoch)
         try:
             for index, (mode, each) in enumerate(work):
-                if self._rollout_id(epoch, index) not in begun:
+                requests = requests_for(
+                    self, [each], mode=mode, resources_id=resources_id, step=epoch, first_index=index
+                )
+                if requests[0].rollout_id not in begun:
                     await self._wait_for_room(store, following)
-                rollout_id = await self._enqueue(store, epoch, index, mode, each, resources_id)
+                (rollout_id,) = await enqueue_once(store, requests)
                 following.add(asyncio.create_task(self._follow(store, rollout_id)))
             ended = await asyncio.gather(*following)
         finally:
@@ -168,22 +171,6 @@ class Baseline(FastAlgorithm):
             return set()
         known = await store.query_rollouts(rollout_id_contains=run.rollout_id(epoch, 0).removesuffix("0"))
         return {each.rollout_id for each in known}
-
-    def _rollout_id(self, epoch: int, index: int) -> str | None:
-        run = self.get_run()
-        return None if run is None else run.rollout_id(epoch, index)
-
-    async def _enqueue(
-        self, store: LightningStore, epoch: int, index: int, mode: RolloutMode, each: Any, resources_id: str | None
-    ) -> str:
-        request = EnqueueRolloutRequest(
-            input=each,
-            mode=mode,
-            resources_id=resources_id,
-            config=self.get_rollout_config(),
-            rollout_id=self._rollout_id(epoch, index),
-        )
-        return (await enqueue_once(store, [request]))[0]
 
     async def _wait_for_room(self, store: LightningStore, following: set[asyncio.Task[Any]]) -> None:
         """Return when fewer than `max_queue_length` rollouts wait."""

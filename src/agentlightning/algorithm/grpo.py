@@ -20,13 +20,13 @@ from typing_extensions import TypeVar
 
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_counts, check_dataset, enqueue_once, spans_of
+from agentlightning.algorithm.batches import check_counts, check_dataset, enqueue_once, requests_for, spans_of
 from agentlightning.algorithm.grpo_groups import GroupReader, StepGroups
 from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
 from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import InvalidValue, NothingToLearn
-from agentlightning.types import LLM, Dataset, EnqueueRolloutRequest, Rollout, RolloutMode
+from agentlightning.types import LLM, Dataset, Rollout, RolloutMode
 from agentlightning.types.rewards import find_final_reward
 
 _logger = logging.getLogger(__name__)
@@ -227,17 +227,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
         """
         if not inputs:
             return []
-        run = self.get_run()
-        requests = [
-            EnqueueRolloutRequest(
-                input=each,
-                mode=mode,
-                resources_id=resources_id,
-                config=self.get_rollout_config(),
-                rollout_id=None if run is None else run.rollout_id(step, index, kind),
-            )
-            for index, each in enumerate(inputs)
-        ]
+        requests = requests_for(self, inputs, mode=mode, resources_id=resources_id, step=step, kind=kind)
         store = self.get_store()
         rollout_ids = await enqueue_once(store, requests)
         ended = {each.rollout_id: each for each in await store.wait_for_rollouts(rollout_ids=rollout_ids)}

@@ -22,7 +22,7 @@ from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.client.resilience import Resilience
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import SqliteLightningStore
-from agentlightning.types import EnqueueRolloutRequest, PromptTemplate, RolloutConfig, Span
+from agentlightning.types import AttemptedRollout, EnqueueRolloutRequest, PromptTemplate, RolloutConfig, Span
 from chaos_proxy import ChaosProxy, Fault, Seen, chaos_proxy
 from store_state import assert_sound
 
@@ -63,21 +63,27 @@ async def _served(
 
 
 async def _work(client: LightningStoreClient, number: int, rollouts: int, counted: _Counted) -> None:
-    """A runner's day: enqueue, claim, confirm, trace, finish."""
+    """A runner's day: enqueue, claim, confirm, trace, and finish together with the last span and the next claim."""
     worker = f"worker-{number}"
-    for _ in range(rollouts):
+    ahead: list[AttemptedRollout] = []
+    for left in reversed(range(rollouts)):
         [made] = await client.enqueue_many_rollouts([EnqueueRolloutRequest(input=number, config=RolloutConfig())])
-        claim = await client.dequeue_rollout(worker, wait_seconds=1)
+        claim = ahead[0] if ahead else await client.dequeue_rollout(worker, wait_seconds=20)
         assert claim is not None
         ids = (claim.rollout_id, claim.attempt.attempt_id)
         await client.update_attempt(*ids, status="running")
-        for _ in range(2):
-            span = Span.from_attributes(attributes={"n": number}, rollout_id=ids[0], attempt_id=ids[1])
-            await client.add_span(span)
-            counted.spans[span.span_id] += 1
+        first, last = (
+            Span.from_attributes(attributes={"n": number}, rollout_id=ids[0], attempt_id=ids[1]) for _ in range(2)
+        )
+        await client.add_span(first)
         await client.update_worker(worker, attempt_ids=[ids[1]])
-        await client.update_attempt(*ids, status="succeeded")
-        counted.requests += 7
+        done = await client.finish_attempt(
+            *ids, "succeeded", [last], claim_limit=min(left, 1), worker_id=worker, request_id=f"rq-{worker}-{left}"
+        )
+        assert done.sequence_ids in ([2], [0]), done  # 0: the reply to the try that stored it was lost
+        ahead = done.claimed
+        counted.spans.update((first.span_id, last.span_id))
+        counted.requests += 5
         counted.rollouts.append(made.rollout_id)
         counted.worked_on[claim.rollout_id] += 1
 
@@ -111,13 +117,13 @@ async def _check(store: SqliteLightningStore, counted: _Counted) -> None:
     assert versions == [2] * 10, "a version is lost or doubled"
 
 
-@pytest.mark.parametrize("rollouts", [5, pytest.param(90, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("rollouts", [5, pytest.param(130, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 async def test_the_first_reply_of_every_request_is_lost(tmp_path: Path, rollouts: int) -> None:
     """The long form makes more than 5,000 requests."""
     async with _served(tmp_path, _first_reply_of_every_post_is_lost) as (store, proxy):
         counted = await _all_work(proxy.url, tmp_path, rollouts, EAGER)
         assert proxy.happened[Fault.LOSE_REPLY] >= counted.requests
-        if rollouts > 80:
+        if rollouts > 100:
             assert counted.requests >= 5000
         await _check(store, counted)
 

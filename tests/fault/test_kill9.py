@@ -66,6 +66,20 @@ def test_a_repeat_without_ids_is_seen_to_be_doubled(nursery: Nursery, tmp_path: 
     assert outcome.findings.broken == []
 
 
+def test_a_finish_that_is_repeated_without_the_id_of_its_claim_is_seen_to_claim_twice(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    outcome = Campaign(nursery, tmp_path, seed=9, repeat_with="no claim ids").run(20)
+    assert any(each.startswith("attempt ") for each in outcome.findings.doubled)
+    assert outcome.findings.broken == []
+
+
+@pytest.mark.timeout(300)
+def test_a_finish_in_several_calls_is_seen_to_be_half_done(nursery: Nursery, tmp_path: Path) -> None:
+    outcome = Campaign(nursery, tmp_path, seed=9, finish="in parts").run(200)
+    assert any(each.startswith("finish of ") for each in outcome.findings.broken)
+
+
 def test_an_early_acknowledgement_is_true_as_long_as_nobody_is_killed(nursery: Nursery, tmp_path: Path) -> None:
     """It is the kill that the first control notices, not another way of keeping the journal."""
     life = Life(str(tmp_path / "store.db"), str(tmp_path / "journal"), 9, close_after_calls=300, acknowledge="before")

@@ -186,6 +186,50 @@ def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(workers, "released", lambda worker, *_: worker)
 
 
+def a_repeated_finish_claims_nothing(patch: pytest.MonkeyPatch) -> None:
+    finish = attempt_ops.finish
+
+    async def forgetful(tx: Any, rollout_id: str, attempt_id: str, *arguments: Any) -> Any:
+        before = await tx.get(AttemptRow, attempt_id)
+        done = await finish(tx, rollout_id, attempt_id, *arguments)
+        return done if before is not None and before.live else done._replace(claimed=[])
+
+    patch.setattr(attempt_ops, "finish", forgetful)
+
+
+def a_stale_finish_loses_its_spans(patch: pytest.MonkeyPatch) -> None:
+    finish = attempt_ops.finish
+
+    async def all_or_nothing(*arguments: Any) -> Any:
+        done = await finish(*arguments)
+        if done.refused is not None:
+            raise done.refused
+        return done
+
+    patch.setattr(attempt_ops, "finish", all_or_nothing)
+
+
+def a_finish_stores_no_spans(patch: pytest.MonkeyPatch) -> None:
+    async def forgetful(_tx: Any, attempt: AttemptRow, drafts: Any) -> tuple[list[int], int]:
+        return [attempt.span_sequence + 1 + number for number in range(len(drafts))], attempt.span_sequence
+
+    patch.setattr(attempt_ops, "insert_spans", forgetful)
+
+
+def a_release_uses_up_an_attempt(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RolloutRow, "counted_attempts", property(lambda self: self.attempts - self.redeliveries))
+
+
+def a_released_attempt_comes_back(patch: pytest.MonkeyPatch) -> None:
+    standing = attempts.standing
+
+    def lenient(pair: Any) -> str:
+        return standing(pair._replace(attempt=attempts.replace(pair.attempt, reason_code=None)))
+
+    for module in (attempts, attempt_ops, worker_ops):
+        patch.setattr(module, "standing", lenient)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "break_a_rule",
@@ -201,6 +245,11 @@ def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:
         spans_are_not_counted,
         undone_writes_are_remembered,
         a_worker_stays_busy,
+        a_repeated_finish_claims_nothing,
+        a_stale_finish_loses_its_spans,
+        a_finish_stores_no_spans,
+        a_release_uses_up_an_attempt,
+        a_released_attempt_comes_back,
     ],
 )
 def test_a_broken_store_is_found_out(

@@ -6,6 +6,7 @@ As a program (`main`), it is one such client in a process of its own, until its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -38,19 +39,28 @@ class Journal:
 
 async def work(client: LightningStore, worker: str, journal: Journal, stop: asyncio.Event) -> None:
     """Enqueue, claim, trace and finish until told to stop. Any error but that of a lost attempt is the caller's."""
+    ahead: AttemptedRollout | None = None
     while not stop.is_set():
         rollout = await client.enqueue_rollout(worker, config=LASTING)
         journal.note("enqueued", rollout.rollout_id)
-        claim = await client.dequeue_rollout(worker, wait_seconds=0.5)
+        claim = ahead or await client.dequeue_rollout(worker, wait_seconds=0.5)
+        ahead = None
         if claim is None:
             continue
         try:
-            await _attempt(client, claim, worker, journal)
+            ahead = await _attempt(client, claim, worker, journal)
         except StaleAttempt:
             journal.note("stale", claim.rollout_id, claim.attempt.attempt_id)
+    if ahead is not None:
+        with contextlib.suppress(StaleAttempt):
+            await client.release_attempt(ahead.rollout_id, ahead.attempt.attempt_id)
+            journal.note("released", ahead.rollout_id, ahead.attempt.attempt_id)
 
 
-async def _attempt(client: LightningStore, claim: AttemptedRollout, worker: str, journal: Journal) -> None:
+async def _attempt(
+    client: LightningStore, claim: AttemptedRollout, worker: str, journal: Journal
+) -> AttemptedRollout | None:
+    """Returns the rollout that was claimed with the end of this one."""
     ids = (claim.rollout_id, claim.attempt.attempt_id)
     await client.update_attempt(*ids, status="running")
     for number in range(SPANS):
@@ -58,8 +68,11 @@ async def _attempt(client: LightningStore, claim: AttemptedRollout, worker: str,
         await client.add_span(span)
         journal.note("span", *ids, span.span_id, str(number))
         await client.update_worker(worker, attempt_ids=[ids[1]])
-    await client.update_attempt(*ids, status="succeeded")
+    last = Span.from_attributes(attributes={"n": SPANS}, rollout_id=ids[0], attempt_id=ids[1])
+    done = await client.finish_attempt(*ids, "succeeded", [last], claim_limit=1, worker_id=worker)
+    journal.note("span", *ids, last.span_id, str(SPANS))
     journal.note("succeeded", *ids)
+    return done.claimed[0] if done.claimed else None
 
 
 class Promised(NamedTuple):
@@ -70,10 +83,12 @@ class Promised(NamedTuple):
     """(rollout_id, attempt_id, span_id, number)"""
     succeeded: list[str]
     stale: int
+    released: list[str]
+    """Attempts that were given back."""
 
 
 def read_journals(folder: Path) -> Promised:
-    promised = Promised([], [], [], 0)
+    promised = Promised([], [], [], 0, [])
     for path in folder.glob("*.journal"):
         for line in path.read_text().splitlines():
             kind, *ids = line.split()
@@ -84,6 +99,8 @@ def read_journals(folder: Path) -> Promised:
                     promised.spans.append((ids[0], ids[1], ids[2], int(ids[3])))
                 case "succeeded":
                     promised.succeeded.append(ids[0])
+                case "released":
+                    promised.released.append(ids[1])
                 case _:
                     promised = promised._replace(stale=promised.stale + 1)
     return promised
@@ -112,6 +129,10 @@ async def check(store: LightningStore, promised: Promised, *, all_ended: bool = 
     assert len(set(promised.succeeded)) == len(promised.succeeded), "a rollout has succeeded twice"
     states = Counter(rollouts[each].status for each in promised.succeeded)
     assert set(states) <= {"succeeded"}, f"acknowledged ends are lost: {states}"
+    for rollout in rollouts.values():
+        for attempt in await store.query_attempts(rollout.rollout_id):
+            if attempt.attempt_id in promised.released:
+                assert attempt.reason_code == "released", f"a release is lost: {attempt}"
     found: dict[tuple[str, str], list[Span]] = {}
     for rollout_id in {each[0] for each in promised.spans}:
         for span in await store.query_spans(rollout_id):

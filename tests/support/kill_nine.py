@@ -24,7 +24,7 @@ import msgspec
 import store_process
 from agentlightning import SqliteLightningStore
 from agentlightning.types import Attempt, PromptTemplate, Rollout, Span
-from store_process import AnyCall, Life, Line, Memory, Order, Promise, input_of, span_of
+from store_process import AnyCall, Finish, Life, Line, Memory, Order, Promise, input_of, span_of
 
 FINAL = ("succeeded", "failed", "cancelled")
 ENDED = ("succeeded", "failed", "timeout", "unresponsive")
@@ -206,6 +206,9 @@ class Ledger:
         self._compare_attempts(found, possible, findings)
         self._compare_spans(found, possible, findings)
         self._compare_resources(found, possible, findings)
+        for call in self.in_flight.values():
+            if isinstance(call, Finish):
+                self._compare_finish(found, call, findings)
         for worker_id, number in self._stats.items():
             if found.stats.get(worker_id) not in (number, *possible.stats.get(worker_id, ())):
                 findings.lost.append(f"statistics {number} of {worker_id}: {found.stats.get(worker_id)}")
@@ -314,6 +317,15 @@ class Ledger:
         findings.doubled += [f"span {span_id}" for span_id in found.repeated_spans]
         findings.doubled += [f"span {key}" for key in found.spans.keys() - self._spans.keys() - possible.spans]
 
+    def _compare_finish(self, found: Contents, call: Finish, findings: Findings) -> None:
+        """A finish that was in flight has been done, or not. (Where the attempt was lost, its spans are kept.)"""
+        stored = [each for each in call.span_ids if (call.attempt_id, each) in found.spans]
+        attempt = found.attempts.get(call.attempt_id)
+        if stored and attempt is not None and (len(stored) < len(call.span_ids) or attempt.status not in ENDED):
+            findings.broken.append(
+                f"finish of {call.attempt_id}: half done, with {stored} while it is {attempt.status}"
+            )
+
     def _compare_resources(self, found: Contents, possible: Possible, findings: Findings) -> None:
         for key, text in self._resources.items():
             if found.resources.get(key) != text:
@@ -381,7 +393,7 @@ class Campaign:
         folder: where the files are; must exist.
         seed: of the moments of the kills, and of what the writers do.
         kills_per_file: when to go on to a new file.
-        lies: `Life.acknowledge` and `Life.repeat_with`.
+        acknowledge, repeat_with, finish: as in `Life`; all but the defaults are seeded bugs.
     """
 
     def __init__(
@@ -392,14 +404,16 @@ class Campaign:
         *,
         kills_per_file: int = 10,
         acknowledge: Literal["after", "before"] = "after",
-        repeat_with: Literal["same ids", "no ids"] = "same ids",
+        repeat_with: Literal["same ids", "no ids", "no claim ids"] = "same ids",
+        finish: Literal["in one", "in parts"] = "in one",
     ) -> None:
         self._nursery = nursery
         self._folder = folder
         self._rng = random.Random(seed)
         self._kills_per_file = kills_per_file
         self._acknowledge: Literal["after", "before"] = acknowledge
-        self._repeat_with: Literal["same ids", "no ids"] = repeat_with
+        self._repeat_with: Literal["same ids", "no ids", "no claim ids"] = repeat_with
+        self._finish: Literal["in one", "in parts"] = finish
         self._files = 0
         self.outcome = Outcome()
 
@@ -451,6 +465,7 @@ class Campaign:
             checkpoint_pages=self._rng.choice((10, 100, 4000)),
             acknowledge=self._acknowledge,
             repeat_with=self._repeat_with,
+            finish=self._finish,
         )
 
     def _live_and_die(self, life: Life, *, new: bool) -> None:

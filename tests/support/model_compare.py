@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from agentlightning.types import Attempt, ResourcesUpdate, Rollout, Span, Worker
+from agentlightning.types import Attempt, FinishedAttempt, ResourcesUpdate, Rollout, Span, Worker
 
 __all__ = ["Divergence", "agree", "in_order", "plain", "tell"]
 
@@ -34,6 +34,8 @@ def plain(reply: Any) -> Any:
             return reply.model_dump(exclude={"stale_attempt_ids"})
         case Worker() | ResourcesUpdate():
             return reply.model_dump()
+        case FinishedAttempt():
+            return {name: plain(getattr(reply, name)) for name in FinishedAttempt.model_fields}
         case list() | tuple():
             return [plain(each) for each in reply]
         case _:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from agentlightning.types import PromptTemplate, RolloutConfig, Span
 
 __all__ = [
+    "ATTEMPT_END",
     "ATTEMPT_STATUS",
     "CONFIGS",
     "EDITS",
@@ -48,8 +49,9 @@ REQUEST = st.tuples(
     st.sampled_from(["issued", "issued", "own", "same", "other"]), CONFIG, st.sampled_from([0, 0, 0, 1, 5, -1]), PICK
 )
 ATTEMPT_STATUS = st.sampled_from(["running", "succeeded", "failed", "timeout", "unresponsive", "preparing"])
+ATTEMPT_END = st.sampled_from(["succeeded", "succeeded", "failed", "failed", "timeout", "unresponsive"])
 ROLLOUT_STATUS = st.sampled_from(["running", "requeuing", "succeeded", "failed", "cancelled", "queuing", "preparing"])
-REASON_CODE = st.sampled_from([None, None, None, "out_of_memory", "out_of_memory", "unconfirmed"])
+REASON_CODE = st.sampled_from([None, None, None, "out_of_memory", "out_of_memory", "unconfirmed", "released"])
 SPANS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 0, 1, 4, 30])), min_size=1, max_size=4)
 EDITS: tuple[dict[str, Any], ...] = (
     {"metadata": {"edited": True}},
@@ -63,7 +65,9 @@ EDITS: tuple[dict[str, Any], ...] = (
     {"config": CONFIGS[0], "input": 7},
     *({"config": config} for config in CONFIGS[1:7:2]),
 )
-SIMPLE_CALL = st.sampled_from(["enqueue", "claim", "start", "report", "spans", "cancel", "beat", "direct"])
+SIMPLE_CALL = st.sampled_from(
+    ["enqueue", "claim", "start", "report", "finish", "release", "spans", "cancel", "beat", "direct"]
+)
 SORTABLE = {
     "rollouts": ("rollout_id", "start_time", "end_time", "mode", "resources_version", "priority", "status"),
     "attempts": ("sequence_id", "attempt_id", "end_time", "last_heartbeat_time", "worker_id", "status", "reason_code"),

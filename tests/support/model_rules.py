@@ -12,8 +12,10 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from agentlightning.types import UNSET, EnqueueRolloutRequest, RolloutConfig, Span
+from agentlightning.errors import StaleAttempt
+from agentlightning.types import UNSET, EnqueueRolloutRequest, FinishedAttempt, RolloutConfig, Span
 from model_draws import (
+    ATTEMPT_END,
     ATTEMPT_STATUS,
     CONFIGS,
     EDITS,
@@ -207,6 +209,119 @@ class StoreMachine(AskingMachine):
     def finish(self, pick: int, status: str) -> None:
         self.do(self._report(*self._attempt(pick), status=status))
 
+    def _finish(
+        self,
+        status: Any,
+        spans: Sequence[dict[str, Any]],
+        attempt: tuple[str, str],
+        claim: tuple[int, str | None, str | None],
+        *,
+        code: str | None = None,
+        metadata: tuple[dict[str, Any] | None] | None = None,
+    ) -> Call:
+        limit, worker_id, request_id = claim
+        numbers: dict[tuple[str, str], int] = {}
+
+        async def finish() -> FinishedAttempt:
+            try:
+                done = await self.store.finish_attempt(
+                    *attempt,
+                    status,
+                    [span_of(each) for each in spans],
+                    metadata=UNSET if metadata is None else metadata[0],
+                    reason_code=code,
+                    claim_limit=limit,
+                    worker_id=worker_id,
+                    request_id=request_id,
+                )
+            except StaleAttempt:  # the spans are there all the same, and the reply does not say under which numbers
+                found = await self.store.query_spans(*attempt)
+                numbers.update({(each.attempt_id, each.span_id): each.sequence_id for each in found})
+                raise
+            for each, number in zip(spans, done.sequence_ids, strict=True):
+                numbers.setdefault((each["attempt_id"], each["span_id"]), number)
+            return done
+
+        return Call(
+            finish,
+            lambda _: self.reference.finish(
+                *attempt, status, spans, numbers, metadata=metadata, reason_code=code, claim=claim
+            ),
+            [attempt[0]],
+        )
+
+    @precondition(has_attempts)
+    @rule(
+        pick=PICK,
+        status=ATTEMPT_END,
+        drawn=st.just([]) | SPANS,
+        limit=st.sampled_from([0, 1, 1, 2]),
+        worker_id=WORKER,
+        request=st.sampled_from(["none", "new", "new", "again"]),
+        code=REASON_CODE,
+        metadata=st.sampled_from([None, None, ({"step": 2},)]),
+    )
+    def finish_and_claim(
+        self,
+        pick: int,
+        status: Any,
+        drawn: list[tuple[int, int]],
+        limit: int,
+        worker_id: str | None,
+        request: str,
+        code: str | None,
+        metadata: Any,
+    ) -> None:
+        request_id = None
+        if request == "new" and limit:
+            request_id = self._name("request")
+            self.requests[request_id] = limit, worker_id
+        elif request == "again":
+            request_id = some(self.requests, pick)
+        spans = self._spans(pick, drawn)
+        claim = (limit, worker_id, request_id)
+        self.do(self._finish(status, spans, self._attempt(pick), claim, code=code, metadata=metadata))
+
+    @precondition(has_attempts)
+    @rule(pick=st.integers(0, 9), status=ATTEMPT_END, drawn=SPANS, limit=st.sampled_from([0, 1, 2]), worker_id=WORKER)
+    def finish_twice(
+        self, pick: int, status: Any, drawn: list[tuple[int, int]], limit: int, worker_id: str | None
+    ) -> None:
+        """The reply to the first call was lost."""
+        request_id = self._name("request")
+        self.requests[request_id] = limit, worker_id
+        spans, attempt = self._spans(pick, drawn), self._attempt(pick)
+        for _ in range(2):
+            self.do(self._finish(status, spans, attempt, (limit, worker_id, request_id)))
+
+    def _release(self, rollout_id: str, attempt_id: str) -> Call:
+        return Call(
+            lambda: self.store.release_attempt(rollout_id, attempt_id),
+            lambda _: self.reference.release(rollout_id, attempt_id),
+            [rollout_id],
+        )
+
+    @precondition(has_attempts)
+    @rule(pick=PICK)
+    def release(self, pick: int) -> None:
+        self.do(self._release(*self._attempt(pick)))
+
+    @rule(worker_id=st.sampled_from(["w1", "w2"]), release=st.booleans(), found=st.sampled_from(["reported", "lease"]))
+    def claim_ahead_and_die(self, worker_id: str, release: bool, found: str) -> None:
+        """A runner works on one rollout, has claimed another, gives that back or not, and dies."""
+        self.do(self._claim(1, worker_id, self._name("request")))
+        working = self.reference.workers[worker_id]["current_attempt_id"]
+        self.do(self._beat(worker_id, None, [] if working is None else [working], 6.0))
+        self.do(self._claim(1, worker_id, self._name("request")))
+        ahead = self.reference.workers[worker_id]["current_attempt_id"]
+        if release and ahead not in (None, working):
+            self.do(self._release(self.reference.attempts[ahead]["rollout_id"], ahead))
+        if found == "reported":
+            self.do(self._lose(worker_id, None))
+        else:
+            self.clock.advance(CONFIRM_SECONDS)
+            self.look()
+
     @precondition(has_attempts)
     @rule(
         pick=PICK,
@@ -356,11 +471,12 @@ class StoreMachine(AskingMachine):
 
     @rule(worker_id=st.sampled_from(["w1", "w2", "w3"]), code=REASON_CODE)
     def report_worker_lost(self, worker_id: str, code: str | None) -> None:
-        self.do(
-            Call(
-                lambda: self.store.report_worker_lost(worker_id, message="its process died", reason_code=code),
-                lambda _: self.reference.lose_worker(worker_id, code),
-            )
+        self.do(self._lose(worker_id, code))
+
+    def _lose(self, worker_id: str, code: str | None) -> Call:
+        return Call(
+            lambda: self.store.report_worker_lost(worker_id, message="its process died", reason_code=code),
+            lambda _: self.reference.lose_worker(worker_id, code),
         )
 
     def _direct(self, directive: Any, worker_ids: list[str] | None) -> Call:
@@ -395,6 +511,12 @@ class StoreMachine(AskingMachine):
                 return self._start_attempt(rollout_id, worker_id, self._name("at-mine"))
             case "report":
                 return self._report(rollout_id, attempt_id, status=("succeeded", "running", "failed")[pick % 3])
+            case "finish":
+                claim = (pick % 3, worker_id, self._name("request") if pick % 4 else None)
+                spans = self._spans(pick, [(pick, 0), (pick + 1, 0)])
+                return self._finish(("succeeded", "failed")[pick % 2], spans, (rollout_id, attempt_id), claim)
+            case "release":
+                return self._release(rollout_id, attempt_id)
             case "spans":
                 return self._add_spans(self._spans(pick, [(pick, 0), (pick + 1, 0)]))
             case "cancel":

@@ -26,8 +26,8 @@ IDLE_NOTED_SECONDS = 60.0
 
 
 def check_code(reason_code: str | None) -> None:
-    """Only the store knows what was never confirmed; it counts attempts by that."""
-    if reason_code == "unconfirmed":
+    """Only the store knows what was never confirmed, or given back; it counts attempts by that."""
+    if reason_code in ("unconfirmed", "released"):
         raise Refused("invalid_value")
 
 
@@ -73,17 +73,14 @@ class ReferenceStore(ReferenceRecords):
 
     def dequeue(self, limit: int, worker_id: str | None, request_id: str | None) -> list[Facts]:
         """Higher priority first, then in the order of enqueuing. A repeat gets what it still has."""
-        if request_id is not None:
-            same = [each for each in self.attempts.values() if each["_request_id"] == request_id]
+        same = self._same_claim(limit, worker_id, request_id)
+        if same:
             held = [each for each in same if self.standing(each) != "lost"]
-            if same and same[0]["_asked"] != (worker_id, limit):
-                raise Refused("id_reused")
-            if same:
-                for attempt in held:
-                    if not live(attempt):
-                        self._hear(attempt)
-                        attempt["_unconfirmed"] = True  # that reply may be lost as well
-                return [self.rollout_now(each["rollout_id"]) for each in held]
+            for attempt in held:
+                if not live(attempt):
+                    self._hear(attempt)
+                    attempt["_unconfirmed"] = True  # that reply may be lost as well
+            return [self.rollout_now(each["rollout_id"]) for each in held]
         if worker_id is not None and self._worker(worker_id)["directive"] is not None:
             self._heard_a_claim(worker_id, [])
             return []
@@ -96,6 +93,13 @@ class ReferenceStore(ReferenceRecords):
         if worker_id is not None:
             self._heard_a_claim(worker_id, claimed)
         return claimed
+
+    def _same_claim(self, limit: int, worker_id: str | None, request_id: str | None) -> list[Facts]:
+        """The attempts that an earlier claim under this id got."""
+        same = [each for each in self.attempts.values() if request_id and each["_request_id"] == request_id]
+        if same and same[0]["_asked"] != (worker_id, limit):
+            raise Refused("id_reused")
+        return same
 
     def _heard_a_claim(self, worker_id: str, claimed: Sequence[Facts]) -> None:
         worker = self._worker(worker_id)
@@ -163,13 +167,64 @@ class ReferenceStore(ReferenceRecords):
             attempt["metadata"] = metadata[0]
         return shown(attempt)
 
+    def finish(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: str,
+        spans: Sequence[Facts],
+        numbers: Mapping[tuple[str, str], int],
+        *,
+        metadata: tuple[Facts | None] | None,
+        reason_code: str | None,
+        claim: tuple[int, str | None, str | None],
+    ) -> Facts:
+        """The last spans, the end and the next claim: all or nothing, but that a lost attempt keeps its spans.
+
+        Args:
+            numbers: as for ``add_spans``.
+            claim: limit, worker and request.
+        """
+        check_code(reason_code)
+        attempt = self._known_attempt(rollout_id, attempt_id)
+        repeat = not live(attempt) and attempt["status"] == status
+        lost = self.standing(attempt) == "lost" and not repeat
+        if claim[0] and not lost:
+            self._same_claim(*claim)
+        new = self._keep_spans(attempt, spans, numbers)
+        if lost:
+            raise Refused("stale_attempt")
+        ended = self.update_attempt(rollout_id, attempt_id, status=status, metadata=metadata, reason_code=reason_code)
+        return {
+            "attempt": ended,
+            "sequence_ids": [
+                new.pop((attempt_id, each["span_id"]), {"sequence_id": 0})["sequence_id"] for each in spans
+            ],
+            "claimed": self.dequeue(*claim) if claim[0] else [],
+        }
+
+    def release(self, rollout_id: str, attempt_id: str) -> Facts:
+        """The rollout waits again, as if the attempt had not been; a repeat changes nothing."""
+        attempt = self._known_attempt(rollout_id, attempt_id)
+        if attempt["_released"]:
+            return shown(attempt)
+        if not live(attempt):
+            raise Refused("stale_attempt")
+        if attempt["status"] != "preparing":
+            raise Refused("illegal_move")
+        attempt["_released"] = True
+        self._end_attempt(attempt, "unresponsive", "released")
+        self.rollouts[rollout_id]["status"] = "requeuing"
+        return shown(attempt)
+
     def standing(self, attempt: Facts) -> Literal["live", "returning", "lost"]:
         """An attempt that fell silent may return while its rollout waits and nobody else was given it."""
         if live(attempt):
             return "live"
         rollout = self.rollouts[attempt["rollout_id"]]
         newest = self.latest(attempt["rollout_id"]) is attempt
-        may = newest and attempt["status"] == "unresponsive" and rollout["status"] == "requeuing"
+        silent = attempt["status"] == "unresponsive" and not attempt["_released"]
+        may = newest and silent and rollout["status"] == "requeuing"
         return "returning" if may else "lost"
 
     def _report_alive(self, attempt: Facts, status: str | None, worker_id: str | None) -> None:
@@ -209,13 +264,14 @@ class ReferenceStore(ReferenceRecords):
     def _end_attempt(self, attempt: Facts, status: str, code: str, *, held: bool = True) -> None:
         attempt.update(status=status, end_time=self.clock.wall(), reason_code=code, _unconfirmed=False)
         if held:
-            self._let_go(attempt["worker_id"], status)
+            self._let_go(attempt["worker_id"], "given back" if attempt["_released"] else status)
 
     def _settle_rollout(self, attempt: Facts) -> None:
         """What the end of its attempt means for the rollout."""
         rollout = self.rollouts[attempt["rollout_id"]]
         config = rollout["config"]
-        used = [each for each in self.attempts_of(rollout["rollout_id"]) if not each["_redelivered"]]
+        of_rollout = self.attempts_of(rollout["rollout_id"])
+        used = [each for each in of_rollout if not each["_redelivered"] and not each["_released"]]
         if attempt["status"] == "succeeded":
             self._close(rollout, "succeeded", attempt["reason_code"])
         elif attempt["status"] in config["retry_condition"] and len(used) < config["max_attempts"]:
@@ -311,27 +367,35 @@ class ReferenceStore(ReferenceRecords):
         """
         for span in spans:
             self._known_attempt(span["rollout_id"], span["attempt_id"])
-        known = {(each["attempt_id"], each["span_id"]) for each in self.spans}
         new: dict[tuple[str, str], Facts] = {}
         for attempt_id in dict.fromkeys(span["attempt_id"] for span in spans):
             attempt = self.attempts[attempt_id]
-            before, count = attempt["_ceiling"], len(new)
-            for span in (each for each in spans if each["attempt_id"] == attempt_id):
-                key, given = (attempt_id, span["span_id"]), span["sequence_id"]
-                if key in known:  # a number may have been set aside for it
-                    attempt["_ceiling"] = max(attempt["_ceiling"], given or attempt["_ceiling"] + 1)
-                    continue
-                number = given or self._issue(attempt, numbers.get(key, 0))
-                attempt.update({name: max(attempt[name], number) for name in ("_sequence", "_ceiling")})
-                new[key] = {**span, "sequence_id": number}
-                known.add(key)
-            if len(new) == count:
-                attempt["_ceiling"] = before
+            new |= self._keep_spans(attempt, [each for each in spans if each["attempt_id"] == attempt_id], numbers)
             self._hear(attempt)
             self._begin(attempt)
-        self.spans += new.values()
         keys = dict.fromkeys((span["attempt_id"], span["span_id"]) for span in spans)
         return [new[key] for key in keys if key in new]
+
+    def _keep_spans(
+        self, attempt: Facts, spans: Sequence[Facts], numbers: Mapping[tuple[str, str], int]
+    ) -> dict[tuple[str, str], Facts]:
+        """Keep those spans of one attempt that are new; returns them. Changes nothing else."""
+        known = {(each["attempt_id"], each["span_id"]) for each in self.spans}
+        new: dict[tuple[str, str], Facts] = {}
+        before = attempt["_ceiling"]
+        for span in spans:
+            key, given = (attempt["attempt_id"], span["span_id"]), span["sequence_id"]
+            if key in known:  # a number may have been set aside for it
+                attempt["_ceiling"] = max(attempt["_ceiling"], given or attempt["_ceiling"] + 1)
+                continue
+            number = given or self._issue(attempt, numbers.get(key, 0))
+            attempt.update({name: max(attempt[name], number) for name in ("_sequence", "_ceiling")})
+            new[key] = {**span, "sequence_id": number}
+            known.add(key)
+        if not new:
+            attempt["_ceiling"] = before
+        self.spans += new.values()
+        return new
 
     def issue_sequence_ids(self, wanted: Sequence[tuple[str, str]], numbers: Sequence[int]) -> list[int]:
         """The next number of each attempt. Asking is no sign of life. For ``numbers`` see ``_issue``."""

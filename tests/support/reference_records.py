@@ -147,6 +147,7 @@ class ReferenceRecords:
             "_asked": asked,
             "_unconfirmed": request_id is not None,
             "_redelivered": False,
+            "_released": False,
             "_started": self.clock.monotonic(),
             "_heard": self.clock.monotonic(),
             "_sequence": 0,

@@ -12,18 +12,20 @@ What a record holds follows from its id (`input_of`, `span_of`, `text_of`), so t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from agentlightning.errors import Conflict, IdReused, NotFound
+from agentlightning.errors import Conflict, IdReused, NotFound, StaleAttempt
 from agentlightning.store.base import LightningStore
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.sources import TimeOrderedIds
@@ -31,6 +33,7 @@ from agentlightning.store.sqlite.backend import FileBackend
 from agentlightning.types import (
     Attempt,
     EnqueueRolloutRequest,
+    FinishedAttempt,
     NamedResources,
     OtelResource,
     PromptTemplate,
@@ -342,6 +345,58 @@ class Report(AttemptCall):
             memory.drop(self.attempt_id)
 
 
+class Finish(AttemptCall):
+    """The last spans, the end, and the next claim, in one call."""
+
+    status: Literal["succeeded", "failed"]
+    span_ids: list[str]
+    """New ones, of this call alone."""
+    worker_id: str
+    request_id: str
+    limit: int
+    """0: claim nothing."""
+
+    def at_most(self) -> Promise:
+        spans = [(self.attempt_id, each, 0) for each in self.span_ids]
+        return Promise(spans=spans, claimed_by=self.worker_id if self.limit else None)
+
+    async def make(self, store: LightningStore) -> Promise:
+        return await self.make_by(store.finish_attempt, self.request_id)
+
+    async def make_by(self, finish: Callable[..., Awaitable[FinishedAttempt]], request_id: str | None) -> Promise:
+        """Make it by this method, with this id of the claim."""
+        try:
+            done = await finish(
+                self.rollout_id,
+                self.attempt_id,
+                self.status,
+                [span_of(self.rollout_id, self.attempt_id, each, 0) for each in self.span_ids],
+                metadata={"by": "writer"},
+                claim_limit=self.limit,
+                worker_id=self.worker_id,
+                request_id=request_id if self.limit else None,
+            )
+        except StaleAttempt as error:  # its spans are kept all the same
+            return Promise(refused=error.code, spans=[(self.attempt_id, each, 0) for each in self.span_ids])
+        promise = told(done.attempt, *done.claimed)
+        promise.spans = [
+            (self.attempt_id, span_id, number) for span_id, number in zip(self.span_ids, done.sequence_ids, strict=True)
+        ]
+        return promise
+
+    def learn(self, memory: Memory, promise: Promise) -> None:
+        memory.drop(self.attempt_id)
+        memory.take(promise)
+
+
+class Release(AttemptCall):
+    async def make(self, store: LightningStore) -> Promise:
+        return told(await store.release_attempt(self.rollout_id, self.attempt_id))
+
+    def learn(self, memory: Memory, promise: Promise) -> None:
+        memory.drop(self.attempt_id)
+
+
 class Cancel(Call):
     rollout_id: str
 
@@ -445,6 +500,8 @@ AnyCall = (
     | AddSpans
     | IssueSequenceId
     | Report
+    | Finish
+    | Release
     | Cancel
     | Note
     | ChangeResources
@@ -479,6 +536,13 @@ def next_call(writer: int, memory: Memory, rng: random.Random, *, deletes: bool)
                 return Report(*ids, "running")
             case x if x < 0.72:
                 return StartAttempt(*ids, f"at-{name}", worker_id)
+            case x if x < 0.76 and not held.spans:
+                return Release(*ids)
+            case x if x < 0.92:
+                span_ids = [f"{held.attempt_id}-end-{number}-{i}" for i in range(rng.choice((0, 1, 3)))]
+                limit = rng.randint(0, max(0, 1 + HELD_LIMIT - len(memory.held)))
+                status = "failed" if rng.random() < 0.2 else "succeeded"
+                return Finish(*ids, status, span_ids, worker_id, f"rq-{name}", limit)
             case _:
                 return Report(*ids, "failed" if rng.random() < 0.2 else "succeeded")
     if draw < 0.75:
@@ -539,8 +603,11 @@ class Life(msgspec.Struct):
     """Close the store when the writers have made so many calls."""
     acknowledge: Literal["after", "before"] = "after"
     """When a promise is noted first; `before` the call returns is a lie, which the harness must notice."""
-    repeat_with: Literal["same ids", "no ids"] = "same ids"
-    """How rollouts are enqueued again; with `no ids` they are doubled, which the harness must notice."""
+    repeat_with: Literal["same ids", "no ids", "no claim ids"] = "same ids"
+    """How calls are repeated. With `no ids` rollouts are enqueued twice, with `no claim ids` a finish claims twice,
+    which the harness must notice."""
+    finish: Literal["in one", "in parts"] = "in one"
+    """How an attempt is finished; with `in parts` a kill may leave half of it, which the harness must notice."""
 
 
 class ScaledClock:
@@ -606,15 +673,20 @@ class StoreProcess:
         if self._life.repeat_with == "no ids" and isinstance(call, Enqueue):
             anew = [request.model_copy(update={"rollout_id": None}) for request in call.requests()]
             await store.enqueue_many_rollouts(anew)
+        elif self._life.repeat_with == "no claim ids" and isinstance(call, Finish):
+            with contextlib.suppress(Conflict, NotFound):
+                await call.make_by(store.finish_attempt, None)
         elif not isinstance(call, IssueSequenceId):
             self._note(Line(answered.writer, answered.memory, call))
             promise = await self._make(store, call)
-            if isinstance(call, Claim):
+            if isinstance(call, (Claim, Finish)):
                 answered.memory.take(promise)
             self._note(Line(answered.writer, answered.memory, call, promise))
 
     async def _make(self, store: EngineStore, call: AnyCall) -> Promise:
         try:
+            if self._life.finish == "in parts" and isinstance(call, Finish):
+                return await call.make_by(partial(LightningStore.finish_attempt, store), call.request_id)
             return await call.make(store)
         except IdReused:
             raise

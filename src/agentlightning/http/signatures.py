@@ -30,7 +30,7 @@ from typing import (
 
 from pydantic import BaseModel, FailFast, Field, StrictFloat, StrictInt, create_model
 
-from agentlightning.store.base import LightningStore, LightningStoreStatistics
+from agentlightning.store.base import LightningStore, LightningStoreStatistics, Measure
 from agentlightning.types import UNSET, AttemptedRollout, PaginatedResult, Rollout, Unset
 from agentlightning.types.plain_spans import PlainSpan
 
@@ -61,8 +61,8 @@ def contract_methods() -> Sequence[str]:
     """The names of all methods of the contract that can be passed on to another store."""
     return [
         name
-        for name, method in vars(LightningStore).items()
-        if inspect.isfunction(method) and not name.startswith("_") and name not in _LOCAL_METHODS
+        for name in dir(LightningStore)
+        if inspect.iscoroutinefunction(getattr(LightningStore, name)) and name not in _LOCAL_METHODS
     ]
 
 
@@ -233,3 +233,16 @@ class ForwardingStore(DerivedStore):
     @abc.abstractmethod
     def _target(self) -> LightningStore:
         """The store that is called."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault has ended all writing of the other store for good."""
+        return self._target().stopped
+
+    def measures(self) -> Sequence[Measure]:
+        """Numbers that say how the other store is doing."""
+        return self._target().measures()
+
+    def hold_claims(self) -> None:
+        """Let the other store hand out no rollout until somebody enqueues one or waits for one to end."""
+        self._target().hold_claims()

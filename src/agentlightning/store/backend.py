@@ -21,6 +21,7 @@ from agentlightning.lifecycle.records import (
     RolloutRow,
     WorkerRow,
 )
+from agentlightning.store.contract import Measure as Measure
 
 T = TypeVar("T")
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
@@ -125,16 +126,6 @@ class Stopped(NamedTuple):
 
 
 Event = Finished | Waiting | Deadline | Swept | Directed | Stopped
-
-
-class Measure(NamedTuple):
-    """A number that says how the backend is doing, for metrics."""
-
-    name: str
-    help: str
-    value: float
-    grows: bool = False
-    """Whether it only ever grows."""
 
 
 class Unreadable(NamedTuple):

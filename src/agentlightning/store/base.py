@@ -1,29 +1,48 @@
 """``LightningStore``: the contract of every store, local or remote.
 
-What holds for all methods:
+The signatures and docstrings here are the only place where a method is described. The HTTP routes, the client and the
+forwarding store derive from them. To add a method: write it here, with a default if a store may lack it, write its
+operation in ``store.operations``, and add a line to the table of routes.
 
-- Ids are 1 to 128 characters of ``A-Z a-z 0-9 . _ ~ : @ -``, never ``latest``, ``search`` or ``bulk``;
-  others raise ``InvalidId``.
-- Inputs, metadata and heartbeat statistics are strict JSON values (``NotJson``, ``TooLarge``).
-- A write that returned is durable as the store promises; one that raised changed nothing, except
-  ``StoreStopped`` and its subclasses, after which the outcome of that write is unknown.
-- A write repeated with the same ids has the effect of one and returns the record as it is now;
-  the same id with other content raises ``IdReused``. Without caller-minted ids a repeat is a new call.
-- Reads of unknown ids return ``None`` or an empty page; writes to unknown ids raise ``NotFound``.
-- No read shows an attempt as running whose deadline has passed.
+These rules hold for all methods:
+
+- An id has 1 to 128 characters of ``A-Z a-z 0-9 . _ ~ : @ -`` and is not ``latest``, ``search`` or ``bulk``; any
+  other id raises ``InvalidId``.
+- Inputs, metadata and heartbeat statistics must be strict JSON (``NotJson``, ``TooLarge``).
+- A write that returns is as durable as the store promises. A write that raises has changed nothing, with two
+  exceptions: after ``StoreStopped`` and its subclasses the outcome is unknown, and ``finish_attempt`` keeps the spans
+  of a stale attempt.
+- A write that is repeated with the same ids has the effect of one and returns the current record. The same id with
+  other content raises ``IdReused``. Without ids from the caller, a repeat is a new call.
+- A read of an unknown id returns ``None`` or an empty page. A write to an unknown id raises ``NotFound``.
+- No read shows an attempt as running after its deadline.
 - Returned records are copies: changing them changes nothing in the store.
-- Any thread and any event loop may call.
+- Every method may be called from any thread and any event loop.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from agentlightning.errors import IllegalMove, InvalidId, InvalidValue, NotFound, NotJson, StaleAttempt
+from agentlightning.errors import IllegalMove, NotFound, StaleAttempt
+from agentlightning.store.contract import (
+    JsonObject,
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    Measure as Measure,
+    ResourceMethods,
+    SpanMethods,
+    StoreHost as StoreHost,
+    WorkerMethods,
+    enqueue_request,
+    is_finished as is_finished,
+    is_queuing as is_queuing,
+    is_running as is_running,
+    not_offered,
+    sequence_ids_of as sequence_ids_of,
+)
 from agentlightning.types import (
     UNSET,
     Attempt,
@@ -32,9 +51,7 @@ from agentlightning.types import (
     AttemptStatus,
     EnqueueRolloutRequest,
     FinishedAttempt,
-    NamedResources,
     PaginatedResult,
-    ResourcesUpdate,
     Rollout,
     RolloutConfig,
     RolloutMode,
@@ -43,94 +60,43 @@ from agentlightning.types import (
     TaskInput,
     Unset,
     VerificationReport,
-    Worker,
-    WorkerDirective,
-    WorkerStatus,
 )
-from agentlightning.types.plain_spans import AnySpan, PlainSpan
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan
+from agentlightning.types.plain_spans import PlainSpan
 
 
-JsonObject = Mapping[str, Any]
-"""A JSON object, as callers give it."""
-
-
-class LightningStoreCapabilities(TypedDict, total=False):
-    """What callers may rely on; an absent key means no."""
-
-    thread_safe: bool
-    async_safe: bool
-    zero_copy: bool
-    otlp_traces: bool
-    plain_spans: bool
-    """Whether ``PlainSpan`` is taken wherever ``Span`` is."""
-
-
-class StoreHost(TypedDict, total=False):
-    """Where the store runs, for comparison with where it is asked from; an absent key means unknown."""
-
-    time: float
-    """Its wall clock, in seconds since the Unix epoch."""
-    version: str
-    """The version of Agent Lightning that it runs."""
-    disk_free_bytes: int
-    """Room on the disk that holds the database."""
-    disk_total_bytes: int
-
-
-class LightningStoreStatistics(TypedDict, total=False):
-    """Counts of everything stored; none of them costs a scan."""
-
-    name: str
-    total_rollouts: int
-    total_attempts: int
-    total_spans: int
-    total_resources: int
-    total_workers: int
-    uptime: float
-    """Seconds since the store was opened."""
-    rollouts_by_status: dict[str, int]
-    total_span_bytes: int
-    host: StoreHost
-
-
-def is_queuing(rollout: Rollout) -> bool:
-    """Whether the rollout waits in the queue, for the first time or to be retried."""
-    return rollout.status in ("queuing", "requeuing")
-
-
-def is_running(rollout: Rollout) -> bool:
-    """Whether an attempt holds the rollout."""
-    return rollout.status in ("preparing", "running")
-
-
-def is_finished(rollout: Rollout) -> bool:
-    """Whether the rollout has reached its terminal state."""
-    return rollout.status in ("succeeded", "failed", "cancelled")
-
-
-def sequence_ids_of(given: Sequence[Span | PlainSpan], stored: Sequence[Span | PlainSpan]) -> list[int]:
-    """The sequence id of each span given; 0 where it is not among those that are new.
-
-    Both in the same order; of spans with equal ids, the first is the one that was stored.
-    """
-    new = {(span.rollout_id, span.attempt_id, span.span_id): span.sequence_id for span in stored}
-    return [new.pop((span.rollout_id, span.attempt_id, span.span_id), 0) for span in given]
-
-
-class LightningStore(ABC):
+class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
     """Queue of rollouts, record of attempts, log of spans, versions of resources."""
+
+    # --- The object itself; a store that wraps another passes these on ---
 
     @property
     @abstractmethod
     def capabilities(self) -> LightningStoreCapabilities:
         """What callers may rely on."""
 
-    @abstractmethod
-    async def statistics(self) -> LightningStoreStatistics:
-        """Counts of everything stored."""
+    @property
+    def stopped(self) -> bool:
+        """Whether a fault, such as a full disk, has ended all writing for good. Reads may still be answered."""
+        return False
+
+    def measures(self) -> Sequence[Measure]:
+        """Numbers that say how the store is doing, for metrics."""
+        return ()
+
+    def hold_claims(self) -> None:
+        """Hand out no rollout until somebody enqueues one or waits for one to end.
+
+        A run that resumes calls this, because the rollouts that its earlier start left in the queue must not be
+        claimed before its algorithm has started. The store still takes heartbeats and reports. A store that cannot
+        hold claims, for example one that serves other runs too, does nothing.
+        """
+
+    def answering_in_json(self) -> Any | None:
+        """A view of this store whose methods return each record as its JSON, in bytes; None if there is none.
+
+        A server uses it, because it would only encode the records again. The view also has ``add_span_drafts``.
+        """
+        return None
 
     def otlp_traces_endpoint(self) -> str:
         """URL that takes spans by OTLP/HTTP.
@@ -140,8 +106,9 @@ class LightningStore(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no OTLP endpoint; serve it with LightningStoreServer")
 
-    def _not_offered(self) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} does not offer this; it came after the contract of 0.3")
+    @abstractmethod
+    async def statistics(self) -> LightningStoreStatistics:
+        """Counts of everything stored."""
 
     # --- Rollouts and attempts -------------------------------------------------------------------
 
@@ -164,9 +131,9 @@ class LightningStore(ABC):
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         """Put rollouts into the queue, all or none.
 
-        They are ``queuing`` after, and are claimed higher ``priority`` first, then in the order in
-        which they were enqueued. Each keeps the newest version of ``resources_id`` (or the latest
-        resources, when none is named) as it stood at this moment.
+        They are ``queuing`` after the call. Workers claim those with a higher ``priority`` first, and among equals the
+        one that was enqueued first. Each keeps the version of its resources that is the newest now: of its
+        ``resources_id``, or of the latest resources if it names none.
 
         Args:
             rollouts: what to run; a ``rollout_id`` given makes the call repeatable.
@@ -190,12 +157,13 @@ class LightningStore(ABC):
         rollout_id: str | None = None,
         attempt_id: str | None = None,
     ) -> AttemptedRollout:
-        """Make a rollout together with its first attempt, past the queue. It is ``preparing`` after.
+        """Make a rollout together with its first attempt, bypassing the queue. It is ``preparing`` after.
+
+        A repeat returns the attempt that the first call made, even if that attempt has lost its rollout meanwhile.
 
         Raises:
             NotFound: ``resources_id`` is unknown.
-            IdReused: ``rollout_id`` or ``attempt_id`` was used for another request. (A repeat of this one
-                gets the attempt that it made, even if that has lost its rollout meanwhile.)
+            IdReused: ``rollout_id`` or ``attempt_id`` was used for another request.
         """
 
     async def dequeue_rollout(
@@ -221,12 +189,12 @@ class LightningStore(ABC):
         Args:
             limit: 1 to 1000.
             worker_id: who claims; its worker record becomes ``busy``, or ``idle`` if there was nothing.
-                One that has been asked to drain or stop gets nothing, and does not wait.
-            request_id: makes the claim repeatable. A repeat gets those of its attempts that it still has,
-                and no others. Such a claim must be confirmed by a sign of life (a span, ``update_attempt``, or a
-                heartbeat that lists the attempt) within a short lease; otherwise the rollout is handed out
-                again, as a new attempt, without using up ``max_attempts``. Without a ``request_id`` a
-                claim follows the rollout's ``RolloutConfig`` alone.
+                A worker that has been asked to drain or stop gets nothing, and does not wait.
+            request_id: makes the claim repeatable: a repeat gets those of its attempts that are still live, and no
+                others. The worker must confirm such a claim within a short lease by a sign of life (a span,
+                ``update_attempt``, or a heartbeat that lists the attempt). Otherwise the store hands the rollout out
+                again, as a new attempt, without using up ``max_attempts``. A claim without a ``request_id`` has no
+                such lease; only the rollout's ``RolloutConfig`` applies.
             wait_seconds: how long to wait for the first rollout when the queue is empty. A second
                 waiting claim with the same ``request_id`` replaces the first, which gets nothing.
 
@@ -238,7 +206,7 @@ class LightningStore(ABC):
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
     ) -> AttemptedRollout:
-        """Make a new attempt of a rollout, whatever ``max_attempts`` says; a live one is superseded.
+        """Make a new attempt of a rollout, ignoring ``max_attempts``; it replaces a live one.
 
         Raises:
             NotFound: the rollout is unknown.
@@ -260,11 +228,11 @@ class LightningStore(ABC):
         reason_code: str | None = None,
         reason_message: str | None = None,
     ) -> Rollout:
-        """Change what is given; ``UNSET`` leaves a field as it is.
+        """Change the fields that are given; ``UNSET`` leaves a field as it is.
 
-        A terminal ``status`` ends a live attempt with the rollout; ``requeuing`` ends it and puts the
-        rollout back into the queue; ``running`` starts a ``preparing`` attempt. The status that the
-        rollout already has is a repeat. After the end only ``metadata`` may change.
+        A terminal ``status`` also ends the live attempt. ``requeuing`` ends the attempt and puts the rollout back
+        into the queue. ``running`` moves a ``preparing`` attempt to ``running``. Setting the status that the rollout
+        already has is a repeat. After the rollout has ended, only ``metadata`` may change.
 
         Raises:
             NotFound: the rollout, or the ``resources_id``, is unknown.
@@ -272,13 +240,13 @@ class LightningStore(ABC):
         """
 
     async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
-        """End a rollout that nobody wants any more; its live attempt fails with reason ``cancelled``.
+        """End a rollout as ``cancelled``; its live attempt fails with reason ``cancelled``.
 
         Raises:
             NotFound: the rollout is unknown.
-            IllegalMove: it ended otherwise before.
+            IllegalMove: it has ended with another status.
         """
-        raise self._not_offered()
+        raise not_offered(self)
 
     @abstractmethod
     async def update_attempt(
@@ -293,12 +261,12 @@ class LightningStore(ABC):
         reason_code: str | None = None,
         reason_message: str | None = None,
     ) -> Attempt:
-        """Report where an attempt stands. The call itself is a sign of life.
+        """Report the state of an attempt. The call itself is a sign of life.
 
         When the attempt ends, its rollout succeeds, goes back to the queue if ``retry_condition`` and
-        ``max_attempts`` say so, or fails. An ``unresponsive`` attempt that reports again is revived
-        while its rollout still waits to be retried. ``last_heartbeat_time`` is data and moves no lease.
-        After the end only ``metadata`` may change, and a repeat of the final status is accepted.
+        ``max_attempts`` allow it, or fails. An ``unresponsive`` attempt that reports again is revived if its rollout
+        still waits to be retried. ``last_heartbeat_time`` is stored as data; leases follow the store's clock alone.
+        After the attempt has ended, only ``metadata`` may change, and a repeat of the final status is accepted.
 
         Raises:
             NotFound: the rollout or the attempt is unknown.
@@ -414,10 +382,10 @@ class LightningStore(ABC):
 
         Args:
             status_in, rollout_id_in, rollout_id_contains: filters, joined by ``filter_logic``.
-            sort_by: a field of ``Rollout`` with plain values; default: the order of insertion. A missing
-                time sorts as later than all, any other missing value as less than all.
+            sort_by: a field of ``Rollout`` that has plain values; default: the order of insertion. A missing
+                time sorts after all others, any other missing value before all others.
             limit: at least 1, or -1 for all.
-            offset: rows to pass over.
+            offset: how many rows to skip.
             status, rollout_ids: old names of ``status_in`` and ``rollout_id_in``.
 
         Raises:
@@ -440,283 +408,25 @@ class LightningStore(ABC):
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
         """Wait until all of these rollouts have ended, or ``timeout`` seconds have passed.
 
-        Returns those that have ended, in the order of ``rollout_ids``. Unknown ids are passed over.
-        ``timeout=None`` waits as long as it takes; 0 looks once.
+        Returns those that have ended, in the order of ``rollout_ids``. Unknown ids are skipped.
+        ``timeout=None`` waits without a limit; 0 looks once.
         """
 
     async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
-        """Delete rollouts that ended longer ago, with their attempts and spans; returns how many.
+        """Delete rollouts that ended before this age, with their attempts and spans; returns how many.
 
-        Works in slices, so other writes go on meanwhile; an interrupted call is finished by the next.
+        The store deletes in slices, so that other writes are not blocked. If a call is interrupted, the next one
+        deletes the rest.
         """
-        raise self._not_offered()
-
-    # --- Spans -----------------------------------------------------------------------------------
-
-    async def add_span(self, span: AnySpan) -> AnySpan | None:
-        """Store one span; None if it was stored before. See ``add_many_spans``."""
-        stored = await self.add_many_spans([span])
-        return stored[0] if stored else None
-
-    @abstractmethod
-    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
-        """Store spans, all or none; each is a sign of life of its attempt, which starts ``running``.
-
-        A store whose ``capabilities`` have ``plain_spans`` also takes them as ``PlainSpan``, and returns those so.
-
-        A span is known by (rollout, attempt, ``span_id``); one that was stored before is passed over.
-        One without a ``sequence_id`` (0) gets the next of its attempt. Spans of an attempt that has
-        ended are kept under it and change nothing else.
-
-        Returns:
-            The spans that are new, with their sequence ids.
-
-        Raises:
-            NotFound: a rollout or attempt is unknown.
-            NotJson, TooLarge, InvalidValue: a span that no store would take, named by its ``span_id``.
-        """
-
-    async def add_otel_span(
-        self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None
-    ) -> Span | None:
-        """Convert an OpenTelemetry span and store it. See ``add_many_spans``."""
-        return await self.add_span(Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0))
-
-    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        """Issue the next span sequence id of an attempt, from 1. See ``get_many_span_sequence_ids``."""
-        return (await self.get_many_span_sequence_ids([(rollout_id, attempt_id)]))[0]
-
-    @abstractmethod
-    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """Issue one span sequence id for each (rollout_id, attempt_id), strictly increasing per attempt.
-
-        Raises:
-            NotFound: a rollout or attempt is unknown.
-        """
-
-    @abstractmethod
-    async def query_spans(
-        self,
-        rollout_id: str,
-        attempt_id: str | Literal["latest"] | None = None,
-        *,
-        trace_id: str | None = None,
-        trace_id_contains: str | None = None,
-        span_id: str | None = None,
-        span_id_contains: str | None = None,
-        parent_id: str | None = None,
-        parent_id_contains: str | None = None,
-        name: str | None = None,
-        name_contains: str | None = None,
-        filter_logic: Literal["and", "or"] = "and",
-        limit: int = -1,
-        offset: int = 0,
-        sort_by: str | None = "sequence_id",
-        sort_order: Literal["asc", "desc"] = "asc",
-    ) -> PaginatedResult[Span]:
-        """One page of the spans of a rollout, or of one of its attempts (``latest``: the newest attempt).
-
-        Rollout and attempt always apply; the other filters are joined by ``filter_logic``. By
-        ``sequence_id``, spans are sorted by attempt first, and by insertion where ids are equal.
-        """
-
-    # --- Resources -------------------------------------------------------------------------------
-
-    @abstractmethod
-    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
-        """Store new resources as version 1 of a new id; they are the latest after.
-
-        Raises:
-            IdReused: ``resources_id`` exists with other content in version 1.
-        """
-
-    @abstractmethod
-    async def update_resources(
-        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
-    ) -> ResourcesUpdate:
-        """Store the next version of an id (version 1 if it is new); it is the latest after.
-
-        Args:
-            request_id: makes the call repeatable: a repeat returns the version that the first one made.
-
-        Raises:
-            IdReused: ``request_id`` was used for another content or id.
-        """
-
-    async def rollback_resources(
-        self, resources_id: str, version: int, *, request_id: str | None = None
-    ) -> ResourcesUpdate:
-        """Store the content of an old version as a new one; it is the latest after.
-
-        Raises:
-            NotFound: there is no such version.
-        """
-        raise self._not_offered()
-
-    @abstractmethod
-    async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
-        """The newest version of an id, or the one named."""
-
-    @abstractmethod
-    async def get_latest_resources(self) -> ResourcesUpdate | None:
-        """The version that was stored last, of any id; None if there is none yet."""
-
-    @abstractmethod
-    async def query_resources(
-        self,
-        *,
-        resources_id: str | None = None,
-        resources_id_contains: str | None = None,
-        sort_by: str | None = None,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[ResourcesUpdate]:
-        """One page of resources: the newest version of each id."""
-
-    async def query_resource_versions(
-        self,
-        resources_id: str,
-        *,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[ResourcesUpdate]:
-        """One page of all versions of an id, by version."""
-        raise self._not_offered()
-
-    # --- Workers ---------------------------------------------------------------------------------
-
-    @abstractmethod
-    async def update_worker(
-        self,
-        worker_id: str,
-        heartbeat_stats: JsonObject | Unset = UNSET,
-        *,
-        attempt_ids: Sequence[str] | Unset = UNSET,
-        lease_seconds: float | Unset = UNSET,
-        registration: JsonObject | Unset = UNSET,
-    ) -> Worker:
-        """A worker's heartbeat; an unknown worker is registered.
-
-        Args:
-            heartbeat_stats: replaces the statistics kept, when given.
-            attempt_ids: the attempts it works on; the call is a sign of life of each of them. Those it
-                has lost are named in ``stale_attempt_ids`` of the reply.
-            lease_seconds: how long the worker may go without a heartbeat or a claim before it counts as
-                lost and its attempts become ``unresponsive``, ``worker_lost``. Never given: for ever.
-            registration: what the worker says of itself when it begins (host, process, versions, labels).
-                One that differs from the one kept takes back the worker's ``directive``: it has begun anew.
-
-        Returns:
-            The worker; its ``directive`` says whether it has been asked to drain or to stop.
-        """
-
-    async def report_worker_lost(
-        self, worker_id: str, *, message: str, reason_code: str | None = None
-    ) -> Sequence[Attempt]:
-        """End the live attempts of a worker that is known to be dead, without waiting for its lease.
-
-        Args:
-            message: what is known about its death.
-            reason_code: ``worker_lost`` if not given; ``resource_exhausted`` for one that was killed because
-                it had used up its memory or another quota.
-
-        Returns the attempts that were ended: ``unresponsive``, for that reason, or
-        ``unconfirmed`` if the worker had not confirmed them; then they are handed out again.
-
-        Raises:
-            NotFound: the worker is unknown.
-        """
-        raise self._not_offered()
-
-    async def direct_workers(
-        self, directive: WorkerDirective | None, *, worker_ids: Sequence[str] | None = None
-    ) -> Sequence[Worker]:
-        """Ask workers to drain or to stop, or take that back (None).
-
-        From then on their claims get nothing, at once, and one that waits ends, empty; the reply to each
-        of their heartbeats says what is asked. It holds until it is taken back, or the worker registers anew.
-
-        Args:
-            directive: ``drain``: finish what you hold, take nothing new, then end; ``stop``: give up what you
-                hold, then end.
-            worker_ids: whom; None: all workers that the store knows.
-
-        Returns:
-            The workers named, or all.
-
-        Raises:
-            NotFound: one of them is unknown; then none is asked.
-        """
-        raise self._not_offered()
-
-    @abstractmethod
-    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        """One worker."""
-
-    @abstractmethod
-    async def query_workers(
-        self,
-        *,
-        status_in: Sequence[WorkerStatus] | None = None,
-        worker_id_contains: str | None = None,
-        filter_logic: Literal["and", "or"] = "and",
-        sort_by: str | None = None,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[Worker]:
-        """One page of workers."""
+        raise not_offered(self)
 
     # --- Upkeep ----------------------------------------------------------------------------------
 
     async def verify(self) -> VerificationReport:
-        """Check that everything stored obeys the rules; names every record that breaks one.
+        """Check the stored data for consistency; the report names every record that breaks a rule.
 
-        Rules: attempts are numbered 1..n; at most one is live; terminal records are final and say why;
-        span sequence ids that the store issued are unique and increasing per attempt; versions are
-        dense; counters are true; the queue and the deadlines match the states.
+        Rules: the attempts of a rollout are numbered 1..n and at most one is live; terminal records have a reason;
+        span sequence ids that the store issued are unique and increasing per attempt; resources versions have no
+        gaps; counters equal what they count; the queue and the deadlines match the states.
         """
-        raise self._not_offered()
-
-
-def enqueue_request(
-    input: TaskInput,
-    mode: RolloutMode | None,
-    resources_id: str | None,
-    config: RolloutConfig | None,
-    metadata: JsonObject | None,
-    priority: int,
-    rollout_id: str | None,
-) -> EnqueueRolloutRequest:
-    """What a caller gives for one rollout, as a request.
-
-    Raises:
-        InvalidValue: a field has a wrong type or value; the message names it.
-        InvalidId, NotJson: an id is no string; the metadata are no object with string keys.
-    """
-    if metadata is not None and not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise NotJson(f"metadata is a {type(metadata).__name__}; give a dict with string keys")
-    try:
-        return EnqueueRolloutRequest(
-            input=input,
-            mode=mode,
-            resources_id=resources_id,
-            config=config,
-            metadata=None if metadata is None else dict(metadata),
-            priority=priority,
-            rollout_id=rollout_id,
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0])
-        raise _FIELD_ERRORS.get(field, InvalidValue)(f"{field} is not valid: {first['msg']}") from error
-
-
-_FIELD_ERRORS: Mapping[str, type[InvalidValue]] = {
-    "metadata": NotJson,
-    "resources_id": InvalidId,
-    "rollout_id": InvalidId,
-}
-"""What is wrong with a request, where it is more than a bad value."""
+        raise not_offered(self)

@@ -64,7 +64,8 @@ class _AlgorithmStore:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         found = getattr(self._store, name)
         if name == "answering_in_json":
-            return lambda: self._around(found())
+            view = found()
+            return lambda: None if view is None else self._around(view)
         if name in _READS and self._move is not None and not self._move.done:
             return self._watched(name, found)
         return found

@@ -30,7 +30,6 @@ from agentlightning.http.server.otlp import (
     store_traces,
 )
 from agentlightning.store.base import LightningStore
-from agentlightning.store.engine import EngineStore
 from agentlightning.telemetry.context import untraced_app
 from agentlightning.telemetry.metrics import METRICS_TYPE, Gauge, RequestMeter, render_metrics
 from agentlightning.types import WorkerStatus
@@ -50,11 +49,8 @@ async def measure(store: LightningStore, serving: Serving) -> Sequence[Gauge]:
         gauges += [*await _counts(store), Gauge("agl_store_up", "1 while the store answers.", 1.0)]
     except AgentLightningError:
         gauges.append(Gauge("agl_store_up", "1 while the store answers.", 0.0))
-    if isinstance(store, EngineStore):
-        gauges.append(Gauge("agl_store_stopped", "1 when a fault has ended all writing.", float(store.stopped)))
-        gauges += [
-            Gauge(f"agl_store_{each.name}", each.help, each.value, counter=each.grows) for each in store.measures()
-        ]
+    gauges.append(Gauge("agl_store_stopped", "1 when a fault has ended all writing.", float(store.stopped)))
+    gauges += [Gauge(f"agl_store_{each.name}", each.help, each.value, counter=each.grows) for each in store.measures()]
     return gauges
 
 
@@ -180,7 +176,7 @@ class _HealthRoutes:
                 await self._store.statistics()
         except (AgentLightningError, TimeoutError) as error:
             return Readiness(status="unavailable", detail=str(error) or "the store does not answer")
-        if isinstance(self._store, EngineStore) and self._store.stopped:
+        if self._store.stopped:
             return Readiness(status="unavailable", detail="a fault has ended all writing: see the log, and restart")
         return Readiness(status="ready")
 

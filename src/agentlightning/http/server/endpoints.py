@@ -18,7 +18,6 @@ from agentlightning.http.server.matching import Bound
 from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans
 from agentlightning.http.signatures import arguments_of
 from agentlightning.store.base import LightningStore, sequence_ids_of
-from agentlightning.store.engine import EngineStore
 from agentlightning.store.span_json import span_json
 from agentlightning.types import PaginatedResult, Span
 
@@ -81,8 +80,8 @@ class Answerer:
     """
 
     def __init__(self, store: LightningStore) -> None:
-        self._engine = store if isinstance(store, EngineStore) else None
-        self._store: Any = store.answering_in_json() if isinstance(store, EngineStore) else store
+        self._engine: Any = store.answering_in_json()
+        self._store: Any = self._engine or store
         self._records = store
 
     def call(self, bound: Bound, values: Sequence[str], query: bytes, raw: bytes) -> Call:

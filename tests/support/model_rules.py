@@ -289,7 +289,8 @@ class StoreMachine(AskingMachine):
     ) -> None:
         """The reply to the first call was lost."""
         request_id = self._name("request")
-        self.requests[request_id] = limit, worker_id
+        if limit:
+            self.requests[request_id] = limit, worker_id
         spans, attempt = self._spans(pick, drawn), self._attempt(pick)
         for _ in range(2):
             self.do(self._finish(status, spans, attempt, (limit, worker_id, request_id)))

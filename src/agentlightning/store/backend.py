@@ -89,10 +89,9 @@ class ResourcesBy(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A rollout has reached its terminal state; with its latest attempt, if it had one."""
+    """A rollout has reached its terminal state."""
 
-    rollout: RolloutRow
-    attempt: AttemptRow | None
+    rollout_id: str
 
 
 class Waiting(NamedTuple):
@@ -125,6 +124,7 @@ class Stopped(NamedTuple):
     error: AgentLightningError
 
 
+# Events carry ids and times only, never rows: a backend of several processes can then deliver them to all.
 Event = Finished | Waiting | Deadline | Swept | Directed | Stopped
 
 

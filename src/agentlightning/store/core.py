@@ -181,13 +181,21 @@ class Core:
         """Stop collecting."""
         self._finishes.unwatch(watch)
 
-    async def wait_for_all(
-        self, watch: FinishWatch, found: Sequence[Finished], unknown: Iterable[str], seconds: float | None
-    ) -> None:
-        """Wait until every watched rollout has ended, counting those found ended, or the time is up."""
-        if not self._finishes.settle(watch, found, unknown) and seconds != 0:
-            self._check_waiting()
-            await watch.signal.wait(seconds)
+    async def wait_for_all(self, watch: FinishWatch, settled: Iterable[str], seconds: float | None) -> bool:
+        """Wait until every watched rollout has ended, or the time is up.
+
+        Args:
+            settled: rollouts that need no wait: they had ended before, or are unknown.
+            seconds: None: no limit; 0: do not wait.
+
+        Returns:
+            Whether there was something to wait for. If so, look at the rollouts again.
+        """
+        if self._finishes.settle(watch, settled) or seconds == 0:
+            return False
+        self._check_waiting()
+        await watch.signal.wait(seconds)
+        return True
 
     def _end_waiting(self, error: AgentLightningError) -> None:
         """Nothing that anybody waits for will happen any more."""
@@ -207,8 +215,8 @@ class Core:
         waiting = 0
         for event in events:
             match event:
-                case Finished():
-                    self._finishes.finished(event)
+                case Finished(rollout_id):
+                    self._finishes.finished(rollout_id)
                 case Waiting(rollouts):
                     waiting += rollouts
                 case Deadline() | Swept():

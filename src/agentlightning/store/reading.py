@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store import records as views
-from agentlightning.store.backend import Filter, Finished, Page, PageQuery, ReadTransaction, ResourcesBy
+from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy
 from agentlightning.store.base import (
     LightningStore,
     LightningStoreCapabilities,
@@ -144,13 +144,19 @@ class ReadingStore(LightningStore):
         self._core.release_claims()
         watch = self._core.watch(ids)
         try:
-            page = await self._core.read(lambda tx: tx.page(PageQuery("rollouts", (wanted,))), rows=len(ids))
-            ended = [Finished(rollout, attempt) for rollout, attempt in page.rows if rollout.final]
-            unknown = set(ids) - {rollout.rollout_id for rollout, _ in page.rows}
-            await self._core.wait_for_all(watch, ended, unknown, seconds)
+            rows = await self._rollouts(wanted)
+            settled = set(ids) - {each for each, (rollout, _) in rows.items() if not rollout.final}
+            if await self._core.wait_for_all(watch, settled, seconds):
+                rows = await self._rollouts(wanted)
         finally:
             self._core.unwatch(watch)
-        return [self._shown.rollout_view(*watch.finished[each]) for each in ids if each in watch.finished]
+        return [self._shown.rollout_view(*rows[each]) for each in ids if each in rows and rows[each][0].final]
+
+    async def _rollouts(self, wanted: Filter) -> dict[str, tuple[RolloutRow, AttemptRow | None]]:
+        """Rollouts and their latest attempts, by id."""
+        query = PageQuery("rollouts", (wanted,), with_total=False)
+        page = await self._core.read(lambda tx: tx.page(query), rows=len(wanted.value))
+        return {rollout.rollout_id: (rollout, attempt) for rollout, attempt in page.rows}
 
     async def query_spans(
         self,

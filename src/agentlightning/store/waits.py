@@ -1,4 +1,4 @@
-"""Callers that wait for something to happen in the store: told by events, never polling."""
+"""Callers that wait for a change in the store. Events wake them; nothing polls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable
 
 from agentlightning.errors import AgentLightningError
-from agentlightning.store.backend import Finished
 
 
 class _Signal:
@@ -21,11 +20,11 @@ class _Signal:
     def raise_flag(self, error: AgentLightningError | None = None) -> None:
         try:
             self._loop.call_soon_threadsafe(self._settle, error)
-        except RuntimeError:  # the loop was closed: nobody waits there any more
+        except RuntimeError:  # the loop was closed, and with it the caller
             return
 
     async def wait(self, timeout: float | None) -> bool:
-        """Return when the flag is raised or the time is up; whether it was raised. To be called once."""
+        """Wait until the flag is raised or the time is up; returns whether it was raised. May be called once."""
         end = None if timeout is None else self._loop.call_later(timeout, self._give_up)
         try:
             return await self._future
@@ -52,46 +51,44 @@ class FinishWatch:
     def __init__(self, rollout_ids: Iterable[str]) -> None:
         self.rollout_ids = frozenset(rollout_ids)
         self.pending = set(self.rollout_ids)
-        self.finished: dict[str, Finished] = {}
         self.signal = _Signal()
 
 
 class FinishWaiters:
-    """Who waits for which rollouts to end. Safe from any thread."""
+    """The callers that wait for rollouts to end, by rollout. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watches: dict[str, list[FinishWatch]] = {}
 
     def watch(self, rollout_ids: Iterable[str]) -> FinishWatch:
-        """Begin to collect what ends from now on. Look at the store after this, then ``settle`` what has ended."""
+        """Record which of these rollouts end from now on.
+
+        The caller reads the store after this, and then calls ``settle`` with the rollouts that have ended already. In
+        this order no end is missed between the read and the wait.
+        """
         watch = FinishWatch(rollout_ids)
         with self._lock:
             for rollout_id in watch.pending:
                 self._watches.setdefault(rollout_id, []).append(watch)
         return watch
 
-    def settle(self, watch: FinishWatch, found: Iterable[Finished], unknown: Iterable[str]) -> bool:
-        """Note what had ended before the watch began, and ids that need no wait; whether nothing is left."""
+    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> bool:
+        """Note that a caller need not wait for these rollouts; returns whether none is left to wait for."""
         with self._lock:
-            for event in found:
-                watch.finished.setdefault(event.rollout.rollout_id, event)
-                watch.pending.discard(event.rollout.rollout_id)
-            watch.pending.difference_update(unknown)
+            watch.pending.difference_update(rollout_ids)
             return not watch.pending
 
-    def finished(self, event: Finished) -> None:
-        """A rollout has ended: wake whoever waited only for it."""
-        rollout_id = event.rollout.rollout_id
+    def finished(self, rollout_id: str) -> None:
+        """A rollout has ended: wake the callers for which it was the last."""
         with self._lock:
             for watch in self._watches.pop(rollout_id, ()):
-                watch.finished[rollout_id] = event
                 watch.pending.discard(rollout_id)
                 if not watch.pending:
                     watch.signal.raise_flag()
 
     def unwatch(self, watch: FinishWatch) -> None:
-        """Stop collecting for a caller."""
+        """Forget a caller that no longer waits."""
         with self._lock:
             for rollout_id in watch.rollout_ids:
                 others = [each for each in self._watches.get(rollout_id, ()) if each is not watch]
@@ -101,7 +98,7 @@ class FinishWaiters:
                     self._watches.pop(rollout_id, None)
 
     def close(self, error: AgentLightningError) -> None:
-        """Nothing will happen any more: every waiter gets ``error``."""
+        """The store has stopped or closed: raise ``error`` in every caller that waits."""
         with self._lock:
             for watches in self._watches.values():
                 for watch in watches:
@@ -110,7 +107,7 @@ class FinishWaiters:
 
 
 class ClaimTicket:
-    """One caller that waits for the queue to fill."""
+    """The place in line of one caller that waits for a claimable rollout."""
 
     def __init__(self, worker_id: str | None = None) -> None:
         self.worker_id = worker_id
@@ -120,7 +117,7 @@ class ClaimTicket:
 
 
 class ClaimWaiters:
-    """Who waits for work, first come, first woken. Safe from any thread."""
+    """The callers that wait for claimable rollouts, in the order of arrival. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -128,7 +125,7 @@ class ClaimWaiters:
         self._by_request: dict[str, ClaimTicket] = {}
 
     def join(self, worker_id: str | None, request_id: str | None) -> ClaimTicket:
-        """Stand in line. Look at the queue after this. An older ticket with the same request is replaced."""
+        """Add a caller to the line; it must look at the queue after this. Replaces a ticket of the same request."""
         ticket = ClaimTicket(worker_id)
         with self._lock:
             if request_id is not None:
@@ -142,31 +139,31 @@ class ClaimWaiters:
         return ticket
 
     def leave(self, ticket: ClaimTicket, *, will_look: bool) -> None:
-        """Leave the line. One who was woken and will not look at the queue passes the call on."""
+        """Leave the line. If this caller was woken but will not look at the queue, the next one is woken instead."""
         with self._lock:
             self._forget(ticket)
             if ticket.woken and not will_look:
                 self._wake(1)
 
     def wake(self, count: int) -> None:
-        """There are ``count`` more rollouts in the queue."""
+        """Wake one caller for each of ``count`` rollouts that have become claimable."""
         with self._lock:
             self._wake(count)
 
     def wake_all(self) -> None:
-        """Nobody knows how many rollouts there are in the queue: all shall look."""
+        """Wake all callers, because the number of claimable rollouts is not known."""
         with self._lock:
             self._wake(len(self._tickets))
 
     def wake_workers(self, worker_ids: Collection[str]) -> None:
-        """Something has changed for these workers: they shall look, whatever the queue holds."""
+        """Wake the callers that claim for these workers, because a directive for them has changed."""
         with self._lock:
             for ticket in [each for each in self._tickets if each.worker_id in worker_ids]:
                 self._forget(ticket)
                 ticket.signal.raise_flag()
 
     def close(self, error: AgentLightningError) -> None:
-        """Nothing will happen any more: every waiter gets ``error``."""
+        """The store has stopped or closed: raise ``error`` in every caller that waits."""
         with self._lock:
             for ticket in self._tickets:
                 ticket.signal.raise_flag(error)

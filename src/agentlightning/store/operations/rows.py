@@ -69,7 +69,7 @@ async def save(tx: Transaction, before: Change, after: Change) -> Change:
         attempt = await _save_attempt(tx, before.attempt, attempt, before.rollout.policy)
     rollout = after.rollout
     if rollout is not before.rollout:
-        rollout = await _save_rollout(tx, before.rollout, rollout, attempt)
+        rollout = await _save_rollout(tx, before.rollout, rollout)
     return Change(rollout, attempt)
 
 
@@ -81,7 +81,7 @@ async def save_started(tx: Transaction, before: Change, started: Started) -> Cha
     tx.count({"attempts": 1})
     if attempt.deadline is not None:
         tx.publish(Deadline(attempt.deadline))
-    return Change(await _save_rollout(tx, before.rollout, started.rollout, attempt), attempt)
+    return Change(await _save_rollout(tx, before.rollout, started.rollout), attempt)
 
 
 async def insert_rollout(tx: Transaction, rollout: RolloutRow) -> RolloutRow:
@@ -143,14 +143,12 @@ async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow, 
     return saved
 
 
-async def _save_rollout(
-    tx: Transaction, before: RolloutRow, after: RolloutRow, attempt: AttemptRow | None
-) -> RolloutRow:
+async def _save_rollout(tx: Transaction, before: RolloutRow, after: RolloutRow) -> RolloutRow:
     saved = await tx.put(before, after)
     if saved.status != before.status:
         tx.count({f"rollouts.{before.status}": -1, f"rollouts.{saved.status}": 1})
         if saved.final:
-            tx.publish(Finished(saved, attempt))
+            tx.publish(Finished(saved.rollout_id))
         elif saved.claimable and not before.claimable:
             tx.publish(Waiting(1))
     return saved

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
+from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import (
     Backend,
     Deadline,
@@ -177,25 +178,32 @@ class Core:
         if self.backend.forked:
             self.backend.open(self._take_in)  # raises
 
+    def keep_for_waiters(self, deleted: Sequence[Change]) -> None:
+        """Give deleted rollouts to those who wait for them: they have ended, and cannot be read any more."""
+        self._finishes.deleted(deleted)
+
     def unwatch(self, watch: FinishWatch) -> None:
         """Stop collecting."""
         self._finishes.unwatch(watch)
 
-    async def wait_for_all(self, watch: FinishWatch, settled: Iterable[str], seconds: float | None) -> bool:
-        """Wait until every watched rollout has ended, or the time is up.
+    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> None:
+        """Do not wait for these rollouts: they had ended before, or are unknown."""
+        self._finishes.settle(watch, rollout_ids)
+
+    async def next_ends(self, watch: FinishWatch, until: float | None) -> set[str]:
+        """Wait until watched rollouts have ended: the last of them, or enough to read them together.
 
         Args:
-            settled: rollouts that need no wait: they had ended before, or are unknown.
-            seconds: None: no limit; 0: do not wait.
+            until: the time of the event loop at which the wait ends; None: no limit.
 
         Returns:
-            Whether there was something to wait for. If so, look at the rollouts again.
+            Those that have ended since the last call; none if the time is up.
         """
-        if self._finishes.settle(watch, settled) or seconds == 0:
-            return False
-        self._check_waiting()
-        await watch.signal.wait(seconds)
-        return True
+        seconds = None if until is None else until - asyncio.get_running_loop().time()
+        if watch.pending and (seconds is None or seconds > 0):
+            self._check_waiting()
+            await watch.signal.wait(seconds)
+        return self._finishes.take(watch)
 
     def _end_waiting(self, error: AgentLightningError) -> None:
         """Nothing that anybody waits for will happen any more."""

@@ -278,8 +278,9 @@ class EngineStore(ReadingStore):
             raise InvalidValue(f"older_than_seconds {age:g} is not valid; give 0 or more")
         deleted = 0
         while True:
-            number, more = await self._core.write(lambda tx: rollout_ops.delete_slice(tx, tx.now().wall - age))
-            deleted += number
+            gone, more = await self._core.write(lambda tx: rollout_ops.delete_slice(tx, tx.now().wall - age))
+            self._core.keep_for_waiters(gone)
+            deleted += len(gone)
             if not more:
                 return deleted
 

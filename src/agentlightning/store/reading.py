@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
+from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store import records as views
 from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy
 from agentlightning.store.base import (
@@ -144,19 +146,21 @@ class ReadingStore(LightningStore):
         self._core.release_claims()
         watch = self._core.watch(ids)
         try:
-            rows = await self._rollouts(wanted)
-            settled = set(ids) - {each for each, (rollout, _) in rows.items() if not rollout.final}
-            if await self._core.wait_for_all(watch, settled, seconds):
-                rows = await self._rollouts(wanted)
+            rows = await self._rollouts(ids)
+            self._core.settle(watch, set(ids) - {each for each, (rollout, _) in rows.items() if not rollout.final})
+            until = None if seconds is None else asyncio.get_running_loop().time() + seconds
+            while ended := await self._core.next_ends(watch, until):
+                rows |= await self._rollouts(ended)
+            rows |= watch.deleted
         finally:
             self._core.unwatch(watch)
-        return [self._shown.rollout_view(*rows[each]) for each in ids if each in rows and rows[each][0].final]
+        return [self._shown.rollout_view(*rows[each]) for each in ids if each in rows and rows[each].rollout.final]
 
-    async def _rollouts(self, wanted: Filter) -> dict[str, tuple[RolloutRow, AttemptRow | None]]:
+    async def _rollouts(self, rollout_ids: Collection[str]) -> dict[str, Change]:
         """Rollouts and their latest attempts, by id."""
-        query = PageQuery("rollouts", (wanted,), with_total=False)
-        page = await self._core.read(lambda tx: tx.page(query), rows=len(wanted.value))
-        return {rollout.rollout_id: (rollout, attempt) for rollout, attempt in page.rows}
+        query = PageQuery("rollouts", (Filter("rollout_id", "within", tuple(rollout_ids)),), with_total=False)
+        page = await self._core.read(lambda tx: tx.page(query), rows=len(rollout_ids))
+        return {rollout.rollout_id: Change(rollout, attempt) for rollout, attempt in page.rows}
 
     async def query_spans(
         self,

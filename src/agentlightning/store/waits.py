@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from agentlightning.errors import AgentLightningError
+from agentlightning.lifecycle.rollouts import Change
+
+_READ_AT_ONCE = 64
+"""A caller that waits for many rollouts reads them in batches of this size, so that little is left at the last end."""
 
 
 class _Signal:
@@ -51,6 +55,10 @@ class FinishWatch:
     def __init__(self, rollout_ids: Iterable[str]) -> None:
         self.rollout_ids = frozenset(rollout_ids)
         self.pending = set(self.rollout_ids)
+        self.ended: set[str] = set()
+        """Rollouts that have ended and that the caller has not read yet."""
+        self.deleted: dict[str, Change] = {}
+        """Rollouts that ended and were deleted while this caller waited for others."""
         self.signal = _Signal()
 
 
@@ -60,6 +68,7 @@ class FinishWaiters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watches: dict[str, list[FinishWatch]] = {}
+        self._all: set[FinishWatch] = set()
 
     def watch(self, rollout_ids: Iterable[str]) -> FinishWatch:
         """Record which of these rollouts end from now on.
@@ -69,27 +78,43 @@ class FinishWaiters:
         """
         watch = FinishWatch(rollout_ids)
         with self._lock:
+            self._all.add(watch)
             for rollout_id in watch.pending:
                 self._watches.setdefault(rollout_id, []).append(watch)
         return watch
 
-    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> bool:
-        """Note that a caller need not wait for these rollouts; returns whether none is left to wait for."""
+    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> None:
+        """Note that a caller need not wait for these rollouts."""
         with self._lock:
             watch.pending.difference_update(rollout_ids)
-            return not watch.pending
+
+    def take(self, watch: FinishWatch) -> set[str]:
+        """The rollouts that have ended since the last call; the caller reads them now."""
+        with self._lock:
+            ended, watch.ended, watch.signal = watch.ended, set(), _Signal()
+            return ended
 
     def finished(self, rollout_id: str) -> None:
-        """A rollout has ended: wake the callers for which it was the last."""
+        """A rollout has ended: wake the callers for which it was the last, or that have many to read by now."""
         with self._lock:
             for watch in self._watches.pop(rollout_id, ()):
                 watch.pending.discard(rollout_id)
-                if not watch.pending:
+                watch.ended.add(rollout_id)
+                if not watch.pending or len(watch.ended) == _READ_AT_ONCE:
                     watch.signal.raise_flag()
+
+    def deleted(self, rollouts: Sequence[Change]) -> None:
+        """Ended rollouts were deleted: keep each for the callers that have yet to read it."""
+        with self._lock:
+            for each in rollouts:
+                for watch in self._all:
+                    if each.rollout.rollout_id in watch.rollout_ids:
+                        watch.deleted[each.rollout.rollout_id] = each
 
     def unwatch(self, watch: FinishWatch) -> None:
         """Forget a caller that no longer waits."""
         with self._lock:
+            self._all.discard(watch)
             for rollout_id in watch.rollout_ids:
                 others = [each for each in self._watches.get(rollout_id, ()) if each is not watch]
                 if others:

@@ -106,8 +106,8 @@ async def cancel(tx: Transaction, rollout_id: str, message: str) -> Change:
     return await save(tx, before, rollouts.cancel(before, message, tx.now()))
 
 
-async def delete_slice(tx: Transaction, ended_before: float) -> tuple[int, bool]:
-    """Delete some of the rollouts that ended before a wall time: (how many, whether there may be more)."""
+async def delete_slice(tx: Transaction, ended_before: float) -> tuple[list[Change], bool]:
+    """Delete some of the rollouts that ended before a wall time: (those deleted, whether there may be more)."""
     old = PageQuery(
         "rollouts",
         (Filter("end_time", "below", ended_before),),
@@ -116,8 +116,8 @@ async def delete_slice(tx: Transaction, ended_before: float) -> tuple[int, bool]
         with_total=False,
     )
     budget = _SPANS_PER_SLICE
-    deleted = 0
-    for rollout, _ in (await tx.page(old)).rows:
+    deleted: list[Change] = []
+    for rollout, latest in (await tx.page(old)).rows:
         of_rollout = PageQuery("attempts", (Filter("rollout_id", "equals", rollout.rollout_id),))
         for attempt in (await tx.page(of_rollout)).rows:
             spans, size = await tx.delete_spans(attempt, budget)
@@ -127,8 +127,8 @@ async def delete_slice(tx: Transaction, ended_before: float) -> tuple[int, bool]
                 return deleted, True
         attempts = await tx.delete_rollout(rollout)
         tx.count({f"rollouts.{rollout.status}": -1, "attempts": -attempts})
-        deleted += 1
-    return deleted, deleted == _ROLLOUTS_PER_SLICE
+        deleted.append(Change(rollout, latest))
+    return deleted, len(deleted) == _ROLLOUTS_PER_SLICE
 
 
 async def _newest_resources(tx: Transaction, resources_id: str | None) -> tuple[str | None, int | None]:

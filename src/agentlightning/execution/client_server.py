@@ -17,10 +17,10 @@ from agentlightning.execution.base import (
     RunnerBundle,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.launcher import StartMethod
 from agentlightning.execution.quotas import Quotas, RestartPolicy
 from agentlightning.execution.roles import AlgorithmRun, RunnerHostRun
 from agentlightning.execution.run import RunSettings
+from agentlightning.execution.shipping import StartMethod
 from agentlightning.http.routes import parse_address
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var

@@ -23,16 +23,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import IO, Any, Literal, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
-from agentlightning.errors import InvalidValue
 from agentlightning.execution.abort import abort, abort_stages
 from agentlightning.execution.child import (
     READY,
@@ -51,11 +49,9 @@ from agentlightning.execution.child import (
     run_child,
 )
 from agentlightning.execution.process_tree import Cgroup, ProcessTree, adopt_orphans
-from agentlightning.execution.shipping import pack
+from agentlightning.execution.shipping import StartMethod, pack
 
 _log = logging.getLogger(__name__)
-
-StartMethod = Literal["fork", "spawn", "forkserver"]
 
 _CLOSE_SECONDS = 6.0
 """How long a launcher may take to close; its own abort needs at most 4 seconds."""
@@ -123,28 +119,6 @@ class Launcher:
                 break
             time.sleep(0.005)
         self._connection.close()
-
-
-def choose_start_method(requested: StartMethod | None, jobs: Mapping[str, ProcessJob]) -> StartMethod:
-    """How processes are started: as requested; else ``fork`` from a process with one thread, else ``forkserver``.
-
-    If there are more threads and a job cannot be pickled, the method is ``fork`` nevertheless, with a warning.
-    """
-    if requested is not None:
-        return requested
-    try:  # threads that Python does not know count too
-        threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
-    except OSError:
-        threads = threading.active_count()
-    if threads == 1:
-        return "fork"
-    try:
-        for name, job in jobs.items():
-            pack(f"the {name}'s side", job)
-    except InvalidValue as error:
-        _log.warning("forking a process that has threads, which may block the new one for ever, because %s", error)
-        return "fork"
-    return "forkserver"
 
 
 def open_launcher(

@@ -28,9 +28,9 @@ from agentlightning.execution.base import (
     prepare_store,
 )
 from agentlightning.execution.child import Slot
-from agentlightning.execution.launcher import StartMethod
 from agentlightning.execution.membership import ask_workers_to_leave, deregister_worker, join_server
 from agentlightning.execution.quotas import Quotas, RestartPolicy
+from agentlightning.execution.shipping import StartMethod
 from agentlightning.execution.supervisor import LoopThread, Supervisor
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var

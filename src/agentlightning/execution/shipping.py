@@ -1,33 +1,63 @@
-"""Sending objects to a process that is not a fork of this one.
+"""How the sides of a run get into their processes: by a fork, or packed and sent to a new interpreter.
 
-They are pickled with cloudpickle, which also takes closures, lambdas, and whatever a script or a notebook
-defines. What cannot be pickled is named by the way that leads to it.
+Objects are packed with cloudpickle, because pickle itself refuses closures, lambdas and what a script or a notebook
+defines. An error names the innermost object that cannot be packed and the path to it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
+import threading
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
 from agentlightning.errors import InvalidValue
 
-_DEEPEST = 12
+_log = logging.getLogger(__name__)
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
+
+_MAX_DEPTH = 12
+"""How deep ``pack`` looks for the object that cannot be packed; objects may refer to each other in circles."""
+
+
+def choose_start_method(requested: StartMethod | None, jobs: Mapping[str, object]) -> StartMethod:
+    """How processes are started: as requested; else ``fork`` from a process with one thread, else ``forkserver``.
+
+    If there are more threads and a job cannot be pickled, the method is ``fork`` nevertheless, with a warning.
+    """
+    if requested is not None:
+        return requested
+    try:  # threads that Python does not know count too
+        threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
+    except OSError:
+        threads = threading.active_count()
+    if threads == 1:
+        return "fork"
+    try:
+        for name, job in jobs.items():
+            pack(f"the {name}'s side", job)
+    except InvalidValue as error:
+        _log.warning("forking a process that has threads, which may block the new one for ever, because %s", error)
+        return "fork"
+    return "forkserver"
 
 
 def pack(what: str, value: object) -> bytes:
-    """``value`` as bytes; ``what`` names it.
+    """``value`` as bytes; ``what`` names it in an error message.
 
     Raises:
-        InvalidValue: something in it cannot be sent; the message says what, and the ways out.
+        InvalidValue: something in it cannot be packed; the message names it and the alternatives.
     """
-    error = _refusal(value)
-    if error is None:
-        return _pickled(value)
-    path, culprit, error = _culprit(what, value, error)
+    packed = _try_pack(value)
+    if isinstance(packed, bytes):
+        return packed
+    path, culprit, error = _find_culprit(what, value, packed)
     raise InvalidValue(
         f"{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be sent to another process: "
         f"{error}. Make it where it is used (in the agent's rollout, or when it is first asked for); or use "
@@ -36,7 +66,7 @@ def pack(what: str, value: object) -> bytes:
 
 
 def unpack(what: str, data: bytes) -> Any:
-    """What was packed. Whatever its modules raise when they are imported here is raised, with ``what`` named."""
+    """The object that was packed. Raises what its modules raise when they are imported here; ``what`` names it."""
     try:
         return pickle.loads(data)
     except ModuleNotFoundError as error:
@@ -44,29 +74,25 @@ def unpack(what: str, data: bytes) -> Any:
         raise
 
 
-def _pickled(value: object) -> bytes:
-    return cloudpickle.dumps(value)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _refusal(value: object) -> Exception | None:
+def _try_pack(value: object) -> bytes | Exception:
     try:
-        _pickled(value)
+        return cloudpickle.dumps(value)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:  # noqa: BLE001 - the objects' own code runs here, and may raise anything
         return error
-    return None
 
 
-def _culprit(path: str, value: object, error: Exception, depth: int = 0) -> tuple[str, object, Exception]:
-    """The innermost part that cannot be pickled either, and the way to it."""
-    if depth < _DEEPEST:
+def _find_culprit(path: str, value: object, error: Exception, depth: int = 0) -> tuple[str, object, Exception]:
+    """The innermost part that cannot be packed either, and the path to it."""
+    if depth < _MAX_DEPTH:
         for step, part in _parts(value):
-            refused = _refusal(part)
-            if refused is not None:
-                return _culprit(f"{path}{step}", part, refused, depth + 1)
+            packed = _try_pack(part)
+            if isinstance(packed, Exception):
+                return _find_culprit(f"{path}{step}", part, packed, depth + 1)
     return path, value, error
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
+    """What an object refers to, each with the step of the path that leads there."""
     match value:
         case MethodType():
             yield ".__self__", value.__self__

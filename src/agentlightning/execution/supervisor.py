@@ -28,8 +28,9 @@ from agentlightning.execution.child import (
     SetStopEvent,
     Slot,
 )
-from agentlightning.execution.launcher import Launcher, StartMethod, choose_start_method, open_launcher
+from agentlightning.execution.launcher import Launcher, open_launcher
 from agentlightning.execution.process_tree import MARK, Cgroup, ProcessTree, make_cgroup, send_signal
+from agentlightning.execution.shipping import StartMethod, choose_start_method
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 

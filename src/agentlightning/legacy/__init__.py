@@ -1,4 +1,4 @@
-"""The interface of v0.1: a server that hands out tasks by HTTP, and its client. For scripts that still use it.
+"""The interface of v0.1, for scripts that still use it: a server that hands out tasks over HTTP, and its client.
 
-Everything is in memory and nothing is authenticated; new work belongs into a ``LightningStore``.
+Everything is in memory and there is no authentication. New code uses a ``LightningStore``.
 """

@@ -1,4 +1,4 @@
-"""The v0.1 client: takes tasks from the v0.1 server and reports rollouts; and a loader that needs no server."""
+"""The v0.1 client, which takes tasks from the v0.1 server and reports rollouts; and a loader that needs no server."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class AgentLightningClient:
 
     Args:
         endpoint: the server's URL, ``http://host:port``.
-        poll_interval: seconds between two questions for a task while there is none.
-        timeout: seconds that one request may take.
+        poll_interval: seconds between two requests for a task while there is none.
+        timeout: seconds for one request.
     """
 
     def __init__(self, endpoint: str, poll_interval: float = 5.0, timeout: float = 10.0) -> None:
@@ -32,7 +32,7 @@ class AgentLightningClient:
         self.timeout = timeout
 
     def poll_next_task(self) -> Task | None:
-        """Wait for a task, as long as it takes, also while the server cannot be reached."""
+        """Wait for a task without a limit, also while the server is unreachable."""
         while True:
             task = self._ask_for_task()
             if task is not None:
@@ -40,7 +40,7 @@ class AgentLightningClient:
             time.sleep(self.poll_interval)
 
     async def poll_next_task_async(self) -> Task | None:
-        """The same, in a coroutine."""
+        """``poll_next_task``, in a coroutine."""
         while True:
             task = await asyncio.to_thread(self._ask_for_task)
             if task is not None:
@@ -48,7 +48,7 @@ class AgentLightningClient:
             await asyncio.sleep(self.poll_interval)
 
     def get_resources_by_id(self, resource_id: str) -> ResourcesUpdate | None:
-        """The resources of an id; None if the server does not know it.
+        """The resources with an id; None if the server does not know it.
 
         Raises:
             StoreUnavailable: the server does not answer.
@@ -92,7 +92,7 @@ class AgentLightningClient:
         return None if reply is None else ResourcesUpdate.model_validate(reply)
 
     def _request(self, path: str, body: bytes | None = None) -> dict[str, Any] | None:
-        """One request; None for 404."""
+        """Send one request; return None for 404."""
         request = urllib.request.Request(
             self.endpoint + path,
             data=body,
@@ -111,15 +111,15 @@ class AgentLightningClient:
 
 
 class DevTaskLoader(AgentLightningClient):
-    """A client without a server: goes round and round its own tasks, and keeps what is reported in ``rollouts``.
+    """A client without a server: it repeats its own tasks for ever, and keeps what is reported in ``rollouts``.
 
     Args:
-        tasks: inputs, or whole ``Task`` records; not both.
+        tasks: inputs, or ``Task`` records; not both.
         resources: what every task uses.
-        kwargs: for ``AgentLightningClient``; nothing is asked of its endpoint.
+        kwargs: for ``AgentLightningClient``; no request is sent to its endpoint.
 
     Raises:
-        InvalidValue: no tasks, or tasks of both kinds. (It is a ``ValueError``, too.)
+        InvalidValue: there are no tasks, or tasks of both kinds. (It is a ``ValueError``, too.)
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class DevTaskLoader(AgentLightningClient):
         """The resources.
 
         Raises:
-            InvalidValue: it is not their id. (It is a ``ValueError``, too.)
+            InvalidValue: they have another id. (It is a ``ValueError``, too.)
         """
         if resource_id != self._resources_update.resources_id:
             raise InvalidValue(f"the resources are {self._resources_update.resources_id!r}, not {resource_id!r}")

@@ -1,8 +1,8 @@
-"""Under which names a server answers, and to web pages from where.
+"""Which host names a server answers to, and requests of which web pages.
 
-A web page that a user happens to look at can make the browser send requests to any address, also to
-servers on the user's own machine. Two headers, which no page can forge, tell: ``Host`` (a page that
-made its own name resolve to 127.0.0.1 still names itself there: DNS rebinding) and ``Origin``.
+A web page that a user opens can make the browser send requests to any address, also to servers on the user's own
+machine. Two headers that a page cannot forge reveal this. ``Host``: a page whose name was made to resolve to 127.0.0.1
+(DNS rebinding) still sends its own name there. ``Origin``: the browser states which page has sent the request.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 
 from agentlightning.errors import InvalidValue
 
-_REMEMBERED = 256
+_MAX_REMEMBERED = 256
+"""How many values of ``Host`` are remembered; a bound, because clients choose them."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on ``host``, a name or an address."""
+    """Whether only this machine can reach a server that listens on ``host``, a name or an address."""
     if host.lower() == "localhost":
         return True
     try:
@@ -26,12 +27,12 @@ def is_loopback(host: str) -> bool:
 
 
 class AllowedHosts:
-    """The names in ``Host`` that a server answers to.
+    """The values of ``Host`` that a server answers to.
 
-    Literal addresses always pass, since no name was resolved; so do ``localhost`` and names below it.
+    Addresses always pass, because DNS rebinding needs a name; so do ``localhost`` and names below it.
 
     Args:
-        names: others that pass; ``*`` lets every name pass.
+        names: further names that pass; ``*`` lets every name pass.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -39,24 +40,24 @@ class AllowedHosts:
         self._passed: set[bytes] = set()
 
     def allows(self, host: bytes | None) -> bool:
-        """Whether the value of a ``Host`` header passes; an absent one (HTTP/1.0) does."""
+        """Whether the value of a ``Host`` header passes. An absent one passes: browsers always send it."""
         if host is None or host in self._passed:
             return True
         name = _name_in(host)
         passes = name is not None and ("*" in self._names or name in self._names or _is_local_or_literal(name))
-        if passes and len(self._passed) < _REMEMBERED:
+        if passes and len(self._passed) < _MAX_REMEMBERED:
             self._passed.add(host)
         return passes
 
 
 class AllowedOrigins:
-    """The web pages whose requests a server answers: its own, and those listed.
+    """The web pages whose requests a server answers: its own, and those that are listed.
 
     Args:
         origins: such as ``https://lab.example:8080``; ``*`` for all.
 
     Raises:
-        InvalidValue: one is not an origin.
+        InvalidValue: one of them is not an origin.
     """
 
     def __init__(self, origins: Sequence[str] | str | None = None) -> None:
@@ -72,25 +73,25 @@ class AllowedOrigins:
 
     @property
     def any_listed(self) -> bool:
-        """Whether pages of other origins are to be answered at all (CORS)."""
+        """Whether pages of other origins may use the server at all (CORS)."""
         return bool(self._listed)
 
     def allows(self, origin: bytes, host: bytes | None) -> bool:
-        """Whether a request with this ``Origin``, sent to this ``Host``, is answered."""
+        """Whether a request with this ``Origin`` that was sent to this ``Host`` is answered."""
         if self._all or origin.lower() in self._listed:
             return True
         _, found, rest = origin.partition(b"://")
         return bool(found) and host is not None and rest.lower() == host.lower()
 
     def shown_to(self, origin: bytes) -> bytes | None:
-        """The value of ``Access-Control-Allow-Origin`` for a page, None if it may not read replies."""
+        """The value of ``Access-Control-Allow-Origin`` for a page; None if the page may not read replies."""
         if self._all:
             return b"*"
         return origin if origin.lower() in self._listed else None
 
 
 def _name_in(host: bytes) -> str | None:
-    """The name in the value of a ``Host`` header, without its port."""
+    """The name in the value of a ``Host`` header, without the port; None if the value is not valid."""
     try:
         text = host.decode("ascii").lower()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The API key of a server, and how a request shows it."""
+"""The API key of a server, and how a request presents it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _USABLE = re.compile(r"[\x21-\x7e]{8,512}")
 
 
 class ApiKey:
-    """One key that opens everything.
+    """One key that permits everything.
 
-    It is shown as ``Authorization: Bearer KEY``, or as the password of HTTP Basic, whatever the user name:
-    ``http://agl:KEY@host:4747`` works in a client that knows nothing of keys. Comparing takes the same time
-    wherever a wrong key differs.
+    A request presents it as ``Authorization: Bearer KEY``, or as the password of HTTP Basic with any user name, so that
+    ``http://agl:KEY@host:4747`` works in a client that knows nothing of keys (those of 0.3). Comparisons take the same
+    time wherever a wrong key differs, so that the key cannot be guessed character by character.
 
     Args:
         key: 8 to 512 visible ASCII characters.
 
     Raises:
-        InvalidValue: it is not a usable key.
+        InvalidValue: the key has another form.
     """
 
     def __init__(self, key: str) -> None:
@@ -39,7 +39,7 @@ class ApiKey:
         return "ApiKey(…)"
 
     def opens(self, authorization: bytes | None) -> bool:
-        """Whether the value of an ``Authorization`` header shows the key."""
+        """Whether the value of an ``Authorization`` header presents the key."""
         if authorization is None:
             return False
         if hmac.compare_digest(authorization, self._bearer):

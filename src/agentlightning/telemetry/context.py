@@ -1,4 +1,4 @@
-"""Which request, or which attempt, the code that runs now works for: for log lines."""
+"""Which request or attempt the current task works for, for log lines; and applications that OpenTelemetry ignores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 
 
 class WorkContext:
-    """What a log line says of the work that it belongs to.
+    """The ids that log lines of one request or attempt carry.
 
     Args:
-        request_id: the request, as the reply names it too.
-        traceparent: the header of that name (W3C Trace Context), where there was one.
-        ids: ids that the work is about, by name: ``rollout_id``, ``attempt_id``, ``worker_id`` …
+        request_id: the request, by the id that its reply carries too.
+        traceparent: the request's header of that name (W3C Trace Context), if it has one.
+        ids: what the work is about, by name: ``rollout_id``, ``attempt_id``, ``worker_id`` …
     """
 
     __slots__ = ("ids", "request_id", "traceparent")
@@ -31,7 +31,7 @@ class WorkContext:
         self.ids = ids
 
     def fields(self) -> dict[str, str]:
-        """The fields for a log line."""
+        """The fields of a log line. They are computed here, because most requests log nothing."""
         fields = dict(self.ids) if self.ids else {}
         if self.request_id is not None:
             fields["request_id"] = self.request_id
@@ -42,7 +42,10 @@ class WorkContext:
 
 
 def _trace_of(traceparent: str) -> tuple[str, str] | None:
-    """Trace id and span id (W3C Trace Context, section 3.2: later versions may say more behind what there is now)."""
+    """Trace id and span id, or None if the header is not valid.
+
+    Later versions may append fields (W3C Trace Context, section 3.2), so only version 00 must end here.
+    """
     parts = _TRACEPARENT.fullmatch(traceparent)
     if parts is None:
         return None
@@ -52,18 +55,16 @@ def _trace_of(traceparent: str) -> tuple[str, str] | None:
 
 
 CURRENT: ContextVar[WorkContext | None] = ContextVar("agentlightning_work", default=None)
-"""The work of this task."""
+"""What the current task works for."""
 
 
-# --- Web applications of our own, which leave no spans in the traces of the agents beside them ---
-
-_NOTHING = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+_NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def untraced_app(**arguments: Any) -> FastAPI:
-    """``FastAPI(**arguments)``, which tells OpenTelemetry nothing of its requests.
+    """``FastAPI(**arguments)`` that makes no OpenTelemetry spans for its requests.
 
-    A server may run in the process of a runner. From 0.165 on FastAPI gives every request a span of the process's
-    tracer, which would count as the agent's. Earlier versions take the argument and make nothing of it.
+    A server may run in the process of a runner. From version 0.165 on, FastAPI makes a span for every request with the
+    process's tracer, and that span would be recorded as the agent's. Earlier versions ignore the argument.
     """
-    return FastAPI(**arguments, telemetry=_NOTHING)  # pyright: ignore[reportArgumentType] - not a type of all versions
+    return FastAPI(**arguments, telemetry=_NO_TELEMETRY)  # pyright: ignore[reportArgumentType] - not a type of all versions

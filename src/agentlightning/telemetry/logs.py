@@ -1,7 +1,8 @@
-"""Log lines: what a program that uses or serves Agent Lightning sees of it.
+"""Logging: where the log lines of Agent Lightning go, and in which format.
 
-The library logs through the standard library, under the names of its modules. ``setup_logging`` says how that is
-shown: for people or as JSON, on the console or in files, each line with the ids of the work that it belongs to.
+The package logs through the standard library, under the names of its modules, and sets up nothing by itself.
+``setup_logging`` sends the lines to the console or to files, as text or as JSON, each with the ids of the request or
+attempt that it belongs to.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
 
 LogFormat = Literal["console", "json"]
-"""``console``: for people; ``json``: one object in each line."""
+"""``console``: text for people; ``json``: one JSON object per line."""
 
 _LOGGERS = ("agentlightning", "uvicorn")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _MIB = 1024 * 1024
 _OURS = "_agentlightning_handler"
+"""The attribute that marks handlers which `setup_logging` has added, so that a second call can replace them."""
 
 
 def setup_logging(
@@ -39,21 +41,21 @@ def setup_logging(
     kept_files: int = 5,
     propagate: bool = False,
 ) -> None:
-    """Show the log lines of Agent Lightning. Called again, it replaces what it set up before.
+    """Show the log lines of Agent Lightning. A second call replaces what the first one set up.
 
-    Handlers that the program added itself, and the loggers of other libraries, are left alone.
+    Handlers that the program added itself, and the loggers of other libraries, do not change.
 
     Args:
-        level: the least important lines to show: DEBUG, INFO, WARNING, ERROR or CRITICAL.
-        console: whether they go to standard error.
-        format: how they look. Default: for people on a terminal, else as JSON. Files are JSON by default.
-        files: where they go besides.
-        max_file_bytes: a file that would grow larger is renamed to ``NAME.1``, and begun anew.
+        level: the lowest level to show: DEBUG, INFO, WARNING, ERROR or CRITICAL.
+        console: whether lines go to standard error.
+        format: of the lines. Default: ``console`` on a terminal, else ``json``. Files are ``json`` by default.
+        files: paths of files that lines go to as well.
+        max_file_bytes: a file that would grow larger is renamed to ``NAME.1``, and a new one is started.
         kept_files: how many renamed files are kept.
         propagate: whether lines go to the root logger as well.
 
     Raises:
-        InvalidValue: the level or the format is none, or a file cannot be written.
+        InvalidValue: the level or the format does not exist, or a file cannot be written.
     """
     number = _level(level)
     if format not in (None, "console", "json"):
@@ -96,7 +98,7 @@ def _replace_handlers(handlers: Iterable[logging.Handler], level: int, propagate
         for handler in made:
             logger.addHandler(handler)
         logger.propagate = propagate
-        # uvicorn says in INFO what we say ourselves, and says it of every start and stop.
+        # At INFO uvicorn repeats what this package logs itself about every start and stop.
         logger.setLevel(level if name == "agentlightning" else max(level, logging.WARNING))
 
 
@@ -111,7 +113,7 @@ def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[Processor]
-    # Tracebacks without the values of local variables: keys are among those.
+    # Tracebacks without the values of local variables, because API keys may be among them.
     if format == "json":
         last = [
             structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
@@ -127,7 +129,7 @@ def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:
 
 
 def _add_work(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Add the ids of the request or attempt that the line belongs to."""
+    """A structlog processor: add the ids of the request or attempt that the line belongs to."""
     work = CURRENT.get()
     if work is not None:
         for name, value in work.fields().items():

@@ -1,4 +1,4 @@
-"""Numbers of requests, counted at little cost, and all numbers of a server in the format of Prometheus."""
+"""Metrics of a server: counters of requests, and the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ class _Times:
 
 
 class RequestMeter:
-    """Counts requests. Used by one event loop; reading from elsewhere may be a request behind."""
+    """Counts requests. Only one event loop writes; a reader in another thread may miss the last request.
+
+    Plain dictionaries are used rather than the metrics of prometheus-client, which take a lock for every update and
+    would add several microseconds to each request. They become Prometheus metrics only when they are read.
+    """
 
     def __init__(self) -> None:
         self._statuses: dict[tuple[str, int], int] = {}
         self._times: dict[str, _Times] = {}
         self.shed = 0
-        """Requests refused because of load."""
+        """Requests that were refused because of load."""
 
     def note(self, route: str, status: int, seconds: float) -> None:
-        """A request to ``route`` was answered with ``status`` after ``seconds``."""
+        """Count a request to ``route`` that was answered with ``status`` after ``seconds``."""
         key = (route, status)
         statuses = self._statuses
         statuses[key] = statuses.get(key, 0) + 1
@@ -68,7 +72,7 @@ class RequestMeter:
 
 
 class Gauge(NamedTuple):
-    """One number, or one for each value of a label."""
+    """One number, or one number for each value of a label."""
 
     name: str
     help: str
@@ -76,11 +80,11 @@ class Gauge(NamedTuple):
     label: str = ""
     """The name of the label, where ``value`` has several."""
     counter: bool = False
-    """Whether it only ever grows."""
+    """Whether it never decreases."""
 
 
 def render_metrics(meter: RequestMeter, gauges: Iterable[Gauge]) -> bytes:
-    """Everything, in the text format of Prometheus (``METRICS_TYPE``)."""
+    """All metrics in the text format of Prometheus (``METRICS_TYPE``)."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.registry import Collector

@@ -13,8 +13,7 @@ import pytest
 
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.errors import InvalidValue
-from agentlightning.execution.launcher import choose_start_method
-from agentlightning.execution.shipping import pack, unpack
+from agentlightning.execution.shipping import choose_start_method, pack, unpack
 
 
 @dataclass
@@ -99,7 +98,7 @@ class TestTheStartMethod:
 
     def test_is_fork_in_a_process_with_one_thread(self) -> None:
         program = (
-            "from agentlightning.execution.launcher import choose_start_method; print(choose_start_method(None, {}))"
+            "from agentlightning.execution.shipping import choose_start_method; print(choose_start_method(None, {}))"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout == "fork\n"

@@ -211,14 +211,15 @@ class CallAdmission:
             retry_after_seconds=self._retry_after_seconds,
         )
 
-    def pause(self, retry_after_seconds: float, hold_seconds: float) -> None:
-        """Admit no calls until ``resume``; those in flight go on."""
+    async def pause(self, retry_after_seconds: float, hold_seconds: float, timeout_seconds: float | None) -> int:
+        """Admit no calls until ``resume``, and wait for those in flight. See ``LLMProxy.pause``."""
         self._retry_after_seconds = retry_after_seconds
         self._hold_seconds = hold_seconds
         self._open.clear()
+        return await self.wait_idle(timeout_seconds)
 
-    def resume(self) -> None:
-        """Admit calls again."""
+    async def resume(self) -> None:
+        """Admit calls again. A coroutine, so that other threads can run it in the loop of the proxy."""
         self._open.set()
 
     def close(self) -> None:

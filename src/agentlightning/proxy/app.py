@@ -152,13 +152,12 @@ class _VersionOfModel(msgspec.Struct):
 async def _pause(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
     """As ``LLMProxy.pause``: answers when calls in flight have ended, or the time is up."""
     options = _read_options(await request.body() or b"{}", _PauseOptions)
-    session.admission.pause(options.retry_after_seconds, options.hold_seconds)
-    return {"calls_in_flight": await session.admission.wait_idle(options.timeout_seconds)}
+    return {"calls_in_flight": await session.admission.pause(*msgspec.structs.astuple(options))}
 
 
 async def _resume(session: ProxySession, request: Request, path_params: Mapping[str, str]) -> dict[str, Any]:
     """As ``LLMProxy.resume``."""
-    session.admission.resume()
+    await session.admission.resume()
     return {"calls_in_flight": session.admission.in_flight}
 
 

@@ -274,12 +274,7 @@ class LLMProxy:
             InvalidValue: the proxy does not run here.
         """
         server, session = self._running("paused")
-
-        async def pause() -> int:
-            session.admission.pause(retry_after_seconds, hold_seconds)
-            return await session.admission.wait_idle(timeout_seconds)
-
-        return await server.call(pause())
+        return await server.call(session.admission.pause(retry_after_seconds, hold_seconds, timeout_seconds))
 
     async def resume(self) -> None:
         """Take calls again.
@@ -288,11 +283,7 @@ class LLMProxy:
             InvalidValue: the proxy does not run here.
         """
         server, session = self._running("resumed")
-
-        async def resume() -> None:
-            session.admission.resume()
-
-        await server.call(resume())
+        await server.call(session.admission.resume())
 
     def _running(self, what: str) -> tuple[ThreadedServer, ProxySession]:
         if self._server is None or self._session is None or not self.is_running():

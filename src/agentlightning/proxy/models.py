@@ -67,40 +67,14 @@ _OPENAI_URL = "https://api.openai.com/v1"
 _TIMEOUT_SECONDS = 600.0
 _OPENAI_SHAPED = frozenset({"openai", "hosted_vllm", "vllm", "openai_like", "custom_openai", "litellm_proxy"})
 """Prefixes of ``model`` that only say that the backend has OpenAI's API."""
-_OTHER_PROTOCOLS = frozenset(
-    [
-        "anthropic",
-        "azure",
-        "bedrock",
-        "cohere",
-        "gemini",
-        "huggingface",
-        "ollama",
-        "replicate",
-        "sagemaker",
-        "vertex_ai",
-    ]
-)
+_OTHER_APIS = frozenset({
+    "anthropic", "azure", "bedrock", "cohere", "gemini", "huggingface", "ollama", "replicate", "sagemaker", "vertex_ai",
+})  # fmt: skip
 """Prefixes of APIs that LiteLLM translates to and this proxy does not."""
-_SAMPLING = frozenset(
-    [
-        "frequency_penalty",
-        "logit_bias",
-        "max_completion_tokens",
-        "max_tokens",
-        "min_p",
-        "n",
-        "presence_penalty",
-        "reasoning_effort",
-        "response_format",
-        "seed",
-        "stop",
-        "temperature",
-        "top_k",
-        "top_p",
-        "user",
-    ]
-)
+_SAMPLING = frozenset({
+    "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "min_p", "n", "presence_penalty",
+    "reasoning_effort", "response_format", "seed", "stop", "temperature", "top_k", "top_p", "user",
+})  # fmt: skip
 _KNOWN = _SAMPLING | {"model", "api_base", "base_url", "api_key", "timeout", "extra_headers", "extra_body"}
 
 
@@ -151,7 +125,7 @@ def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> ModelBackend
 def _upstream_model(model: str, where: str) -> tuple[str, str | None]:
     """Return what the backend calls the model, and the provider that the entry names before it."""
     provider, slash, rest = model.partition("/")
-    if slash and provider in _OTHER_PROTOCOLS:
+    if slash and provider in _OTHER_APIS:
         raise InvalidValue(
             f"{where} has the model {model!r}: {provider} has an API of its own, and this proxy translates none; "
             "put an OpenAI-compatible endpoint in front of it and write openai/MODEL with its api_base"

@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 from agentlightning.errors import (
     AgentLightningError,
-    Conflict,
-    InvalidValue,
-    NotFound,
     StoreClosed,
     StoreForked,
     StoreStopped,
 )
 from agentlightning.store.base import LightningStore
+from agentlightning.tracer.sender import add_spans_apart
 from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
@@ -27,7 +25,6 @@ _MAX_BATCH_SPANS = 500
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 5.0
-_REFUSED_FOR_GOOD = (InvalidValue, NotFound, Conflict)
 _GONE_FOR_GOOD = (StoreClosed, StoreForked, StoreStopped)
 
 
@@ -131,30 +128,16 @@ class SpanDelivery:
         return batch
 
     async def _deliver(self, batch: list[_Parcel]) -> None:
-        """Hand the first parcels of the queue over. What the store refuses is looked for by halves."""
+        """Store the first parcels of the queue; a span that the store refuses does not hold up the others."""
         store = self._store()
         if store is None:
             raise StoreClosed("the proxy has no store")
-        try:
-            if store.capabilities.get("plain_spans", False):
-                await store.add_many_spans([parcel.span for parcel in batch])
-            else:
-                await store.add_many_spans([parcel.span.to_span() for parcel in batch])
-        except _REFUSED_FOR_GOOD as error:
-            if len(batch) > 1:
-                await self._deliver(batch[: len(batch) // 2])
-                await self._deliver(batch[len(batch) // 2 :])
-                return
-            span = batch[0].span
-            _logger.error(
-                "the store does not take the span of a model call of rollout %s, attempt %s; it is lost: %s",
-                span.rollout_id,
-                span.attempt_id,
-                error,
-            )
-            self._drop(batch)
-        else:
-            self._remove(batch, accepted=True)
+        takes_plain = store.capabilities.get("plain_spans", False)
+        spans = [parcel.span if takes_plain else parcel.span.to_span() for parcel in batch]
+        lost = {id(span) for span in await add_spans_apart(store, spans)}
+        for parcel, span in zip(batch, spans, strict=True):
+            self.lost += id(span) in lost
+            self._remove([parcel], accepted=id(span) not in lost)
 
     def _drop(self, parcels: list[_Parcel]) -> None:
         self.lost += len(parcels)

@@ -22,6 +22,7 @@ from agentlightning.tracer.base import DeferredTrace, Tracer
 from agentlightning.tracer.sanitize import fits, sanitize_text
 from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
 from agentlightning.types.attributes import full_qualified_name
+from agentlightning.types.plain_spans import SpanOrPlain
 
 AGENT_ERROR: Final = "agent_error"
 """The agent raised an exception."""
@@ -269,7 +270,7 @@ class AttemptRun:
 
     # --- Spans that travel with the report -------------------------------------------------------
 
-    def _unsent(self) -> list[Span]:
+    def _unsent(self) -> list[SpanOrPlain]:
         """The spans that the store does not have yet: those of the trace first, then those that the agent returned."""
         return [] if self._trace is None else [*self._trace.unsent(), *self._own_spans]
 

@@ -13,7 +13,7 @@ from agentlightning.store.operations.attempts import Report
 from agentlightning.store.operations.rollouts import Draft, Edit
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.sources import IdSource
-from agentlightning.store.span_json import encode_span
+from agentlightning.store.span_json import body_of, encode_span
 from agentlightning.store.validation import (
     MAX_BATCH,
     canonical,
@@ -35,7 +35,7 @@ from agentlightning.types import (
     RolloutStatus,
     Span,
 )
-from agentlightning.types.plain_spans import PlainSpan
+from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
 _CLAIM_LIMIT = 1_000
 _MODES = get_args(RolloutMode)
@@ -201,32 +201,39 @@ def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_
     return report_of(status, UNSET, UNSET, metadata, reason_code, reason_message)
 
 
-def span_drafts_of(spans: Sequence[Span | PlainSpan], rollout_id: str, attempt_id: str) -> list[SpanDraft]:
-    """Spans of this attempt, checked and encoded. Raises as ``span_drafts``, and for a span of another attempt."""
-    drafts = span_drafts(spans)
-    for draft in drafts:
-        if (draft.rollout_id, draft.attempt_id) != (rollout_id, attempt_id):
+def span_drafts(spans: Sequence[SpanOrPlain]) -> list[SpanDraft]:
+    """Spans, checked and encoded. Raises as ``encode_spans``."""
+    return [
+        SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, body_of(span, encoded))
+        for span, encoded in zip(spans, encode_spans(spans), strict=True)
+    ]
+
+
+def check_spans_of(spans: Sequence[SpanOrPlain], rollout_id: str, attempt_id: str) -> None:
+    """Raise ``InvalidValue`` if there is a span of another attempt."""
+    for span in spans:
+        if (span.rollout_id, span.attempt_id) != (rollout_id, attempt_id):
             raise InvalidValue(
-                f"span {draft.span_id!r} is of attempt {draft.attempt_id!r} of rollout {draft.rollout_id!r}, not of "
+                f"span {span.span_id!r} is of attempt {span.attempt_id!r} of rollout {span.rollout_id!r}, not of "
                 f"attempt {attempt_id!r} of rollout {rollout_id!r}, which is finished; send it by add_many_spans"
             )
-    return drafts
 
 
-def span_drafts(spans: Sequence[Span | PlainSpan]) -> list[SpanDraft]:
-    """Spans, checked and encoded.
+def encode_spans(spans: Sequence[SpanOrPlain]) -> list[bytes]:
+    """Spans as JSON, each whole.
 
     Raises:
         InvalidValue, NotJson, TooLarge: a span that no store would take; all of them are refused with it.
     """
     check_batch(spans, "spans")
     checked: set[str] = set()
-    drafts: list[SpanDraft] = []
+    encoded: list[bytes] = []
     for span in spans:
         if not isinstance(span, (Span, PlainSpan)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidValue(f"{shown(span)} is a {type(span).__name__}; give a Span")
-        for what, value in (("rollout_id", span.rollout_id), ("attempt_id", span.attempt_id)):
-            if type(value) is not str or value not in checked:
-                checked.add(check_id(value, what))
-        drafts.append(SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, encode_span(span)))
-    return drafts
+        if type(span.rollout_id) is not str or span.rollout_id not in checked:
+            checked.add(check_id(span.rollout_id, "rollout_id"))
+        if type(span.attempt_id) is not str or span.attempt_id not in checked:
+            checked.add(check_id(span.attempt_id, "attempt_id"))
+        encoded.append(encode_span(span))
+    return encoded

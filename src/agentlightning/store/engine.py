@@ -18,13 +18,13 @@ from agentlightning.store.arguments import (
     check_batch,
     check_claim_limit,
     check_pairs,
+    check_spans_of,
     digest_of,
     draft_of,
     edit_of,
     final_report_of,
     report_of,
     span_drafts,
-    span_drafts_of,
 )
 from agentlightning.store.backend import Backend, Measure
 from agentlightning.store.base import JsonObject, enqueue_request
@@ -254,7 +254,8 @@ class EngineStore(ReadingStore):
         check_id(rollout_id, "rollout_id")
         check_id(attempt_id, "attempt_id")
         said = final_report_of(status, metadata, reason_code, reason_message)
-        drafts = span_drafts_of(spans, rollout_id, attempt_id)
+        drafts = span_drafts(spans)
+        check_spans_of(spans, rollout_id, attempt_id)
         check_claim_limit(claim_limit, least=0, what="claim_limit")
         wanted = self._claim_request(claim_limit, worker_id, request_id)
         claim = wanted if claim_limit and not self._core.claims_held else None

@@ -14,15 +14,22 @@ import msgspec
 from agentlightning.errors import InvalidValue, NotJson, TooLarge
 from agentlightning.store.validation import MAX_JSON_BYTES, check_id, check_json_size, check_json_value
 from agentlightning.types import Span
-from agentlightning.types.plain_spans import MAX_SEQUENCE_ID, PlainSpan, decode_plain, encode_plain, plain_of
+from agentlightning.types.plain_spans import (
+    MAX_SEQUENCE_ID,
+    PlainSpan,
+    SpanOrPlain,
+    decode_plain,
+    encode_plain,
+    plain_of,
+)
 
 _COLUMNS = {"rollout_id", "attempt_id", "sequence_id"}
 _REWARDS = ("agentlightning.reward", "reward")
 _serializer = Span.__pydantic_serializer__
 
 
-def encode_span(span: Span | PlainSpan) -> bytes:
-    """A span as a JSON object without its rollout, attempt and sequence id.
+def encode_span(span: SpanOrPlain) -> bytes:
+    """A whole span as JSON. Its rollout and attempt ids are valid ones.
 
     Non-finite attributes become the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
 
@@ -36,10 +43,12 @@ def encode_span(span: Span | PlainSpan) -> bytes:
         raise InvalidValue(
             f"sequence_id {span.sequence_id!r} of span {span_id!r} is not valid; give 0 to have it issued, or 1 to 2^52"
         )
-    body = encode_plain_body(span) or encode_any_body(span)
-    if len(body) > MAX_JSON_BYTES or b"\\u0000" in body:
-        check_json_size(body, "span", span_id)
-    return body
+    encoded = encode_quickly(span)
+    if encoded is None:
+        encoded = span_json(span.rollout_id, span.attempt_id, span.sequence_id, encode_any_body(span))
+    if len(encoded) > MAX_JSON_BYTES or b"\\u0000" in encoded:
+        check_json_size(body_of(span, encoded), "span", span_id)
+    return encoded
 
 
 def span_json(rollout_id: str, attempt_id: str, sequence_id: int, body: bytes) -> bytes:
@@ -48,12 +57,12 @@ def span_json(rollout_id: str, attempt_id: str, sequence_id: int, body: bytes) -
     return head.encode() + body[1:]
 
 
-def body_of(span: PlainSpan, encoded: bytes) -> bytes:
-    """The JSON of a plain span without its columns: what ``span_json`` puts in front is cut off.
+def body_of(span: SpanOrPlain, encoded: bytes) -> bytes:
+    """The JSON of a span without its columns: what ``span_json`` puts in front is cut off.
 
     Args:
         span: its ids are valid ones, so that JSON writes each of their characters as one byte.
-        encoded: the same span as msgspec has encoded it.
+        encoded: the same span as ``encode_span`` returns it.
     """
     columns = len(span.rollout_id) + len(span.attempt_id) + len(str(span.sequence_id)) + _HEAD_BYTES
     return b"{" + encoded[columns:]
@@ -68,18 +77,18 @@ def read_span(raw: bytes) -> Span:
     return Span.model_validate_json(raw) if span is None else span.to_span()
 
 
-def encode_plain_body(span: Span | PlainSpan) -> bytes | None:
-    """The body of a span, if it is a plain one. Its rollout and attempt ids were checked."""
+def encode_quickly(span: SpanOrPlain) -> bytes | None:
+    """A whole span as JSON, if it is a plain one."""
     plain = plain_of(span)
     if plain is None:
         return None
     try:
-        return body_of(plain, encode_plain(plain))
+        return encode_plain(plain)
     except UnicodeEncodeError:  # a lone surrogate: pydantic says where
         return None
 
 
-def encode_any_body(span: Span | PlainSpan) -> bytes:
+def encode_any_body(span: SpanOrPlain) -> bytes:
     """The body of any span, checked until it is known that it can be read back. Raises as ``encode_span``."""
     what = f"span {span.span_id!r}"
     try:

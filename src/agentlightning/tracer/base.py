@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Attributes, Span, SpanCoreFields, SpanRecordingContext, TraceStatus
+from agentlightning.types.plain_spans import SpanOrPlain
 from agentlightning.types.tasks import ParallelWorkerBase
 
 
@@ -145,7 +146,7 @@ class DeferredTrace(AbstractAsyncContextManager[Any]):
         """Whether there are more spans than fit into a report; then ``send`` them."""
 
     @abstractmethod
-    def unsent(self) -> Sequence[Span]:
+    def unsent(self) -> Sequence[SpanOrPlain]:
         """The spans that the store does not have yet; from now on it is the caller who sends them."""
 
     @abstractmethod

@@ -25,6 +25,7 @@ from agentlightning.tracer.recording import Recording
 from agentlightning.tracer.sender import BATCH_SPANS, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.otel import convert_attributes, convert_timestamp
+from agentlightning.types.plain_spans import SpanOrPlain
 
 _TRACER_NAME = "agentlightning"
 
@@ -213,7 +214,7 @@ class _OtelTrace(DeferredTrace):
         recording = self._recording
         return recording is not None and recording.total - recording.settled > BATCH_SPANS
 
-    def unsent(self) -> Sequence[Span]:
+    def unsent(self) -> Sequence[SpanOrPlain]:
         if self._recording is None:
             return ()
         self._sender.leave(self._recording)

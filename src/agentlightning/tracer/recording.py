@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Span
+from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -33,7 +34,7 @@ class Recording:
 
     def __init__(
         self,
-        convert: Callable[[ReadableSpan, str, str], Span],
+        convert: Callable[[ReadableSpan, str, str], PlainSpan],
         store: LightningStore | None,
         rollout_id: str,
         attempt_id: str,
@@ -50,7 +51,10 @@ class Recording:
         """Called with this recording for each span that ends after the trace was closed."""
         self._convert = convert
         self._ended: deque[ReadableSpan] = deque()
-        self._spans: list[Span] = []
+        self._spans: list[PlainSpan] = []
+        self._records: list[Span] = []
+        """The same spans as public records, as far as somebody has asked for them."""
+        self._store_takes_plain = store is not None and store.capabilities.get("plain_spans", False)
         self._stored = 0
         self._failed = 0
         self._lock = Lock()
@@ -62,17 +66,18 @@ class Recording:
             self.on_late(self)
 
     def spans(self) -> list[Span]:
-        """All spans so far, in the order in which they ended. These very objects are sent: do not change them."""
+        """All spans so far, in the order in which they ended. Their attributes are those that are sent: do not change
+        them."""
         with self._lock:
-            self._convert_ended()
-            return list(self._spans)
+            return self._as_records(None)
 
-    def unsent(self, limit: int | None = None) -> tuple[list[Span], int]:
+    def unsent(self, limit: int | None = None) -> tuple[Sequence[SpanOrPlain], int]:
         """The next spans, at most ``limit``, that are not marked as stored, and the position behind the last one."""
         with self._lock:
             self._convert_ended()
             end = len(self._spans) if limit is None else min(len(self._spans), self._stored + limit)
-            return self._spans[self._stored : end], end
+            spans = self._spans if self._store_takes_plain else self._as_records(end)
+            return spans[self._stored : end], end
 
     def mark_stored(self, end: int) -> None:
         """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
@@ -90,6 +95,13 @@ class Recording:
         """How many of them are in the store, or were lost because they could not be converted."""
         with self._lock:
             return self._stored + self._failed
+
+    def _as_records(self, end: int | None) -> list[Span]:
+        """The spans before this position as public records, each of which is made once."""
+        self._convert_ended()
+        records = self._records
+        records += [span.to_span() for span in self._spans[len(records) : end]]
+        return records[:end]
 
     def _convert_ended(self) -> None:
         ended, spans, convert = self._ended, self._spans, self._convert

@@ -33,13 +33,12 @@ from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.recording import Recording
 from agentlightning.types import Span
+from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
 BATCH_SPANS = 1000
 """How many spans go into one call."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0
 
-_REFUSED = (InvalidValue, NotFound, Conflict)
-"""Errors about the spans: the same spans would be refused again."""
 _PERMANENT = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
 """Errors about the store or the caller: any spans would be refused again."""
 _REFUSAL = "agentlightning.refused"
@@ -215,7 +214,7 @@ class SpanSender:
 
     async def _send_group(self, group: Sequence[Recording]) -> bool:
         """Send the new spans of some traces to their store; returns whether there are more than one call takes."""
-        parts: list[tuple[Recording, list[Span], int]] = []
+        parts: list[tuple[Recording, Sequence[SpanOrPlain], int]] = []
         room = BATCH_SPANS
         for recording in group:
             spans, end = recording.unsent(room)
@@ -225,52 +224,64 @@ class SpanSender:
                 break
         store = group[0].store
         assert store is not None
-        try:
-            await store.add_many_spans([span for _, spans, _ in parts for span in spans])
-        except _REFUSED:
-            for recording, spans, end in parts:
-                await self._send_apart(store, spans)
-                recording.mark_stored(end)
-        else:
-            for recording, _, end in parts:
-                recording.mark_stored(end)
+        self.refused += len(await add_spans_apart(store, [span for _, spans, _ in parts for span in spans]))
+        for recording, _, end in parts:
+            recording.mark_stored(end)
         return not room
 
-    async def _send_apart(self, store: LightningStore, spans: Sequence[Span]) -> None:
-        """Find the spans that the store refuses by bisection, and send the others."""
-        if not spans:
-            return
-        try:
-            await store.add_many_spans(spans)
-        except (NotFound, Conflict) as error:  # the attempt is unknown, so none of its spans can be stored
-            self._refuse(spans, error)
-        except InvalidValue as error:
-            middle = len(spans) // 2
-            if middle:
-                await self._send_apart(store, spans[:middle])
-                await self._send_apart(store, spans[middle:])
-            elif _REFUSAL in spans[0].attributes:  # this is the stub
-                self._refuse(spans, error)
-            else:
-                await self._send_apart(store, [_stub(spans[0], error)])
 
-    def _refuse(self, spans: Sequence[Span], error: Exception) -> None:
-        self.refused += len(spans)
-        _logger.error(
-            "the store refuses %d span(s) of attempt %s, which are lost; the first is %r: %s",
-            len(spans),
-            spans[0].attempt_id,
-            spans[0].name,
-            error,
-        )
+async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -> list[SpanOrPlain]:
+    """Store spans so that one that the store refuses does not hold up the others; it is found by bisection.
+
+    A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused.
+    Tracer and proxy share this rule.
+
+    Returns:
+        The spans that are lost, because the store does not know their attempt or refuses the stub, too. The log names
+        them.
+
+    Raises:
+        Exception: what the store raises when it is not about these spans. A repeat is safe.
+    """
+    try:
+        await store.add_many_spans(spans)
+    except (NotFound, Conflict) as error:
+        if len({(span.rollout_id, span.attempt_id) for span in spans}) > 1:
+            return await _add_halves(store, spans)
+        return _lost(spans, error)  # the attempt is unknown, so none of its spans can be stored
+    except InvalidValue as error:
+        if len(spans) > 1:
+            return await _add_halves(store, spans)
+        if _REFUSAL in spans[0].attributes:  # this is the stub
+            return _lost(spans, error)
+        return await add_spans_apart(store, [_stub(spans[0], error)]) and list(spans)
+    return []
 
 
-def _stub(span: Span, error: Exception) -> Span:
+async def _add_halves(store: LightningStore, spans: Sequence[SpanOrPlain]) -> list[SpanOrPlain]:
+    middle = len(spans) // 2
+    return await add_spans_apart(store, spans[:middle]) + await add_spans_apart(store, spans[middle:])
+
+
+def _lost(spans: Sequence[SpanOrPlain], error: Exception) -> list[SpanOrPlain]:
+    _logger.error(
+        "the store refuses %d span(s) of rollout %s, attempt %s, which are lost; the first is %r: %s",
+        len(spans),
+        spans[0].rollout_id,
+        spans[0].attempt_id,
+        spans[0].name,
+        error,
+    )
+    return list(spans)
+
+
+def _stub(span: SpanOrPlain, error: Exception) -> Span:
     """A span in place of one that the store refuses: it keeps the place in the trace, and says why it was refused."""
     attributes = {
         LightningSpanAttributes.MENDED.value: ["attributes", "events", "links"],
         _REFUSAL: str(error)[:1000].encode("ascii", "backslashreplace").decode(),
     }
-    return span.model_copy(
+    record = span.to_span() if isinstance(span, PlainSpan) else span
+    return record.model_copy(
         update={"attributes": attributes, "events": list[Any](), "links": list[Any](), "name": span.name[:200]}
     )

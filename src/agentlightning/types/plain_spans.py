@@ -122,8 +122,11 @@ class PlainSpan(msgspec.Struct, forbid_unknown_fields=True):
         )
 
 
-AnySpan = TypeVar("AnySpan", bound=Span | PlainSpan)
-"""A span in the one form or in the other: stores take both, and give back what they were given."""
+SpanOrPlain: TypeAlias = Span | PlainSpan
+"""A span in the one form or in the other."""
+
+AnySpan = TypeVar("AnySpan", bound=SpanOrPlain)
+"""Stores take both forms, and give back the one that they were given."""
 
 encode_plain = cast("Any", msgspec.json.Encoder().encode)
 """A plain span as JSON (bytes). Numbers that are not finite become null: ``plain_of`` and ``decode_plain`` have refused

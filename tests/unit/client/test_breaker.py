@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.breaker import Breaker, BreakerNumbers, BreakerState, FailureWindow, Guarded
+from agentlightning.http.client.breaker import Breaker, BreakerNumbers, BreakerState, FailureWindow
+from agentlightning.http.client.health import Health
+from agentlightning.http.client.resilience import OneTry
 from agentlightning.http.client.transport import RequestShed, WireRequest
 from agentlightning.http.routes import SHED_ORDER, Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies
@@ -219,7 +221,7 @@ def test_a_vital_call_that_fails_does_not_make_the_pause_longer() -> None:
 def test_what_counts_as_a_failure(acts: list[Act], opens: bool) -> None:
     async def scene(clock: Callable[[], float]) -> None:
         breaker = Breaker(NUMBERS, clock, lambda: 1.0, lambda *_: None)
-        guarded = Guarded(ScriptedTransport(acts, clock), breaker)
+        guarded = OneTry(ScriptedTransport(acts, clock), breaker, Health("http://s", clock))
         for _ in range(10):
             with contextlib.suppress(StoreUnreachable):
                 await guarded.send(WireRequest("POST", "/"))

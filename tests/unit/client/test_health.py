@@ -11,7 +11,7 @@ import pytest
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client.breaker import BreakerNumbers, BreakerState
 from agentlightning.http.client.health import Health, HealthReport
-from agentlightning.http.client.resilience import ProbedWhileUsed, Resilience, Resilient, answers_soon, make_resilient
+from agentlightning.http.client.resilience import Prober, Resilience, Resilient, answers_soon, make_resilient
 from agentlightning.http.client.transport import WireRequest
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
@@ -99,22 +99,20 @@ def test_a_probe_that_the_server_sits_on_holds_nobody_up() -> None:
 def test_a_loop_that_was_closed_takes_no_probes_along() -> None:
     now = 0.0
     http = ScriptedTransport([], lambda: now)
-    probed = ProbedWhileUsed(http, http, PROBE, interval_seconds=10.0, monotonic=lambda: now)
-    asyncio.run(_send(probed))
+    prober = Prober(http, PROBE, lambda: True, interval_seconds=10.0, monotonic=lambda: now)
+
+    async def use(seconds: float) -> None:
+        prober.note_use()
+        await asyncio.sleep(seconds)
+
+    asyncio.run(use(0.0))
     now = 50.0
 
     async def scene(clock: Clock) -> None:
-        waits = asyncio.ensure_future(_send(probed, seconds=15.0))
-        await waits
+        await use(15.0)
 
     in_virtual_time(scene)
-    assert [each.target for each in http.requests] == ["/work", "/work", "/health"]
-
-
-async def _send(transport: ProbedWhileUsed, seconds: float = 0.0) -> None:
-    await transport.send(REQUEST)
-    transport._begin()  # a request that is under way
-    await asyncio.sleep(seconds)
+    assert [each.target for each in http.requests] == ["/health"]
 
 
 def test_the_gate_of_a_retry() -> None:

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
-from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest
 from agentlightning.http.routes import Priority
 
 # --- How many of the latest calls failed ---
@@ -122,7 +120,8 @@ class Breaker:
         self._random = random
         self._on_change = on_change
         self._lock = threading.Lock()
-        self._state = BreakerState.CLOSED
+        self.state = BreakerState.CLOSED
+        """The state after the last call."""
         self._window = FailureWindow(numbers.window_seconds)
         self._pauses = 0
         self._until = 0.0
@@ -134,31 +133,26 @@ class Breaker:
         self._vital_at = 0.0
 
     @property
-    def state(self) -> BreakerState:
-        """The state after the last call."""
-        return self._state
-
-    @property
     def share(self) -> float:
         """The share of reads that pass now."""
         with self._lock:
-            if self._state is BreakerState.CLOSED:
+            if self.state is BreakerState.CLOSED:
                 return 1.0
-            return _SHARES[self._stage] if self._state is BreakerState.RETURNING else 0.0
+            return _SHARES[self._stage] if self.state is BreakerState.RETURNING else 0.0
 
     def admit(self, priority: Priority) -> float:
         """0 if a call may pass: then tell how it ended. Otherwise the seconds after which to ask again."""
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             return 0.0
         with self._lock:
             now = self._monotonic()
             if priority in _VITAL:
                 return self._spend_vital(now)
-            if self._state is BreakerState.OPEN and now >= self._until:
+            if self.state is BreakerState.OPEN and now >= self._until:
                 self._enter(BreakerState.PROBING)
-            if self._state is BreakerState.OPEN:
+            if self.state is BreakerState.OPEN:
                 return max(self._until - now, 0.001)
-            if self._state is BreakerState.PROBING:
+            if self.state is BreakerState.PROBING:
                 if now < self._probe_until:
                     return _ASK_AGAIN_SECONDS
                 self._probe_until = now + _PROBE_SECONDS
@@ -171,9 +165,9 @@ class Breaker:
         with self._lock:
             now = self._monotonic()
             self._window.add(now, ok=True)
-            if self._state is BreakerState.RETURNING:
+            if self.state is BreakerState.RETURNING:
                 self._advance(now)
-            elif self._state is not BreakerState.CLOSED:
+            elif self.state is not BreakerState.CLOSED:
                 self._begin_return(now)
 
     def failed(self) -> None:
@@ -181,7 +175,7 @@ class Breaker:
         with self._lock:
             now = self._monotonic()
             self._window.add(now, ok=False)
-            match self._state:
+            match self.state:
                 case BreakerState.PROBING:
                     self._open(now)
                 case BreakerState.CLOSED if self._too_many(now, self._numbers.min_calls):
@@ -201,7 +195,7 @@ class Breaker:
         return calls >= min_calls and failures >= calls * self._numbers.failure_rate
 
     def _spend_vital(self, now: float) -> float:
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             return 0.0
         numbers = self._numbers
         self._vital_tokens = min(
@@ -215,7 +209,7 @@ class Breaker:
 
     def _let_share(self, priority: Priority) -> float:
         """Let the share of this stage through, evenly spread over the calls."""
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             return 0.0
         if priority == "read":
             self._let_reads, passes = _spread(self._let_reads, _SHARES[self._stage])
@@ -228,7 +222,7 @@ class Breaker:
         pause = min(numbers.max_open_seconds, numbers.open_seconds * 2.0 ** min(self._pauses, 60))
         self._pauses += 1
         self._until = now + pause * (0.75 + 0.25 * self._random())
-        if self._state is BreakerState.CLOSED:
+        if self.state is BreakerState.CLOSED:
             self._vital_tokens, self._vital_at = numbers.vital_burst, now
         self._enter(BreakerState.OPEN)
 
@@ -255,51 +249,9 @@ class Breaker:
             self._enter(BreakerState.CLOSED)
 
     def _enter(self, state: BreakerState) -> None:
-        before, self._state = self._state, state
+        before, self.state = self.state, state
         self._probe_until = 0.0
         self._on_change(before, state)
-
-
-class Guarded:
-    """A `Transport` behind a breaker.
-
-    A failure is a missing reply, or 500, 502, 503 or 504: what a server in trouble answers. 429 and 507 come
-    from a server that is well and says what it lacks.
-
-    Args:
-        inner: does the sending.
-        breaker: says what passes.
-    """
-
-    def __init__(self, inner: Transport, breaker: Breaker) -> None:
-        self._inner = inner
-        self._breaker = breaker
-
-    async def send(self, request: WireRequest) -> WireReply:
-        """As the inner one.
-
-        Raises:
-            RequestShed: the breaker held it back.
-        """
-        wait = self._breaker.admit(request.priority)
-        if wait > 0:
-            raise RequestShed(f"held back by the circuit breaker, which is {self._breaker.state}", wait)
-        try:
-            reply = await self._inner.send(request)
-        except StoreUnreachable:
-            self._breaker.failed()
-            raise
-        except BaseException:
-            self._breaker.abandoned()
-            raise
-        if reply.status in _TROUBLE:
-            self._breaker.failed()
-        else:
-            self._breaker.succeeded()
-        return reply
-
-
-_TROUBLE = frozenset({500, 502, 503, 504})
 
 
 def _spread(saved: float, share: float) -> tuple[float, bool]:

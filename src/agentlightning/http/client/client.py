@@ -7,16 +7,14 @@ because every write carries ids that were made up before it was first sent.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
-import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from agentlightning.errors import InvalidValue, StoreClosed
+from agentlightning.errors import InvalidValue
 from agentlightning.http.client.cache import ResourceCache, state_folder
 from agentlightning.http.client.calls import (
     Caller,
@@ -33,10 +31,10 @@ from agentlightning.http.client.reads import RegistryClient
 from agentlightning.http.client.resilience import Resilience, make_resilient
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
-from agentlightning.http.client.transport import HttpTransport, Transport, WireReply, WireRequest
+from agentlightning.http.client.transport import HttpTransport, WireRequest
 from agentlightning.http.routes import COMPATIBLE, OTLP_TRACES_PATH, parse_address
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-from agentlightning.store.arguments import check_claim_limit, check_pairs, span_drafts, span_drafts_of
+from agentlightning.store.arguments import check_claim_limit, check_pairs, check_spans_of, encode_spans
 from agentlightning.store.base import JsonObject, LightningStoreCapabilities, enqueue_request
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
@@ -58,58 +56,6 @@ from agentlightning.types import (
     Unset,
 )
 from agentlightning.types.plain_spans import AnySpan, PlainSpan
-
-# --- What is under way when a client is closed ends at once, and says why ---
-
-
-class Interruptible:
-    """A `Transport` whose requests can be interrupted, in whichever event loop they are under way.
-
-    Args:
-        inner: does the sending.
-    """
-
-    def __init__(self, inner: Transport) -> None:
-        self._inner = inner
-        self._lock = threading.Lock()
-        self._under_way: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}
-
-    async def send(self, request: WireRequest) -> WireReply:
-        """As the inner one.
-
-        Raises:
-            StoreClosed: it was interrupted. Whether the server did what was asked is unknown.
-        """
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-                with self._lock:
-                    self._under_way[scope] = asyncio.get_running_loop()
-                return await self._inner.send(request)
-        except TimeoutError as error:
-            raise StoreClosed(
-                f"the client was closed while {request.method} {request.target.partition('?')[0]} was under way"
-            ) from error
-        finally:
-            with self._lock:
-                self._under_way.pop(scope, None)
-
-    def interrupt(self) -> None:
-        """End all requests that are under way now; their callers get ``StoreClosed``."""
-        with self._lock:
-            under_way = dict(self._under_way)
-        for scope, loop in under_way.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._end, scope)
-
-    def _end(self, scope: asyncio.Timeout) -> None:
-        with self._lock:
-            still = scope in self._under_way
-        if still:
-            scope.reschedule(asyncio.get_running_loop().time())
-
-
-# ---
 
 _TERMINAL_ATTEMPT = frozenset({"failed", "succeeded"})
 _TERMINAL_ROLLOUT = frozenset({"failed", "succeeded", "cancelled"})
@@ -199,7 +145,7 @@ class LightningStoreClient(RegistryClient):
             max_connections=max_connections,
             ssl_context=None if tls_ca_file is None else ssl.create_default_context(cafile=str(tls_ca_file)),
         )
-        resilient, self._health, self._breaker = make_resilient(
+        self._calls, self._health, self._breaker = make_resilient(
             self._http,
             server=address.root,
             probe=_health_probe(address.dialect.prefix, min(connection_timeout, request_timeout)),
@@ -207,7 +153,6 @@ class LightningStoreClient(RegistryClient):
             retry_delays=retry_delays,
             health_retry_delays=health_retry_delays,
         )
-        self._calls = Interruptible(resilient)
         self._ids = TimeOrderedIds()
         caller = Caller(
             self._calls,
@@ -395,7 +340,8 @@ class LightningStoreClient(RegistryClient):
         and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
         """
         said = report(status, UNSET, UNSET, metadata, reason_code, reason_message)
-        drafts = span_drafts_of(spans, check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
+        encoded = encode_spans(spans)
+        check_spans_of(spans, check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
         check_claim_limit(claim_limit, least=0, what="claim_limit")
         optional_id(worker_id, "worker_id")
         optional_id(request_id, "request_id")
@@ -405,10 +351,10 @@ class LightningStoreClient(RegistryClient):
                 claim_limit=claim_limit, worker_id=worker_id, request_id=request_id or self._ids.mint("rq-")
             )
         finished: FinishedAttempt | None = None
-        if drafts:
-            finished = await self._spans.send_with("finish_attempt", arguments, drafts)
+        if encoded:
+            finished = await self._spans.send_with("finish_attempt", arguments, encoded)
         if finished is None:
-            issued = await self._spans.add(drafts) if drafts else []
+            issued = await self._spans.add(encoded, [(rollout_id, attempt_id)] * len(encoded)) if encoded else []
             await self._spans.settle(rollout_id, attempt_id)
             ended: FinishedAttempt = await self._caller.call("finish_attempt", arguments)
             finished = ended.model_copy(update={"sequence_ids": [number or 0 for number in issued]})
@@ -434,10 +380,10 @@ class LightningStoreClient(RegistryClient):
     # --- Spans -----------------------------------------------------------------------------------
 
     async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
-        drafts = span_drafts(spans)
-        if not drafts:
+        encoded = encode_spans(spans)
+        if not encoded:
             return []
-        issued = await self._spans.add(drafts)
+        issued = await self._spans.add(encoded, [(span.rollout_id, span.attempt_id) for span in spans])
         return [
             span if number is None else stored_span(span, number)
             for span, number in zip(spans, issued, strict=True)

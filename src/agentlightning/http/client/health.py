@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client.breaker import BreakerState
-from agentlightning.http.client.transport import Transport, WireReply, WireRequest
+from agentlightning.http.client.transport import TROUBLE, WireRequest
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -99,7 +98,7 @@ class Health:
             now = self._monotonic()
             self._calls += 1
             self._answered_at = now
-            if status in (500, 502, 503, 504):
+            if status in TROUBLE:
                 self._fail(now, f"status {status}")
                 return
             self._in_a_row = 0
@@ -185,28 +184,6 @@ class Health:
         if self._failing_since is None:
             self._failing_since = now
             _logger.warning("%s does not answer as it should: %s", self._server, why)
-
-
-class Observed:
-    """A `Transport` whose tries are told to a `Health`.
-
-    Args:
-        inner: does the sending.
-        health: is told.
-    """
-
-    def __init__(self, inner: Transport, health: Health) -> None:
-        self._inner = inner
-        self._health = health
-
-    async def send(self, request: WireRequest) -> WireReply:
-        try:
-            reply = await self._inner.send(request)
-        except StoreUnreachable as error:
-            self._health.unanswered(error.message)
-            raise
-        self._health.answered(reply.status)
-        return reply
 
 
 # --- What a client knows of its server, in the form that Prometheus reads ---

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from agentlightning.errors import StoreUnreachable
+from agentlightning.errors import StoreClosed, StoreUnreachable
 from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest, is_transient
 
 # --- A bound on how much retries may add to the load of a server that is already in trouble ---
@@ -164,6 +164,7 @@ class Retrying:
         watcher: hears of retries.
         answers: how many calls the server has answered; any number that grows with each.
         gate: asked before each retry whether the server is there at all; if not, the request is given up.
+        on_use: called at each request.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Retrying:
         watcher: RetryWatcher,
         answers: Callable[[], int],
         gate: Callable[[], Awaitable[bool]] | None = None,
+        on_use: Callable[[], None] | None = None,
     ) -> None:
         self._inner = inner
         self._server = server
@@ -186,44 +188,86 @@ class Retrying:
         self._watcher = watcher
         self._answers = answers
         self._gate = gate
+        self._on_use = on_use
+        self._under_way: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._under_way)
 
     async def send(self, request: WireRequest) -> WireReply:
         """The server's answer, or the last "not now" when the patience has run out.
 
         Raises:
             StoreUnreachable: no try brought a reply.
+            StoreClosed: it was interrupted. Whether the server did what was asked is unknown.
         """
-        started = self._monotonic()
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._under_way[scope] = asyncio.get_running_loop()
+                if self._on_use is not None:
+                    self._on_use()
+                self._budget.earn()
+                started = self._monotonic()
+                outcome = await self._try(request, started + request.patience_seconds)
+                if type(outcome) is WireReply and not is_transient(outcome.status):
+                    return outcome
+                return await self._try_again(request, started, outcome)
+        except TimeoutError as error:
+            raise StoreClosed(
+                f"the client was closed while {request.method} {request.target.partition('?')[0]} was under way"
+            ) from error
+        finally:
+            self._under_way.pop(scope, None)
+
+    def interrupt(self) -> None:
+        """End all requests that are under way now, in any event loop; their callers get ``StoreClosed``."""
+        for scope, loop in list(self._under_way.items()):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._end, scope)
+
+    def _end(self, scope: asyncio.Timeout) -> None:
+        if scope in self._under_way:
+            scope.reschedule(asyncio.get_running_loop().time())
+
+    async def _try(self, request: WireRequest, deadline: float) -> WireReply | StoreUnreachable | RequestShed:
+        """What came of one try, whose timeout ends with the caller's patience."""
+        remaining = max(deadline - self._monotonic(), 0.001)
+        if remaining < request.timeout_seconds:
+            request = request._replace(timeout_seconds=remaining)
+        try:
+            return await self._inner.send(request)
+        except (StoreUnreachable, RequestShed) as error:
+            return error
+
+    async def _try_again(
+        self, request: WireRequest, started: float, outcome: WireReply | StoreUnreachable | RequestShed
+    ) -> WireReply:
+        """Go on after a first try that was no answer."""
         deadline = started + request.patience_seconds
         failed = 0
-        self._budget.earn()
-        while True:
-            try:
-                reply = await self._inner.send(self._within(request, deadline))
-            except RequestShed as shed:
+        while not (isinstance(outcome, WireReply) and not is_transient(outcome.status)):
+            if isinstance(outcome, RequestShed):
                 remaining = deadline - self._monotonic()
                 if remaining <= 0 or not request.waits_while_shed:
-                    raise self._unreachable(request, failed, started, shed) from shed
-                await asyncio.sleep(min(shed.retry_after_seconds, remaining))
-                continue
-            except StoreUnreachable as lost:
-                failed += 1
-                delay = await self._delay(request, failed, None, deadline)
-                if delay is None:
-                    self._watcher.gave_up(request, str(lost))
-                    raise self._unreachable(request, failed, started, lost) from lost
-                why, until_answer = str(lost), True
+                    raise self._unreachable(request, failed, started, outcome) from outcome
+                await asyncio.sleep(min(outcome.retry_after_seconds, remaining))
             else:
-                if not is_transient(reply.status):
-                    return reply
                 failed += 1
+                reply = outcome if isinstance(outcome, WireReply) else None
+                why = str(outcome) if isinstance(outcome, StoreUnreachable) else f"status {outcome.status}"
                 delay = await self._delay(request, failed, reply, deadline)
-                why, until_answer = f"status {reply.status}", False
                 if delay is None:
                     self._watcher.gave_up(request, why)
-                    return reply
-            self._watcher.retried(request, why, delay)
-            await self._pause(delay, until_answer)
+                    if isinstance(outcome, WireReply):
+                        return outcome
+                    raise self._unreachable(request, failed, started, outcome) from outcome
+                self._watcher.retried(request, why, delay)
+                await self._pause(delay, until_answer=reply is None)
+            outcome = await self._try(request, deadline)
+        return outcome
 
     async def _pause(self, seconds: float, until_answer: bool) -> None:
         """Wait before the next try; no longer than until the server answers somebody, if that is what is missing."""
@@ -233,11 +277,6 @@ class Retrying:
             await asyncio.sleep(min(left, _LOOK_UP_SECONDS))
             if until_answer and self._answers() != answered:
                 return
-
-    def _within(self, request: WireRequest, deadline: float) -> WireRequest:
-        """The request with a timeout that ends with the caller's patience."""
-        remaining = max(deadline - self._monotonic(), 0.001)
-        return request if remaining >= request.timeout_seconds else request._replace(timeout_seconds=remaining)
 
     async def _delay(self, request: WireRequest, failed: int, reply: WireReply | None, deadline: float) -> float | None:
         """Seconds before the next try; None if there shall be none."""

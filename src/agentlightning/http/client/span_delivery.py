@@ -23,8 +23,6 @@ from agentlightning.http.client.calls import Caller
 from agentlightning.http.client.health import SpoolReport
 from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
 from agentlightning.http.client.spool_sender import SpoolSender
-from agentlightning.store.operations.spans import SpanDraft
-from agentlightning.store.span_json import span_json
 
 _logger = logging.getLogger(__name__)
 
@@ -58,8 +56,12 @@ class SpanDelivery:
         self._looked_for_orphans = False
         self._counts = Counter[str]()
 
-    async def add(self, drafts: Sequence[SpanDraft]) -> list[int | None]:
+    async def add(self, encoded: Sequence[bytes], attempts: Sequence[_Attempt]) -> list[int | None]:
         """Hand over spans.
+
+        Args:
+            encoded: each as JSON.
+            attempts: the rollout id and attempt id of each.
 
         Returns:
             The sequence id of each, 0 for one that the server had before, None for one that waits on the disk.
@@ -68,12 +70,11 @@ class SpanDelivery:
             SpoolFull: neither the server nor the disk took them in all the caller's patience.
             AgentLightningError: the server refused them.
         """
-        encoded = [span_json(each.rollout_id, each.attempt_id, each.sequence_id, each.body) for each in drafts]
         issued: list[int | None] = []
         self.look_for_orphans()
         deadline = time.monotonic() + self._caller.patience_seconds
         pushed_back = False
-        while len(issued) < len(drafts):
+        while len(issued) < len(encoded):
             if not self._waiting:
                 try:
                     await self._send_chunks(encoded, issued)
@@ -82,10 +83,9 @@ class SpanDelivery:
                     if self._folder is None:
                         raise
                     _logger.debug("spans go to the disk: %s", error.message)
-            rest = range(len(issued), len(drafts))
+            rest = encoded[len(issued) :]
             try:
-                keys = [(drafts[i].rollout_id, drafts[i].attempt_id) for i in rest]
-                await asyncio.to_thread(self._write, [encoded[i] for i in rest], keys)
+                await asyncio.to_thread(self._write, rest, attempts[len(issued) :])
                 issued += [None] * len(rest)
             except SpoolFull:
                 if not pushed_back:
@@ -97,20 +97,19 @@ class SpanDelivery:
                 await self._wait_for_progress(min(left, _LOOK_AGAIN_SECONDS))
         return issued
 
-    async def send_with(self, method: str, arguments: Mapping[str, Any], drafts: Sequence[SpanDraft]) -> Any | None:
+    async def send_with(self, method: str, arguments: Mapping[str, Any], encoded: Sequence[bytes]) -> Any | None:
         """Make a call that carries spans. None: it was not made, because the spans have to be added first.
 
         That is so when other spans wait on the disk, when these are too large for one request, or when the server is
         out of reach: spans in memory would be lost with the process while the call is tried again and again.
         """
-        encoded = [span_json(each.rollout_id, each.attempt_id, each.sequence_id, each.body) for each in drafts]
         if self._waiting or len(encoded) > _CHUNK_SPANS or sum(map(len, encoded)) > _CHUNK_BYTES:
             return None
         patience = self._caller.patience_seconds if self._folder is None else self._spool_after_seconds
         try:
             return await self._caller.call(
                 method,
-                {**arguments, "spans": [msgspec.Raw(each) for each in encoded]},
+                {**arguments, "spans": list(map(msgspec.Raw, encoded))},
                 patience_seconds=patience,
                 waits_while_shed=self._folder is None,
             )

@@ -12,6 +12,7 @@ import io
 import ssl
 import threading
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import aiohttp
@@ -75,6 +76,9 @@ class RequestShed(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+TROUBLE = frozenset({500, 502, 503, 504})
+"""What a server in trouble answers. 429 and 507 come from a server that is well and says what it lacks."""
+
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 
 
@@ -86,6 +90,8 @@ def is_transient(status: int) -> bool:
 # --- The innermost transport: HTTP/1.1 by aiohttp, with one bounded session for each event loop ---
 
 _JSON = {"Content-Type": "application/json"}
+_PIECE_BYTES = 2**18
+_UNBOUNDED = nullcontext()
 
 
 class _Session(NamedTuple):
@@ -132,21 +138,21 @@ class HttpTransport:
         Raises:
             StoreUnreachable: no connection, or no whole reply.
         """
-        opened = await self._session()
-        if not request.long_poll:
-            return await self._exchange(opened.session, request)
-        async with opened.polls:
-            return await self._exchange(opened.session, request)
-
-    async def _exchange(self, session: aiohttp.ClientSession, request: WireRequest) -> WireReply:
+        opened = self._sessions.get(asyncio.get_running_loop()) or await self._open()
+        body: bytes | io.BytesIO | None = request.body
+        if body is not None and len(body) > _PIECE_BYTES:
+            body = io.BytesIO(body)  # aiohttp sends it in pieces, between which the event loop does other things
         try:
-            async with session.request(
-                request.method,
-                self._url(request.target),
-                data=_payload(request.body),
-                headers=None if request.body is None else _JSON,
-                allow_redirects=False,
-            ) as response:
+            async with (
+                opened.polls if request.long_poll else _UNBOUNDED,
+                opened.session.request(
+                    request.method,
+                    self._urls.get(request.target) or self._url(request.target),
+                    data=body,
+                    headers=None if body is None else _JSON,
+                    allow_redirects=False,
+                ) as response,
+            ):
                 return WireReply(response.status, response.headers, await response.read())
         except TimeoutError as error:  # aiohttp's own is one, too
             raise StoreUnreachable(
@@ -164,22 +170,14 @@ class HttpTransport:
             await _close(each)
 
     def _url(self, target: str) -> URL:
-        """The URL of a target; those without ids and questions are few, and parsed once."""
-        if "?" in target or len(self._urls) > 256:
-            return URL(self._root + target, encoded=True)
-        url = self._urls.get(target)
-        if url is None:
-            url = URL(self._root + target, encoded=True)
-            if target.count("/") <= 5:
-                self._urls[target] = url
+        """The URL of a target. Those without ids and query are few, so they are parsed once and kept."""
+        url = URL(self._root + target, encoded=True)
+        if "?" not in target and target.count("/") <= 5 and len(self._urls) <= 256:
+            self._urls[target] = url
         return url
 
-    async def _session(self) -> _Session:
+    async def _open(self) -> _Session:
         loop = asyncio.get_running_loop()
-        known = self._sessions.get(loop)
-        return known if known is not None else await self._open(loop)
-
-    async def _open(self, loop: asyncio.AbstractEventLoop) -> _Session:
         lifetime = self._lifetime()
         session = await anext(lifetime)  # does not suspend, so no other task of this loop comes between
         with self._lock:
@@ -209,11 +207,6 @@ class HttpTransport:
                 if known is not None and known.session is session:
                     del self._sessions[known.loop]
             await session.close()
-
-
-def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
-    """A large body is sent in pieces, between which the event loop can do other things."""
-    return io.BytesIO(body) if body is not None and len(body) > 2**18 else body
 
 
 async def _close(each: _Session) -> None:

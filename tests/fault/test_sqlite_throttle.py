@@ -13,7 +13,8 @@ import pytest
 
 from agentlightning import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.lifecycle import deadlines
-from agentlightning.store.sqlite.transaction import RowCache, SqliteTransaction
+from agentlightning.store.sqlite.row_cache import RowCache
+from agentlightning.store.sqlite.transaction import SqliteTransaction
 from clocks import ManualClock
 from scenes import started, statuses
 from store_state import assert_sound

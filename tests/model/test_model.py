@@ -22,7 +22,8 @@ from agentlightning.lifecycle.deadlines import Due
 from agentlightning.lifecycle.records import AttemptRow, Moment, Policy, RolloutRow, WorkerRow
 from agentlightning.store import sweep
 from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
-from agentlightning.store.sqlite.transaction import RowCache, SqliteTransaction
+from agentlightning.store.sqlite.row_cache import RowCache
+from agentlightning.store.sqlite.transaction import SqliteTransaction
 from model_compare import Divergence
 from model_machine import ComparingMachine
 from model_rules import StoreMachine
@@ -180,6 +181,7 @@ def spans_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 def undone_writes_are_remembered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RowCache, "restore", lambda *_: None)
+    patch.setattr(SqliteTransaction, "_forget_operation", lambda _: None)
 
 
 def a_worker_stays_busy(patch: pytest.MonkeyPatch) -> None:

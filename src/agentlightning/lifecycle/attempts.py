@@ -256,6 +256,11 @@ def _reported(status: AttemptStatus) -> Reason:
 
 
 def ended(attempt: AttemptRow, status: AttemptEnd, reason: Reason, now: Moment) -> AttemptRow:
+    """The attempt with its end, without the leases that it had.
+
+    Raises:
+        IllegalMove: the table has no such move.
+    """
     check_attempt_move(attempt.attempt_id, attempt.status, status)
     return replace(
         attempt,

@@ -25,7 +25,7 @@ from agentlightning.store.sqlite.backup import copy_database
 from agentlightning.store.sqlite.connections import Durability, OwnerLock, open_reader, open_writer
 from agentlightning.store.sqlite.faults import FAULTS, disk_room, stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
-from agentlightning.store.sqlite.transaction import SqliteReads
+from agentlightning.store.sqlite.reads import SqliteReads
 
 # --- The thread that waits for the disk, so that no event loop has to ---
 

@@ -30,7 +30,8 @@ from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Stopped, Transaction
 from agentlightning.store.sqlite.connections import BUSY_MILLISECONDS
 from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
-from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransaction, RowCache, SqliteTransaction
+from agentlightning.store.sqlite.row_cache import RowCache
+from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransaction, SqliteTransaction
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

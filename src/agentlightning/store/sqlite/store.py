@@ -28,7 +28,7 @@ from agentlightning.store.sqlite.backup import (
 from agentlightning.store.sqlite.connections import DURABILITIES, MIGRATIONS, Durability, check_identity, open_reader
 from agentlightning.store.sqlite.faults import FAULTS, disk_room, translate
 from agentlightning.store.sqlite.group_commit import run_to_end
-from agentlightning.store.sqlite.transaction import SqliteReads
+from agentlightning.store.sqlite.reads import SqliteReads
 
 # --- ``store.backend.Backend`` that only reads, beside whoever owns the file ---
 

@@ -13,40 +13,19 @@ The writing connection keeps rows in memory, for two reasons:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import apsw
-import msgspec
 from msgspec.structs import replace
 
 from agentlightning.errors import Conflict
-from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, SpanRow, WorkerRow
-from agentlightning.store.backend import (
-    AttemptsBy,
-    Event,
-    Page,
-    PageQuery,
-    ResourcesBy,
-    Row,
-    SpanValues,
-    Table,
-    Unreadable,
-)
-from agentlightning.store.sqlite.rows import (
-    ATTEMPTS,
-    RESOURCES,
-    ROLLOUTS,
-    WORKERS,
-    Codec,
-    Statement,
-    codec_of,
-    counted_by,
-    page_statement,
-    total_statement,
-)
+from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutRow, WorkerRow
+from agentlightning.store.backend import AttemptsBy, Event, Page, PageQuery, Row, SpanValues
+from agentlightning.store.sqlite.reads import SqliteReads
+from agentlightning.store.sqlite.row_cache import RowCache, Shelf, Undo
+from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, codec_of
 
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 H = TypeVar("H", AttemptRow, WorkerRow)
@@ -56,199 +35,10 @@ _LARGEST = 4096
 """Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
 _READ_AHEAD_LIMIT = 16
 """The most rollouts that a batch reads from the queue at a time for claims that may follow in it."""
-
-
-class Shelf:
-    """The cached rows of one kind, the oldest first.
-
-    Args:
-        codec: how rows of the kind are stored.
-        key: the name of the field that identifies a row.
-        size: the bytes of JSON in a row.
-    """
-
-    __slots__ = ("codec", "key", "rows", "size", "stored")
-
-    def __init__(self, codec: Codec[Any], key: str, size: Callable[[Any], int]) -> None:
-        self.codec = codec
-        self.key = attrgetter(key)
-        self.size = size
-        self.rows: dict[str, Any] = {}
-        """The newest state of each row."""
-        self.stored: dict[str, Any] = {}
-        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
-        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
-
-
-Undo = tuple[Shelf, str, Any, Any]
-"""What a shelf held under a key before a change: (shelf, key, newest row, stored row). A plain tuple, because several
-are made for each operation and a named one takes three times as long to make."""
-
-
-class RowCache:
-    """Rollouts, attempts and workers as the running transaction sees them."""
-
-    def __init__(self) -> None:
-        self.shelves: dict[type[Any], Shelf] = {
-            RolloutRow: Shelf(ROLLOUTS, "rollout_id", lambda row: len(row.input) + len(row.metadata or b"")),
-            AttemptRow: Shelf(ATTEMPTS, "attempt_id", lambda row: len(row.metadata or b"")),
-            WorkerRow: Shelf(
-                WORKERS, "worker_id", lambda row: len(row.heartbeat_stats or b"") + len(row.registration or b"")
-            ),
-        }
-        self._attempts = self.shelves[AttemptRow].rows
-        self._workers = self.shelves[WorkerRow].rows
-
-    def attempt_now(self, row: AttemptRow) -> AttemptRow:
-        """An attempt as read from the database, with the newest sign of life.
-
-        A newer version in memory belongs to a transaction that is not committed yet. Its sign of life counts all
-        the same, or the reader would take a live attempt for an expired one.
-        """
-        newest: AttemptRow | None = self._attempts.get(row.attempt_id)
-        if newest is None or newest is row:
-            return row
-        if newest.version == row.version:
-            return newest
-        if row.live and newest.beaten_lease > row.beaten_lease:
-            return replace(row, last_heartbeat_time=newest.last_heartbeat_time, beaten_lease=newest.beaten_lease)
-        return row
-
-    def worker_now(self, row: WorkerRow) -> WorkerRow:
-        """A worker as read from the database, with the newest sign of life."""
-        newest: WorkerRow | None = self._workers.get(row.worker_id)
-        return newest if newest is not None and newest.version == row.version else row
-
-    def restore(self, log: list[Undo], since: int) -> None:
-        """Take back the changes in ``log[since:]``, and drop them from it."""
-        for shelf, key, row, stored in reversed(log[since:]):
-            for rows, before in ((shelf.rows, row), (shelf.stored, stored)):
-                if before is None:
-                    rows.pop(key, None)
-                else:
-                    rows[key] = before
-        del log[since:]
-
-
 _INSERT_SPAN = (
     "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
     "ON CONFLICT (attempt_seq, span_id) DO NOTHING"
 )
-_SCAN_SPANS = (
-    "SELECT seq, attempt_seq, sequence_id, issued, span_id, body FROM spans WHERE seq > ? ORDER BY seq LIMIT ?"
-)
-_GETS: dict[type[Any], tuple[Codec[Any], str]] = {
-    RolloutRow: (ROLLOUTS, f"{ROLLOUTS.select} WHERE t.rollout_id = ?"),
-    AttemptRow: (ATTEMPTS, f"{ATTEMPTS.select} WHERE t.attempt_id = ?"),
-    WorkerRow: (WORKERS, f"{WORKERS.select} WHERE t.worker_id = ?"),
-}
-_TABLES: dict[Table, Codec[Any]] = {each.table: each for each in (ROLLOUTS, ATTEMPTS, RESOURCES, WORKERS)}
-_ROLLOUT_WIDTH = len(ROLLOUTS.fields)
-
-
-class RolloutWithLatest(NamedTuple):
-    """A row of a page of rollouts."""
-
-    rollout: RolloutRow
-    latest: AttemptRow | None
-
-
-class SqliteReads:
-    """``ReadTransaction`` on a connection that is inside a transaction.
-
-    Args:
-        connection: the connection.
-        now: the clocks.
-        cache: where the writer of this process keeps signs of life; None if another process writes.
-    """
-
-    def __init__(self, connection: apsw.Connection, now: Moment, cache: RowCache | None = None) -> None:
-        self._connection = connection
-        cursor = connection.cursor()
-        self._execute = cursor.execute
-        self._executemany = cursor.executemany
-        self._now = now
-        self._heard = cache
-
-    def now(self) -> Moment:
-        return self._now
-
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return self._execute(sql, values).fetchall()
-
-    async def get(self, kind: type[R], key: str) -> R | None:
-        codec, sql = _GETS[kind]
-        rows = self._rows(sql, (key,))
-        return self._found(codec.decode(rows[0])) if rows else None
-
-    def _found(self, row: Any) -> Any:
-        """What is returned for a row that was looked up."""
-        return self._newest(row)
-
-    def _newest(self, row: Any) -> Any:
-        """The row with its newest sign of life."""
-        cache = self._heard
-        if cache is not None:
-            if type(row) is AttemptRow:
-                return cache.attempt_now(row)
-            if type(row) is WorkerRow:
-                return cache.worker_now(row)
-            if type(row) is RolloutWithLatest and row.latest is not None:
-                return RolloutWithLatest(row.rollout, cache.attempt_now(row.latest))
-        return row
-
-    async def get_resources(self, selection: ResourcesBy) -> ResourcesRow | None:
-        match selection:
-            case ResourcesBy(request_id=str(request_id)):
-                where, values = "WHERE request_id = ?", (request_id,)
-            case ResourcesBy(resources_id=None):
-                where, values = "ORDER BY seq DESC LIMIT 1", ()
-            case ResourcesBy(resources_id, None):
-                where, values = "WHERE resources_id = ? ORDER BY version DESC LIMIT 1", (resources_id,)
-            case ResourcesBy(resources_id, version):
-                where, values = "WHERE resources_id = ? AND version = ?", (resources_id, version)
-        rows = self._rows(f"{RESOURCES.select} {where}", values)
-        return RESOURCES.decode(rows[0]) if rows else None
-
-    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
-        live = " AND live" if selection.live_only else ""
-        rows = self._rows(
-            f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq DESC LIMIT ?",
-            (selection.value, selection.limit),
-        )
-        return [self._found(ATTEMPTS.decode(row)) for row in rows]
-
-    async def page(self, query: PageQuery) -> Page:
-        raw = self._rows(*page_statement(query))
-        decode = _DECODE[query.table]
-        rows = [self._newest(decode(row)) for row in raw]
-        whole = query.limit == -1 or len(rows) < query.limit
-        if not query.with_total or (whole and (rows or query.offset == 0)):
-            return Page(rows, query.offset + len(rows))
-        return Page(rows, await self._total(query))
-
-    async def _total(self, query: PageQuery) -> int:
-        names = counted_by(query)
-        if names is None:
-            statement: Statement = total_statement(query)
-            return self._rows(*statement)[0][0]
-        if names == ["rollouts.*"]:
-            return self._rows("SELECT coalesce(sum(value), 0) FROM counters WHERE name GLOB 'rollouts.*'")[0][0]
-        counters = await self.counters()
-        return sum(counters.get(name, 0) for name in names)
-
-    async def counters(self) -> dict[str, int]:
-        return dict(self._rows("SELECT name, value FROM counters"))
-
-    async def scan(self, table: Table, after: int, limit: int) -> list[Any]:
-        if table == "spans":
-            return self._rows(_SCAN_SPANS, (after, limit))
-        codec = _TABLES[table]
-        rows = self._rows(f"{codec.select_all} WHERE t.seq > ? ORDER BY t.seq LIMIT ?", (after, limit))
-        return [found for row in rows for found in _decode_or_report(codec, row)]
-
-    async def integrity(self) -> list[str]:
-        return [row[0] for row in self._rows("PRAGMA integrity_check(100)") if row[0] != "ok"]
 
 
 class CannotUndo(Exception):
@@ -398,6 +188,7 @@ class SqliteTransaction(SqliteReads):
         return row if row is not None else await super().get(kind, key)
 
     async def insert(self, row: Row) -> Any:
+        """Store a new row; returns it with its ``seq``."""
         if type(row) is AttemptRow:
             self._flush()  # the attempt that it replaces must not be live any more in the index of live ones
         elif type(row) is RolloutRow:
@@ -412,6 +203,7 @@ class SqliteTransaction(SqliteReads):
         return stored
 
     async def put(self, old: R, new: R) -> R:
+        """Replace a row in memory; it is written before the next search of its table, or at the end of the batch."""
         shelf = self._shelves[type(new)]
         key = shelf.key(new)
         row = replace(new, version=old.version + 1)
@@ -438,6 +230,7 @@ class SqliteTransaction(SqliteReads):
         return row
 
     async def touch(self, old: H, new: H, write_after: float) -> H:
+        """Replace a row in memory only, unless the stored sign of life is too old."""
         shelf = self._shelves[type(new)]
         key = shelf.key(new)
         cached = shelf.rows.get(key)
@@ -453,11 +246,13 @@ class SqliteTransaction(SqliteReads):
         return new
 
     async def save_touched(self) -> None:
+        """Write every sign of life that is only in memory."""
         for shelf in self._shelves.values():
             for key in list(shelf.stored):
                 self._write_now(shelf, key)
 
     async def insert_spans(self, spans: Sequence[SpanValues]) -> list[bool]:
+        """Store spans; for each whether it was new."""
         self._write()
         connection = self._connection
         before = connection.total_changes()
@@ -481,6 +276,7 @@ class SqliteTransaction(SqliteReads):
         return await super().page(query)
 
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
+        """Take the next rollouts of the queue."""
         ahead = self._ahead
         if len(ahead) < limit:
             self._flush()
@@ -507,6 +303,7 @@ class SqliteTransaction(SqliteReads):
             ahead.clear()
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
+        """Rows whose deadline has passed, the earliest first."""
         self._flush()
         attempts = self._rows(f"{ATTEMPTS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
         workers = self._rows(f"{WORKERS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
@@ -514,6 +311,7 @@ class SqliteTransaction(SqliteReads):
         return [self._found(row) for row in rows]
 
     async def next_deadline(self) -> float | None:
+        """The earliest deadline of all rows."""
         self._flush()
         sql = (
             "SELECT min(at) FROM (SELECT min(deadline) AS at FROM attempts WHERE deadline IS NOT NULL "
@@ -522,6 +320,7 @@ class SqliteTransaction(SqliteReads):
         return self._rows(sql)[0][0]
 
     async def delete_spans(self, attempt: AttemptRow, limit: int) -> tuple[int, int]:
+        """Delete some spans of an attempt; returns how many, and their bytes."""
         self._write()
         doomed = self._rows("SELECT seq, length(body) FROM spans WHERE attempt_seq = ? LIMIT ?", (attempt.seq, limit))
         for seq, _ in doomed:
@@ -529,6 +328,7 @@ class SqliteTransaction(SqliteReads):
         return len(doomed), sum(size for _, size in doomed)
 
     async def delete_rollout(self, rollout: RolloutRow) -> int:
+        """Delete a rollout and its attempts; returns the number of attempts."""
         self._flush()
         self._write()
         self._execute("DELETE FROM attempts WHERE rollout_id = ?", (rollout.rollout_id,))
@@ -541,9 +341,11 @@ class SqliteTransaction(SqliteReads):
         return deleted
 
     def count(self, changes: Mapping[str, int]) -> None:
+        """Add to counters when the batch is committed."""
         self._counts += changes.items()
 
     def publish(self, event: Event) -> None:
+        """Tell the engine when the batch is durable."""
         self.events.append(event)
 
 
@@ -581,32 +383,3 @@ def _take_out(ids: set[str], span_id: str) -> bool:
         return False
     ids.remove(span_id)
     return True
-
-
-def _decode_or_report(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:
-    width = len(codec.fields)
-    try:
-        row = codec.decode(values[:width])
-        derived = codec.derive(row)
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        return [Unreadable(values[0], str(error))]
-    wrong = [
-        Unreadable(values[0], f"its column {name} is {stored!r} and should be {true!r}")
-        for name, stored, true in zip(codec.derived, values[width:], derived, strict=True)
-        if stored != true
-    ]
-    return [*wrong, row]
-
-
-def _with_latest(row: tuple[Any, ...]) -> RolloutWithLatest:
-    latest = None if row[_ROLLOUT_WIDTH] is None else ATTEMPTS.decode(row[_ROLLOUT_WIDTH:])
-    return RolloutWithLatest(ROLLOUTS.decode(row[:_ROLLOUT_WIDTH]), latest)
-
-
-_DECODE: dict[Table, Callable[[tuple[Any, ...]], Any]] = {
-    "rollouts": _with_latest,
-    "attempts": ATTEMPTS.decode,
-    "spans": SpanRow._make,
-    "resources": RESOURCES.decode,
-    "workers": WORKERS.decode,
-}

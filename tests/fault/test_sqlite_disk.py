@@ -193,7 +193,7 @@ async def test_a_failure_while_the_log_is_copied_stops_the_store_after_the_ackno
     disk: FaultyDisk, tmp_path: Path, operation: Operation, error: type[apsw.Error]
 ) -> None:
     database = tmp_path / "store.db"
-    store = store_on(disk, database, checkpoint_pages=30)
+    store = store_on(disk, database, checkpoint_pages=90)
     await store.enqueue_rollout("input")
     disk.break_down(operation, "store.db", error)
     outcomes = [await outcome_of(store.enqueue_rollout("input", rollout_id=f"ro-{number}")) for number in range(100)]

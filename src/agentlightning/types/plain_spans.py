@@ -197,20 +197,26 @@ def count_keys(span: PlainSpan) -> int:
 
 
 _SCALARS: frozenset[type[Any]] = frozenset({str, bool, int, float})
+_PLAIN_KINDS = _SCALARS | {list}
+_NAMES: frozenset[type[Any]] = frozenset({str})
 
 
 def _are_plain(attributes: Mapping[str, Any]) -> bool:
-    for name, value in attributes.items():
-        kind = cast("type[object]", type(value))
-        if kind is list:
-            kinds = set(map(type, value))
-            if len(kinds) > 1 or not kinds <= _SCALARS or (float in kinds and not all(map(isfinite, value))):
-                return False
-        elif kind not in _SCALARS or (kind is float and not isfinite(value)):
-            return False
-        if type(name) is not str:
-            return False
-    return True
+    # The types are collected by C code first, because nearly all attributes need no look at the single value.
+    kinds = set(map(type, attributes.values()))
+    if not kinds <= _PLAIN_KINDS or not set(map(type, attributes)) <= _NAMES:
+        return False
+    if float in kinds and not all(isfinite(value) for value in attributes.values() if type(value) is float):
+        return False
+    return list not in kinds or all(_is_no_mixed_list(value) for value in attributes.values())
+
+
+def _is_no_mixed_list(value: object) -> bool:
+    if type(value) is not list:
+        return True
+    values = cast("list[Any]", value)
+    kinds = set(map(type, values))
+    return len(kinds) <= 1 and kinds <= _SCALARS and (float not in kinds or all(map(isfinite, values)))
 
 
 def _is_plain_event(event: Event | PlainEvent) -> bool:

@@ -195,9 +195,15 @@ async def end_lost_workers(store: LightningStore, process_space: str | None) -> 
 
 
 def _is_gone(worker: Worker, process_space: str | None) -> bool:
+    pid = local_pid(worker, process_space)
+    return pid is not None and not psutil.pid_exists(pid)
+
+
+def local_pid(worker: Worker, process_space: str | None) -> int | None:
+    """Return the worker's process id if it is valid in this process space; None if it is not, or is unknown."""
     told = worker.registration or {}
     is_local = process_space is not None and told.get("process_space") == process_space
-    return is_local and type(told.get("pid")) is int and not psutil.pid_exists(told["pid"])
+    return told["pid"] if is_local and type(told.get("pid")) is int else None
 
 
 async def watch_lost_workers(store: LightningStore, process_space: str | None, timeout_seconds: float = 60.0) -> None:

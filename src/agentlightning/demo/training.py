@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from agentlightning.algorithm.grpo import GRPO
+from agentlightning.algorithm.run import local_pid
 from agentlightning.demo import game
 from agentlightning.demo.agent import play
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
@@ -27,7 +28,7 @@ from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.trainer.progress import SilentView, Snapshot, TableView, duration, render, workers_line
 from agentlightning.trainer.trainer import Trainer
-from agentlightning.types import Attempt, AttemptedRollout, Dataset, Worker
+from agentlightning.types import Attempt, AttemptedRollout, Dataset
 
 WIN_RATE_LEARNED = 0.85
 """From this win rate on, with its best guesses over all secrets, the policy counts as having learned the game."""
@@ -198,7 +199,7 @@ class FaultInjectingGRPO(GRPO[SoftmaxPolicy]):
         """
         store = self.get_store()
         for worker in await store.query_workers(status_in=["busy"]):
-            pid = _local_pid(worker)
+            pid = local_pid(worker, process_space())
             if pid is None:
                 continue
             with suppress(ProcessLookupError):
@@ -213,14 +214,6 @@ class FaultInjectingGRPO(GRPO[SoftmaxPolicy]):
                 self._notices.append(f"killed runner {worker.worker_id} (SIGKILL), which was playing {rollout_id}")
                 return True
         return False
-
-
-def _local_pid(worker: Worker) -> int | None:
-    """Return the worker's process id, if it is valid in this PID namespace."""
-    told = worker.registration or {}
-    here = process_space()
-    pid = told.get("pid")
-    return pid if here is not None and told.get("process_space") == here and type(pid) is int else None
 
 
 async def _rollout_in_progress(store: LightningStore, worker_id: str) -> str | None:

@@ -14,8 +14,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from agentlightning.algorithm.apo import APO
-from agentlightning.algorithm.apo_prompts import placeholders, read_prompt
+from agentlightning.algorithm.apo import APO, placeholders, read_prompt
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import LightningStore

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
+import aiohttp
+
 from agentlightning.demo import game
-from agentlightning.demo.agent import ChatClient
+from agentlightning.demo.agent import ask
 from agentlightning.semconv import AGL_ANNOTATION
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, Span
@@ -102,10 +104,10 @@ class GameRunners:
         if isinstance(llm, ProxyLLM):
             llm = llm.with_attempted_rollout(claimed)
         now = game.start(claimed.input["secret"])
-        async with ChatClient(llm) as model:
+        async with aiohttp.ClientSession() as session:
             while now.outcome == "playing":
                 question = game.prompt(now)
-                reply = await model.ask(question)
+                reply = await ask(session, llm, question)
                 if not recorded_elsewhere:
                     await self._store.add_span(_span(claimed, f"chat {llm.model}", _said(question, reply)))
                 now = game.step(now, game.parse(now, reply))

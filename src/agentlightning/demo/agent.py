@@ -25,14 +25,13 @@ async def play(task: dict[str, Any], llm: LLM) -> float:
     Nothing here knows of training: the model is behind a URL, and the LLM proxy there records what is said to it.
     """
     now = game.start(task["secret"])
-    headers = {} if llm.api_key is None else {"Authorization": f"Bearer {llm.api_key}"}
-    async with aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT) as session:
+    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
         while now.outcome == "playing":
-            now = game.step(now, game.parse(now, await _ask(session, llm, game.prompt(now))))
+            now = game.step(now, game.parse(now, await ask(session, llm, game.prompt(now))))
     return now.reward
 
 
-async def _ask(session: aiohttp.ClientSession, llm: LLM, prompt: str) -> str:
+async def ask(session: aiohttp.ClientSession, llm: LLM, prompt: str) -> str:
     """Return the model's answer to one message.
 
     While the weights are updated the endpoint answers 429 with ``Retry-After``, and is asked again.
@@ -41,10 +40,11 @@ async def _ask(session: aiohttp.ClientSession, llm: LLM, prompt: str) -> str:
         StoreUnavailable: the endpoint answers with an error, or not at all.
     """
     url = f"{llm.get_base_url().rstrip('/')}/chat/completions"
+    headers = {} if llm.api_key is None else {"Authorization": f"Bearer {llm.api_key}"}
     body = {"model": llm.model, **llm.sampling_parameters, "messages": [{"role": "user", "content": prompt}]}
     for _ in range(_MAX_PAUSES):
         try:
-            async with session.post(url, json=body) as reply:
+            async with session.post(url, json=body, headers=headers) as reply:
                 if reply.status == 200:
                     answer: dict[str, Any] = await reply.json()
                     return str(answer["choices"][0]["message"]["content"])

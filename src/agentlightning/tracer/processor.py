@@ -125,6 +125,7 @@ class LightningSpanProcessor(SpanProcessor):
 
     @disable_store_submission.setter
     def disable_store_submission(self, value: bool) -> None:
+        """Set whether the spans of traces that are opened from now on are kept in memory only."""
         self._disable_store_submission = value
 
     def spans(self) -> list[Span]:

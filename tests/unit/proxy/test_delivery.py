@@ -12,11 +12,10 @@ import pytest
 from agentlightning import InMemoryLightningStore
 from agentlightning.errors import StoreUnavailable
 from agentlightning.proxy.admission import ProxyAccess
-from agentlightning.proxy.delivery import SpanDelivery
 from agentlightning.proxy.dialects import ChatCompletions
 from agentlightning.proxy.errors import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
-from agentlightning.proxy.session import ProxySession, ProxySettings
+from agentlightning.proxy.session import CallDelivery, ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing
 from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
@@ -44,11 +43,11 @@ class GatedStore(InMemoryLightningStore):
 
 
 @asynccontextmanager
-async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, SpanDelivery, CallOrigin]]:
+async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, CallDelivery, CallOrigin]]:
     """A store with an attempt, and a delivery to it."""
     async with GatedStore() as store:
         rollout = await store.start_rollout({})
-        delivery = SpanDelivery(lambda: store, **{"max_waiting_bytes": 10_000, **options})
+        delivery = CallDelivery(lambda: store, **{"max_waiting_bytes": 10_000, **options})
         delivery.start()
         try:
             yield store, delivery, CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)

@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 from agentlightning.http.routes import Priority
 
-# --- How many of the latest calls failed ---
-
 _SLOTS = 10
 
 
@@ -57,8 +55,6 @@ class FailureWindow:
         for number in [number for number in self._slots if number <= newest - _SLOTS]:
             del self._slots[number]
 
-
-# ---
 
 _VITAL: frozenset[Priority] = frozenset({"heartbeat", "completion"})
 _SHARES = (0.10, 0.25, 0.50)

@@ -23,8 +23,6 @@ from agentlightning.http.routes import ServerAddress
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.types import UNSET, ResourcesUpdate, Unset
 
-# --- Where a client keeps what belongs to a server on this machine: spans that wait, resources  ---
-
 _FORGET_AFTER_SECONDS = 7 * 24 * 3600.0
 
 
@@ -70,8 +68,6 @@ def default_folder() -> Path:
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning" / "spool"
 
-
-# ---
 
 _logger = logging.getLogger(__name__)
 

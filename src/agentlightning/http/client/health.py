@@ -186,8 +186,6 @@ class Health:
             _logger.warning("%s does not answer as it should: %s", self._server, why)
 
 
-# --- What a client knows of its server, in the form that Prometheus reads ---
-
 _COUNTERS: Sequence[tuple[str, str]] = (
     ("calls", "Tries that were sent."),
     ("failures", "Tries without a reply, or with one that shows the server to be in trouble."),

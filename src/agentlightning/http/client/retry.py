@@ -16,8 +16,6 @@ from typing import Protocol
 from agentlightning.errors import StoreClosed, StoreUnreachable
 from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest, is_transient
 
-# --- A bound on how much retries may add to the load of a server that is already in trouble ---
-
 
 class RetryBudget:
     """Tokens for retries: some for each first try, some with time. Who finds none waits for one; nobody is refused.
@@ -58,8 +56,6 @@ class RetryBudget:
             self._tokens = min(self._capacity, self._tokens + 1)
 
 
-# --- How long to wait before the next try ---
-
 _LONGEST_RETRY_AFTER = 3600.0
 
 
@@ -89,6 +85,7 @@ class FullJitter:
         self._random = random
 
     def delay(self, failed_tries: int) -> float | None:
+        """Seconds before the next try; never None."""
         return self._random() * min(self._cap, self._base * 2.0 ** min(failed_tries - 1, 60))
 
 
@@ -103,6 +100,7 @@ class FixedDelays:
         self._delays = tuple(delays)
 
     def delay(self, failed_tries: int) -> float | None:
+        """Seconds before the next try; None after the last of the delays."""
         return self._delays[failed_tries - 1] if failed_tries <= len(self._delays) else None
 
 
@@ -125,8 +123,6 @@ def retry_after_seconds(value: str | None, wall: Callable[[], float] = time.time
         return None
     return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)
 
-
-# ---
 
 _INTERNAL_ERROR_TRIES = 4
 """How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a

@@ -23,8 +23,6 @@ from zlib import crc32
 
 from agentlightning.errors import AgentLightningError, SpoolFull
 
-# --- The file format of a spool: records one after another, each with its length and a checksum ---
-
 _MARK = b"\xa9sp\n"
 _HEAD = struct.Struct("<4sII")
 HEAD_BYTES = _HEAD.size
@@ -68,8 +66,6 @@ def _content_at(data: bytes, position: int) -> bytes | None:
     content = data[begin : begin + length]
     return content if len(content) == length and crc32(content) == checksum else None
 
-
-# ---
 
 _logger = logging.getLogger(__name__)
 
@@ -344,8 +340,6 @@ def _write_cursor(folder: Path, place: _Place) -> None:
         os.close(handle)
 
 
-# --- All spools on this machine for one server: the own one, those of others, and what the serv ---
-
 _COUNT_AGAIN_SECONDS = 1.0
 
 
@@ -441,13 +435,6 @@ class SpoolFolder:
             if self._counted_at is None or now - self._counted_at >= _COUNT_AGAIN_SECONDS:
                 self._counted_at = now
                 self._others_bytes = sum(
-                    _size(each) for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder
+                    _size_of(each) for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder
                 )
             return self._others_bytes
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -87,8 +87,6 @@ def is_transient(status: int) -> bool:
     return status in _TRANSIENT or (status > 507 and status < 600)
 
 
-# --- The innermost transport: HTTP/1.1 by aiohttp, with one bounded session for each event loop ---
-
 _JSON = {"Content-Type": "application/json"}
 _PIECE_BYTES = 2**18
 _UNBOUNDED = nullcontext()

@@ -1,4 +1,7 @@
-"""What callers ask for, checked and encoded, before any transaction begins."""
+"""The arguments of writing methods, validated and encoded before a transaction begins.
+
+The client uses the same functions, so that a bad argument fails there as it would in the store, without a request.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ _ATTEMPT_ENDS = get_args(AttemptEnd)
 
 
 def check_batch(items: Sequence[Any], what: str) -> None:
-    """Raise ``InvalidValue`` if this is no list, ``TooLarge`` if there is more than one call may carry."""
+    """Raise ``InvalidValue`` if this is not a list, ``TooLarge`` if it has more than ``MAX_BATCH`` items."""
     if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"{what} is a {type(items).__name__}; give a list")
     if len(items) > MAX_BATCH:
@@ -59,10 +62,10 @@ def check_claim_limit(limit: object, *, least: int = 1, what: str = "limit") -> 
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(rollout_id, attempt_id) pairs, if that is what they are.
+    """The list of (rollout_id, attempt_id) pairs, validated.
 
     Raises:
-        InvalidValue: one is not a pair, or has a bad id.
+        InvalidValue: an item is not a pair, or an id is not valid.
     """
     check_batch(pairs, "ids")
     checked: list[tuple[str, str]] = []
@@ -74,7 +77,7 @@ def check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def digest_of(*parts: bytes) -> bytes:
-    """16 bytes that tell one request from another (BLAKE2b over the parts and their lengths)."""
+    """A digest of 16 bytes that differs between requests (BLAKE2b over the parts and their lengths)."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
@@ -172,7 +175,7 @@ def report_of(
     reason_code: str | None,
     reason_message: str | None,
 ) -> Report:
-    """What a worker says about its attempt; what is ``UNSET`` is not said.
+    """A worker's report about its attempt; fields that are ``UNSET`` are not part of it.
 
     Raises:
         InvalidValue: a field is not valid.
@@ -192,7 +195,7 @@ def report_of(
 
 
 def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_message: str | None) -> Report:
-    """How a worker says that its attempt ended.
+    """A worker's report that its attempt has ended.
 
     Raises:
         InvalidValue: a field is not valid, or the status is not one that an attempt ends in.
@@ -223,7 +226,7 @@ def encode_spans(spans: Sequence[SpanOrPlain]) -> list[bytes]:
     """Spans as JSON, each whole.
 
     Raises:
-        InvalidValue, NotJson, TooLarge: a span that no store would take; all of them are refused with it.
+        InvalidValue, NotJson, TooLarge: one of the spans is not valid; then all are refused.
     """
     check_batch(spans, "spans")
     checked: set[str] = set()

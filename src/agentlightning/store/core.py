@@ -1,4 +1,4 @@
-"""Running operations: opening and closing, sweeping first, telling those who wait."""
+"""Runs operations on a backend: opens it, sweeps expired deadlines first, and wakes the callers that wait."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RETRY_SWEEP_SECONDS = 1.0
 
 
 class Core:
-    """Puts a backend, the deadlines and the waiting callers together.
+    """Connects a backend with the deadlines and the waiting callers.
 
     Args:
         backend: where rows live. It is opened by the first operation.
@@ -55,7 +55,7 @@ class Core:
             self._open = True
 
     async def close(self) -> None:
-        """Finish what was accepted; whoever still waits gets ``StoreClosed``. Idempotent.
+        """Finish the accepted operations; callers that still wait get ``StoreClosed``. Idempotent.
 
         In a forked child it does nothing: a lock that another thread held at the fork stays locked there.
         """
@@ -67,7 +67,7 @@ class Core:
         await self.backend.close()
 
     async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Run an operation that writes, after a sweep of all that is due, which may take several transactions."""
+        """Run an operation that writes, after sweeping everything that is due. That may take several transactions."""
         if not self._open or self._closed:
             self.open()
         if not self._deadlines.passed():
@@ -90,7 +90,7 @@ class Core:
     ) -> T:
         """Run an operation that only reads, after a sweep if one is due.
 
-        A store that cannot write is read all the same; what has expired there is computed on the way out.
+        A store that cannot write is still read; ``queries.as_of`` then computes what has expired.
 
         Args:
             operation: reads.
@@ -112,7 +112,7 @@ class Core:
     # --- Waiting ---------------------------------------------------------------------------------
 
     def hold_claims(self) -> None:
-        """Hand out nothing until ``release_claims``: the queue looks empty to whoever claims."""
+        """Hand out nothing until ``release_claims``: claims find the queue empty."""
         self._claims_held = True
 
     @property
@@ -121,7 +121,7 @@ class Core:
         return self._claims_held
 
     def release_claims(self) -> None:
-        """Hand out what waits, also to those who wait for it. Idempotent."""
+        """Hand out rollouts again, and wake the claims that wait. Idempotent."""
         if self._claims_held:
             self._claims_held = False
             self._claims.wake_all()
@@ -133,9 +133,9 @@ class Core:
         request_id: str | None,
         wait_seconds: float,
     ) -> Sequence[T]:
-        """Claim; while there is nothing, wait for the queue to fill and claim again, until the time is up.
+        """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
 
-        ``claim`` says None when waiting is of no use: then the answer is nothing, at once.
+        If ``claim`` returns None, its worker must not claim: the result is empty, without a wait.
         """
         self._check_process()
 
@@ -152,7 +152,7 @@ class Core:
             try:
                 claimed = await claim_unless_held()
                 if claimed is None:
-                    self._claims.wake(1)  # it may have been called for a rollout that another one can take
+                    self._claims.wake(1)  # this ticket may have been woken for a rollout that another worker can take
                     return []
                 if claimed or ticket.replaced:
                     return claimed
@@ -164,17 +164,17 @@ class Core:
                 self._claims.leave(ticket, will_look=will_look)
 
     async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> bool:
-        """Wait to be called to the queue; whether that happened in time."""
+        """Wait until this ticket is woken; returns whether that happened in time."""
         self._check_waiting()
         return await ticket.signal.wait(seconds)
 
     def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
-        """Begin to collect the ends of rollouts. Give it back with ``unwatch``."""
+        """Record which of these rollouts end from now on, until ``unwatch``."""
         self._check_process()
         return self._finishes.watch(rollout_ids)
 
     def _check_process(self) -> None:
-        """Before any lock is taken that another thread may have held when this process was forked."""
+        """Raise in a forked child, before it takes a lock that another thread may have held at the fork."""
         if self.backend.forked:
             self.backend.open(self._take_in)  # raises
 
@@ -183,7 +183,7 @@ class Core:
         self._finishes.deleted(deleted)
 
     def unwatch(self, watch: FinishWatch) -> None:
-        """Stop collecting."""
+        """Forget a watch."""
         self._finishes.unwatch(watch)
 
     def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> None:
@@ -206,7 +206,7 @@ class Core:
         return self._finishes.take(watch)
 
     def _end_waiting(self, error: AgentLightningError) -> None:
-        """Nothing that anybody waits for will happen any more."""
+        """Raise ``error`` in every caller that waits, now and from now on."""
         self._no_more_waiting = error
         self._finishes.close(error)
         self._claims.close(error)
@@ -219,7 +219,7 @@ class Core:
     # --- Events ----------------------------------------------------------------------------------
 
     def _take_in(self, events: list[Event]) -> None:
-        """What committed transactions say. Called in the order of the commits, from any thread."""
+        """Handle the events of committed transactions. Called in the order of the commits, from any thread."""
         waiting = 0
         for event in events:
             match event:
@@ -237,7 +237,7 @@ class Core:
             self._claims.wake(waiting)
 
     def _ring(self) -> None:
-        """A deadline has passed and nobody asked: sweep, so that those who wait learn of it."""
+        """A deadline has passed and no call has swept: sweep, so that the callers that wait are woken."""
         try:
             while self.backend.write_blocking(sweep):
                 pass

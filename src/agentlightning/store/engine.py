@@ -1,7 +1,7 @@
-"""The one implementation of the store: check what comes in, run the operation, show what came out.
+"""The one implementation of the store: validate the arguments, run the operation, convert the result.
 
-What an operation does is in ``store.operations``; what may happen to a record is decided by
-``lifecycle``; where rows live is the backend's business. Questions are answered by ``reading``.
+``store.operations`` has the operations, ``lifecycle`` decides what may happen to a record, the backend stores rows,
+and ``reading`` has the methods that only read.
 """
 
 from __future__ import annotations

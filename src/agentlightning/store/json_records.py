@@ -1,6 +1,6 @@
-"""Rows as the JSON of the public records: what a server sends, without building the records first.
+"""Rows as the JSON of the public records. A server sends these bytes, without building the records first.
 
-The same functions as in ``views``, and the same fields; a test holds the two together.
+The functions and fields are those of ``records``; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers ask for, as page queries; and pages as what callers get."""
+"""The arguments of reading methods as page queries, validated."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SORTABLE: dict[Table, tuple[str, ...]] = {
         name for name in Worker.model_fields if name not in ("heartbeat_stats", "registration", "stale_attempt_ids")
     ),
 }
-"""Fields that a page may be sorted by: those with plain values."""
+"""The fields that a page may be sorted by: those with plain values, which a database can compare."""
 
 
 class Paging(NamedTuple):
-    """How a caller wants a page."""
+    """Order, size and place of a page."""
 
     sort_by: str | None
     sort_order: Literal["asc", "desc"]
@@ -72,10 +72,10 @@ def paged(
 
 
 def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Sequence[T] | None) -> Sequence[T] | None:
-    """An argument that has an old name, too.
+    """The value of an argument that callers may also give under its old name.
 
     Raises:
-        InvalidValue: both names were used.
+        InvalidValue: both names are given.
     """
     if value is not None and old_value is not None:
         raise InvalidValue(f"{name} and {old_name} are the same filter; give only {name}")
@@ -83,17 +83,17 @@ def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Seque
 
 
 def equals(field: str, value: str | None) -> Filter | None:
-    """The field is this."""
+    """The field equals this value."""
     return None if value is None else Filter(field, "equals", _text(field, value))
 
 
 def contains(field: str, value: str | None) -> Filter | None:
-    """The field has this in it; upper and lower case differ."""
+    """The field contains this text; case matters."""
     return None if value is None else Filter(field, "contains", _text(f"{field}_contains", value))
 
 
 def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | None = None) -> Filter | None:
-    """The field is one of these."""
+    """The field equals one of these values."""
     if values is None:
         return None
     unusable = isinstance(values, str) or not isinstance(values, Collection)  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -107,7 +107,7 @@ def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | No
 
 
 def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
-    """The two as they stand at this moment, even where nobody could write that the attempt has expired."""
+    """Both as they are at this moment. A read uses it, because a store that cannot write cannot store an expiry."""
     pair = Pair(rollout, attempt)
     return pair if attempt.deadline is None or attempt.deadline > now.lease else attempts.expire(pair, now)
 

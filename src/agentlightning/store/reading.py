@@ -1,4 +1,4 @@
-"""The half of the store that answers questions."""
+"""The reading methods of the store: pages, single records, waits, statistics and the consistency check."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from agentlightning.types import (
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _WORKER_STATES = get_args(WorkerStatus)
 _SHORT_PAGE = 256
-"""Rows that are read at once, in the caller's thread; how many more there are is not known before."""
+"""Up to this many rows are read in the caller's thread, because a short read is cheaper than a switch of threads."""
 _WHOLE_STORE = 2**31
 _TOUCHED = frozenset({"last_heartbeat_time", "last_dequeue_time", "last_busy_time", "last_idle_time"})
 """Fields of attempts and workers whose newest values may not be in the database, which sorts by what it has."""
 
 
 class ReadingStore(LightningStore):
-    """Questions to a store.
+    """A store's reading methods.
 
     Args:
         core: runs the operations.
@@ -262,8 +262,8 @@ class ReadingStore(LightningStore):
     async def _page(self, query: PageQuery, *, latest_only: bool = False) -> PaginatedResult[Any]:
         """One page as public records.
 
-        A long one, and one that may have to look at many rows to find few, is read and converted away
-        from the caller's thread.
+        A long page is read and converted in another thread, so that it does not block the event loop; so is one whose
+        filters may scan many rows to find few.
         """
 
         def answer(asked: PageQuery) -> Callable[[ReadTransaction], Awaitable[Page]]:

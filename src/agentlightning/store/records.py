@@ -1,7 +1,7 @@
 """Rows as the public records that callers see.
 
-Rows were checked when they were written, so records are built without validating them again. ``Shown`` is
-what this module and ``json_views`` offer alike: a store answers in the one form or in the other.
+Rows were validated when they were written, so records are built without validating them again. This module and
+``json_records`` offer the same functions, which ``Shown`` lists: a store returns records in the one form or the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _resources = TypeAdapter[NamedResources](NamedResources)
 
 
 class Shown(Protocol):
-    """The forms in which a store shows its rows."""
+    """The functions that turn rows into what a store returns."""
 
     def rollout_view(self, rollout: RolloutRow, attempt: AttemptRow | None) -> Any: ...
 
@@ -146,7 +146,7 @@ def _config(policy: Policy) -> RolloutConfig:
 
 
 # --- The fields of records -----------------------------------------------------------------------
-# What is stored as JSON is put in by ``value``.
+# ``value`` converts a field that is stored as JSON.
 
 
 def rollout_fields(row: RolloutRow, value: Callable[[bytes], Any], policy: Callable[[Policy], Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Deadlines: what happens when nobody does anything.
+"""Deadlines: attempts and workers expire although nobody calls the store.
 
-A store sweeps before it answers, whenever a deadline has passed, so no caller sees an expired
-attempt as running. The alarm sweeps when nobody asks, so that those who wait learn of it too.
+When a deadline has passed, the next call sweeps before it does anything else, so that no caller sees an expired
+attempt as running. If there is no call, the alarm sweeps, so that callers that wait are woken.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from agentlightning.store.operations.rows import save, save_worker
 
 _log = logging.getLogger(__name__)
 _SLICE = 200
-"""Rows looked at in one transaction, so that a sweep never holds up other writes for long."""
+"""Rows per transaction, so that a sweep does not block other writes for long."""
 
 
 async def sweep(tx: Transaction) -> bool:
-    """Look at rows whose deadline has passed, and end what has expired; whether some were left for next time."""
+    """Check rows whose deadline has passed, and end what has expired; returns whether more rows are due."""
     now = tx.now()
     due = await tx.due(now.lease, _SLICE)
     for row in due:
@@ -60,7 +60,7 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
 
 
 class Deadlines:
-    """The next moment, on the lease clock, at which something may expire; never later than the truth.
+    """The next moment, on the lease clock, at which something may expire; possibly early, never late.
 
     Args:
         lease_now: reads the lease clock, in seconds.
@@ -77,7 +77,7 @@ class Deadlines:
         return self._lease_now() >= self.next
 
     def note(self, event: Deadline | Swept) -> None:
-        """Take in what a committed transaction says. Events come in the order of the commits."""
+        """Handle an event of a committed transaction. Events come in the order of the commits."""
         match event:
             case Deadline(at):
                 following = min(self.next, at)
@@ -97,7 +97,7 @@ class Alarm:
     """
 
     def __init__(self, lease_now: Callable[[], float], ring: Callable[[], None]) -> None:
-        # The thread must not keep alive what it watches: a store that nobody uses any more ends it.
+        # Weak references: the thread must not keep a store alive that nobody uses any more.
         self._state = _AlarmState(weakref.WeakMethod(lease_now), weakref.WeakMethod(ring))
         self._thread: threading.Thread | None = None
 
@@ -114,7 +114,7 @@ class Alarm:
         thread = threading.Thread(target=_watch, args=(self._state,), name="agl-sweep", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # no more threads are to be had: the next deadline tries again
+        except RuntimeError as error:  # the system has no more threads; the next deadline tries again
             _log.warning("expired attempts are found only when the store is used: %s", error)
             return
         self._thread = thread

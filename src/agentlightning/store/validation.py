@@ -1,4 +1,4 @@
-"""The strict door of the store: what comes in is checked here, once, before anything is written."""
+"""Validation of what callers give to a store. It happens once, before a transaction begins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _named_resources = TypeAdapter[NamedResources](NamedResources)
 
 
 def shown(value: object) -> str:
-    """``value`` for an error message: short, even if it is large or nested without end."""
+    """``value`` for an error message: short, even if it is large or contains itself."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 150, 150
     return short.repr(value)
@@ -63,7 +63,7 @@ def check_one_of(value: object, allowed: Sequence[str], what: str) -> None:
 
 
 def check_text(value: object, what: str) -> str:
-    """``value``, if it is a string that every database and every JSON can carry."""
+    """``value``, if it is a string that every database and JSON can hold. Raises ``InvalidValue`` or ``NotJson``."""
     if not isinstance(value, str):
         raise InvalidValue(f"{what} {shown(value)} is a {type(value).__name__}; give a string")
     encode_json(value, what)
@@ -107,7 +107,7 @@ def encode_json(value: object, what: str) -> bytes:
     """``value`` as compact JSON; ``what`` names it in errors.
 
     Raises:
-        NotJson: it holds anything that strict JSON does not (tuples count as arrays).
+        NotJson: it contains a value that strict JSON does not have (tuples count as arrays).
         TooLarge: it is larger than ``MAX_JSON_BYTES`` or deeper than ``MAX_DEPTH``.
     """
     exact = check_json_value(value, what)
@@ -120,7 +120,7 @@ def encode_json(value: object, what: str) -> bytes:
 
 
 def canonical(encoded: bytes) -> bytes:
-    """The same JSON with the keys of every object in order, so that equal content has equal bytes."""
+    """The same JSON with sorted keys, so that equal content has equal bytes and therefore equal digests."""
     return _encode_sorted(msgspec.json.decode(encoded))
 
 
@@ -134,7 +134,7 @@ def encode_object(value: Mapping[str, Any] | None, what: str) -> bytes | None:
 
 
 def encode_required(value: Mapping[str, Any], what: str) -> bytes:
-    """A JSON object that must be there. Raises as ``encode_json``."""
+    """A JSON object that must not be None. Raises as ``encode_json``."""
     encoded = encode_object(value, what)
     if encoded is None:
         raise InvalidValue(f"{what} cannot be None; give a dict, or leave it out")
@@ -182,7 +182,7 @@ def encode_resources(resources: NamedResources) -> bytes:
 
 
 def reason_of(code: str | None, message: str | None, default_code: str) -> Reason | None:
-    """A reason that a caller gives; None if it gives none.
+    """The reason that a caller gives; None if it gives neither code nor message.
 
     Raises:
         InvalidValue: the code is not in lower_snake_case, or is the store's own, or a text holds what JSON cannot.

@@ -1,4 +1,4 @@
-"""The consistency check: every rule that the rows of a store obey, and who breaks one.
+"""The consistency check: every rule that the stored rows must obey, and which rows break one.
 
 It reads one snapshot in slices. Memory grows with the number of attempts that have spans
 (some 100 bytes each), and with nothing else.

@@ -200,7 +200,7 @@ class ReferenceStore(ReferenceRecords):
             "sequence_ids": [
                 new.pop((attempt_id, each["span_id"]), {"sequence_id": 0})["sequence_id"] for each in spans
             ],
-            "claimed": self.dequeue(*claim) if claim[0] else [],
+            "claimed": self.dequeue(*claim) if claim[0] and (not repeat or self._same_claim(*claim)) else [],
         }
 
     def release(self, rollout_id: str, attempt_id: str) -> Facts:

@@ -12,7 +12,6 @@ What a record holds follows from its id (`input_of`, `span_of`, `text_of`), so t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import sys
@@ -674,8 +673,8 @@ class StoreProcess:
             anew = [request.model_copy(update={"rollout_id": None}) for request in call.requests()]
             await store.enqueue_many_rollouts(anew)
         elif self._life.repeat_with == "no claim ids" and isinstance(call, Finish):
-            with contextlib.suppress(Conflict, NotFound):
-                await call.make_by(store.finish_attempt, None)
+            if call.limit:
+                await store.dequeue_many_rollouts(limit=call.limit, worker_id=call.worker_id)
         elif not isinstance(call, IssueSequenceId):
             self._note(Line(answered.writer, answered.memory, call))
             promise = await self._make(store, call)

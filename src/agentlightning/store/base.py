@@ -292,6 +292,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
 
         The store does all of it or nothing. A repeat, for example after a lost reply, has the effect of one call:
         spans are stored once, the attempt stays as it ended, and a claim with a ``request_id`` gets the same attempts.
+        A repeat never claims other rollouts, also if the first call found none.
         This default calls ``add_many_spans``, ``update_attempt`` and ``dequeue_many_rollouts`` one after the other.
 
         Args:

@@ -172,7 +172,12 @@ async def finish(
     except StaleAttempt as error:
         after, refused = pair, error
     attempt = _pair(await save(tx, Change(*before), Change(*after))).attempt
-    claimed = None if wanted is None or refused is not None else await claim(tx, wanted, mint)
+    claimed = None
+    if wanted is not None and refused is None:
+        # A repeat gets the attempts of the first call only. If it found the queue empty, a duplicate that is delivered
+        # late must not claim a rollout that nobody will receive.
+        repeated = not before.attempt.live and before.attempt.status == said.status
+        claimed = await (_claimed_before(tx, wanted) if repeated else claim(tx, wanted, mint))
     return Finish(attempt, sequence_ids, claimed or [], refused)
 
 
@@ -238,6 +243,13 @@ async def _first_attempt(tx: Transaction, rollout: RolloutRow) -> AttemptRow:
     of_rollout = Filter("rollout_id", "equals", rollout.rollout_id)
     page = await tx.page(PageQuery("attempts", (of_rollout,), sort_by="sequence_id", limit=1))
     return page.rows[0]
+
+
+async def _claimed_before(tx: Transaction, wanted: ClaimRequest) -> list[Pair] | None:
+    """What an earlier claim under the same id still has; None if there was none."""
+    if wanted.request_id is None:
+        return None
+    return await _held_by_request(tx, wanted.request_id, wanted.digest, wanted.confirm_seconds)
 
 
 async def _held_by_request(

@@ -107,6 +107,17 @@ async def test_a_repeat_is_told_so_after_the_retry_was_claimed_too(stores: Store
         assert await statuses(store, rollout_id) == ("preparing", ["failed", "preparing"])
 
 
+@pytest.mark.parametrize("request_id", ["rq-2", None])
+async def test_a_late_repeat_claims_nothing_new(stores: Stores, request_id: str | None) -> None:
+    async with stores.open() as (store, _):
+        claim = await started(store, "worker")
+        arguments: dict[str, Any] = {"claim_limit": 1, "worker_id": "worker", "request_id": request_id}
+        assert (await ended_at_once(store, claim, **arguments)).claimed == []
+        [rollout_id] = await enqueued(store, "later")
+        assert (await ended_at_once(store, claim, **arguments)).claimed == []
+        assert await statuses(store, rollout_id) == ("queuing", [])
+
+
 async def test_a_dequeue_with_the_same_request_gets_the_same_attempts(stores: Stores) -> None:
     async with stores.open() as (store, _):
         await enqueued(store, 1, 2, 3)

@@ -195,6 +195,7 @@ _BODIES: Mapping[str, Any] = {
     "update_rollout": {"metadata": {"k": 1}, "status": "running"},
     "cancel_rollout": {"message": "why"},
     "update_attempt": {"status": "running", "metadata": None, "last_heartbeat_time": 1.5},
+    "finish_attempt": {"status": "succeeded", "spans": [GOOD_SPAN], "claim_limit": 1, "worker_id": "w-1"},
     "query_rollouts": {"status_in": ["queuing"], "limit": 5, "sort_by": "start_time"},
     "query_attempts": {"limit": 5},
     "wait_for_rollouts": {"rollout_ids": ["ro-1"], "timeout": 0},
@@ -314,7 +315,7 @@ async def test_an_unexpected_failure_is_a_500_without_a_traceback(caplog: pytest
         async def broken() -> None:
             raise ZeroDivisionError("secret detail")
 
-        server.app._answerer._store.statistics = broken
+        server.app._endpoints._store.statistics = broken
         answer = await server.call("GET", "/agl/v1/statistics")
         _check_problem(answer, 500)
         assert b"secret" not in answer.body

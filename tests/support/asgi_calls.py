@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from agentlightning.http.server.admin import build_operations
 from agentlightning.http.server.app import StoreApp
-from agentlightning.http.server.endpoints import Answerer
-from agentlightning.http.server.limits import Gate, Load, ServerLimits
+from agentlightning.http.server.endpoints import Endpoints
+from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
@@ -43,8 +43,8 @@ class AsgiCalls:
         limits: ServerLimits | None = None,
     ) -> None:
         limits = limits or ServerLimits()
-        gate = Gate(ApiKey(key) if key else None, AllowedHosts(), AllowedOrigins(cors_allow_origins))
-        self.app = StoreApp(Answerer(store), gate, limits, build_operations(store, limits, lambda: self))
+        access = AccessControl(ApiKey(key) if key else None, AllowedHosts(), AllowedOrigins(cors_allow_origins))
+        self.app = StoreApp(Endpoints(store), access, limits, build_operations(store, limits, lambda: self))
 
     # What the routes of health and metrics ask for.
 
@@ -76,8 +76,8 @@ class AsgiCalls:
             "method": method,
             "scheme": "http",
             "path": path,
-            "raw_path": path.encode("utf-8", "surrogatepass"),
-            "query_string": query.encode("utf-8", "surrogatepass"),
+            "raw_path": path.encode("utf-8", "surroaccesspass"),
+            "query_string": query.encode("utf-8", "surroaccesspass"),
             "root_path": "",
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items() if value is not None],
             "client": ("127.0.0.1", 1),

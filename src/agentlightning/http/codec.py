@@ -28,17 +28,25 @@ PROBLEM_TYPE = "application/problem+json"
 # --- Results -------------------------------------------------------------------------------------
 
 
+encode_json_value = msgspec.json.Encoder().encode
+"""A value of JSON's own types as compact JSON."""
+
+
 def encode_result(route: Route, result: Any) -> bytes:
     """The body of a reply with the result of the route's method (for spans in bulk: ``sequence_ids_of`` it).
 
     Records may be JSON already, as bytes.
     """
+    if isinstance(result, bytes):
+        return result
     if route.reply_field is not None:
-        return json.dumps({route.reply_field: result}, separators=(",", ":")).encode()
+        return encode_json_value({route.reply_field: result})
     if isinstance(result, PaginatedResult):
         return b"".join(encode_page_parts(cast("PaginatedResult[BaseModel]", result)))
-    if isinstance(result, Sequence) and not isinstance(result, bytes):
-        return b"[" + b",".join([_record(each) for each in cast("Sequence[BaseModel]", result)]) + b"]"
+    if isinstance(result, Sequence):
+        items = cast("Sequence[Any]", result)
+        are_json = not items or isinstance(items[0], bytes)  # all of them, or none
+        return b"[" + b",".join(items if are_json else map(_record, items)) + b"]"
     return _record(result)
 
 
@@ -55,14 +63,14 @@ def decode_reply(route: Route, content: bytes) -> Any:
     """The result that a 2xx reply carries.
 
     Raises:
-        StoreUnavailable: it is not what the route replies, so something that is no server of ours answered.
+        StoreUnavailable: it is not a reply of this route, so something other than a store server answered.
     """
     try:
         reply = _adapter(route).validate_json(content)
     except ValueError as error:
         raise StoreUnavailable(
             f"the reply to {route.verb} {route.path} is not what a store server sends ({content[:80]!r}); "
-            "check the address, and what stands between"
+            "check the address and any proxy in between"
         ) from error
     return reply if route.reply_field is None else getattr(reply, route.reply_field)
 
@@ -128,8 +136,8 @@ def encode_problem(
 def decode_error(status: int, content: bytes) -> AgentLightningError:
     """The error that a reply outside 2xx stands for, to be raised.
 
-    A problem of our own becomes what it was on the server. Whatever a proxy between says becomes
-    ``BadRequest`` (4xx) or ``StoreUnavailable``.
+    A problem document of a store server becomes the exception that was raised there. The reply of a proxy in between
+    becomes ``BadRequest`` (4xx) or ``StoreUnavailable``.
     """
     try:
         problem = Problem.model_validate_json(content)
@@ -142,15 +150,14 @@ def decode_error(status: int, content: bytes) -> AgentLightningError:
     return kind(problem.detail)
 
 
-# --- The strict JSON door: what every body that comes in has to pass, before anything else look ---
+# --- Strict JSON: the checks of every body, before anything else reads it ---------------------------
 
 MAX_BODY_DEPTH = MAX_DEPTH + 6
-"""The deepest nesting of a body: that of a value, below the objects and arrays of the wire that may hold it."""
+"""The deepest nesting of a body: that of a stored value, plus the objects and arrays of the wire around it."""
 MAX_NODES = 1_000_000
-"""The most keys and values in one body."""
+"""The most keys and values in one body: decoded, each takes far more memory than its bytes."""
 
 _decode = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _SPACED_COLONS = (b" :", b"\t:", b"\n:", b"\r:")
 
@@ -172,12 +179,28 @@ def decode_strict(raw: bytes, what: str = "the body") -> Any:
     if b"\\u0000" in raw and _NUL.search(raw):
         raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
     if isinstance(value, (dict, list)):
+        if _is_evidently_strict(raw) and encode_json_value(value) == raw:
+            return cast(Any, value)
         keys = _count_keys(value, MAX_BODY_DEPTH, what)
-        if keys and _encode(value) != raw:  # JSON that we would write ourselves has no key twice
+        if keys and encode_json_value(value) != raw:  # JSON that we would write ourselves has no key twice
             check_unique_keys(raw, keys, what)
     elif isinstance(value, int):
         _check_int(value, what)
     return cast(Any, value)
+
+
+_DIGITS = bytes(48 if 48 <= each < 58 else each for each in range(256))
+"""For ``bytes.translate``: makes a 0 of every digit."""
+
+
+def _is_evidently_strict(raw: bytes) -> bool:
+    """Whether JSON that was decoded is so simple that neither depth nor integers have to be looked at one by one.
+
+    It has fewer brackets than may be nested, and no run of digits as long as those of an integer beyond 64 bits. Most
+    bodies are like that, and this looks at their bytes ten times as fast as a walk over the decoded values.
+    """
+    brackets = raw.count(b"{") + raw.count(b"[")
+    return brackets <= MAX_BODY_DEPTH and b"0" * 19 not in raw.translate(_DIGITS)
 
 
 def _count_keys(container: Any, depth: int, what: str) -> int:

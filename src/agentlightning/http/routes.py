@@ -20,20 +20,17 @@ from pydantic import BaseModel, create_model
 
 from agentlightning.errors import InvalidValue
 from agentlightning.http.signatures import Argument, arguments_of, model_of, reply_type, wire_type
+from agentlightning.security.access import Permission
 from agentlightning.store.base import LightningStore
 from agentlightning.types import EnqueueRolloutRequest
 
 Verb = Literal["GET", "POST", "DELETE"]
 
-Permission = Literal["read", "submit", "run", "operate"]
-"""What a key must allow. ``read``: look at everything. ``submit``: make and change rollouts and resources (an
-algorithm). ``run``: claim, report, trace (a runner). ``operate``: direct workers, delete."""
-
 Priority = Literal["heartbeat", "completion", "claim", "span", "write", "read"]
 """What a request is about, for shedding load, retries and the circuit breaker."""
 
 SHED_ORDER: tuple[Priority, ...] = ("read", "write", "claim", "span", "completion", "heartbeat")
-"""Which requests a server under load refuses first. Of heartbeats and completions lives depend."""
+"""The order in which a server under load refuses requests. Heartbeats come last: without them live attempts expire."""
 
 OTLP_TRACES_PATH = "/v1/traces"
 """Where OTLP/HTTP exporters send spans (OpenTelemetry Protocol 1.x, "OTLP/HTTP"); below no prefix."""
@@ -48,13 +45,22 @@ class Dialect(NamedTuple):
     empty_limit_is_empty: bool
     """Whether a claim with ``limit`` below 1 gets an empty list, instead of 422."""
     overload_status: Literal[429, 503]
-    """How load is shed. Clients of 0.3 repeat a request after 503, not after 429."""
+    """The status of a request refused because of load. Clients of 0.3 retry after 503, not after 429."""
 
 
 CANONICAL = Dialect("/agl/v1", unknown_is_null=False, empty_limit_is_empty=False, overload_status=429)
 COMPATIBLE = Dialect("/v1/agl", unknown_is_null=True, empty_limit_is_empty=True, overload_status=503)
 """What clients of agentlightning 0.3 use."""
 DIALECTS = (CANONICAL, COMPATIBLE)
+
+
+_health_routes: Mapping[str, Permission | None] = {
+    "/health": None,
+    "/health/live": None,
+    "/health/ready": None,
+    "/health/detail": "read",
+    "/openapi.json": "read",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +104,7 @@ class Route:
     work_seconds: float | None = None
     """How long the answer may take, where that is much longer than usual."""
     hot: bool = False
-    """Whether it is so frequent that the server answers it without ASGI."""
+    """Whether it is so frequent that the server answers it without ASGI, to save the cost."""
     primary: bool = True
     """Whether our client calls the method this way, where there are several."""
 
@@ -284,16 +290,24 @@ CLIENT_ROUTES: Mapping[str, Route] = {route.method: route for route in ROUTES if
 """How our client calls each method of the contract."""
 
 
+OTHER_ROUTES: Mapping[str, Permission | None] = {
+    **{dialect.prefix + path: permission for dialect in DIALECTS for path, permission in _health_routes.items()},
+    "/metrics": "read",
+    OTLP_TRACES_PATH: "run",
+}
+"""The permissions of all other paths that a store server answers. None: everybody may, without a key, because it tells
+a probe nothing but that there is a server."""
+
 # --- The address of a server, as people write it ---
 
 
 class ServerAddress(NamedTuple):
-    """Where a server is, and who comes."""
+    """The address of a server, taken apart."""
 
     root: str
     """Scheme, host, port, and the path that a reverse proxy puts in front; no slash at the end."""
     dialect: Dialect
-    """The prefix that was asked for; ours if none was."""
+    """That of the prefix in the address; the canonical one if there is none."""
     api_key: str | None
     """The key in the address (``http://agl:KEY@host``)."""
 
@@ -333,5 +347,5 @@ def parse_address(text: str) -> ServerAddress:
 
 
 def _masked(text: str) -> str:
-    """The text without what may be a password."""
+    """The text without a possible password."""
     return text if "@" not in text else f"…@{text.rpartition('@')[2]}"

@@ -37,7 +37,7 @@ from agentlightning.types.plain_spans import PlainSpan
 Store = TypeVar("Store", bound=LightningStore)
 Method = Callable[..., Any]
 
-_LOCAL_METHODS = frozenset({"otlp_traces_endpoint", "add_otel_span", "answering_in_json"})
+_LOCAL_METHODS = frozenset({"otlp_traces_endpoint", "add_otel_span", "json_form"})
 """Methods that no other store is asked for: they only convert their arguments, or answer about this object."""
 
 
@@ -48,6 +48,7 @@ class Argument(NamedTuple):
     annotation: Any
     default: Any
     """``inspect.Parameter.empty`` if the argument is required."""
+    keyword_only: bool
     help: str | None
     """What the method's docstring says of it."""
 
@@ -74,7 +75,14 @@ def arguments_of(method: str) -> Mapping[str, Argument]:
     described = _described_arguments(inspect.getdoc(function) or "")
     parameters = list(inspect.signature(function).parameters.values())[1:]
     return {
-        each.name: Argument(each.name, hints[each.name], each.default, described.get(each.name)) for each in parameters
+        each.name: Argument(
+            each.name,
+            hints[each.name],
+            each.default,
+            each.kind is inspect.Parameter.KEYWORD_ONLY,
+            described.get(each.name),
+        )
+        for each in parameters
     }
 
 
@@ -229,6 +237,10 @@ def _forward(name: str) -> Method:
 @derive_methods(_forward)
 class ForwardingStore(DerivedStore):
     """A store that passes every call on to another store, which may be a different one each time."""
+
+    def json_form(self) -> Any:
+        """The JSON form of the store that is called."""
+        return self._target().json_form()
 
     @abc.abstractmethod
     def _target(self) -> LightningStore:

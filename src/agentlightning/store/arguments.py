@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from agentlightning.errors import InvalidValue, TooLarge
 from agentlightning.lifecycle import reasons
@@ -205,7 +205,9 @@ def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_
 
 
 def span_drafts(spans: Sequence[SpanOrPlain]) -> list[SpanDraft]:
-    """Spans, checked and encoded. Raises as ``encode_spans``."""
+    """Spans, checked and encoded. Raises as ``encode_spans``. Drafts are passed on: a server has made them from JSON."""
+    if spans and isinstance(spans[0], SpanDraft):
+        return list(cast("Sequence[SpanDraft]", spans))
     return [
         SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, body_of(span, encoded))
         for span, encoded in zip(spans, encode_spans(spans), strict=True)

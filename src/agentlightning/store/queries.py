@@ -84,12 +84,12 @@ def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Seque
 
 def equals(field: str, value: str | None) -> Filter | None:
     """The field equals this value."""
-    return None if value is None else Filter(field, "equals", _text(field, value))
+    return None if value is None else Filter(field, "equals", text_filter(field, value))
 
 
 def contains(field: str, value: str | None) -> Filter | None:
     """The field contains this text; case matters."""
-    return None if value is None else Filter(field, "contains", _text(f"{field}_contains", value))
+    return None if value is None else Filter(field, "contains", text_filter(f"{field}_contains", value))
 
 
 def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | None = None) -> Filter | None:
@@ -102,7 +102,7 @@ def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | No
     for value in values:
         if allowed is not None:
             check_one_of(value, allowed, field)
-        _text(f"{field}_in", value)
+        text_filter(f"{field}_in", value)
     return Filter(field, "within", tuple(values))
 
 
@@ -112,7 +112,8 @@ def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
     return pair if attempt.deadline is None or attempt.deadline > now.lease else attempts.expire(pair, now)
 
 
-def _text(what: str, value: Any) -> str:
+def text_filter(what: str, value: Any) -> str:
+    """``value``, if records can be compared with it; ``what`` names it in the error."""
     if not isinstance(value, str) or "\0" in value or not _encodable(value):
         raise InvalidValue(f"{what} {shown(value)} is not valid; give a string without NUL or lone surrogates")
     return value

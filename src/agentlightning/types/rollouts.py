@@ -34,8 +34,9 @@ def _without_nulls(body: Any, names: tuple[str, ...]) -> Any:
     """Leave out the named keys of a body that are null: on creation a null means the default."""
     if isinstance(body, dict):
         fields = cast("dict[str, Any]", body)
-        if any(name in fields and fields[name] is None for name in names):
-            return {name: value for name, value in fields.items() if value is not None or name not in names}
+        for name in names:  # a loop, since every rollout that is read comes by here
+            if fields.get(name, name) is None:
+                return {name: value for name, value in fields.items() if value is not None or name not in names}
     return cast("Any", body)
 
 

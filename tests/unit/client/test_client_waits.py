@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.http.client import claiming, reads
-from agentlightning.http.client.claiming import OpenClaims
+from agentlightning.http.client import claiming
+from agentlightning.http.client.claiming import OpenClaims, ended_early
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.reads import ended_early
 from agentlightning.http.server.server import LightningStoreServer
 from served_store import served
 
@@ -23,7 +22,6 @@ SLICE = 0.2
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server; and clients that wait for 0.2 s at a time instead of 20."""
     monkeypatch.setattr(claiming, "LONGEST_SLICE_SECONDS", SLICE)
-    monkeypatch.setattr(reads, "LONGEST_SLICE_SECONDS", SLICE)
     with served(tmp_path / "store.db") as server:
         assert isinstance(server, LightningStoreServer)
         yield server.endpoint

@@ -1,29 +1,56 @@
-"""Calls of the contract's methods as requests, and replies as their results, by the table of routes."""
+"""Calls of the contract's methods as requests, and replies as their results.
+
+What is sent follows from the table of routes and the signatures of the contract: where an argument goes, how it is
+checked, and what is made up to make the call repeatable. Arguments are checked here as the store checks them, as far
+as JSON could not carry a wrong one to the server unchanged: a NaN would arrive as null, an id with a slash as another
+path. Everything else is left to the server, which refuses it with the same error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
 
 import msgspec
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.http.client.transport import Transport, WireReply, WireRequest
 from agentlightning.http.codec import decode_error, decode_reply
-from agentlightning.http.routes import CLIENT_ROUTES, Route
-from agentlightning.lifecycle.records import RolloutRow
-from agentlightning.store.arguments import check_batch, draft_of, edit_of, report_of
+from agentlightning.http.routes import CLIENT_ROUTES
+from agentlightning.http.signatures import Argument, arguments_of
+from agentlightning.store.arguments import check_batch, check_claim_limit, check_pairs
+from agentlightning.store.base import LightningStore
+from agentlightning.store.queries import either, text_filter, within
 from agentlightning.store.sources import IdSource
-from agentlightning.store.validation import check_finite, check_id, encode_required
-from agentlightning.types import UNSET, EnqueueRolloutRequest
+from agentlightning.store.validation import (
+    INT64_END,
+    check_finite,
+    check_id,
+    check_one_of,
+    check_text,
+    encode_json,
+    encode_object,
+    encode_policy,
+    encode_required,
+    encode_resources,
+    reason_of,
+    shown,
+)
+from agentlightning.types import EnqueueRolloutRequest
 
 _encode = msgspec.json.Encoder().encode
+_raw = msgspec.Raw
+
+Encoder = Callable[[Any], Any]
+"""Checks the value of an argument and returns what msgspec is to encode."""
 
 
 class Caller:
-    """Makes calls: an argument left out was not given, and what is missing to make a call repeatable is made up.
+    """Makes calls.
 
     Args:
         transport: sends the requests.
@@ -37,6 +64,8 @@ class Caller:
         self, transport: Transport, prefix: str, ids: IdSource, *, timeout_seconds: float, patience_seconds: float
     ) -> None:
         self._transport = transport
+        self.send = transport.send
+        """Brings the server's reply to a request, whatever its status."""
         self._prefix = prefix
         self._ids = ids
         self.timeout_seconds = timeout_seconds
@@ -47,172 +76,256 @@ class Caller:
 
         Args:
             method: its name.
-            arguments: those given, by name, checked already: ids are safe in a path, and values that are JSON
-                already are ``msgspec.Raw``.
+            arguments: those given, by name.
             limits: fields of ``WireRequest`` that are not as usual.
 
         Raises:
-            AgentLightningError: what the method raised on the server.
+            AgentLightningError: what the method raised on the server, or an argument is not valid.
             StoreUnreachable: no answer.
         """
-        return result_of(CLIENT_ROUTES[method], await self.send(method, arguments, **limits))
-
-    async def send(self, method: str, arguments: Mapping[str, Any], **limits: Any) -> WireReply:
-        """The server's reply to a call, whatever its status. Arguments and errors as for ``call``."""
-        route = CLIENT_ROUTES[method]
-        target, body = self._encoded(route, arguments)
-        request = WireRequest(route.verb, target, body, route.priority, self.timeout_seconds, self.patience_seconds)
-        return await self._transport.send(request._replace(**limits) if limits else request)
+        plan = plan_of(method)
+        request = self.request(plan, arguments)
+        return plan.result(await self._transport.send(request._replace(**limits) if limits else request))
 
     async def post(self, method: str, body: bytes, **limits: Any) -> Any:
-        """As ``call``, with a body that is encoded already."""
-        route = CLIENT_ROUTES[method]
+        """As ``call``, with a body that is encoded already and no other arguments."""
+        plan = plan_of(method)
         request = WireRequest(
-            route.verb,
-            self._prefix + route.path,
+            "POST",
+            self._prefix + plan.path,
             body,
-            route.priority,
+            plan.route.priority,
             self.timeout_seconds,
             self.patience_seconds,
         )
-        return result_of(route, await self._transport.send(request._replace(**limits) if limits else request))
+        return plan.result(await self._transport.send(request._replace(**limits) if limits else request))
 
     def mint(self, prefix: str) -> str:
         """A new id."""
         return self._ids.mint(prefix)
 
-    def _encoded(self, route: Route, arguments: Mapping[str, Any]) -> tuple[str, bytes | None]:
-        """Path and query, and the body."""
-        shape = _shape_of(route)
-        if shape.mints and any(name not in arguments for name in shape.mints):
-            arguments = {**{name: self._ids.mint(prefix) for name, prefix in shape.mints.items()}, **arguments}
-        target = self._prefix + (route.path.format_map(arguments) if shape.in_path else route.path)
-        asked = {name: arguments[name] for name in shape.query if name in arguments}
-        if asked:
-            target = f"{target}?{urlencode(asked)}"
-        if route.body_argument is not None:
-            return target, bytes(arguments[route.body_argument])
-        if route.body is None:
-            return target, None
-        return target, _encode({name: value for name, value in arguments.items() if name in shape.body})
+    def request(self, plan: Plan, arguments: Mapping[str, Any]) -> WireRequest:
+        """The request for a call. Raises ``InvalidValue`` if an argument is not valid."""
+        target, body = plan.encode(arguments, self._ids)
+        timeout, patience = self.timeout_seconds, self.patience_seconds
+        if plan.route.work_seconds is not None:
+            timeout = patience = plan.route.work_seconds
+        elif plan.is_query:  # a long page may take as long as the caller is ready to wait
+            timeout = patience
+        return WireRequest(plan.route.verb, self._prefix + target, body, plan.route.priority, timeout, patience)
 
 
-def result_of(route: Route, reply: WireReply) -> Any:
-    """What a method returns for this reply, or raises."""
-    if 200 <= reply.status < 300:
-        return None if route.unknown_is_none and reply.body == b"null" else decode_reply(route, reply.body)
-    error = decode_error(reply.status, reply.body)
-    if route.unknown_is_none and type(error) is NotFound:
-        return None
-    raise error
+class _Field(NamedTuple):
+    """How one argument travels."""
+
+    default: Any
+    encode: Encoder
+    place: Literal["path", "query", "body", "content"]
+    """``content``: it is the whole body."""
 
 
-class _Shape(NamedTuple):
-    """Where the arguments of a route go."""
+class Plan:
+    """How the calls of one method are sent.
 
-    in_path: bool
-    query: frozenset[str]
-    body: frozenset[str]
-    mints: Mapping[str, str]
-    """Ids of the call itself; those of its items are made up where the items are encoded."""
+    Args:
+        method: its name.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.route = route = CLIENT_ROUTES[method]
+        self.path = route.path
+        self.is_query = method.startswith("query_")
+        self._signature = inspect.signature(getattr(LightningStore, method))
+        arguments = arguments_of(method)
+        self._positional = [each.name for each in arguments.values() if not each.keyword_only]
+        self._required = {each.name for each in arguments.values() if each.required}
+        self.fields = {name: self._field(each) for name, each in arguments.items()}
+        self._has_body = any(each.place == "body" for each in self.fields.values())
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, without defaults. Raises ``TypeError`` as a function call does."""
+        arguments = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+        is_whole = len(arguments) == len(args) + len(kwargs)
+        if not is_whole or not self._required <= arguments.keys() <= self.fields.keys():
+            self._signature.bind(None, *args, **kwargs)
+        return arguments
+
+    def encode(self, arguments: Mapping[str, Any], ids: IdSource) -> tuple[str, bytes | None]:
+        """Path with query, and body. Raises ``InvalidValue`` if an argument is not valid."""
+        places: dict[str, dict[str, Any]] = {"path": {}, "query": {}, "body": {}, "content": {}}
+        for name, value in arguments.items():
+            field = self.fields[name]
+            if value is not field.default:
+                places[field.place][name] = field.encode(value)
+        route = self.route
+        if route.renamed:
+            self._translate(route.renamed, arguments, places["body"])
+        for name, prefix in (route.mints or {}).items():
+            place = places[self.fields[name].place]
+            if name not in place and arguments.get(route.minted_unless or "") is None:
+                place[name] = ids.mint(prefix)
+        target = self.path.format_map(places["path"]) if places["path"] else self.path
+        if places["query"]:
+            target = f"{target}?{urlencode(places['query'])}"
+        for content in places["content"].values():
+            return target, content
+        if "rollouts" in places["body"]:
+            places["body"]["rollouts"] = [_new_rollout(each, ids) for each in places["body"]["rollouts"]]
+        return target, _encode(places["body"]) if self._has_body else None
+
+    def result(self, reply: WireReply) -> Any:
+        """What the method returns for this reply, or raises."""
+        if 200 <= reply.status < 300:
+            nothing = self.route.unknown_is_none and reply.body == b"null"
+            return None if nothing else decode_reply(self.route, reply.body)
+        error = decode_error(reply.status, reply.body)
+        if self.route.unknown_is_none and type(error) is NotFound:
+            return None
+        raise error
+
+    def _field(self, argument: Argument) -> _Field:
+        route = self.route
+        if argument.name in route.in_path:
+            place = "path"
+        elif argument.name == route.body_argument:
+            place = "content"
+        else:
+            place = "body" if route.verb == "POST" and route.body_argument is None else "query"
+        return _Field(argument.default, _encoder_of(route.method, argument), place)
+
+    def _translate(self, renamed: Mapping[str, str], arguments: Mapping[str, Any], body: dict[str, Any]) -> None:
+        """Move what was given under an old name to the new one."""
+        for old, new in renamed.items():
+            if arguments.get(old) is not None:
+                either(new, arguments.get(new), old, arguments[old])
+                body[new] = body.pop(old)
 
 
 @cache
-def _shape_of(route: Route) -> _Shape:
-    return _Shape(
-        in_path="{" in route.path,
-        query=frozenset() if route.query is None else frozenset(route.query.model_fields),
-        body=frozenset()
-        if route.body is None or route.body_argument is not None
-        else frozenset(route.body.model_fields),
-        mints={name: prefix for name, prefix in (route.mints or {}).items() if "." not in name},
-    )
+def plan_of(method: str) -> Plan:
+    """How the calls of a method are sent."""
+    return Plan(method)
 
 
-# --- Arguments of the contract's methods as the wire carries them, checked as the store itself  ---
-
-_ROLLOUT_FIELDS = ("mode", "resources_id")
+# --- How the value of an argument is checked and encoded ------------------------------------------
 
 
-def given(**arguments: Any) -> dict[str, Any]:
-    """The arguments that are not None, where None means that nothing was given."""
-    return {name: value for name, value in arguments.items() if value is not None}
+def _encoder_of(method: str, argument: Argument) -> Encoder:
+    """The encoder of an argument, chosen by its name where the name says more than its type."""
+    name = argument.name
+    parts = {argument.annotation, *get_args(argument.annotation)}
+    encode = _BY_NAME.get(name)
+    if method == "dequeue_many_rollouts" and name == "limit":
+        encode = _claim_limit
+    elif encode is None:
+        is_filter = method.startswith("query_") and argument.keyword_only
+        encode = _encoder_by_type(name, parts, is_id=name.endswith("_id") and not is_filter)
+    return _or_none(encode) if NoneType in parts else encode
 
 
-def optional_id(value: str | None, what: str) -> str | None:
-    """An id, or None. Raises ``InvalidId``."""
-    return None if value is None else check_id(value, what)
+def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
+    literals = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
+    literals += [part for part in parts if isinstance(part, str)]  # of an annotation that is one Literal
+    lists = [part for part in parts if get_origin(part) is Sequence]
+    if is_id:
+        return lambda value: value if value in literals else check_id(value, name)
+    if literals and str not in parts:
+        return lambda value: _one_of(value, literals, name)
+    if lists:
+        [item] = get_args(lists[0])
+        allowed = get_args(item) if get_origin(item) is Literal else None
+        return lambda value: _strings(value, name.removesuffix("_in"), allowed)
+    if float in parts:
+        return lambda value: check_finite(value, name)
+    if int in parts:
+        return lambda value: _integer(value, name)
+    if str in parts:
+        return lambda value: text_filter(name, value)
+    return lambda value: _raw(encode_json(value, name))
 
 
-def new_rollouts(rollouts: Sequence[EnqueueRolloutRequest], ids: IdSource) -> list[dict[str, Any]]:
-    """The items of an enqueue, each with a ``rollout_id``. Raises as ``enqueue_many_rollouts``."""
-    check_batch(rollouts, "rollouts")
-    return [new_rollout(request, ids) for request in rollouts]
+def _or_none(encode: Encoder) -> Encoder:
+    return lambda value: None if value is None else encode(value)
 
 
-def new_rollout(request: EnqueueRolloutRequest, ids: IdSource) -> dict[str, Any]:
-    """One new rollout, with a ``rollout_id``. Raises as ``enqueue_many_rollouts``."""
-    row: RolloutRow = draft_of(request, ids).row
-    item: dict[str, Any] = {"input": msgspec.Raw(row.input), "rollout_id": row.rollout_id}
+def _one_of(value: Any, allowed: Sequence[str], what: str) -> Any:
+    check_one_of(value, allowed, what)
+    return value
+
+
+def _strings(value: Any, what: str, allowed: Sequence[str] | None) -> Any:
+    checked = within(what, value, allowed)
+    if checked is None:
+        raise InvalidValue(f"{what} is None; give a list of strings")
+    return list(dict.fromkeys(checked.value))
+
+
+def _integer(value: Any, what: str) -> int:
+    if type(value) is not int or not -INT64_END <= value < INT64_END:
+        raise InvalidValue(f"{what} {shown(value)} is not valid; give a whole number")
+    return value
+
+
+def _claim_limit(value: Any) -> int:
+    check_claim_limit(value)
+    return value
+
+
+def _ids(what: str) -> Encoder:
+    def encode(value: Any) -> list[str]:
+        check_batch(value, f"{what}s")
+        return [check_id(each, what) for each in value]
+
+    return encode
+
+
+def _config(value: Any) -> Any:
+    if value is None:
+        raise InvalidValue("config cannot be None; give a RolloutConfig, or leave it out")
+    return encode_policy(value)
+
+
+def _reason_code(value: Any) -> Any:
+    reason_of(value, None, "")
+    return value
+
+
+def _rollouts(value: Any) -> Any:
+    check_batch(value, "rollouts")
+    return value
+
+
+_BY_NAME: Mapping[str, Encoder] = {
+    "attempt_ids": _ids("attempt_id"),
+    "worker_ids": _ids("worker_id"),
+    "config": _config,
+    "heartbeat_stats": lambda value: _raw(encode_required(value, "heartbeat_stats")),
+    "registration": lambda value: _raw(encode_required(value, "registration")),
+    "metadata": lambda value: _raw(encode_object(value, "metadata") or b"null"),
+    "message": lambda value: check_text(value, "message"),
+    "reason_code": _reason_code,
+    "reason_message": lambda value: check_text(value, "reason_message"),
+    "resources": encode_resources,
+    "rollout_attempt_ids": check_pairs,
+    "rollouts": _rollouts,
+    "spans": lambda value: value,  # encoded by the caller, who may have to put them on the disk instead
+}
+
+_ROLLOUT_FIELDS = ("mode", "resources_id", "config", "metadata", "priority")
+
+
+def _new_rollout(request: Any, ids: IdSource) -> dict[str, Any]:
+    """One item of an enqueue. Its id is made up here, so that a repeat of the request enqueues nothing twice."""
+    if not isinstance(request, EnqueueRolloutRequest):
+        raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
+    rollout_id = request.rollout_id
+    item: dict[str, Any] = {
+        "input": _raw(encode_json(request.input, "input")),
+        "rollout_id": ids.mint("ro-") if rollout_id is None else check_id(rollout_id, "rollout_id"),
+    }
+    fields = plan_of("start_rollout").fields  # has the same arguments
     for name in _ROLLOUT_FIELDS:
-        value = getattr(row, name)
-        if value is not None:
-            item[name] = value
-    if request.config is not None:
-        item["config"] = row.policy
-    if row.metadata is not None:
-        item["metadata"] = msgspec.Raw(row.metadata)
-    if row.priority:
-        item["priority"] = row.priority
+        value = getattr(request, name)
+        if value is not None and value != 0:
+            item[name] = fields[name].encode(value)
     return item
-
-
-def rollout_changes(
-    fields: Mapping[str, Any], status: Any, reason_code: str | None, reason_message: str | None
-) -> dict[str, Any]:
-    """The arguments of ``update_rollout`` that are given. Raises as it does."""
-    edit = edit_of(fields, status, reason_code, reason_message)
-    changes: dict[str, Any] = {}
-    for name, value in edit.fields.items():
-        changes[name] = msgspec.Raw(value) if name in ("input", "metadata") and value is not None else value
-    if edit.status is not None:
-        changes["status"] = edit.status
-    return {**changes, **given(reason_code=reason_code, reason_message=reason_message)}
-
-
-def report(
-    status: Any,
-    worker_id: Any,
-    last_heartbeat_time: Any,
-    metadata: Any,
-    reason_code: str | None,
-    reason_message: str | None,
-) -> dict[str, Any]:
-    """The arguments of ``update_attempt`` that are given. Raises as it does."""
-    said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
-    arguments = given(
-        status=said.status,
-        worker_id=said.worker_id,
-        last_heartbeat_time=said.last_heartbeat_time,
-        reason_code=reason_code,
-        reason_message=reason_message,
-    )
-    if said.metadata is not None:
-        [encoded] = said.metadata
-        arguments["metadata"] = None if encoded is None else msgspec.Raw(encoded)
-    return arguments
-
-
-def worker_beat(stats: Any, attempt_ids: Any, lease_seconds: Any, registration: Any) -> dict[str, Any]:
-    """The arguments of ``update_worker`` that are given. Raises as it does."""
-    beat: dict[str, Any] = {}
-    if stats is not UNSET:
-        beat["heartbeat_stats"] = msgspec.Raw(encode_required(stats, "heartbeat_stats"))
-    if registration is not UNSET:
-        beat["registration"] = msgspec.Raw(encode_required(registration, "registration"))
-    if attempt_ids is not UNSET:
-        check_batch(attempt_ids, "attempt_ids")
-        beat["attempt_ids"] = [check_id(each, "attempt_id") for each in attempt_ids]
-    if lease_seconds is not UNSET:
-        beat["lease_seconds"] = check_finite(lease_seconds, "lease_seconds", above=0)
-    return beat

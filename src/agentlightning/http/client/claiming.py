@@ -1,4 +1,9 @@
-"""Claims over a network: long ones in slices, lost ones repeated, those of callers who know nothing of it confirmed."""
+"""Calls that wait on the server, cut into requests that a proxy between does not give up; and claims that get lost.
+
+A claim whose reply is lost is repeated under its ``request_id`` by the next claim of the same worker, because the
+server holds rollouts for it. A claim that the client gave an id itself is confirmed at once, because its caller does
+not know that claims with an id have to be.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,49 @@ from collections import deque
 from collections.abc import Sequence
 
 from agentlightning.errors import InvalidValue, NotFound, StaleAttempt, StoreUnavailable
-from agentlightning.http.client.calls import Caller, given, result_of
-from agentlightning.http.client.reads import LONGEST_SLICE_SECONDS, ended_early
-from agentlightning.http.routes import CLIENT_ROUTES
-from agentlightning.types import Attempt, AttemptedRollout
+from agentlightning.http.client.calls import Caller, plan_of
+from agentlightning.store.queries import within
+from agentlightning.store.validation import check_finite
+from agentlightning.types import Attempt, AttemptedRollout, Rollout
 
 _logger = logging.getLogger(__name__)
 
 _DIRECTIVE_HEADER = "Agl-Directive"
 _MOST_OPEN = 1000
+LONGEST_SLICE_SECONDS = 20.0
+"""How long one request may wait for something to happen; longer waits are made of several."""
+
+
+def ended_early(slice_seconds: float, took_seconds: float) -> bool:
+    """Whether the server answered before the time that it may wait was over: then it had a reason."""
+    return took_seconds < 0.9 * slice_seconds
+
+
+async def wait_in_slices(caller: Caller, rollout_ids: Sequence[str], timeout: float | None) -> list[Rollout]:
+    """``wait_for_rollouts`` over HTTP. Each request asks only for the rollouts that have not ended yet."""
+    wanted = within("rollout_id", rollout_ids)
+    if wanted is None:
+        raise InvalidValue("rollout_ids is None; give the ids of the rollouts to wait for")
+    ids: list[str] = list(dict.fromkeys(wanted.value))
+    started = time.monotonic()
+    left = None if timeout is None else max(check_finite(timeout, "timeout"), 0.0)
+    ended: dict[str, Rollout] = {}
+    while True:
+        slice_seconds = LONGEST_SLICE_SECONDS if left is None else min(left, LONGEST_SLICE_SECONDS)
+        asked_at = time.monotonic()
+        found: list[Rollout] = await caller.call(
+            "wait_for_rollouts",
+            {"rollout_ids": [each for each in ids if each not in ended], "timeout": slice_seconds},
+            timeout_seconds=caller.timeout_seconds + slice_seconds,
+            long_poll=slice_seconds > 0,
+        )
+        ended.update((rollout.rollout_id, rollout) for rollout in found)
+        now = time.monotonic()
+        if timeout is not None:
+            left = max(timeout - (now - started), 0.0)
+        # The server waits no longer than it must: if it did not wait, the missing ones are unknown to it.
+        if len(ended) == len(ids) or left == 0.0 or ended_early(slice_seconds, now - asked_at):
+            return [ended[each] for each in ids if each in ended]
 
 
 class Claims:
@@ -36,19 +75,18 @@ class Claims:
         self, limit: int, worker_id: str | None, request_id: str, wait_seconds: float
     ) -> Sequence[AttemptedRollout]:
         """Claim under this id, waiting in slices; ends early if the server says that there is a reason."""
-        ends_at = time.monotonic() + wait_seconds
-        arguments = given(limit=limit, worker_id=worker_id, request_id=request_id)
+        plan = plan_of("dequeue_many_rollouts")
+        arguments = {"limit": limit, "worker_id": worker_id, "request_id": request_id}
+        ends_at = time.monotonic() + max(check_finite(wait_seconds, "wait_seconds"), 0.0)
         while True:
             asked_at = time.monotonic()
             left = max(ends_at - asked_at, 0.0)
             slice_seconds = min(left, LONGEST_SLICE_SECONDS)
-            reply = await self._caller.send(
-                "dequeue_many_rollouts",
-                {**arguments, "wait_seconds": slice_seconds},
-                timeout_seconds=self._caller.timeout_seconds + slice_seconds,
-                long_poll=slice_seconds > 0,
-            )
-            claimed: list[AttemptedRollout] = result_of(CLIENT_ROUTES["dequeue_many_rollouts"], reply)
+            request = self._caller.request(plan, {**arguments, "wait_seconds": slice_seconds})
+            if slice_seconds > 0:
+                request = request._replace(timeout_seconds=request.timeout_seconds + slice_seconds, long_poll=True)
+            reply = await self._caller.send(request)
+            claimed: list[AttemptedRollout] = plan.result(reply)
             # A claim that is replaced, or whose worker is asked to drain or stop, is answered before its time.
             early = _DIRECTIVE_HEADER in reply.headers or ended_early(slice_seconds, time.monotonic() - asked_at)
             if claimed or early or slice_seconds >= left:

@@ -10,60 +10,57 @@ from __future__ import annotations
 import os
 import ssl
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.cache import ResourceCache, state_folder
-from agentlightning.http.client.calls import (
-    Caller,
-    given,
-    new_rollout,
-    new_rollouts,
-    optional_id,
-    report,
-    rollout_changes,
-)
-from agentlightning.http.client.claiming import Claims
+from agentlightning.http.client.calls import Caller, plan_of
+from agentlightning.http.client.claiming import Claims, wait_in_slices
 from agentlightning.http.client.health import HealthReport
-from agentlightning.http.client.reads import RegistryClient
 from agentlightning.http.client.resilience import Resilience, make_resilient
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
 from agentlightning.http.client.transport import HttpTransport, WireRequest
-from agentlightning.http.routes import COMPATIBLE, OTLP_TRACES_PATH, parse_address
+from agentlightning.http.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PATH, parse_address
+from agentlightning.http.signatures import DerivedStore, derive_methods
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-from agentlightning.store.arguments import check_claim_limit, check_pairs, check_spans_of, encode_spans
-from agentlightning.store.base import JsonObject, LightningStoreCapabilities, enqueue_request
+from agentlightning.store.arguments import check_claim_limit, check_spans_of, encode_spans
+from agentlightning.store.base import JsonObject, LightningStore, LightningStoreCapabilities
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
-from agentlightning.store.validation import check_finite, check_id, check_text
+from agentlightning.store.validation import check_id
 from agentlightning.types import (
     UNSET,
-    Attempt,
     AttemptedRollout,
     AttemptEnd,
-    AttemptStatus,
-    EnqueueRolloutRequest,
     FinishedAttempt,
+    ResourcesUpdate,
     Rollout,
-    RolloutConfig,
-    RolloutMode,
-    RolloutStatus,
     Span,
-    TaskInput,
     Unset,
 )
 from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
-_TERMINAL_ATTEMPT = frozenset({"failed", "succeeded"})
-_TERMINAL_ROLLOUT = frozenset({"failed", "succeeded", "cancelled"})
-_LONG_WORK_SECONDS = 600.0
+_TERMINAL = frozenset({"failed", "succeeded", "cancelled"})
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
 
 
-class LightningStoreClient(RegistryClient):
+def _call(name: str) -> Callable[..., Any]:
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(name)
+        arguments = plan.bind(args, kwargs)
+        request = self._caller.request(plan, arguments)
+        if plan.route.priority == "completion":
+            await self._settle(arguments)
+        return plan.result(await self._caller.send(request))
+
+    return call
+
+
+@derive_methods(_call, lambda: list(CLIENT_ROUTES))
+class LightningStoreClient(DerivedStore):
     """A store that is served over HTTP. May be called from any thread and any event loop, and pickled.
 
     A call goes on trying while the server is out of reach, for ``resilience.patience_seconds``, and then raises
@@ -165,8 +162,9 @@ class LightningStoreClient(RegistryClient):
         spools = None if folder is None else SpoolFolder(folder, spool_max_bytes)
         self._spans = SpanDelivery(caller, spools, resilience.spool_after_seconds)
         self._claims = Claims(caller)
-        cache = None if folder is None else ResourceCache(folder / "resources")
-        super().__init__(caller, cache, resilience.cache_after_seconds, self._health.cached_resources)
+        self._cache = None if folder is None else ResourceCache(folder / "resources")
+        self._caller = caller
+        self._cache_after_seconds = resilience.cache_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self._arguments)
@@ -210,30 +208,10 @@ class LightningStoreClient(RegistryClient):
         """URL that takes spans by OTLP/HTTP."""
         return self.server_address_root + OTLP_TRACES_PATH
 
-    # --- Rollouts and attempts -------------------------------------------------------------------
+    # --- Methods that do more than send their arguments ----------------------------------------------
 
-    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        return await self._caller.call("enqueue_many_rollouts", {"rollouts": new_rollouts(rollouts, self._ids)})
-
-    async def start_rollout(
-        self,
-        input: TaskInput,
-        mode: RolloutMode | None = None,
-        resources_id: str | None = None,
-        config: RolloutConfig | None = None,
-        metadata: JsonObject | None = None,
-        worker_id: str | None = None,
-        *,
-        priority: int = 0,
-        rollout_id: str | None = None,
-        attempt_id: str | None = None,
-    ) -> AttemptedRollout:
-        request = enqueue_request(input, mode, resources_id, config, metadata, priority, rollout_id)
-        arguments = new_rollout(request, self._ids)
-        if attempt_id is not None and rollout_id is None:
-            arguments["rollout_id"] = None  # the attempt's id makes the call repeatable, also for who calls it again
-        who = given(worker_id=optional_id(worker_id, "worker_id"), attempt_id=optional_id(attempt_id, "attempt_id"))
-        return await self._caller.call("start_rollout", {**arguments, **who})
+    # One span goes the way of many: it may have to wait on the disk, too.
+    add_span = LightningStore.add_span
 
     async def dequeue_many_rollouts(
         self,
@@ -249,75 +227,13 @@ class LightningStoreClient(RegistryClient):
         not. If the reply to such a claim is never seen, because the server is out of reach for too long or the call is
         cancelled, the next claim of the same worker with the same limit repeats it.
         """
+        if worker_id is not None:
+            check_id(worker_id, "worker_id")
         check_claim_limit(limit)
-        optional_id(worker_id, "worker_id")
-        optional_id(request_id, "request_id")
-        wait_seconds = max(check_finite(wait_seconds, "wait_seconds"), 0.0)
         self._spans.look_for_orphans()
         if request_id is not None:
             return await self._claims.claim(limit, worker_id, request_id, wait_seconds)
         return await self._claims.claim_and_confirm(limit, worker_id, wait_seconds)
-
-    async def start_attempt(
-        self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
-    ) -> AttemptedRollout:
-        arguments = given(
-            rollout_id=check_id(rollout_id, "rollout_id"),
-            worker_id=optional_id(worker_id, "worker_id"),
-            attempt_id=optional_id(attempt_id, "attempt_id"),
-        )
-        return await self._caller.call("start_attempt", arguments)
-
-    async def update_rollout(
-        self,
-        rollout_id: str,
-        input: TaskInput | Unset = UNSET,
-        mode: RolloutMode | None | Unset = UNSET,
-        resources_id: str | None | Unset = UNSET,
-        status: RolloutStatus | Unset = UNSET,
-        config: RolloutConfig | Unset = UNSET,
-        metadata: JsonObject | None | Unset = UNSET,
-        *,
-        reason_code: str | None = None,
-        reason_message: str | None = None,
-    ) -> Rollout:
-        check_id(rollout_id, "rollout_id")
-        fields = {
-            "input": input,
-            "mode": mode,
-            "resources_id": resources_id,
-            "config": config,
-            "metadata": metadata,
-        }
-        changes = rollout_changes(fields, status, reason_code, reason_message)
-        if changes.get("status") in _TERMINAL_ROLLOUT:
-            await self._spans.settle(rollout_id, None)
-        return await self._caller.call("update_rollout", {"rollout_id": rollout_id, **changes})
-
-    async def cancel_rollout(self, rollout_id: str, *, message: str | None = None) -> Rollout:
-        check_id(rollout_id, "rollout_id")
-        why = given(message=None if message is None else check_text(message, "message"))
-        return await self._caller.call("cancel_rollout", {"rollout_id": rollout_id, **why})
-
-    async def update_attempt(
-        self,
-        rollout_id: str,
-        attempt_id: str | Literal["latest"],
-        status: AttemptStatus | Unset = UNSET,
-        worker_id: str | Unset = UNSET,
-        last_heartbeat_time: float | Unset = UNSET,
-        metadata: JsonObject | None | Unset = UNSET,
-        *,
-        reason_code: str | None = None,
-        reason_message: str | None = None,
-    ) -> Attempt:
-        check_id(rollout_id, "rollout_id")
-        if attempt_id != "latest":
-            check_id(attempt_id, "attempt_id")
-        said = report(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
-        if said.get("status") in _TERMINAL_ATTEMPT:
-            await self._spans.settle(rollout_id, None if attempt_id == "latest" else attempt_id)
-        return await self._caller.call("update_attempt", {"rollout_id": rollout_id, "attempt_id": attempt_id, **said})
 
     async def finish_attempt(
         self,
@@ -339,47 +255,38 @@ class LightningStoreClient(RegistryClient):
         of reach, and the end of the attempt is reported after them. Without a ``request_id`` the client makes one up,
         and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
         """
-        said = report(status, UNSET, UNSET, metadata, reason_code, reason_message)
         encoded = encode_spans(spans)
-        check_spans_of(spans, check_id(rollout_id, "rollout_id"), check_id(attempt_id, "attempt_id"))
-        check_claim_limit(claim_limit, least=0, what="claim_limit")
-        optional_id(worker_id, "worker_id")
-        optional_id(request_id, "request_id")
-        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, **said}
-        if claim_limit:
-            arguments |= given(
-                claim_limit=claim_limit, worker_id=worker_id, request_id=request_id or self._ids.mint("rq-")
-            )
+        check_spans_of(spans, rollout_id, attempt_id)
+        arguments: dict[str, Any] = {
+            "rollout_id": rollout_id,
+            "attempt_id": attempt_id,
+            "status": status,
+            "metadata": metadata,
+            "reason_code": reason_code,
+            "reason_message": reason_message,
+            "claim_limit": claim_limit,
+            "worker_id": worker_id,
+            "request_id": self._ids.mint("rq-") if claim_limit and request_id is None else request_id,
+        }
+        request = self._caller.request(plan_of("finish_attempt"), arguments)  # no span is sent for a bad argument
         finished: FinishedAttempt | None = None
         if encoded:
             finished = await self._spans.send_with("finish_attempt", arguments, encoded)
         if finished is None:
             issued = await self._spans.add(encoded, [(rollout_id, attempt_id)] * len(encoded)) if encoded else []
             await self._spans.settle(rollout_id, attempt_id)
-            ended: FinishedAttempt = await self._caller.call("finish_attempt", arguments)
+            ended: FinishedAttempt = plan_of("finish_attempt").result(await self._caller.send(request))
             finished = ended.model_copy(update={"sequence_ids": [number or 0 for number in issued]})
         if claim_limit and request_id is None:
             finished.claimed = await self._claims.confirm_all(finished.claimed)
         return finished
 
-    async def release_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
-        ids = {"rollout_id": check_id(rollout_id, "rollout_id"), "attempt_id": check_id(attempt_id, "attempt_id")}
-        return await self._caller.call("release_attempt", ids)
-
-    async def delete_finished_rollouts(self, *, older_than_seconds: float) -> int:
-        age = check_finite(older_than_seconds, "older_than_seconds")
-        if age < 0:
-            raise InvalidValue(f"older_than_seconds {age:g} is not valid; give 0 or more")
-        return await self._caller.call(
-            "delete_finished_rollouts",
-            {"older_than_seconds": age},
-            timeout_seconds=_LONG_WORK_SECONDS,
-            patience_seconds=_LONG_WORK_SECONDS,
-        )
-
-    # --- Spans -----------------------------------------------------------------------------------
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        """Wait until all of these rollouts have ended, as the contract says, in requests of at most 20 seconds."""
+        return await wait_in_slices(self._caller, rollout_ids, timeout)
 
     async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
+        """Store spans. As the contract says, but for those that are written to the disk meanwhile."""
         encoded = encode_spans(spans)
         if not encoded:
             return []
@@ -390,9 +297,48 @@ class LightningStoreClient(RegistryClient):
             if number != 0
         ]
 
-    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        wanted = check_pairs(rollout_attempt_ids)
-        return await self._caller.call("get_many_span_sequence_ids", {"rollout_attempt_ids": wanted})
+    async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
+        """The newest version of an id, or the one named; from the disk while the server is out of reach."""
+        asked = {"resources_id": resources_id, "version": version}
+        return await self._resources("get_resources_by_id", asked, resources_id, version)
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        """The version that was stored last; from the disk while the server is out of reach."""
+        return await self._resources("get_latest_resources", {}, None, None)
+
+    async def _resources(
+        self, method: str, asked: dict[str, Any], resources_id: str | None, version: int | None
+    ) -> ResourcesUpdate | None:
+        """What the server says; what it said last, when it cannot be asked."""
+        request = self._caller.request(plan_of(method), asked)
+        cache = self._cache
+        kept = cache is not None and cache.has(resources_id, version)
+        if kept:
+            request = request._replace(patience_seconds=self._cache_after_seconds)
+        try:
+            found: ResourcesUpdate | None = plan_of(method).result(await self._caller.send(request))
+        except StoreUnavailable:
+            cached = cache.read(resources_id, version) if cache is not None and kept else None
+            if cached is None:
+                raise
+            self._health.cached_resources(cached.age_seconds)
+            return cached
+        if cache is not None:
+            self._health.cached_resources(None)
+            if found is not None:
+                cache.keep(found, resources_id, version)
+            elif kept:
+                cache.forget(resources_id, version)
+        return found
+
+    async def _settle(self, arguments: dict[str, Any]) -> None:
+        """Deliver spans that wait on the disk before their attempt or rollout is reported as ended.
+
+        Otherwise an algorithm that waits for the end would read an attempt without its last rewards.
+        """
+        if arguments.get("status") in _TERMINAL:
+            attempt_id = arguments.get("attempt_id", "latest")
+            await self._spans.settle(arguments["rollout_id"], None if attempt_id == "latest" else attempt_id)
 
 
 def _rebuild(kind: type[LightningStoreClient], arguments: dict[str, Any]) -> LightningStoreClient:

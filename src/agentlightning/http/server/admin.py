@@ -1,6 +1,6 @@
-"""What a server answers beside the store's routes: health, metrics, OTLP, the OpenAPI document.
+"""Everything that a server answers besides the store's routes: health, metrics, OTLP, the OpenAPI document.
 
-This is the FastAPI application behind the dispatcher; whatever else a server shall answer is added to it.
+This is the FastAPI application behind the dispatcher in ``app``. Access is checked there, before a request comes here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentlightning.errors import AgentLightningError, BadRequest, NoSuchRoute, 
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH
 from agentlightning.http.server.limits import Load, ServerLimits
-from agentlightning.http.server.openapi import OPENAPI_PATHS, Health, Readiness, openapi_document
+from agentlightning.http.server.openapi import OPENAPI_PATHS, HealthStatus, Readiness, openapi_document
 from agentlightning.http.server.otlp import (
     JSON_MEDIA,
     PROTOBUF_MEDIA,
@@ -34,11 +34,11 @@ from agentlightning.telemetry.context import untraced_app
 from agentlightning.telemetry.metrics import METRICS_TYPE, Gauge, RequestMeter, render_metrics
 from agentlightning.types import WorkerStatus
 
-# --- The numbers that a server shows of its store and of itself ---
+# --- Metrics of the server and its store ------------------------------------------------------------
 
 
 async def measure(store: LightningStore, serving: Serving) -> Sequence[Gauge]:
-    """Everything there is to show; of a store that does not answer, only that it does not."""
+    """All numbers of the server and its store. For a store that does not answer, ``agl_store_up`` is 0."""
     gauges = [
         Gauge("agl_http_in_progress", "Requests being worked on.", serving.load.requests),
         Gauge("agl_http_in_progress_bytes", "Bytes of their bodies.", serving.load.bytes),
@@ -71,29 +71,37 @@ async def _counts(store: LightningStore) -> Sequence[Gauge]:
     ]
 
 
-# ---
+# --- The application -------------------------------------------------------------------------------
 
-_PATIENCE_SECONDS = 5.0
+_READY_TIMEOUT_SECONDS = 5.0
 _OTLP_OTHERS = ("/v1/metrics", "/v1/logs")
 """What exporters of OpenTelemetry send besides traces."""
 _CLIENT_GONE = 499
-_OK = Health(status="ok").model_dump_json()
+_OK = HealthStatus(status="ok").model_dump_json()
 
 
 class Serving(Protocol):
-    """The server that these routes tell about."""
+    """The running server, as health and metrics see it."""
 
     @property
-    def meter(self) -> RequestMeter: ...
+    def meter(self) -> RequestMeter:
+        """Counts its requests."""
+        ...
 
     @property
-    def load(self) -> Load: ...
+    def load(self) -> Load:
+        """The requests that it works on now."""
+        ...
 
     @property
-    def draining(self) -> bool: ...
+    def draining(self) -> bool:
+        """Whether it is stopping and takes no new requests."""
+        ...
 
     @property
-    def open_connections(self) -> int: ...
+    def open_connections(self) -> int:
+        """How many connections are open."""
+        ...
 
 
 def build_operations(
@@ -105,7 +113,7 @@ def build_operations(
         store: what is served.
         limits: bounds on bodies.
         serving: the server, once it runs.
-        run_id: the run that is served, which runners ask for before they join it.
+        run_id: the run that is served; runners compare it with theirs before they join.
     """
     app = untraced_app(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _refuse)
@@ -127,7 +135,7 @@ def build_operations(
 
 
 class _HealthRoutes:
-    """How the server and its store are."""
+    """Health probes and metrics."""
 
     def __init__(self, store: LightningStore, serving: Callable[[], Serving], run_id: str | None) -> None:
         self._store = store
@@ -172,7 +180,7 @@ class _HealthRoutes:
         if self._serving().draining:
             return Readiness(status="draining", detail="the server is stopping")
         try:
-            async with asyncio.timeout(_PATIENCE_SECONDS):
+            async with asyncio.timeout(_READY_TIMEOUT_SECONDS):
                 await self._store.statistics()
         except (AgentLightningError, TimeoutError) as error:
             return Readiness(status="unavailable", detail=str(error) or "the store does not answer")
@@ -201,7 +209,7 @@ def _traces_route(
         load, held = serving().load, int(request.headers.get("content-length", 0))
         try:
             if serving().draining:
-                raise StoreUnavailable("the server is stopping; send this again, to the one that takes its place")
+                raise StoreUnavailable("the server is stopping; retry at its successor")
             if held > limits.body_bytes:
                 raise _too_large(limits.body_bytes)
             load.take("span", held)
@@ -229,7 +237,7 @@ def _traces_route(
 
 
 async def _content(request: Request, limit: int, grow: Callable[[int], None]) -> bytes:
-    """The body of a request, unpacked if it is packed; ``grow`` hears how many bytes it is, and may raise."""
+    """The body of a request, unpacked. ``grow`` is called with its size so far and raises if that is too much."""
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -255,7 +263,7 @@ def _too_large(limit: int) -> TooLarge:
 
 
 async def _refuse_signal(request: Request) -> Response:
-    """What exporters send that no store keeps; 501 lets them drop it."""
+    """Refuse metrics and logs, which no store keeps. 501 makes exporters drop them instead of retrying."""
     known = NoSuchRoute(
         f"this server takes no {request.url.path.rpartition('/')[2]} by OTLP, only spans, at {OTLP_TRACES_PATH}; "
         "turn that exporter off"
@@ -264,14 +272,14 @@ async def _refuse_signal(request: Request) -> Response:
 
 
 def _otlp_refusal(media: bytes, error: AgentLightningError) -> Response:
-    """A refusal, by which exporters tell whether to send it again: 429 and 503, after ``Retry-After``."""
+    """A refusal. Exporters retry after 429 and 503 with ``Retry-After``, and drop the spans after any other status."""
     headers = {"retry-after": "1"} if error.status in (429, 503, 507) else {}
     status = 400 if error.status == 422 else error.status
     return Response(encode_refusal(media, error), status, headers, media.decode())
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """A problem, whatever went wrong in this application."""
+    """Answer an error of this application by a problem document."""
     headers: dict[str, str] = {}
     match error:
         case AgentLightningError():
@@ -289,7 +297,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, _: Exception) -> Response:
-    """A bug of ours, of which the log says more."""
+    """Answer an unexpected exception without its details, which only the log has."""
     hidden = AgentLightningError("the server failed; its log says why, under this request_id")
     return Response(encode_problem(hidden, _request_id(request), status=500), 500, media_type=PROBLEM_TYPE)
 

@@ -1,8 +1,8 @@
-"""The server as an ASGI application: everything between the bytes of a request and those of its reply.
+"""The server as an ASGI application: from the bytes of a request to the bytes of its reply.
 
-Routes of the table are found in a dictionary and answered here, without a framework's machinery in
-between; all other paths (health, metrics, OTLP, the OpenAPI document) belong to a FastAPI application
-behind it. Every request passes the same gate first, whoever answers it.
+The dispatcher finds routes of the table in a dictionary and answers them itself, because a framework's routing and
+dependency injection would cost more than the store's work. All other paths (health, metrics, OTLP, the OpenAPI
+document) go to a FastAPI application behind it. Host, key, origin and permission are checked here for all of them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 from agentlightning.errors import AgentLightningError, BadRequest, StoreUnavailable
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
-from agentlightning.http.routes import CANONICAL, Dialect
-from agentlightning.http.server.endpoints import Answerer, Call, InvalidRequest, Reply
-from agentlightning.http.server.exchange import ClientGone, Exchange
-from agentlightning.http.server.limits import Gate, Load, ServerLimits
+from agentlightning.http.routes import CANONICAL, OTHER_ROUTES, Dialect
+from agentlightning.http.server.endpoints import Endpoint, Endpoints, InvalidRequest, Reply
+from agentlightning.http.server.exchange import ClientGone, Exchange, well_formed_id
+from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.http.server.matching import Bound, Match, RouteTable
 from agentlightning.telemetry.context import CURRENT, WorkContext
 from agentlightning.telemetry.metrics import RequestMeter
@@ -34,31 +34,33 @@ _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 1.0
 _PROBLEM_TYPE = PROBLEM_TYPE.encode()
 _OTHER = "other"
-"""The label of paths that are not in the table: there is no end to them, and metrics must have one."""
+"""The label of all paths outside the table: clients can make up any number of paths, and each label takes memory."""
 
 
 class StoreApp:
     """Answers HTTP for a store.
 
     Args:
-        answerer: answers the routes of the table.
-        gate: decides who may send requests.
+        endpoints: answer the routes of the table.
+        access: decides who may send requests.
         limits: how much is taken at once.
-        others: answers every other path, after the gate.
+        others: answers every other path, after the same checks.
     """
 
-    def __init__(self, answerer: Answerer, gate: Gate, limits: ServerLimits, others: Asgi) -> None:
-        self._answerer = answerer
-        self._gate = gate
+    def __init__(self, endpoints: Endpoints, access: AccessControl, limits: ServerLimits, others: Asgi) -> None:
+        self._endpoints = endpoints
+        self._access = access
         self._limits = limits
         self._others = others
         self._table = RouteTable()
+        self.find = self._table.find
+        """The route for a verb and a path."""
         self._load = Load(limits)
         self._numbers = count(1)
         self._run = secrets.token_hex(4)
         self._draining = False
-        self.waits: set[Wait] = set()
-        """What clients wait for, longer than a moment."""
+        self.waits: set[LongPoll] = set()
+        """Long polls that are waiting now."""
         self.meter = RequestMeter()
 
     @property
@@ -77,17 +79,12 @@ class StoreApp:
         for wait in list(self.waits):
             wait.end()
 
-    def find_hot(self, path: str) -> Match | None:
-        """The route that a POST to ``path`` leads to, if it is one of the hot ones."""
-        found = self._table.find("POST", path)
-        return found if found is not None and found.bound.route.hot else None
-
     def note_refusal(self, client: Sequence[Any] | None, status: int, why: str, seconds: float) -> str:
-        """A client is sent away before its request is there; returns the id that reply and log name."""
+        """Count and log a client that is refused before its request is complete; returns the id for reply and log."""
         request_id = self._new_request_id()
         self.meter.note(_OTHER, status, seconds)
         extra = {"client": _address(client), "status": status, "request_id": request_id}
-        _log.log(logging.WARNING if status >= 500 else logging.DEBUG, "a client is sent away: %s", why, extra=extra)
+        _log.log(logging.WARNING if status >= 500 else logging.DEBUG, "a client is refused: %s", why, extra=extra)
         return request_id
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -101,25 +98,29 @@ class StoreApp:
     async def serve(self, exchange: Exchange, found: Match | None = None) -> None:
         """Answer a request; ``found`` is what its path leads to, where that is known. Raises nothing."""
         began = perf_counter()
-        exchange.request_id = exchange.asked_request_id() or self._new_request_id()
-        context = WorkContext(exchange.request_id, exchange.traceparent())
+        headers = exchange.headers
+        asked, traceparent = headers.get(b"x-request-id"), headers.get(b"traceparent")
+        is_given = asked is not None and well_formed_id(asked)
+        exchange.request_id = asked.decode() if asked is not None and is_given else self._new_request_id()
+        context = WorkContext(exchange.request_id, None if traceparent is None else traceparent.decode("latin-1"))
         CURRENT.set(context)
         label, dialect, status = _OTHER, CANONICAL, 499
         try:
-            exchange.check_headers()
-            preflight = self._gate.check(exchange)
+            if found is None:
+                found = self.find(exchange.method, exchange.path)
+            permission = OTHER_ROUTES.get(exchange.path, "read") if found is None else found.bound.route.permission
+            if len(headers) != len(exchange.raw_headers):
+                exchange.check_headers()
+            preflight = self._access.check(exchange, permission)
             if preflight is not None:
                 status = await exchange.send(preflight)
-                return
-            if found is None:
-                found = self._table.find(exchange.method, exchange.path)
-            if found is None:
+            elif found is None:
                 status = await self._elsewhere(exchange)
-                return
-            bound = found.bound
-            label, dialect = bound.label, bound.dialect
-            context.ids = dict(zip(bound.names, found.values, strict=True))
-            status = await exchange.send(await self._answer(exchange, bound, found.values))
+            else:
+                bound = found.bound
+                label, dialect = bound.label, bound.dialect
+                context.ids = dict(zip(bound.names, found.values, strict=True))
+                status = await exchange.send(await self._answer(exchange, bound, found.values))
         except ClientGone:
             return
         except InvalidRequest as refused:
@@ -134,26 +135,34 @@ class StoreApp:
         finally:
             seconds = perf_counter() - began
             self.meter.note(label, status, seconds)
-            self._note(exchange, label, status, seconds)
+            if status >= 500 or seconds > _SLOW_SECONDS or _log.isEnabledFor(logging.DEBUG):
+                self._note(exchange, label, status, seconds)
 
     async def _answer(self, exchange: Exchange, bound: Bound, values: Sequence[str]) -> Reply:
         priority = bound.route.priority
-        self._check_open()
-        size = exchange.declared_size(self._limits.body_bytes)
+        if self._draining:
+            raise _stopping()
+        raw = exchange.body
+        size = exchange.declared_size(self._limits.body_bytes) if raw is None else len(raw)
         self._load.take(priority, size)
         held = [size]
         counted = True
         try:
-            raw = b""
-            if bound.route.body is not None:
+            if bound.route.body is None:
+                raw = b""
+            elif (
+                exchange.headers.get(b"content-type") != b"application/json" or b"content-encoding" in exchange.headers
+            ):
                 exchange.check_json()
+            if raw is None:
                 raw = await exchange.read_body(self._limits.body_bytes, lambda more: self._grow(priority, held, more))
-            call = self._answerer.call(bound, values, exchange.query, raw)
-            if not call.waits:
-                return await self._answerer.answer(call)
-            self._load.give_back(held[0])  # it may wait for minutes, and costs nothing meanwhile
+            endpoint = self._endpoints[bound]
+            arguments = endpoint.arguments(values, exchange.query, raw)
+            if bound.route.wait_argument is None or not endpoint.waits(arguments):
+                return await endpoint.answer(arguments)
+            self._load.give_back(held[0])  # a long poll may wait for minutes and uses nothing meanwhile
             counted = False
-            return await self._wait(exchange, call)
+            return await self._wait(exchange, endpoint, arguments)
         finally:
             if counted:
                 self._load.give_back(held[0])
@@ -163,22 +172,23 @@ class StoreApp:
             self._load.grow(priority, total - held[0])
             held[0] = total
 
-    async def _wait(self, exchange: Exchange, call: Call) -> Reply:
-        """Answer a call that may wait: until there is an answer, the client is gone, or the server stops."""
+    async def _wait(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> Reply:
+        """Answer a call that may wait, unless the client disconnects or the server stops before."""
         exchange.may_wait = True
-        wait = Wait(exchange, self)
+        wait = LongPoll(exchange, self)
         try:
-            return await self._answerer.answer(call)
+            return await endpoint.answer(arguments)
         except asyncio.CancelledError:
             if not wait.was_ended():
                 raise
-            self._check_open()
+            if self._draining:
+                raise _stopping() from None
             raise ClientGone from None
         finally:
             wait.stop()
 
     async def _elsewhere(self, exchange: Exchange) -> int:
-        """Answer what is not in the table; returns the status."""
+        """Answer a path outside the table, or a wrong verb; returns the status."""
         verbs = self._table.verbs(exchange.path)
         if not verbs:
             return await self._pass_on(exchange)
@@ -187,7 +197,7 @@ class StoreApp:
         return await exchange.send(self._problem(exchange, refused, 405, [(b"allow", allowed.encode())]))
 
     async def _pass_on(self, exchange: Exchange) -> int:
-        """Let the other application answer; returns the status."""
+        """Let the FastAPI application answer; returns the status."""
         status = 0
 
         async def send(message: Message) -> None:
@@ -230,14 +240,10 @@ class StoreApp:
     def _new_request_id(self) -> str:
         return f"{self._run}-{next(self._numbers):x}"
 
-    def _check_open(self) -> None:
-        if self.draining:
-            raise StoreUnavailable("the server is stopping; send this again, to the one that takes its place")
-
     def _note(self, exchange: Exchange, label: str, status: int, seconds: float) -> None:
-        """Log the request: failures and slow ones always, others where somebody wants to see everything.
+        """Log the request: failed and slow ones always, others at level DEBUG.
 
-        That those who still wait are sent elsewhere when the server stops is no failure.
+        A 503 while the server stops is no failure: it sends waiting clients to the next server.
         """
         is_failed = status >= 500 and not (status == 503 and self.draining)
         is_slow = seconds > _SLOW_SECONDS and not exchange.may_wait
@@ -247,19 +253,23 @@ class StoreApp:
             _log.log(level, "%s %s → %d", exchange.method, _shown(exchange.path), status, extra=extra)
 
 
+def _stopping() -> StoreUnavailable:
+    return StoreUnavailable("the server is stopping; retry at its successor")
+
+
 def _address(client: Sequence[Any] | None) -> str:
     return "{}:{}".format(*client) if client else "unknown"
 
 
 def _shown(path: str) -> str:
-    """A path for a log line, in which it cannot begin another one."""
+    """A path for a log line. Line breaks in it are escaped, so that it cannot forge another line."""
     return path if path.isprintable() else ascii(path)
 
 
-class Wait:
-    """The wait of the task that makes it, which may be ended before its time: its client goes, or the server stops.
+class LongPoll:
+    """Ends the long poll of the current task early when its client disconnects or the server stops.
 
-    Most calls that may wait do not, so nothing is done about it in the first moment.
+    Most long polls are answered at once, so it does nothing in the first 50 ms.
 
     Args:
         exchange: with the client.
@@ -279,19 +289,19 @@ class Wait:
         self._start = task.get_loop().call_later(self._LATER_SECONDS, self._begin)
 
     def end(self) -> None:
-        """Wait no longer."""
+        """Cancel the task that waits."""
         if not self._ended:
             self._ended = True
             self._task.cancel()
 
     def was_ended(self) -> bool:
-        """Whether it was this that cancelled the task; then the task is as if it had not been."""
+        """Whether this object cancelled the task. If so, the cancellation is taken back."""
         if self._ended:
             self._task.uncancel()
         return self._ended
 
     def stop(self) -> None:
-        """There is an answer."""
+        """Stop watching, because the call was answered."""
         self._start.cancel()
         self._app.waits.discard(self)
         if self._forget is not None:

@@ -1,7 +1,7 @@
-"""Small requests to hot routes, answered as soon as they are complete, without ASGI in between.
+"""Small requests to hot routes, answered without ASGI as soon as they are complete.
 
-That saves a third of what the server does for them besides the store's work. Everything else, and whatever is
-unusual about a request, is left to uvicorn.
+ASGI costs a third of what the server does for such a request besides the store's work. uvicorn handles all other
+requests, and those with anything unusual about them.
 """
 
 from __future__ import annotations
@@ -20,30 +20,29 @@ from agentlightning.http.server.matching import Match
 from agentlightning.serving.connections import BoundedConnection, ConnectionCounter
 
 _DIRECT_BYTES = 64 * 1024
-"""The largest body that is collected before the application has agreed to it."""
+"""The largest body that is read before the limits on load are checked."""
 
 
 class DirectApp(Protocol):
     """Answers requests without ASGI."""
 
-    def find_hot(self, path: str) -> Match | None:
-        """The route that a POST to ``path`` leads to, if it is a hot one."""
-        ...
+    find: Callable[[str, str], Match | None]
+    """The route for a verb and a path."""
 
     async def serve(self, exchange: Exchange, found: Match | None = None) -> None:
         """Answer a request. Raises nothing."""
         ...
 
     def note_refusal(self, client: Sequence[Any] | None, status: int, why: str, seconds: float) -> str:
-        """A client is sent away before its request is there; returns the id that reply and log name."""
+        """Count and log a refused client; returns the id for reply and log."""
         ...
 
 
 class DirectConnection(BoundedConnection):
-    """A connection whose hot requests go past ASGI.
+    """A connection that answers hot requests without ASGI.
 
     Args:
-        counter: counts it.
+        counter: counts connections.
         direct: answers small requests to hot routes.
         retry_after_seconds: when a client that is sent away may come back.
         arguments: of uvicorn.
@@ -79,7 +78,7 @@ class DirectConnection(BoundedConnection):
         self._collecting = self._begin_direct()
         if self._collecting is None:
             url, headers, expects = self.url, self.headers, self.expect_100_continue
-            HttpToolsProtocol.on_message_begin(self)  # uvicorn's: it began for us when its first bytes came
+            HttpToolsProtocol.on_message_begin(self)  # put off until now: see begin_message
             self.url, self.headers, self.scope["headers"] = url, headers, headers
             self.expect_100_continue = expects
             super().on_headers_complete()
@@ -89,7 +88,7 @@ class DirectConnection(BoundedConnection):
         if self._collecting is None:
             super().on_body(body)
         else:
-            self._collecting.body += body
+            self._collecting.body = (self._collecting.body or b"") + body
 
     @override
     def on_message_complete(self) -> None:
@@ -105,7 +104,7 @@ class DirectConnection(BoundedConnection):
     # --- Requests to hot routes ------------------------------------------------------------------
 
     def _begin_direct(self) -> DirectExchange | None:
-        """The request, if it is one that can be answered without ASGI."""
+        """The request, if it can be answered without ASGI; None leaves it to uvicorn."""
         cycle = cast("RequestResponseCycle | DirectExchange | None", self.cycle)
         parser = self.parser
         if (
@@ -125,34 +124,16 @@ class DirectConnection(BoundedConnection):
         if b"transfer-encoding" in headers or len(length) > 5 or int(length) > _DIRECT_BYTES:
             return None
         path = self.url.decode("ascii")
-        found = self._direct.find_hot(path)
-        if found is None:
+        found = self._direct.find("POST", path)
+        if found is None or not found.bound.route.hot:
             return None
         exchange = DirectExchange(self, path, self.headers, headers, found)
-        self.cycle = exchange  # type: ignore[assignment]  # so that uvicorn lets what is pipelined wait for it
+        self.cycle = exchange  # type: ignore[assignment]  # uvicorn queues pipelined requests while a cycle is open
         return exchange
-
-    def reply_directly(self, exchange: DirectExchange, reply: Reply, headers: list[tuple[bytes, bytes]]) -> None:
-        """Write a whole reply at once, and go on to the next request."""
-        exchange.response_started = exchange.response_complete = True
-        if exchange.disconnected or self.transport.is_closing():
-            return
-        head = [STATUS_LINE[reply.status]]
-        for name, value in (*self.server_state.default_headers, *headers):
-            head += (name, b": ", value, b"\r\n")
-            if name == b"connection":
-                exchange.keep_alive = False
-        if not exchange.keep_alive:
-            head.append(b"connection: close\r\n")
-        head += (b"content-length: %d\r\n\r\n" % len(reply.body), reply.body)
-        self.transport.write(b"".join(head))
-        if not exchange.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
 
 
 class DirectExchange(Exchange):
-    """A small request that came in whole. It takes the place of uvicorn's cycle of request and response.
+    """A small request that arrived whole. It stands in for uvicorn's object for a request and its response.
 
     Args:
         protocol: its connection.
@@ -162,7 +143,6 @@ class DirectExchange(Exchange):
     """
 
     __slots__ = (
-        "body",
         "disconnected",
         "found",
         "keep_alive",
@@ -180,7 +160,7 @@ class DirectExchange(Exchange):
         headers: dict[bytes, bytes],
         found: Match,
     ) -> None:
-        # Not those of ASGI: there is no scope, and nothing to receive from.
+        # The base class is not initialised: there is no ASGI scope, and nothing to receive from.
         self.protocol = protocol
         self.method = "POST"
         self.path = path
@@ -201,16 +181,13 @@ class DirectExchange(Exchange):
 
     @property
     def message_event(self) -> DirectExchange:
-        """What uvicorn sets when the connection is lost."""
+        """The event that uvicorn sets when the connection is lost: this object itself."""
         return self
 
     def set(self) -> None:
         """The connection is lost."""
         if self.on_end is not None:
             self.on_end()
-
-    async def read_body(self, limit: int, arrived: Callable[[int], None]) -> bytes:
-        return self.body
 
     @override
     def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
@@ -223,8 +200,25 @@ class DirectExchange(Exchange):
         self.on_end = None
 
     async def send(self, reply: Reply) -> int:
-        if reply.parts is not None:
-            reply = reply._replace(body=b"".join(reply.parts), parts=None)
-        headers = [(b"content-type", reply.content_type), *reply.headers, *self.reply_headers()]
-        self.protocol.reply_directly(self, reply, headers)
+        """Write the whole reply at once, and let the connection go on to its next request."""
+        self.response_started = self.response_complete = True
+        protocol, transport = self.protocol, self.protocol.transport
+        if self.disconnected or transport.is_closing():
+            return reply.status
+        body = reply.body if reply.parts is None else b"".join(reply.parts)
+        head = [STATUS_LINE[reply.status]]
+        for name, value in (*protocol.server_state.default_headers, *reply.headers, *self.extra_headers):
+            head += (name, b": ", value, b"\r\n")
+            if name == b"connection":
+                self.keep_alive = False
+        if not self.keep_alive:
+            head.append(b"connection: close\r\n")
+        head.append(
+            b"content-type: %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
+            % (reply.content_type, self.request_id.encode(), len(body), body)
+        )
+        transport.write(b"".join(head))
+        if not self.keep_alive:
+            transport.close()
+        protocol.on_response_complete()
         return reply.status

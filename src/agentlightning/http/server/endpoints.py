@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
+import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidId, InvalidValue, NotFound, NotJson
-from agentlightning.http.codec import decode_strict, encode_page_parts, encode_result
-from agentlightning.http.routes import Route
+from agentlightning.http.codec import decode_strict, encode_json_value, encode_page_parts, encode_result
+from agentlightning.http.routes import CLIENT_ROUTES, Route
 from agentlightning.http.server.matching import Bound
-from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans
+from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_drafts_of
 from agentlightning.http.signatures import arguments_of
 from agentlightning.store.base import LightningStore, sequence_ids_of
+from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
 from agentlightning.types import PaginatedResult, Span
 
@@ -54,41 +56,28 @@ class InvalidRequest(Exception):
         self.places = places
 
 
-class Call(NamedTuple):
-    """A request, taken apart."""
-
-    bound: Bound
-    arguments: dict[str, Any]
-    raw: bytes
-    """The body, for routes that look at the bytes themselves."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it may wait for something to happen in the store."""
-        route = self.bound.route
-        if route.wait_argument is None:
-            return False
-        seconds = self.arguments.get(route.wait_argument, arguments_of(route.method)[route.wait_argument].default)
-        return seconds is None or seconds > 0
-
-
-class Answerer:
-    """Answers the routes of the table from a store.
+class Endpoint:
+    """Answers one route below one prefix: takes a request apart, and makes a reply of what the store returns.
 
     Args:
-        store: any store. One of our own is asked for bytes, and given them.
+        bound: the route.
+        store: the store, in the form that is served.
+        gives_json: whether its methods return records as JSON, and take encoded spans.
     """
 
-    def __init__(self, store: LightningStore) -> None:
-        self._engine: Any = store.answering_in_json()
-        self._store: Any = self._engine or store
-        self._records = store
+    def __init__(self, bound: Bound, store: Any, *, gives_json: bool) -> None:
+        self.bound = bound
+        self._route = route = bound.route
+        self._store = store
+        self._gives_json = gives_json
+        self._takes_drafts = gives_json and route.method in _SPAN_METHODS
+        self._has_body = route.body is not None
+        self._has_query = route.query is not None
 
-    def call(self, bound: Bound, values: Sequence[str], query: bytes, raw: bytes) -> Call:
-        """Take a request apart.
+    def arguments(self, values: Sequence[str], query: bytes, raw: bytes) -> dict[str, Any]:
+        """The arguments of the store's method.
 
         Args:
-            bound: the route.
             values: the arguments in the path.
             query: the query string.
             raw: the body.
@@ -97,113 +86,175 @@ class Answerer:
             InvalidRequest: an argument is missing, or is not valid.
             NotJson, TooLarge: the body is not strict JSON.
         """
-        route = bound.route
-        arguments: dict[str, Any] = dict(zip(bound.names, values, strict=True))
-        if route.query is not None:
-            arguments |= self._from_query(route, query)
-        if route.body is not None and (raw or not route.body_optional) and not self._takes_bytes(route):
-            arguments |= self._from_body(route, raw)
-        if bound.dialect.empty_limit_is_empty and route.method == "dequeue_many_rollouts":
+        route = self._route
+        arguments: dict[str, Any] = dict(zip(self.bound.names, values, strict=True))
+        if self._has_query:
+            arguments |= _from_query(route, query)
+        if self._has_body and (raw or not route.body_optional):
+            try:
+                if self._takes_drafts:
+                    _SPAN_METHODS[route.method](raw, arguments)
+                else:
+                    arguments |= _from_body(route, raw)
+            except ValidationError as error:
+                raise _invalid(error, "body") from error
+        if self.bound.dialect.empty_limit_is_empty and route.method == "dequeue_many_rollouts":
             arguments["limit"] = max(arguments.get("limit", 1), 0)
-        return Call(bound, arguments, raw)
+        return arguments
 
-    async def answer(self, call: Call) -> Reply:
+    def waits(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call with these arguments may wait for something to happen in the store."""
+        name = self._route.wait_argument
+        if name is None:
+            return False
+        seconds = arguments.get(name, arguments_of(self._route.method)[name].default)
+        return seconds is None or seconds > 0
+
+    async def answer(self, arguments: dict[str, Any]) -> Reply:
         """Call the store. Raises what its method does."""
-        route = call.bound.route
-        match route.method:
-            case "add_span":
-                return Reply(route.status, await self._add_span(call))
-            case "add_many_spans":
-                return Reply(route.status, encode_result(route, await self._add_spans(call)))
-            case "dequeue_many_rollouts":
-                return await self._claim(call)
-            case method:
-                result = await getattr(self._store, method)(**call.arguments)
+        route = self._route
+        method = route.method
+        if method == "dequeue_many_rollouts":
+            return await self._claim(arguments)
+        if self._takes_drafts and method != "finish_attempt":
+            issued = await self._store.add_span_drafts(arguments["spans"])
+            return Reply(route.status, self._encode_issued(arguments["spans"], issued))
+        result = await getattr(self._store, method)(**arguments)
         if result is None and route.unknown_is_none:
-            if call.bound.dialect.unknown_is_null:
-                return Reply(200, b"null")
-            [name] = call.bound.names
-            raise NotFound(f"there is no {name.removesuffix('_id')} {call.arguments[name]!r} in this store")
+            return self._unknown(arguments)
+        if route.sends_sequence_ids:
+            result = sequence_ids_of(arguments["spans"], cast("Sequence[Span]", result))
         if isinstance(result, PaginatedResult):
             page = cast("PaginatedResult[Any]", result)
             if len(page.items) > _STREAMED_ITEMS:
                 return Reply(route.status, parts=encode_page_parts(page))
         return Reply(route.status, encode_result(route, result))
 
-    # --- Arguments -------------------------------------------------------------------------------
+    def _unknown(self, arguments: dict[str, Any]) -> Reply:
+        """The answer about an id that the store does not know."""
+        if self.bound.dialect.unknown_is_null:
+            return Reply(200, b"null")
+        [name] = self.bound.names
+        raise NotFound(f"there is no {name.removesuffix('_id')} {arguments[name]!r} in this store")
 
-    def _takes_bytes(self, route: Route) -> bool:
-        return self._engine is not None and route.method in ("add_span", "add_many_spans")
-
-    def _from_body(self, route: Route, raw: bytes) -> dict[str, Any]:
-        decoded = decode_strict(raw)
-        try:
-            body = _body_adapter(route).validate_python(decoded)
-        except ValidationError as error:
-            raise _invalid(error, "body") from error
-        if route.body_argument is not None:
-            return {route.body_argument: body}
-        return {name: getattr(body, name) for name in body.model_fields_set}
-
-    def _from_query(self, route: Route, query: bytes) -> dict[str, Any]:
-        model, lists, integers = cast(Any, route.query), _fields_of(route, list), _fields_of(route, int)
-        given: dict[str, Any] = {}
-        try:
-            pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
-        except ValueError as error:  # UnicodeDecodeError too
-            raise InvalidValue(f"the query string is not URL-encoded UTF-8: {error}") from error
-        for name, value in pairs:
-            if name in lists:
-                given.setdefault(name, []).append(value)
-            elif name in given:
-                raise InvalidValue(f"{name[:80]!r} is given twice in the query string; give it once")
-            else:
-                given[name] = int(value) if name in integers and _INTEGER.fullmatch(value) else value
-        try:
-            asked = model.model_validate(given)
-        except ValidationError as error:
-            raise _invalid(error, "query") from error
-        return {name: getattr(asked, name) for name in asked.model_fields_set}
-
-    # --- Routes that differ ----------------------------------------------------------------------
-
-    async def _add_span(self, call: Call) -> bytes:
-        if self._engine is None:
-            stored = await self._store.add_span(**call.arguments)
-            return b"null" if stored is None else stored.model_dump_json().encode()
-        try:
-            draft = draft_of_span(call.raw)
-        except ValidationError as error:
-            raise _invalid(error, "body") from error
-        [sequence_id] = await self._engine.add_span_drafts([draft])
-        if not sequence_id:
+    def _encode_issued(self, drafts: Sequence[SpanDraft], issued: Sequence[int]) -> bytes:
+        """The reply to spans that were stored: their sequence ids, or the one span as it is stored now."""
+        if self._route.sends_sequence_ids:
+            return b'{"sequence_ids":%b}' % encode_json_value(issued)
+        if not issued[0]:
             return b"null"
-        return span_json(draft.rollout_id, draft.attempt_id, sequence_id, draft.body)
+        [draft] = drafts
+        return span_json(draft.rollout_id, draft.attempt_id, issued[0], draft.body)
 
-    async def _add_spans(self, call: Call) -> Sequence[int]:
-        if self._engine is None:
-            spans: list[Span] = call.arguments["spans"]
-            return sequence_ids_of(spans, await self._store.add_many_spans(spans))
-        try:
-            drafts = drafts_of_spans(call.raw)
-        except ValidationError as error:
-            raise _invalid(error, "body") from error
-        return await self._engine.add_span_drafts(drafts)
-
-    async def _claim(self, call: Call) -> Reply:
-        route = call.bound.route
-        if call.arguments.get("limit") == 0 and call.bound.dialect.empty_limit_is_empty:
+    async def _claim(self, arguments: dict[str, Any]) -> Reply:
+        """Claim; the reply to an empty claim says what its worker is asked to do."""
+        route = self._route
+        if arguments.get("limit") == 0 and self.bound.dialect.empty_limit_is_empty:
             return Reply(route.status, b"[]")
         began = monotonic()
-        claimed = await self._store.dequeue_many_rollouts(**call.arguments)
-        worker_id = call.arguments.get("worker_id")
-        has_waited_in_vain = 0 < call.arguments.get("wait_seconds", 0) <= monotonic() - began
-        if claimed or worker_id is None or has_waited_in_vain:  # one that is asked something does not wait to the end
+        claimed = await self._store.dequeue_many_rollouts(**arguments)
+        worker_id = arguments.get("worker_id")
+        # A worker that is asked to drain or stop is answered before its time is up, so only then it is looked up.
+        has_waited = 0 < arguments.get("wait_seconds", 0) <= monotonic() - began
+        if claimed or worker_id is None or has_waited:
             return Reply(route.status, encode_result(route, claimed))
-        worker = await self._records.get_worker_by_id(worker_id)
-        directive = None if worker is None else worker.directive
+        worker = await self._store.get_worker_by_id(worker_id)
+        directive = _directive_of(worker)
         headers = () if directive is None else ((DIRECTIVE_HEADER, directive.encode()),)
         return Reply(route.status, b"[]", headers)
+
+
+class Endpoints(dict[Bound, Endpoint]):
+    """The endpoints of a store, by route and prefix; each is made when it is first needed.
+
+    Args:
+        store: any store. One that has a form which gives and takes JSON is used in that form.
+    """
+
+    def __init__(self, store: LightningStore) -> None:
+        super().__init__()
+        in_json = store.answering_in_json()
+        self._store: Any = store if in_json is None else in_json
+        self._gives_json = in_json is not None
+
+    def __missing__(self, bound: Bound) -> Endpoint:
+        made = self[bound] = Endpoint(bound, self._store, gives_json=self._gives_json)
+        return made
+
+
+def _directive_of(worker: Any) -> str | None:
+    if isinstance(worker, bytes):
+        return msgspec.json.decode(worker, type=_Directed).directive
+    return None if worker is None else worker.directive
+
+
+class _Directed(msgspec.Struct):
+    """What interests here of a worker's JSON."""
+
+    directive: str | None = None
+
+
+# --- Arguments -------------------------------------------------------------------------------------
+
+
+def _from_body(route: Route, raw: bytes) -> dict[str, Any]:
+    body = _body_adapter(route).validate_python(decode_strict(raw))
+    if route.body_argument is not None:
+        return {route.body_argument: body}
+    values = body.__dict__
+    return {name: values[name] for name in body.__pydantic_fields_set__ if name in values}
+
+
+def _from_query(route: Route, query: bytes) -> dict[str, Any]:
+    model, lists, integers = cast(Any, route.query), _fields_of(route, list), _fields_of(route, int)
+    given: dict[str, Any] = {}
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
+    except ValueError as error:  # UnicodeDecodeError too
+        raise InvalidValue(f"the query string is not URL-encoded UTF-8: {error}") from error
+    for name, value in pairs:
+        if name in lists:
+            given.setdefault(name, []).append(value)
+        elif name in given:
+            raise InvalidValue(f"{name[:80]!r} is given twice in the query string; give it once")
+        else:
+            given[name] = int(value) if name in integers and _INTEGER.fullmatch(value) else value
+    try:
+        asked = model.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(error, "query") from error
+    return {name: getattr(asked, name) for name in asked.model_fields_set}
+
+
+def _one_span(raw: bytes, arguments: dict[str, Any]) -> None:
+    arguments["spans"] = [draft_of_span(raw)]
+
+
+def _many_spans(raw: bytes, arguments: dict[str, Any]) -> None:
+    arguments["spans"] = drafts_of_spans(raw)
+
+
+def _last_spans(raw: bytes, arguments: dict[str, Any]) -> None:
+    """The arguments of ``finish_attempt``, whose spans stay bytes if all of them are plain."""
+    decoded = decode_strict(raw)
+    drafts: list[SpanDraft] | None = None
+    if isinstance(decoded, dict) and "spans" in decoded:
+        fields = cast("dict[str, Any]", decoded)
+        drafts = plain_drafts_of(fields["spans"])
+        if drafts is not None:
+            del fields["spans"]
+    body = _body_adapter(CLIENT_ROUTES["finish_attempt"]).validate_python(decoded)
+    arguments |= {name: getattr(body, name) for name in body.model_fields_set}
+    if drafts:
+        arguments["spans"] = drafts
+
+
+_SPAN_METHODS: Mapping[str, Callable[[bytes, dict[str, Any]], None]] = {
+    "add_span": _one_span,
+    "add_many_spans": _many_spans,
+    "finish_attempt": _last_spans,
+}
+"""How the bodies with spans are read for a store that keeps spans as bytes."""
 
 
 # --- What is not valid -----------------------------------------------------------------------------

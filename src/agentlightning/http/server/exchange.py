@@ -12,12 +12,13 @@ from agentlightning.http.server.endpoints import Reply
 
 Message = MutableMapping[str, Any]
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}")
+well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
+"""Whether the id that a client gives its request can stand in a log and in a reply."""
 _ONCE = (b"host", b"content-length", b"content-type", b"content-encoding", b"authorization", b"origin")
 
 
 class ClientGone(Exception):
-    """Whoever sent the request does not wait for the reply any more."""
+    """The client disconnected, so nobody will read the reply."""
 
 
 class Exchange:
@@ -28,6 +29,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "body",
         "client",
         "extra_headers",
         "headers",
@@ -59,24 +61,19 @@ class Exchange:
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.headers: dict[bytes, bytes] = dict(self.raw_headers)
         self.request_id = ""
+        self.body: bytes | None = None
+        """The whole body, where it is there already."""
         self.may_wait = False
-        """Whether it asks to be answered when there is something to say, so that its time says nothing."""
+        """Whether this is a long poll, whose duration is not the server's and is not logged as slow."""
         self.extra_headers: list[tuple[bytes, bytes]] = []
 
     # --- The request -----------------------------------------------------------------------------
 
-    def asked_request_id(self) -> str | None:
-        """The id that the client gave its request, if it did and it is well-formed."""
-        given = self.headers.get(b"x-request-id")
-        return given.decode() if given is not None and _REQUEST_ID.fullmatch(given) else None
-
-    def traceparent(self) -> str | None:
-        """The header of that name (W3C Trace Context)."""
-        given = self.headers.get(b"traceparent")
-        return None if given is None else given.decode("latin-1")
-
     def check_headers(self) -> None:
-        """Raise ``BadRequest`` if a header that decides something is given more than once."""
+        """Raise ``BadRequest`` if a header that decides how the request is handled is given more than once.
+
+        A proxy in front may have read the other one of the two (request smuggling).
+        """
         if len(self.headers) != len(self.raw_headers):
             names = [name for name, _ in self.raw_headers]
             for name in _ONCE:
@@ -84,7 +81,7 @@ class Exchange:
                     raise BadRequest(f"the header {name.decode()} is given more than once")
 
     def declared_size(self, limit: int) -> int:
-        """The number of bytes that the body is said to have; 0 if that is not said.
+        """The body's size according to its header; 0 if there is no such header.
 
         Raises:
             TooLarge: it is above the limit.
@@ -92,16 +89,16 @@ class Exchange:
         given = self.headers.get(b"content-length")
         if given is None:
             return 0
-        size = int(given)  # the HTTP parser has let only digits through
+        size = int(given)  # the HTTP parser refuses anything but digits
         if size > limit:
-            self.close_after()  # the body is on its way, and nobody will read it
+            self.close_after()  # the client may be sending the body already, and nobody reads it
             raise TooLarge(f"the body has {size:,} bytes; the server takes {limit:,} at a time")
         return size
 
     def check_json(self) -> None:
-        """Raise ``UnsupportedMedia`` if the body is said to be something other than JSON."""
+        """Raise ``UnsupportedMedia`` if a header says that the body is not JSON."""
         if self.headers.get(b"content-length") == b"0":
-            return  # there is none, and clients of 0.3 call nothing an application/octet-stream
+            return  # no body; clients of 0.3 declare an absent body as application/octet-stream
         given = self.headers.get(b"content-type")
         if given is not None and given != b"application/json":
             media, _, parameters = given.lower().partition(b";")
@@ -117,7 +114,7 @@ class Exchange:
 
         Args:
             limit: the most bytes it may have.
-            arrived: told how many there are so far, where they do not come all at once; may raise.
+            arrived: called with the size so far for a body in several parts; may raise.
 
         Raises:
             TooLarge: it is longer than ``limit``.
@@ -144,7 +141,7 @@ class Exchange:
         return b"".join(parts)
 
     def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
-        """Call ``tell`` when the client has gone; returns what takes that back."""
+        """Call ``tell`` when the client disconnects; returns a function that cancels this."""
         listening = asyncio.ensure_future(self._hear_of_end())
         listening.add_done_callback(lambda done: None if done.cancelled() else tell())
         return listening.cancel
@@ -156,7 +153,7 @@ class Exchange:
     # --- The reply -------------------------------------------------------------------------------
 
     def close_after(self) -> None:
-        """End the connection after this reply."""
+        """Close the connection after this reply."""
         self.extra_headers.append((b"connection", b"close"))
 
     def reply_headers(self) -> list[tuple[bytes, bytes]]:
@@ -178,5 +175,5 @@ class Exchange:
         return reply.status
 
     async def pass_through(self, message: Message) -> None:
-        """Send a part of a reply that another application makes."""
+        """Send a part of a reply of the FastAPI application."""
         await self.send_message(message)

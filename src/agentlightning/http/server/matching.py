@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from agentlightning.http.routes import DIALECTS, ROUTES, Dialect, Route
@@ -28,11 +28,13 @@ class Match(NamedTuple):
 
 
 class RouteTable:
-    """All routes below all prefixes: a dictionary of whole paths, and one of shapes with holes."""
+    """All routes below all prefixes, by path; arguments in a path are replaced by empty parts for the look-up."""
 
     def __init__(self) -> None:
         self._whole: dict[str, dict[str, Bound]] = {}
-        self._shapes: dict[int, list[tuple[list[str | None], dict[str, Bound]]]] = {}
+        self._shapes: dict[tuple[str, ...], dict[str, Bound]] = {}
+        self._holes: dict[int, list[tuple[int, ...]]] = {}
+        """Where arguments may stand in a path, by its number of parts; those with the fewest arguments first."""
         for dialect in DIALECTS:
             for route in ROUTES:
                 self._add(dialect, route)
@@ -42,42 +44,34 @@ class RouteTable:
         whole = self._whole.get(path)
         if whole is not None and verb in whole:
             return Match(whole[verb], ())
-        for by_verb, values in self._fitting(path):
-            if verb in by_verb:
-                return Match(by_verb[verb], values)
+        parts = path.split("/")
+        for holes in self._holes.get(len(parts), ()):
+            shape = parts.copy()
+            for hole in holes:
+                shape[hole] = ""
+            bound = self._shapes.get(tuple(shape), _NONE).get(verb)
+            if bound is not None:
+                return Match(bound, [parts[hole] for hole in holes])
         return None
 
     def verbs(self, path: str) -> list[str]:
         """The verbs that ``path`` takes; none if there is nothing under it."""
-        found = set(self._whole.get(path, ()))
-        for by_verb, _ in self._fitting(path):
-            found.update(by_verb)
-        return sorted(found)
-
-    def _fitting(self, path: str) -> Iterator[tuple[Mapping[str, Bound], Sequence[str]]]:
-        parts = path.split("/")
-        for shape, by_verb in self._shapes.get(len(parts), ()):
-            values: list[str] = []
-            for expected, part in zip(shape, parts, strict=True):
-                if expected is None:
-                    values.append(part)
-                elif expected != part:
-                    break
-            else:
-                yield by_verb, values
+        return sorted(verb for verb in {route.verb for route in ROUTES} if self.find(verb, path) is not None)
 
     def _add(self, dialect: Dialect, route: Route) -> None:
         path = dialect.prefix + route.path
         parts = path.split("/")
-        names = tuple(part[1:-1] for part in parts if part.startswith("{"))
-        bound = Bound(route, dialect, f"{route.verb} {path}", names)
-        if not names:
+        holes = tuple(number for number, part in enumerate(parts) if part.startswith("{"))
+        bound = Bound(route, dialect, f"{route.verb} {path}", tuple(parts[hole][1:-1] for hole in holes))
+        if not holes:
             self._whole.setdefault(path, {})[route.verb] = bound
             return
-        shape = [None if part.startswith("{") else part for part in parts]
-        shapes = self._shapes.setdefault(len(parts), [])
-        for known, by_verb in shapes:
-            if known == shape:
-                by_verb[route.verb] = bound
-                return
-        shapes.append((shape, {route.verb: bound}))
+        shape = tuple("" if number in holes else part for number, part in enumerate(parts))
+        self._shapes.setdefault(shape, {})[route.verb] = bound
+        known = self._holes.setdefault(len(parts), [])
+        if holes not in known:
+            known.append(holes)
+            known.sort(key=len)
+
+
+_NONE: Mapping[str, Bound] = {}

@@ -16,20 +16,20 @@ OPENAPI_PATHS = tuple(f"{dialect.prefix}/openapi.json" for dialect in DIALECTS)
 _REFERENCES = "#/components/schemas/{model}"
 _REFUSALS: Mapping[str, str] = {
     "400": "Not a request that this server understands.",
-    "401": "The API key is missing, or another.",
+    "401": "The API key is missing or wrong.",
     "403": "The host name or the web page is not allowed.",
     "404": "Something that the request names is unknown.",
     "409": "The state of a record does not allow this, it is stale, or an id was used for something else.",
     "413": "Too large.",
     "415": "Not JSON.",
     "422": "Not valid.",
-    "429": "Too much to do. Nothing was done; send it again after `Retry-After`.",
-    "503": "Cannot be done now. Send it again after `Retry-After`.",
+    "429": "Overloaded. Nothing was done; retry after `Retry-After`.",
+    "503": "Not available now. Retry after `Retry-After`.",
     "507": "The disk is full.",
 }
 
 
-class Health(BaseModel):
+class HealthStatus(BaseModel):
     """The server answers."""
 
     status: Literal["ok"]
@@ -51,8 +51,8 @@ def openapi_document(version: str) -> dict[str, Any]:
             operations = paths.setdefault(dialect.prefix + route.path, {})
             operations[route.verb.lower()] = _operation(route, dialect, schemas)
         for path, model, text in (
-            ("/health", Health, "The server answers."),
-            ("/health/live", Health, "The server answers."),
+            ("/health", HealthStatus, "The server answers."),
+            ("/health/live", HealthStatus, "The server answers."),
             ("/health/ready", Readiness, "The server takes requests."),
         ):
             paths[dialect.prefix + path] = {"get": _probe(dialect.prefix + path, model, text, schemas)}
@@ -102,7 +102,7 @@ def _operation(route: Route, dialect: Dialect, schemas: dict[str, Any]) -> dict[
     if route.method == "dequeue_many_rollouts":
         operation["responses"]["200"]["headers"] = {
             "Agl-Directive": {
-                "description": "What the worker is asked to do.",
+                "description": "What the worker has been asked to do.",
                 "schema": {"type": "string", "enum": ["drain", "stop"]},
             }
         }
@@ -131,7 +131,7 @@ def _query_parameters(route: Route, schemas: dict[str, Any]) -> list[dict[str, A
         shown = {**schema, **choices[0]} if choices else dict(schema)
         shown.pop("anyOf", None)
         if shown.get("default", 0) is None:
-            del shown["default"]  # null cannot be said in a query; it is what absent means
+            del shown["default"]  # a query cannot carry null, which is what an absent parameter means
         parameters.append({"name": name, "in": "query", "required": name in required, "schema": shown})
     return parameters
 
@@ -174,8 +174,8 @@ def _otlp(schemas: dict[str, Any]) -> dict[str, Any]:
     return {
         "operationId": "add_otlp_traces",
         "summary": text,
-        "description": "Spans say whose they are by the attributes `agentlightning.rollout_id` and "
-        "`agentlightning.attempt_id`; those that do not, or are refused, are counted in `partial_success`.",
+        "description": "The attributes `agentlightning.rollout_id` and `agentlightning.attempt_id` name the attempt of "
+        "a span; spans without them, and spans that the store refuses, are counted in `partial_success`.",
         "tags": ["spans"],
         "x-permission": "run",
         "requestBody": {"required": False, "content": media},
@@ -190,7 +190,7 @@ def _otlp(schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(kind: Any, schemas: dict[str, Any], mode: Any, *, inline: bool = False) -> dict[str, Any]:
-    """The schema of a type; those it refers to are put among ``schemas``, and it too unless it is to be ``inline``."""
+    """The schema of a type. Schemas that it refers to are added to ``schemas``; so is its own unless ``inline``."""
     schema = TypeAdapter[Any](kind).json_schema(ref_template=_REFERENCES, mode=mode)
     schemas.update(schema.pop("$defs", {}))
     title = schema.get("title")

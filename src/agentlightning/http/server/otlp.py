@@ -1,8 +1,8 @@
-"""Spans by OTLP/HTTP: what OpenTelemetry exporters send (opentelemetry.io/docs/specs/otlp, "OTLP/HTTP").
+"""Spans by OTLP/HTTP, as OpenTelemetry exporters send them (opentelemetry.io/docs/specs/otlp, "OTLP/HTTP").
 
-A span says by attributes whose it is: ``agentlightning.rollout_id`` and ``agentlightning.attempt_id``, and if
-it likes ``agentlightning.span_sequence_id``; on itself or, for all spans of a process, on its resource.
-Spans that do not, or that the store refuses, are counted and named in ``partial_success``; the others are stored.
+The attributes ``agentlightning.rollout_id`` and ``agentlightning.attempt_id`` name the attempt of a span;
+``agentlightning.span_sequence_id`` is optional. They stand on the span or, for all spans of a process, on its resource.
+The store takes the spans that it can. The reply counts the others in ``partial_success`` and names their reasons.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1 import trace_pb2
 
 
-# --- How many objects a protobuf message becomes when it is read, counted on its bytes ---
+# --- The number of fields of a protobuf message, counted on its bytes -----------------------------
+# A parsed message takes far more memory than its bytes, so a message with too many fields is refused unparsed.
 
 _SMALLEST_FIELD_BYTES = 2
 _LONGEST_VARINT = 70
 _VARINT, _DELIMITED = 0, 2
 _OTHER_BYTES = {1: 8, 3: 0, 4: 0, 5: 4}
-"""What comes after the tag in fields of the other kinds. What is in a group (3, 4) is looked at like what is not."""
+"""Bytes after the tag in fields of the other kinds. The fields within a group (3, 4) are counted like all others."""
 
 _Shape = dict[int, Any]
 """The fields of a message that are messages themselves, by number."""
 
 
 def check_fields(content: bytes, message: Descriptor, most: int) -> None:
-    """Look at all fields of a message and of those within it, before it is read.
+    """Count the fields of a message and of the messages within it, before it is parsed.
 
     Args:
         content: the bytes of the message.
@@ -53,7 +54,7 @@ def check_fields(content: bytes, message: Descriptor, most: int) -> None:
 
     Raises:
         TooLarge: it has more.
-        NotJson: it is no such message. That there are few fields does not show that it is one.
+        NotJson: the bytes end within a field. Few fields do not prove that the message is well-formed.
     """
     if len(content) < most * _SMALLEST_FIELD_BYTES:
         return
@@ -89,7 +90,7 @@ def _count(content: bytes, shape: _Shape, most: int) -> None:
 
 
 def _varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number, and where it ends. Raises ``LookupError`` if it does not."""
+    """A number, and the position after it. Raises ``LookupError`` if the bytes end before it does."""
     byte = content[position]
     position += 1
     value, shift = byte & 0x7F, 7
@@ -104,7 +105,7 @@ def _varint(content: bytes, position: int) -> tuple[int, int]:
 
 
 def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:
-    """Types may hold one another, so the shapes do, too."""
+    """The fields of a message type that are messages. Types may contain each other, so shapes are shared by name."""
     shape = known.get(message.full_name)
     if shape is None:
         shape = known[message.full_name] = {}
@@ -118,7 +119,7 @@ def _not_whole(message: Descriptor) -> NotJson:
     return NotJson(f"the body is no {message.name}: its fields are not whole")
 
 
-# ---
+# --- Requests and replies ---------------------------------------------------------------------------
 
 PROTOBUF_MEDIA = b"application/x-protobuf"
 JSON_MEDIA = b"application/json"
@@ -128,7 +129,7 @@ _SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
 _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
 _LARGE_BYTES = 256 * 1024
-"""From this size on, reading a request may take so long that others would notice."""
+"""From this size on a request is parsed in a thread, because parsing would delay other requests noticeably."""
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
@@ -136,8 +137,8 @@ _Resource = tuple[OtelResource, dict[str, Any]]
 """What made spans, and the attributes of that."""
 
 
-class Outcome(NamedTuple):
-    """What became of the spans of one request."""
+class TraceOutcome(NamedTuple):
+    """How many spans of a request were stored, how many were not, and why not."""
 
     accepted: int
     rejected: int
@@ -167,7 +168,7 @@ def inflate(raw: bytes, limit: int) -> bytes:
     return content
 
 
-async def store_traces(store: LightningStore, media: bytes, content: bytes) -> Outcome:
+async def store_traces(store: LightningStore, media: bytes, content: bytes) -> TraceOutcome:
     """Store the spans of an ``ExportTraceServiceRequest``.
 
     Args:
@@ -183,10 +184,10 @@ async def store_traces(store: LightningStore, media: bytes, content: bytes) -> O
     """
     if len(content) < _LARGE_BYTES:
         spans, reasons = _spans_in(media, content)
-    else:  # beside the event loop, in which others wait
+    else:
         spans, reasons = await asyncio.to_thread(_spans_in, media, content)
     accepted = await _store(store, spans, reasons)
-    return Outcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
+    return TraceOutcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
 
 
 def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
@@ -206,7 +207,7 @@ def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
     return spans, reasons
 
 
-def encode_outcome(media: bytes, outcome: Outcome) -> bytes:
+def encode_outcome(media: bytes, outcome: TraceOutcome) -> bytes:
     """The ``ExportTraceServiceResponse``, in the encoding of the request."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
@@ -236,7 +237,10 @@ def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
 
 
 async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str]) -> int:
-    """Store spans, those of each attempt together; where one of them is refused, one by one."""
+    """Store spans and return how many. When one is refused, divide them by attempt, and then one by one.
+
+    The store takes all spans of a call or none, so a bad span would otherwise take the good ones with it.
+    """
     try:
         await store.add_many_spans(spans)
     except (InvalidValue, NotFound) as error:
@@ -324,21 +328,18 @@ def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
     rollout_id, attempt_id, sequence_id = said(_ROLLOUT_ID), said(_ATTEMPT_ID), said(_SEQUENCE_ID)
     if not isinstance(rollout_id, str) or not isinstance(attempt_id, str):
         raise _Refused(
-            f"span {span.name[:80]!r} does not say whose it is: set the attributes {_ROLLOUT_ID} and {_ATTEMPT_ID}"
+            f"span {span.name[:80]!r} does not name its attempt: set the attributes {_ROLLOUT_ID} and {_ATTEMPT_ID}"
         )
     if sequence_id is not None and (not isinstance(sequence_id, int) or sequence_id < 0):
         raise _Refused(f"span {span.name[:80]!r} has {_SEQUENCE_ID} {sequence_id!r:.80}; give 0 or more")
     if len(span.trace_id) != 16 or len(span.span_id) != 8:
         raise _Refused(f"span {span.name[:80]!r} has a trace id or a span id of a wrong length")
-    context = SpanContext(
-        trace_id=span.trace_id.hex(), span_id=span.span_id.hex(), is_remote=False, trace_state=_state(span.trace_state)
-    )
     return Span(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
         sequence_id=sequence_id or 0,
-        trace_id=context.trace_id,
-        span_id=context.span_id,
+        trace_id=span.trace_id.hex(),
+        span_id=span.span_id.hex(),
         parent_id=span.parent_span_id.hex() or None,
         name=span.name,
         status=TraceStatus(
@@ -350,23 +351,18 @@ def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
             Event(name=event.name, attributes=_attributes(event.attributes), timestamp=_seconds(event.time_unix_nano))
             for event in span.events
         ],
-        links=[
-            Link(
-                context=SpanContext(
-                    trace_id=link.trace_id.hex(),
-                    span_id=link.span_id.hex(),
-                    is_remote=False,
-                    trace_state=_state(link.trace_state),
-                ),
-                attributes=_attributes(link.attributes),
-            )
-            for link in span.links
-        ],
+        links=[Link(context=_context(link), attributes=_attributes(link.attributes)) for link in span.links],
         start_time=_seconds(span.start_time_unix_nano),
         end_time=_seconds(span.end_time_unix_nano),
-        context=context,
+        context=_context(span),
         parent=None,
         resource=resource,
+    )
+
+
+def _context(of: trace_pb2.Span | trace_pb2.Span.Link) -> SpanContext:
+    return SpanContext(
+        trace_id=of.trace_id.hex(), span_id=of.span_id.hex(), is_remote=False, trace_state=_state(of.trace_state)
     )
 
 

@@ -1,4 +1,4 @@
-"""``LightningStoreServer``: serves a store over HTTP, and is that store for the process that serves it."""
+"""``LightningStoreServer``: serves a store over HTTP, and passes calls on to it in the process that serves."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from agentlightning.http.routes import OTLP_TRACES_PATH
 from agentlightning.http.server.admin import build_operations
 from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.connections import DirectConnection
-from agentlightning.http.server.endpoints import Answerer
-from agentlightning.http.server.limits import Gate, Load, ServerLimits
+from agentlightning.http.server.endpoints import Endpoints
+from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.http.signatures import ForwardingStore
+from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
 from agentlightning.serving.connections import ConnectionBounds
@@ -43,7 +44,7 @@ _REPLACED: Mapping[str, str] = {
     "launcher_args": "limits=ServerLimits(…) and the arguments of this class say the same",
     "tracker": "GET /metrics has the numbers, for Prometheus",
 }
-"""Arguments of 0.3 that have no effect any more, and what came in their place."""
+"""Arguments of 0.3 without effect, and what replaces them."""
 
 
 class LightningStoreServer(ForwardingStore):
@@ -62,6 +63,7 @@ class LightningStoreServer(ForwardingStore):
         allowed_hosts: names under which the server is reached, besides its addresses and ``localhost``.
         tls_certificate, tls_key: files in PEM, for HTTPS.
         run_id: the run that is served, if it is one; runners of another one stay away.
+        access_policy: decides which callers have the permission of which route. Default: all have all.
         limits: bounds on everything that a client can make the server hold.
         replaced: other arguments of 0.3: accepted, with a warning that says what came in their place.
 
@@ -82,6 +84,7 @@ class LightningStoreServer(ForwardingStore):
         tls_certificate: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
         run_id: str | None = None,
+        access_policy: AccessPolicy | None = None,
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - a value that cannot change
         **replaced: Any,
     ) -> None:
@@ -90,7 +93,7 @@ class LightningStoreServer(ForwardingStore):
             raise TypeError(f"LightningStoreServer takes no argument {', '.join(sorted(unknown))}")
         for name, value in replaced.items():
             if value is not None:
-                warnings.warn(f"{name} has no effect any more: {_REPLACED[name]}", DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{name} has no effect: {_REPLACED[name]}", DeprecationWarning, stacklevel=2)
         if n_workers != 1:
             raise InvalidValue(f"n_workers {n_workers!r} is not possible: one process serves a store; leave it out")
         if (tls_certificate is None) != (tls_key is None):
@@ -103,10 +106,11 @@ class LightningStoreServer(ForwardingStore):
         self.app: StoreApp | None = None
         """The ASGI application, while the server runs."""
         self._key = api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
-        self._gate = Gate(
+        self._access = AccessControl(
             ApiKey(self._key) if self._key else None,
             AllowedHosts([self.host, *allowed_hosts]),
             AllowedOrigins(cors_allow_origins),
+            access_policy,
         )
         self._tls = (
             None if tls_certificate is None or tls_key is None else TlsFiles(Path(tls_certificate), Path(tls_key))
@@ -170,16 +174,16 @@ class LightningStoreServer(ForwardingStore):
         _log.info("serving %s at %s", type(self.store).__name__, self.endpoint)
 
     def take_port(self) -> None:
-        """Have the port, and all else that ``start`` may lack, before anything else is begun. Idempotent.
+        """Bind the port before anything else is started, so that a failure leaves nothing behind. Idempotent.
 
-        Nothing is listened on yet; ``start`` does that, or ``stop`` gives the port back. Raises as ``start``.
+        The server does not listen yet: ``start`` does, and ``stop`` releases the port. Raises as ``start``.
         """
         with self._changing:
             if self._listener is None:
                 self._bound = self._bind()
 
     async def stop(self) -> None:
-        """Take no new requests, answer those that wait, finish the others, let go of the port; idempotent."""
+        """Refuse new requests, answer long polls, finish all others and release the port. Idempotent."""
         await asyncio.to_thread(self.stop_blocking)
         client, self._client = self._client, None
         if client is not None:
@@ -223,9 +227,9 @@ class LightningStoreServer(ForwardingStore):
         return listener
 
     def _build(self, store: LightningStore) -> ThreadedServer:
-        """Put the parts together: the composition root of a server."""
+        """Wire the parts of a server together."""
         operations = build_operations(store, self._limits, lambda: serving, self.run_id)
-        app = StoreApp(Answerer(store), self._gate, self._limits, operations)
+        app = StoreApp(Endpoints(store), self._access, self._limits, operations)
         limits = self._limits
         listener = ThreadedServer(
             partial(nullcontext, app),
@@ -280,7 +284,7 @@ class LightningStoreServer(ForwardingStore):
 
 
 class _Serving:
-    """What health and metrics tell of a running server."""
+    """The running server, as health and metrics see it."""
 
     def __init__(self, app: StoreApp, listener: ThreadedServer) -> None:
         self._app = app
@@ -306,7 +310,7 @@ class _Serving:
 # --- A server as a whole process: from the first signal that it answers to the last byte on the ---
 
 _YOUNG_OBJECTS = 20_000
-"""How many more objects are made than freed before the collector looks at the young ones."""
+"""How many net allocations trigger a collection of the youngest generation."""
 
 
 def run_service(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
@@ -341,11 +345,11 @@ async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callab
         ready()
         await ended.wait()
         await server.stop()
-    _log.info("stopped; everything that was acknowledged is in the store")
+    _log.info("stopped; every acknowledged write is in the store")
 
 
 def _end(number: signal.Signals, ended: asyncio.Event) -> None:
-    _log.info("%s: finishing what was begun", number.name)
+    _log.info("%s: finishing requests, then stopping", number.name)
     ended.set()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(each)
@@ -353,9 +357,9 @@ def _end(number: signal.Signals, ended: asyncio.Event) -> None:
 
 
 def _collect_seldom() -> None:
-    """Let the garbage collector pass over what is there for good, and look for cycles less often.
+    """Exclude what lives for ever from garbage collection, and collect less often.
 
-    Requests leave hardly any cycles behind; looking for them took a twentieth of the processor.
+    Requests leave hardly any reference cycles; looking for them took 5 % of the processor.
     """
     gc.collect()
     gc.freeze()

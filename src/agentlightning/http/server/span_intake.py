@@ -98,6 +98,21 @@ def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
     return list(map(_draft, spans, encoded))
 
 
+def plain_drafts_of(spans: Any) -> list[SpanDraft] | None:
+    """The spans that a value of strict JSON is, if it is a list of plain ones; else None, and pydantic decides.
+
+    Raises:
+        InvalidId: one of the ids is not valid.
+        TooLarge: there are too many spans, or one of them has too many bytes.
+    """
+    try:
+        plain = msgspec.convert(spans, list[PlainSpan])
+    except msgspec.ValidationError:
+        return None
+    check_batch(plain, "spans")
+    return [_draft(span, encode_plain(span)) for span in plain] if all(map(has_plain_values, plain)) else None
+
+
 def _draft(span: PlainSpan, encoded: bytes) -> SpanDraft:
     rollout_id, attempt_id = check_id(span.rollout_id, "rollout_id"), check_id(span.attempt_id, "attempt_id")
     span_id = check_id(span.span_id, "span_id")

@@ -37,7 +37,7 @@ from agentlightning.types.plain_spans import PlainSpan
 Store = TypeVar("Store", bound=LightningStore)
 Method = Callable[..., Any]
 
-_LOCAL_METHODS = frozenset({"otlp_traces_endpoint", "add_otel_span", "json_form"})
+_LOCAL_METHODS = frozenset({"otlp_traces_endpoint", "add_otel_span", "answering_in_json"})
 """Methods that no other store is asked for: they only convert their arguments, or answer about this object."""
 
 
@@ -238,9 +238,9 @@ def _forward(name: str) -> Method:
 class ForwardingStore(DerivedStore):
     """A store that passes every call on to another store, which may be a different one each time."""
 
-    def json_form(self) -> Any:
+    def answering_in_json(self) -> Any:
         """The JSON form of the store that is called."""
-        return self._target().json_form()
+        return self._target().answering_in_json()
 
     @abc.abstractmethod
     def _target(self) -> LightningStore:

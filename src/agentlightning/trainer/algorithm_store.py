@@ -70,11 +70,13 @@ class _AlgorithmStore:
             return self._watched(name, found)
         return found
 
-    def _around(self, json_store: LightningStore) -> _AlgorithmStore:
+    def _around(self, json_store: LightningStore | None) -> _AlgorithmStore | None:
         """Return the same around the store's view for servers, so that a server of this store keeps its fast path.
 
         Rewards are not observed there, because replies of that view are bytes.
         """
+        if json_store is None:
+            return None
         same = copy(self)
         same._store, same._observe = json_store, None
         return same

@@ -189,7 +189,7 @@ async def test_those_that_cannot_be_stored_are_counted_and_named_and_the_others_
     async with _serving() as (store, server):
         rejected, message = _partial(await _post(server, request.SerializeToString()))
         assert rejected == 7
-        assert "does not say whose it is" in message
+        assert "does not name its attempt" in message
         assert [span.span_id for span in await store.query_spans("ro-1")] == ["0" * 15 + "1"]
 
 

@@ -28,11 +28,11 @@ class Match(NamedTuple):
 
 
 class RouteTable:
-    """All routes below all prefixes, by path; arguments in a path are replaced by empty parts for the look-up."""
+    """All routes below all prefixes, by path; arguments in a path are replaced by None for the look-up."""
 
     def __init__(self) -> None:
         self._whole: dict[str, dict[str, Bound]] = {}
-        self._shapes: dict[tuple[str, ...], dict[str, Bound]] = {}
+        self._shapes: dict[tuple[str | None, ...], dict[str, Bound]] = {}
         self._holes: dict[int, list[tuple[int, ...]]] = {}
         """Where arguments may stand in a path, by its number of parts; those with the fewest arguments first."""
         for dialect in DIALECTS:
@@ -46,9 +46,9 @@ class RouteTable:
             return Match(whole[verb], ())
         parts = path.split("/")
         for holes in self._holes.get(len(parts), ()):
-            shape = parts.copy()
+            shape: list[str | None] = [*parts]
             for hole in holes:
-                shape[hole] = ""
+                shape[hole] = None
             bound = self._shapes.get(tuple(shape), _NONE).get(verb)
             if bound is not None:
                 return Match(bound, [parts[hole] for hole in holes])
@@ -66,7 +66,7 @@ class RouteTable:
         if not holes:
             self._whole.setdefault(path, {})[route.verb] = bound
             return
-        shape = tuple("" if number in holes else part for number, part in enumerate(parts))
+        shape = tuple(None if number in holes else part for number, part in enumerate(parts))
         self._shapes.setdefault(shape, {})[route.verb] = bound
         known = self._holes.setdefault(len(parts), [])
         if holes not in known:

@@ -205,9 +205,9 @@ def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_
 
 
 def span_drafts(spans: Sequence[SpanOrPlain]) -> list[SpanDraft]:
-    """Spans, checked and encoded. Raises as ``encode_spans``. Drafts are passed on: a server has made them from JSON."""
-    if spans and isinstance(spans[0], SpanDraft):
-        return list(cast("Sequence[SpanDraft]", spans))
+    """Spans, checked and encoded. Raises as ``encode_spans``. A server gives drafts that it made itself."""
+    if isinstance(spans, list) and spans and isinstance(spans[0], SpanDraft):
+        return cast("list[SpanDraft]", spans)
     return [
         SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span.span_id, body_of(span, encoded))
         for span, encoded in zip(spans, encode_spans(spans), strict=True)

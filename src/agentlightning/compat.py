@@ -45,11 +45,11 @@ MOVED = {
     "sanitize_attribute_value": "types.attributes",
     "sanitize_attributes": "types.attributes",
     "sanitize_list_attribute_sanity": "types.attributes",
-    "system_snapshot": "runner.heartbeat",
+    "system_snapshot": "runner.heartbeat:system_statistics",
     "to_otel_status_code": "tracer.otel",
     "unflatten_attributes": "types.attributes",
 }
-"""Names that 0.3 offered in inner modules, and the module of this package that defines them."""
+"""Names that 0.3 offered in inner modules, and the module that defines each now (``module:name`` if renamed)."""
 
 REPLACED = (
     (
@@ -100,7 +100,8 @@ def look_up(module: str, name: str) -> Any:
     if not offered(module, name):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     if name in MOVED:
-        return getattr(import_module(f"agentlightning.{MOVED[name]}"), name)
+        path, _, renamed = MOVED[name].partition(":")
+        return getattr(import_module(f"agentlightning.{path}"), renamed or name)
     front_door = import_module("agentlightning")
     if name in front_door.__all__:
         return getattr(front_door, name)
@@ -122,6 +123,9 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, ModuleType) and offered(self.__name__, name)):
             super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)  # cloudpickle knows plain modules only, and agents refer to this one
 
 
 class _Loader(Loader):

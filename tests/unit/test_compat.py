@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import subprocess
 import sys
 
+import cloudpickle
 import pytest
 
 import agentlightning as agl
@@ -91,3 +93,14 @@ def test_names_that_03_did_not_have_stay_unknown() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("agentlightning.no_such_module")
     assert not hasattr(importlib.import_module("agentlightning.runner"), "Trainer"), "0.3 had it elsewhere"
+
+
+def test_a_function_that_refers_to_the_package_can_be_shipped() -> None:
+    emitter = importlib.import_module("agentlightning.emitter")
+
+    def agent() -> object:
+        return agl.emit_reward, emitter.emit_reward
+
+    again = pickle.loads(cloudpickle.dumps(agent))
+    assert again() == agent()
+    assert pickle.loads(cloudpickle.dumps(agl)) is agl

@@ -58,7 +58,7 @@ REPLACED = (
     ),
     (r"LiteLLM|litellm|LITELLM|vllm|VLLM", "agl.LLMProxy passes calls on to any OpenAI-compatible server"),
     (r"VERL", "agl.GRPO trains a policy; a trainer of your own takes what the adapters make of spans"),
-    (r"Metrics|prometheus|LATENCY|metrics", "the server answers Prometheus at /agl/v1/metrics"),
+    (r"Metrics|prometheus|LATENCY|metrics", "the server answers Prometheus at GET /metrics"),
     (r"Launcher|CachedStatic", "agl.LightningStoreServer starts its own server"),
     (
         r"Request$|Response$|PREFIX|PROTOBUF|OTLPExporter|otlp|proto$",

@@ -63,7 +63,7 @@ def test_statements_of_scripts(statement: str, public: str) -> None:
         ("from agentlightning import VERL", "agl.GRPO"),
         ("from agentlightning.tracer.agentops import AgentOpsTracer", "agl.OtelTracer"),
         ("from agentlightning.store.collection import KeyValue", "agl.SqliteLightningStore"),
-        ("from agentlightning.utils.metrics import PrometheusMetricsBackend", "/agl/v1/metrics"),
+        ("from agentlightning.utils.metrics import PrometheusMetricsBackend", "GET /metrics"),
         ("from agentlightning.utils.server_launcher import PythonServerLauncher", "agl.LightningStoreServer"),
         ("from agentlightning.algorithm.utils import T_task", "define your own"),
     ],

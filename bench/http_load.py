@@ -136,7 +136,7 @@ class Runner:
         self._held: dict[str, Any] | None = None
 
     async def rollout(self) -> None:
-        await self._send("enqueue", "/queues/rollouts/enqueue", b'{"rollouts":[{"input":{"task":"bench"}}]}')
+        await self.enqueue()
         reply = await self._send("claim", "/queues/rollouts/dequeue", self._dequeue)
         [claimed] = json.loads(reply)
         rollout_id, attempt_id = claimed["rollout_id"], claimed["attempt"]["attempt_id"]
@@ -157,9 +157,13 @@ class Runner:
             self._times["add_spans"].append(time.perf_counter() - began)
         await self._send("finish", f"/rollouts/{rollout_id}/attempts/{attempt_id}", b'{"status":"succeeded"}')
 
+    async def enqueue(self, number: int = 1) -> None:
+        rollouts = b",".join([b'{"input":{"task":"bench"}}'] * number)
+        await self._send("enqueue", "/queues/rollouts/enqueue", b'{"rollouts":[' + rollouts + b"]}")
+
     async def fused(self) -> None:
         """The same as our runner does it: spans, end and next claim in one call, an enqueue in the other."""
-        await self._send("enqueue", "/queues/rollouts/enqueue", b'{"rollouts":[{"input":{"task":"bench"}}]}')
+        await self.enqueue()
         if self._held is None:
             [self._held] = json.loads(await self._send("claim", "/queues/rollouts/dequeue", self._dequeue))
         rollout_id, attempt_id = self._held["rollout_id"], self._held["attempt"]["attempt_id"]
@@ -218,6 +222,9 @@ async def rollouts(arguments: argparse.Namespace) -> dict[str, object]:
     connections = [await connect(arguments.port) for _ in range(arguments.runners)]
     runners = [Runner(each, arguments.prefix, n, arguments.spans, times) for n, each in enumerate(connections)]
     work = [each.fused if arguments.spans == "fused" else each.rollout for each in runners]
+    if arguments.spans == "fused":  # so that a claim finds work: each runner enqueues after it has claimed another's
+        for each in runners:
+            await each.enqueue(2)
     await for_a_while(min(0.5, arguments.seconds), work)
     times.clear()
     done, seconds = await for_a_while(arguments.seconds, work)

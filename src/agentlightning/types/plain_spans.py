@@ -197,23 +197,23 @@ def count_keys(span: PlainSpan) -> int:
 
 
 _SCALARS: frozenset[type[Any]] = frozenset({str, bool, int, float})
-_PLAIN_KINDS = _SCALARS | {list}
-_NAMES: frozenset[type[Any]] = frozenset({str})
 
 
 def _are_plain(attributes: Mapping[str, Any]) -> bool:
-    # The types are collected by C code first, because nearly all attributes need no look at the single value.
-    kinds = set(map(type, attributes.values()))
-    if not kinds <= _PLAIN_KINDS or not set(map(type, attributes)) <= _NAMES:
-        return False
-    if float in kinds and not all(isfinite(value) for value in attributes.values() if type(value) is float):
-        return False
-    return list not in kinds or all(_is_no_mixed_list(value) for value in attributes.values())
+    for name, value in attributes.items():
+        kind = cast("type[Any]", type(value))
+        if type(name) is not str:
+            return False
+        if kind is str or kind is int or kind is bool:  # nearly all; that integers fit is found by msgspec
+            continue
+        if not (isfinite(value) if kind is float else _is_uniform_list(value)):
+            return False
+    return True
 
 
-def _is_no_mixed_list(value: object) -> bool:
+def _is_uniform_list(value: object) -> bool:
     if type(value) is not list:
-        return True
+        return False
     values = cast("list[Any]", value)
     kinds = set(map(type, values))
     return len(kinds) <= 1 and kinds <= _SCALARS and (float not in kinds or all(map(isfinite, values)))
@@ -225,19 +225,23 @@ def _is_plain_event(event: Event | PlainEvent) -> bool:
 
 def _is_made_of_records(span: Span) -> bool:
     """Whether the parts of a span are the records that pydantic would have made, without fields of others."""
-    parts: list[Any] = [span, span.status, *span.events, *span.links, *(link.context for link in span.links)]
-    kinds = [Span, TraceStatus, *[Event] * len(span.events), *[Link] * len(span.links)]
-    kinds += [SpanContext] * len(span.links)
-    for context in (span.context, span.parent):
-        if context is not None:
-            parts.append(context)
-            kinds.append(SpanContext)
+    events, links, context, parent = span.events, span.links, span.context, span.parent
+    if (
+        type(span.status) is not TraceStatus
+        or type(span.resource) is not OtelResource
+        or type(events) is not list
+        or type(links) is not list
+        or span.__pydantic_extra__
+        or span.status.__pydantic_extra__
+    ):
+        return False
+    if not events and not links and context is None and parent is None:
+        return True
+    contexts = [each for each in (context, parent, *(link.context for link in links)) if each is not None]
     return (
-        type(span.resource) is OtelResource
-        and type(span.events) is list
-        and type(span.links) is list
-        and list(map(type, parts)) == kinds
-        and not any(part.__pydantic_extra__ for part in parts)
+        all(type(each) is Event and not each.__pydantic_extra__ for each in events)
+        and all(type(each) is Link and not each.__pydantic_extra__ for each in links)
+        and all(type(each) is SpanContext and not each.__pydantic_extra__ for each in contexts)
     )
 
 

@@ -53,7 +53,13 @@ _LOOKS = (
 @pytest.mark.parametrize("words", _LOOKS, ids=" ".join)
 def test_a_server_and_its_file_answer_the_same(worked: tuple[str, Path], words: list[str]) -> None:
     by_server, by_file = (agl(*words, "-o", "json", "--url", each).ok().json for each in worked)
+    if words[0] == "workers":  # their signs of life are written now and then only
+        by_server, by_file = (without_times(each) for each in (by_server, by_file))
     assert by_server == by_file
+
+
+def without_times(page: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in each.items() if not name.endswith("_time")} for each in page["items"]]
 
 
 def test_status_and_trace_draw_the_same(worked: tuple[str, Path]) -> None:

@@ -43,7 +43,7 @@ async def test_it_serves_a_file_and_keeps_what_it_acknowledged(tmp_path: Path) -
         lines = [json.loads(line) for line in agl.log().splitlines()]
     [logged] = [line for line in lines if line.get("request_id") == "mine"]
     assert (logged["rollout_id"], logged["trace_id"]) == ("ro-1", "0af7651916cd43dd8448eb211c80319c")
-    assert lines[-1]["event"].startswith("stopped; everything that was acknowledged")
+    assert lines[-1]["event"].startswith("stopped; every acknowledged write is in the store")
     async with SqliteLightningStore(path) as store:
         assert (await store.verify()).ok
         assert await store.get_rollout_by_id("ro-1") is not None

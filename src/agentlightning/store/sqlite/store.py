@@ -164,6 +164,8 @@ class _SqliteStore(EngineStore):
             DiskFull, CorruptStore: there is no whole copy, and no file of that name.
         """
         self._core.open()
+        if not self._backend.stopped:  # signs of life that are in memory only shall be in the copy
+            await self._backend.write(lambda tx: tx.save_touched())
         await self._backend.backup(Path(target))
 
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle import attempts, deadlines, workers
 from agentlightning.lifecycle.deadlines import Due
-from agentlightning.lifecycle.records import AttemptRow, Moment, Policy, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.store import sweep
 from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
 from agentlightning.store.sqlite.row_cache import RowCache
@@ -136,7 +136,7 @@ def throttled_heartbeats_are_dropped(patch: pytest.MonkeyPatch) -> None:
 def nothing_times_out(patch: pytest.MonkeyPatch) -> None:
     due = deadlines.attempt_due
 
-    def patient(policy: Policy, attempt: AttemptRow) -> Due | None:
+    def patient(policy: RolloutPolicy, attempt: AttemptRow) -> Due | None:
         return due(attempts.replace(policy, timeout_seconds=None), attempt)
 
     patch.setattr(deadlines, "attempt_due", patient)

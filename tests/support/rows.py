@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from agentlightning.lifecycle.deadlines import attempt_deadline
-from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, Policy, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import FINAL, LIVE
 
@@ -53,7 +53,7 @@ def standing_rollout(status: Any = "queuing", **fields: Any) -> RolloutRow:
         "mode": None,
         "resources_id": None,
         "resources_version": None,
-        "policy": Policy(),
+        "policy": RolloutPolicy(),
         "metadata": None,
         "start_time": 4_900.0,
         "end_time": 4_950.0 if ended else None,
@@ -100,9 +100,9 @@ def a_worker(**fields: Any) -> WorkerRow:
     return WorkerRow(**({"seq": 1, "version": 1, "worker_id": "w-1"} | fields))
 
 
-def pair_of(rollout_status: Any, attempt_status: Any, policy: Policy | None = None, **of_attempt: Any) -> Pair:
+def pair_of(rollout_status: Any, attempt_status: Any, policy: RolloutPolicy | None = None, **of_attempt: Any) -> Pair:
     """A rollout whose first and latest attempt is given, with the deadline that it has by the rollout's policy."""
-    policy = policy or Policy()
+    policy = policy or RolloutPolicy()
     rollout = standing_rollout(rollout_status, policy=policy, attempts=1, latest_attempt_id="at-1")
     attempt = an_attempt(attempt_status, **of_attempt)
     if attempt.live and "deadline" not in of_attempt:
@@ -116,10 +116,10 @@ _seconds = st.none() | st.integers(1, 400).map(float)
 
 
 @st.composite
-def policies(draw: st.DrawFn) -> Policy:
+def policies(draw: st.DrawFn) -> RolloutPolicy:
     """Any policy whose times are of the size of the times in the rows."""
     retried = draw(st.sets(st.sampled_from(["failed", "timeout", "unresponsive", "succeeded", "running"])))
-    return Policy(draw(_seconds), draw(_seconds), draw(st.integers(1, 4)), tuple(sorted(retried)))
+    return RolloutPolicy(draw(_seconds), draw(_seconds), draw(st.integers(1, 4)), tuple(sorted(retried)))
 
 
 def moments() -> st.SearchStrategy[Moment]:

@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Pair,
+    ResourcesRow,
+    RolloutPolicy,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
 from agentlightning.store import json_records as json_views, records as views
 
 ATTEMPT = AttemptRow(
@@ -40,7 +48,7 @@ ROLLOUT = RolloutRow(
     mode="train",
     resources_id="rs-1",
     resources_version=2,
-    policy=Policy(timeout_seconds=1.5, max_attempts=3, retry_condition=("failed", "timeout")),
+    policy=RolloutPolicy(timeout_seconds=1.5, max_attempts=3, retry_condition=("failed", "timeout")),
     metadata=None,
     start_time=1.0,
     end_time=None,

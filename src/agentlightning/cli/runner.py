@@ -21,44 +21,53 @@ _HOW = "How much"
 _WHERE = "For whom"
 
 
+_Agent = Annotated[
+    str | None, typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent.")
+]
+_Exec = Annotated[
+    str | None,
+    typer.Option("--exec", metavar="COMMAND", help="Any program as the agent instead.", rich_help_panel=_WHAT),
+]
+_Number = Annotated[
+    int, typer.Option("--n", "-n", min=1, help="Runner processes on this machine.", rich_help_panel=_HOW)
+]
+_Concurrency = Annotated[
+    int, typer.Option("--concurrency", "-c", min=1, help="Rollouts at once in each.", rich_help_panel=_HOW)
+]
+_MaxRollouts = Annotated[
+    int | None, typer.Option(min=1, help="Rollouts for each process, then it ends.", rich_help_panel=_HOW)
+]
+_RunId = Annotated[
+    str | None, typer.Option(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.", rich_help_panel=_WHERE)
+]
+_Wait = Annotated[
+    float, typer.Option(min=0, help="Seconds to wait for a server that is not up.", rich_help_panel=_WHERE)
+]
+_Stay = Annotated[
+    bool, typer.Option("--stay", help="When a run is over, wait for the next one.", rich_help_panel=_WHERE)
+]
+_HeartbeatInterval = Annotated[
+    float, typer.Option(min=0.1, help="Seconds between signs of life; lost after three.", rich_help_panel=_WHERE)
+]
+_Labels = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="What operators shall see of these workers.", rich_help_panel=_WHERE),
+]
+
+
 def runner(
-    agent: Annotated[
-        str | None,
-        typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent."),
-    ] = None,
-    exec_: Annotated[
-        str | None,
-        typer.Option("--exec", metavar="COMMAND", help="Any program as the agent instead.", rich_help_panel=_WHAT),
-    ] = None,
-    n: Annotated[
-        int, typer.Option("--n", "-n", min=1, help="Runner processes on this machine.", rich_help_panel=_HOW)
-    ] = 1,
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", min=1, help="Rollouts at once in each.", rich_help_panel=_HOW)
-    ] = 1,
-    max_rollouts: Annotated[
-        int | None, typer.Option(min=1, help="Rollouts for each process, then it ends.", rich_help_panel=_HOW)
-    ] = None,
+    agent: _Agent = None,
+    exec_: _Exec = None,
+    n: _Number = 1,
+    concurrency: _Concurrency = 1,
+    max_rollouts: _MaxRollouts = None,
     url: Url = None,
     api_key: ApiKey = None,
-    run_id: Annotated[
-        str | None,
-        typer.Option(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.", rich_help_panel=_WHERE),
-    ] = None,
-    wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a server that is not up.", rich_help_panel=_WHERE)
-    ] = 300.0,
-    stay: Annotated[
-        bool, typer.Option("--stay", help="When a run is over, wait for the next one.", rich_help_panel=_WHERE)
-    ] = False,
-    heartbeat: Annotated[
-        float,
-        typer.Option(min=0.1, help="Seconds between signs of life; lost after three.", rich_help_panel=_WHERE),
-    ] = 10.0,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="What operators shall see of these workers.", rich_help_panel=_WHERE),
-    ] = None,
+    run_id: _RunId = None,
+    wait: _Wait = 300.0,
+    stay: _Stay = False,
+    heartbeat: _HeartbeatInterval = 10.0,
+    label: _Labels = None,
     log_level: Level = LogLevel.INFO,
 ) -> None:
     """Run agents: claim rollouts from a store, run the agent on each, report how it went.

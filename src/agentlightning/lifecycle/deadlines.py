@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from agentlightning.lifecycle.records import AttemptRow, Policy, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, RolloutPolicy, WorkerRow
 
 _THROTTLES_PER_TERM = 10
 _THROTTLE_WITHOUT_TERM = 60.0
@@ -18,7 +18,7 @@ class Due(NamedTuple):
     cause: Literal["unconfirmed", "unresponsive", "timeout"]
 
 
-def attempt_due(policy: Policy, attempt: AttemptRow) -> Due | None:
+def attempt_due(policy: RolloutPolicy, attempt: AttemptRow) -> Due | None:
     """What ends ``attempt`` first, and when; None if it may run for ever.
 
     While a claim is unconfirmed, silence is judged by its confirmation lease alone;
@@ -34,7 +34,7 @@ def attempt_due(policy: Policy, attempt: AttemptRow) -> Due | None:
     return min(dues, default=None)
 
 
-def attempt_deadline(policy: Policy, attempt: AttemptRow) -> float | None:
+def attempt_deadline(policy: RolloutPolicy, attempt: AttemptRow) -> float | None:
     """The moment of ``attempt_due``."""
     due = attempt_due(policy, attempt)
     return None if due is None else due.at
@@ -45,7 +45,7 @@ def worker_due(worker: WorkerRow) -> float | None:
     return None if worker.lease_seconds is None else worker.beaten_lease + worker.lease_seconds
 
 
-def attempt_throttle(policy: Policy, attempt: AttemptRow) -> float:
+def attempt_throttle(policy: RolloutPolicy, attempt: AttemptRow) -> float:
     """How many seconds the stored sign of life of an attempt may be older than the newest one.
 
     A tenth of the shortest term that ends the attempt. Expiry is judged by the newest sign of life, so this does

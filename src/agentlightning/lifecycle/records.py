@@ -31,7 +31,7 @@ class Reason(NamedTuple):
     message: str
 
 
-class Policy(msgspec.Struct, frozen=True, gc=False):
+class RolloutPolicy(msgspec.Struct, frozen=True, gc=False):
     """How a rollout is retried and when its attempts expire: ``RolloutConfig`` as an immutable value."""
 
     timeout_seconds: float | None = None
@@ -67,7 +67,7 @@ class RolloutRow(msgspec.Struct, frozen=True, gc=False):
     mode: RolloutMode | None
     resources_id: str | None
     resources_version: int | None
-    policy: Policy
+    policy: RolloutPolicy
     metadata: bytes | None
     start_time: float
     end_time: float | None

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IllegalMove
 from agentlightning.lifecycle import attempts, reasons
 from agentlightning.lifecycle.deadlines import attempt_deadline
-from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, Policy, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, Reason, RolloutPolicy, RolloutRow
 from agentlightning.lifecycle.states import FINAL, check_rollout_move
 from agentlightning.types import AttemptEnd, RolloutStatus
 
@@ -58,7 +58,7 @@ def cancel(before: Change, message: str, now: Moment) -> Change:
     return set_status(before, "cancelled", Reason(reasons.CANCELLED, message), now)
 
 
-def set_policy(before: Change, policy: Policy) -> Change:
+def set_policy(before: Change, policy: RolloutPolicy) -> Change:
     """Give a rollout another policy; it rules a live attempt from now on, too."""
     rollout = replace(before.rollout, policy=policy)
     attempt = before.attempt

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Pair,
+    ResourcesRow,
+    RolloutPolicy,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
 from agentlightning.store.records import attempt_fields, rollout_fields, worker_fields
 from agentlightning.store.span_json import span_json
 
@@ -64,5 +72,5 @@ def span_view(row: SpanRow) -> bytes:
     return span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body)
 
 
-def _policy(policy: Policy) -> Policy:
+def _policy(policy: RolloutPolicy) -> RolloutPolicy:
     return policy  # a struct with the fields of RolloutConfig

@@ -13,7 +13,15 @@ import msgspec
 from msgspec.structs import replace
 from pydantic import BaseModel, TypeAdapter
 
-from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, ResourcesRow, RolloutRow, SpanRow, WorkerRow
+from agentlightning.lifecycle.records import (
+    AttemptRow,
+    Pair,
+    ResourcesRow,
+    RolloutPolicy,
+    RolloutRow,
+    SpanRow,
+    WorkerRow,
+)
 from agentlightning.store.span_json import read_span, span_json
 from agentlightning.types import (
     Attempt,
@@ -147,7 +155,7 @@ def _rollout(row: RolloutRow) -> dict[str, Any]:
     return rollout_fields(row, _decode, _config)
 
 
-def _config(policy: Policy) -> RolloutConfig:
+def _config(policy: RolloutPolicy) -> RolloutConfig:
     return _build(
         RolloutConfig,
         {
@@ -163,7 +171,9 @@ def _config(policy: Policy) -> RolloutConfig:
 # ``value`` converts a field that is stored as JSON.
 
 
-def rollout_fields(row: RolloutRow, value: Callable[[bytes], Any], policy: Callable[[Policy], Any]) -> dict[str, Any]:
+def rollout_fields(
+    row: RolloutRow, value: Callable[[bytes], Any], policy: Callable[[RolloutPolicy], Any]
+) -> dict[str, Any]:
     """The fields of a rollout, without an attempt."""
     return {
         "rollout_id": row.rollout_id,

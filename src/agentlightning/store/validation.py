@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
 from agentlightning.lifecycle import reasons
-from agentlightning.lifecycle.records import Policy, Reason
+from agentlightning.lifecycle.records import Reason, RolloutPolicy
 from agentlightning.types import NamedResources, Resource, RolloutConfig
 
 MAX_JSON_BYTES = 4 * 1024 * 1024
@@ -141,21 +141,21 @@ def encode_required(value: Mapping[str, Any], what: str) -> bytes:
     return encoded
 
 
-def encode_policy(config: RolloutConfig | None) -> Policy:
+def encode_policy(config: RolloutConfig | None) -> RolloutPolicy:
     """A rollout's config as an immutable value; None means the default.
 
     Raises:
         InvalidValue: it is not a config, or has become a bad one since it was made.
     """
     if config is None:
-        return Policy()
+        return RolloutPolicy()
     if not isinstance(config, RolloutConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"config is a {type(config).__name__}; give a RolloutConfig")
     try:
         checked = RolloutConfig.model_validate(config.__dict__)
     except ValidationError as error:
         raise InvalidValue(f"config is not valid: {error}") from error
-    return Policy(
+    return RolloutPolicy(
         timeout_seconds=checked.timeout_seconds,
         unresponsive_seconds=checked.unresponsive_seconds,
         max_attempts=checked.max_attempts,

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import attempts, reasons
 from agentlightning.lifecycle.attempts import MAX_REDELIVERIES
-from agentlightning.lifecycle.records import Claim, Pair, Policy, Reason
+from agentlightning.lifecycle.records import Claim, Pair, Reason, RolloutPolicy
 from agentlightning.lifecycle.states import ENDED, FINAL, LIVE
 from agentlightning.types import AttemptEnd, AttemptStatus
 from rows import NOW, STANDS, an_attempt, pair_of, standing_rollout
@@ -20,7 +20,7 @@ ENDS: tuple[AttemptEnd, ...] = get_args(AttemptEnd)
 ATTEMPT_STATES: tuple[AttemptStatus, ...] = get_args(AttemptStatus)
 WITH_ATTEMPT = [stands for stands in STANDS if stands[1] is not None]
 STALE = [stands for stands in WITH_ATTEMPT if stands[1] in ENDED and stands != ("requeuing", "unresponsive")]
-SILENT = Policy(unresponsive_seconds=20.0, max_attempts=3, retry_condition=("unresponsive",))
+SILENT = RolloutPolicy(unresponsive_seconds=20.0, max_attempts=3, retry_condition=("unresponsive",))
 
 
 def ended_rollout(pair: Pair) -> tuple[str, float | None, str | None]:
@@ -53,14 +53,14 @@ class TestStart:
     @pytest.mark.parametrize(
         ("policy", "confirm_seconds", "deadline"),
         [
-            (Policy(), None, None),
-            (Policy(unresponsive_seconds=20.0), None, 1_020.0),
-            (Policy(unresponsive_seconds=20.0), 10.0, 1_010.0),
-            (Policy(unresponsive_seconds=20.0, timeout_seconds=5.0), 10.0, 1_005.0),
+            (RolloutPolicy(), None, None),
+            (RolloutPolicy(unresponsive_seconds=20.0), None, 1_020.0),
+            (RolloutPolicy(unresponsive_seconds=20.0), 10.0, 1_010.0),
+            (RolloutPolicy(unresponsive_seconds=20.0, timeout_seconds=5.0), 10.0, 1_005.0),
         ],
     )
     def test_the_deadline_is_known_from_the_start(
-        self, policy: Policy, confirm_seconds: float | None, deadline: float | None
+        self, policy: RolloutPolicy, confirm_seconds: float | None, deadline: float | None
     ) -> None:
         claim = Claim("at-1", confirm_seconds=confirm_seconds)
         assert attempts.start(standing_rollout(policy=policy), None, claim, NOW).attempt.deadline == deadline
@@ -185,10 +185,11 @@ class TestSignsOfLife:
         assert attempts.run(pair, NOW) == attempts.beat(pair, NOW)
 
     @pytest.mark.parametrize(
-        ("policy", "deadline"), [(Policy(), 1_010.0), (Policy(timeout_seconds=105.0), 1_005.0), (SILENT, 1_010.0)]
+        ("policy", "deadline"),
+        [(RolloutPolicy(), 1_010.0), (RolloutPolicy(timeout_seconds=105.0), 1_005.0), (SILENT, 1_010.0)],
     )
     def test_a_repeated_claim_brings_back_its_attempt_but_must_be_confirmed(
-        self, policy: Policy, deadline: float
+        self, policy: RolloutPolicy, deadline: float
     ) -> None:
         after = attempts.reclaim(pair_of("requeuing", "unresponsive", policy), 10.0, NOW)
         assert (after.rollout.status, after.attempt.status) == ("running", "running")
@@ -271,7 +272,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("retried", [(), ("succeeded", "failed", "timeout", "unresponsive")])
     def test_success_ends_the_rollout_whatever_the_policy(self, retried: Any) -> None:
-        pair = pair_of("running", "running", Policy(max_attempts=9, retry_condition=retried))
+        pair = pair_of("running", "running", RolloutPolicy(max_attempts=9, retry_condition=retried))
         after = attempts.end(pair, "succeeded", WHY, NOW)
         assert ended_rollout(after) == ("succeeded", NOW.wall, "broken")
         assert after.rollout.reason_message == "it broke"
@@ -299,7 +300,7 @@ class TestEnd:
         self, end: Any, listed: bool, made: int, redelivered: int, released: int, allowed: int
     ) -> None:
         others = {"failed", "timeout", "unresponsive"} - {end}
-        policy = Policy(max_attempts=allowed, retry_condition=tuple(sorted({end} if listed else others)))
+        policy = RolloutPolicy(max_attempts=allowed, retry_condition=tuple(sorted({end} if listed else others)))
         rollout, attempt = pair_of("running", "running", policy)
         rollout = replace(rollout, attempts=made, redeliveries=redelivered, releases=released)
         counted = made - redelivered - released
@@ -332,7 +333,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("redelivered", range(MAX_REDELIVERIES))
     def test_of_one_that_had_not_uses_up_no_attempt(self, redelivered: int) -> None:
-        rollout, attempt = pair_of("preparing", "preparing", Policy(max_attempts=1), confirm_seconds=10.0)
+        rollout, attempt = pair_of("preparing", "preparing", RolloutPolicy(max_attempts=1), confirm_seconds=10.0)
         rollout = replace(rollout, attempts=redelivered + 1, redeliveries=redelivered)
         after = attempts.lose(Pair(rollout, attempt), WHY, NOW)
         assert after.rollout == replace(rollout, status="requeuing", redeliveries=redelivered + 1)
@@ -340,7 +341,7 @@ class TestLoss:
         assert after.attempt.reason_message == "it broke"
 
     def test_too_often_is_poison(self) -> None:
-        rollout, attempt = pair_of("preparing", "preparing", Policy(max_attempts=99), confirm_seconds=10.0)
+        rollout, attempt = pair_of("preparing", "preparing", RolloutPolicy(max_attempts=99), confirm_seconds=10.0)
         rollout = replace(rollout, attempts=MAX_REDELIVERIES + 1, redeliveries=MAX_REDELIVERIES)
         after = attempts.lose(Pair(rollout, attempt), WHY, NOW)
         assert ended_rollout(after) == ("failed", NOW.wall, reasons.POISON)
@@ -351,7 +352,7 @@ class TestLoss:
 class TestRelease:
     @pytest.mark.parametrize("confirm_seconds", [None, 10.0])
     def test_the_rollout_waits_again_and_nothing_is_used_up(self, confirm_seconds: float | None) -> None:
-        pair = pair_of("preparing", "preparing", Policy(), confirm_seconds=confirm_seconds)
+        pair = pair_of("preparing", "preparing", RolloutPolicy(), confirm_seconds=confirm_seconds)
         after = attempts.release(pair, NOW)
         assert after.rollout == replace(pair.rollout, status="requeuing", releases=1)
         assert after.rollout.counted_attempts == 0
@@ -388,7 +389,9 @@ class TestRelease:
 
 
 class TestExpire:
-    POLICY = Policy(timeout_seconds=150.0, unresponsive_seconds=50.0, max_attempts=2, retry_condition=("timeout",))
+    POLICY = RolloutPolicy(
+        timeout_seconds=150.0, unresponsive_seconds=50.0, max_attempts=2, retry_condition=("timeout",)
+    )
 
     def test_an_attempt_that_was_heard_since_gets_its_true_deadline(self) -> None:
         pair = pair_of("running", "running", self.POLICY, beaten_lease=980.0, deadline=950.0)
@@ -397,11 +400,11 @@ class TestExpire:
         assert after.attempt == replace(pair.attempt, deadline=1_030.0)
 
     def test_an_attempt_that_nothing_ends_any_more_has_no_deadline(self) -> None:
-        pair = pair_of("running", "running", Policy(), deadline=950.0)
+        pair = pair_of("running", "running", RolloutPolicy(), deadline=950.0)
         assert attempts.expire(pair, NOW) == Pair(pair.rollout, replace(pair.attempt, deadline=None))
 
     def test_the_moment_itself_is_late_enough(self) -> None:
-        pair = pair_of("running", "running", Policy(unresponsive_seconds=100.0))
+        pair = pair_of("running", "running", RolloutPolicy(unresponsive_seconds=100.0))
         assert attempts.expire(pair, NOW).attempt.status == "unresponsive"
         assert attempts.expire(pair, NOW._replace(lease=NOW.lease - 0.001)).attempt.status == "running"
 

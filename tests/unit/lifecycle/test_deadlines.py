@@ -8,28 +8,28 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.lifecycle.deadlines import Due, attempt_deadline, attempt_due, worker_due
-from agentlightning.lifecycle.records import Policy
+from agentlightning.lifecycle.records import RolloutPolicy
 from rows import a_worker, an_attempt, policies
 
 
 @pytest.mark.parametrize(
     ("policy", "confirm_seconds", "due"),
     [
-        (Policy(), None, None),
-        (Policy(), 10.0, Due(960.0, "unconfirmed")),
-        (Policy(unresponsive_seconds=20.0), None, Due(970.0, "unresponsive")),
-        (Policy(timeout_seconds=20.0), None, Due(920.0, "timeout")),
+        (RolloutPolicy(), None, None),
+        (RolloutPolicy(), 10.0, Due(960.0, "unconfirmed")),
+        (RolloutPolicy(unresponsive_seconds=20.0), None, Due(970.0, "unresponsive")),
+        (RolloutPolicy(timeout_seconds=20.0), None, Due(920.0, "timeout")),
         # Until it is confirmed, its silence is judged by the confirmation lease alone, be it shorter or longer.
-        (Policy(unresponsive_seconds=20.0), 10.0, Due(960.0, "unconfirmed")),
-        (Policy(unresponsive_seconds=5.0), 10.0, Due(960.0, "unconfirmed")),
+        (RolloutPolicy(unresponsive_seconds=20.0), 10.0, Due(960.0, "unconfirmed")),
+        (RolloutPolicy(unresponsive_seconds=5.0), 10.0, Due(960.0, "unconfirmed")),
         # The time-out runs from the start, whatever is heard.
-        (Policy(timeout_seconds=55.0), 10.0, Due(955.0, "timeout")),
-        (Policy(timeout_seconds=65.0), 10.0, Due(960.0, "unconfirmed")),
-        (Policy(timeout_seconds=65.0, unresponsive_seconds=20.0), None, Due(965.0, "timeout")),
-        (Policy(timeout_seconds=75.0, unresponsive_seconds=20.0), None, Due(970.0, "unresponsive")),
+        (RolloutPolicy(timeout_seconds=55.0), 10.0, Due(955.0, "timeout")),
+        (RolloutPolicy(timeout_seconds=65.0), 10.0, Due(960.0, "unconfirmed")),
+        (RolloutPolicy(timeout_seconds=65.0, unresponsive_seconds=20.0), None, Due(965.0, "timeout")),
+        (RolloutPolicy(timeout_seconds=75.0, unresponsive_seconds=20.0), None, Due(970.0, "unresponsive")),
     ],
 )
-def test_what_ends_an_attempt_first(policy: Policy, confirm_seconds: float | None, due: Due | None) -> None:
+def test_what_ends_an_attempt_first(policy: RolloutPolicy, confirm_seconds: float | None, due: Due | None) -> None:
     attempt = an_attempt(started_lease=900.0, beaten_lease=950.0, confirm_seconds=confirm_seconds)
     assert attempt_due(policy, attempt) == due
     assert attempt_deadline(policy, attempt) == (None if due is None else due.at)
@@ -37,14 +37,14 @@ def test_what_ends_an_attempt_first(policy: Policy, confirm_seconds: float | Non
 
 @pytest.mark.parametrize("other", [{"confirm_seconds": 70.0}, {}])
 def test_at_the_same_moment_the_time_out_counts(other: dict[str, Any]) -> None:
-    policy = Policy(timeout_seconds=70.0, unresponsive_seconds=70.0)
+    policy = RolloutPolicy(timeout_seconds=70.0, unresponsive_seconds=70.0)
     attempt = an_attempt(started_lease=900.0, beaten_lease=900.0, **other)
     assert attempt_due(policy, attempt) == Due(970.0, "timeout")
 
 
 @given(policies(), st.none() | st.just(10.0), st.integers(0, 100), st.integers(0, 100))
 def test_a_sign_of_life_never_brings_the_end_nearer(
-    policy: Policy, confirm_seconds: float | None, beaten: int, later: int
+    policy: RolloutPolicy, confirm_seconds: float | None, beaten: int, later: int
 ) -> None:
     def due(heard: int) -> float:
         attempt = an_attempt(confirm_seconds=confirm_seconds, started_lease=900.0, beaten_lease=900.0 + heard)

@@ -13,7 +13,7 @@ from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import attempts, rollouts
 from agentlightning.lifecycle.attempts import MAX_REDELIVERIES, standing
 from agentlightning.lifecycle.deadlines import attempt_deadline
-from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Policy, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutPolicy, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import ATTEMPT_MOVES, ENDED, ROLLOUT_MOVES
 from agentlightning.types import AttemptStatus, RolloutStatus
@@ -110,7 +110,7 @@ def assert_sound(change: Change) -> None:
 def moves_made() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """Every move that any act makes from any way to stand, at any time: (of rollouts, of attempts)."""
     policies = [
-        Policy(150.0, 50.0, max_attempts, retried)
+        RolloutPolicy(150.0, 50.0, max_attempts, retried)
         for max_attempts, retried in product([1, 9], [(), ("failed", "timeout", "unresponsive")])
     ]
     of_rollouts: set[tuple[str, str]] = set()
@@ -197,14 +197,18 @@ happening = st.tuples(st.sampled_from(sorted(ACTS)), st.sampled_from([0.0, 1.0, 
 @given(
     st.sampled_from(
         [
-            Policy(),
-            Policy(unresponsive_seconds=20.0, max_attempts=3, retry_condition=("unresponsive", "failed")),
-            Policy(timeout_seconds=50.0, unresponsive_seconds=20.0, max_attempts=2, retry_condition=("timeout",)),
+            RolloutPolicy(),
+            RolloutPolicy(unresponsive_seconds=20.0, max_attempts=3, retry_condition=("unresponsive", "failed")),
+            RolloutPolicy(
+                timeout_seconds=50.0, unresponsive_seconds=20.0, max_attempts=2, retry_condition=("timeout",)
+            ),
         ]
     ),
     st.lists(happening, max_size=40),
 )
-def test_every_history_ends_once_and_numbers_its_attempts(policy: Policy, history: list[tuple[str, float]]) -> None:
+def test_every_history_ends_once_and_numbers_its_attempts(
+    policy: RolloutPolicy, history: list[tuple[str, float]]
+) -> None:
     now = NOW
     change = Change(standing_rollout(policy=policy), None)
     ends: list[RolloutRow] = []
@@ -221,7 +225,7 @@ def test_every_history_ends_once_and_numbers_its_attempts(policy: Policy, histor
 
 @given(st.integers(1, 4), st.lists(st.sampled_from(["failed", "timeout", "unresponsive"]), min_size=12, max_size=12))
 def test_a_rollout_that_always_fails_gets_as_many_attempts_as_it_may(max_attempts: int, ends: list[Any]) -> None:
-    policy = Policy(max_attempts=max_attempts, retry_condition=("failed", "timeout", "unresponsive"))
+    policy = RolloutPolicy(max_attempts=max_attempts, retry_condition=("failed", "timeout", "unresponsive"))
     change = Change(standing_rollout(policy=policy), None)
     confirmed = 0
     while not change.rollout.final:
@@ -233,7 +237,7 @@ def test_a_rollout_that_always_fails_gets_as_many_attempts_as_it_may(max_attempt
 
 
 def test_a_rollout_that_nobody_confirms_is_handed_out_four_times() -> None:
-    change = Change(standing_rollout(policy=Policy(max_attempts=1)), None)
+    change = Change(standing_rollout(policy=RolloutPolicy(max_attempts=1)), None)
     claims = 0
     now = NOW
     while not change.rollout.final:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from agentlightning.lifecycle.records import Policy
+from agentlightning.lifecycle.records import RolloutPolicy
 from agentlightning.types import AttemptStatus, RolloutStatus
 from rows import a_worker, an_attempt, standing_rollout
 
@@ -24,7 +24,7 @@ def test_an_attempt_is_live_or_has_ended(status: AttemptStatus) -> None:
     assert an_attempt(status).live == (status in ("preparing", "running"))
 
 
-@pytest.mark.parametrize("row", [standing_rollout(), an_attempt(), a_worker(), Policy()])
+@pytest.mark.parametrize("row", [standing_rollout(), an_attempt(), a_worker(), RolloutPolicy()])
 def test_rows_never_change(row: Any) -> None:
     for name in row.__struct_fields__:
         with pytest.raises(AttributeError):

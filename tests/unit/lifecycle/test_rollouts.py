@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IllegalMove
 from agentlightning.lifecycle import attempts, reasons, rollouts
 from agentlightning.lifecycle.deadlines import attempt_deadline
-from agentlightning.lifecycle.records import Policy, Reason
+from agentlightning.lifecycle.records import Reason, RolloutPolicy
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import FINAL, LIVE, ROLLOUT_MOVES
 from agentlightning.types import RolloutStatus
@@ -122,7 +122,7 @@ class TestCancel:
 
 class TestPolicy:
     @given(changes(), policies())
-    def test_another_one_rules_a_live_attempt_from_now_on(self, before: Change, policy: Policy) -> None:
+    def test_another_one_rules_a_live_attempt_from_now_on(self, before: Change, policy: RolloutPolicy) -> None:
         after = rollouts.set_policy(before, policy)
         assert after.rollout == replace(before.rollout, policy=policy)
         if before.attempt is None or not before.attempt.live:

@@ -135,12 +135,14 @@ class LightningStoreClient(DerivedStore):
         """Where the server is, without a prefix."""
         self.server_address = address.root + COMPATIBLE.prefix
         """Where clients of 0.3 find the routes."""
+        headers = {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})}
+        tls = None if tls_ca_file is None else ssl.create_default_context(cafile=str(tls_ca_file))
         self._http = HttpTransport(
             address.root,
-            {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})},
+            headers,
             connect_seconds=connection_timeout,
             max_connections=max_connections,
-            ssl_context=None if tls_ca_file is None else ssl.create_default_context(cafile=str(tls_ca_file)),
+            ssl_context=tls,
         )
         self._calls, self._health, self._breaker = make_resilient(
             self._http,
@@ -151,19 +153,13 @@ class LightningStoreClient(DerivedStore):
             health_retry_delays=health_retry_delays,
         )
         self._ids = TimeOrderedIds()
-        caller = Caller(
-            self._calls,
-            address.dialect.prefix,
-            self._ids,
-            timeout_seconds=request_timeout,
-            patience_seconds=resilience.patience_seconds,
-        )
+        seconds = {"timeout_seconds": request_timeout, "patience_seconds": resilience.patience_seconds}
+        self._caller = caller = Caller(self._calls, address.dialect.prefix, self._ids, **seconds)
         folder = state_folder(spool_dir, address)
         spools = None if folder is None else SpoolFolder(folder, spool_max_bytes)
         self._spans = SpanDelivery(caller, spools, resilience.spool_after_seconds)
         self._claims = Claims(caller)
         self._cache = None if folder is None else ResourceCache(folder / "resources")
-        self._caller = caller
         self._cache_after_seconds = resilience.cache_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from agentlightning.errors import IdReused, NotFound
 from agentlightning.lifecycle import rollouts
-from agentlightning.lifecycle.records import AttemptRow, Policy, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Reason, RolloutPolicy, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Filter, PageQuery, ResourcesBy, Transaction
 from agentlightning.store.operations.rows import insert_rollout, load_change, save
@@ -146,7 +146,7 @@ async def _set_field(tx: Transaction, before: Change, field: str, value: Any) ->
         case "metadata":
             return Change(replace(rollout, metadata=value), attempt)
         case "config":
-            policy: Policy = value
+            policy: RolloutPolicy = value
             if policy == rollout.policy:
                 return before
             rollouts.check_editable(rollout, "config")

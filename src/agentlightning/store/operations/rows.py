@@ -8,7 +8,7 @@ from agentlightning.errors import NotFound
 from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started
 from agentlightning.lifecycle.deadlines import attempt_throttle, worker_throttle
-from agentlightning.lifecycle.records import AttemptRow, Pair, Policy, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import AttemptsBy, Deadline, Finished, ReadTransaction, Transaction, Waiting
 
@@ -129,7 +129,7 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
         await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 
 
-async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow, policy: Policy) -> AttemptRow:
+async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow, policy: RolloutPolicy) -> AttemptRow:
     if attempts.only_heard(before, after):
         return await tx.touch(before, after, attempt_throttle(policy, after))
     saved = await tx.put(before, after)

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import astuple
 
-from agentlightning.lifecycle.records import AttemptRow, Policy, ResourcesRow, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.store.backend import Filter, PageQuery, Table
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -109,13 +109,13 @@ class Codec(Generic[R]):
 
 
 @lru_cache(maxsize=1024)
-def _encode_policy(policy: Policy) -> bytes:
+def _encode_policy(policy: RolloutPolicy) -> bytes:
     return msgspec.json.encode(policy)
 
 
 @lru_cache(maxsize=1024)
-def _decode_policy(encoded: bytes) -> Policy:
-    return msgspec.json.decode(encoded, type=Policy)
+def _decode_policy(encoded: bytes) -> RolloutPolicy:
+    return msgspec.json.decode(encoded, type=RolloutPolicy)
 
 
 ROLLOUTS: Codec[RolloutRow] = Codec(

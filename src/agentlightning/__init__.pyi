@@ -269,5 +269,7 @@ from agentlightning.types import (
 )
 from agentlightning.types.tasks import ParallelWorkerBase as ParallelWorkerBase
 
+__all__: list[str]
+
 __version__: str
 """The installed version of the package."""

@@ -57,6 +57,10 @@ async def _refused(error: type[AgentLightningError], call: Awaitable[Any], what:
     assert 10 < len(caught.value.message) < LONGEST_MESSAGE
 
 
+def _event(**more: Any) -> Event:
+    return Event(name="e", attributes={}, **more)
+
+
 def _span(claim: AttemptedRollout, **changes: Any) -> Span:
     """A span with values that its own checks would refuse."""
     return span_of(claim).model_copy(update=changes)
@@ -317,7 +321,7 @@ async def test_metadata_and_statistics_are_objects_with_string_keys(stores: Stor
             for bad in ([1], "x", 5, {1: 2}, {None: 1}, [("a", 1)], {"\ud800": 1}, object()):
                 await _refused(NotJson, NOT_AN_OBJECT[use](store, claim, bad), bad)
             if use == "update_worker":
-                await _refused(InvalidValue, store.update_worker("worker", None))
+                await _refused(InvalidValue, store.update_worker("worker", None))  # pyright: ignore[reportArgumentType] - refused
 
 
 # --- Values ----------------------------------------------------------------------------------------
@@ -486,7 +490,7 @@ BAD_SPANS: Mapping[str, tuple[type[InvalidValue], Callable[[AttemptedRollout], S
     "deep": (TooLarge, lambda c: _span(c, extra=deep(100))),
     "as deep as a reader would refuse": (TooLarge, lambda c: _span(c, extra=deep(230))),
     "2**63": (NotJson, lambda c: _span(c, attributes={"a": 2**63})),
-    "deep event": (TooLarge, lambda c: _span(c, events=[Event(name="e", attributes={}, extra=deep(230))])),
+    "deep event": (TooLarge, lambda c: _span(c, events=[_event(extra=deep(230))])),
 }
 
 

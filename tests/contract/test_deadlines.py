@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -243,7 +244,8 @@ async def test_an_expired_attempt_is_retried_when_a_claim_comes(stores: Stores) 
 @pytest.mark.parametrize("limit", ["timeout_seconds", "unresponsive_seconds"])
 async def test_an_expiry_is_noticed_without_anybody_asking(stores: Stores, limit: str) -> None:
     async with stores.open_in_real_time() as store:
-        claim = await started(store, **{limit: 0.2}, max_attempts=1)
+        limits: dict[str, Any] = {limit: 0.2}
+        claim = await started(store, **limits, max_attempts=1)
         before = time.monotonic()
         [rollout] = await store.wait_for_rollouts(rollout_ids=[claim.rollout_id], timeout=30)
         assert rollout.status == "failed"

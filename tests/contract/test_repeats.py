@@ -16,7 +16,7 @@ from stores import Stores
 
 Write = Callable[[LightningStore], Awaitable[Any]]
 
-REQUEST: Mapping[str, Any] = {
+REQUEST: dict[str, Any] = {
     "input": {"b": 1, "a": [1.0]},
     "mode": "train",
     "resources_id": "rs-1",
@@ -25,7 +25,7 @@ REQUEST: Mapping[str, Any] = {
     "priority": 2,
     "rollout_id": "ro-mine",
 }
-OTHER_CONTENT: Mapping[str, Any] = {
+OTHER_CONTENT: dict[str, Any] = {
     "input": {"b": 1, "a": [1.5]},
     "mode": "val",
     "resources_id": "rs-2",
@@ -208,11 +208,12 @@ async def test_another_rollout_under_the_same_id_is_refused(stores: Stores, fiel
     async with stores.open() as (store, _):
         await _two_resources(store)
         await store.enqueue_rollout(**REQUEST)
-        for other in (REQUEST | {field: OTHER_CONTENT[field]}, REQUEST | {field: None} if field != "priority" else {}):
-            if other:
-                async with unchanged(store):
-                    with pytest.raises(IdReused, match="ro-mine"):
-                        await store.enqueue_rollout(**other)
+        changed: list[dict[str, Any]] = [REQUEST | {field: OTHER_CONTENT[field]}]
+        changed += [REQUEST | {field: None}] if field != "priority" else []
+        for other in changed:
+            async with unchanged(store):
+                with pytest.raises(IdReused, match="ro-mine"):
+                    await store.enqueue_rollout(**other)
 
 
 async def test_equal_content_is_a_repeat_however_it_is_written(stores: Stores) -> None:

@@ -125,7 +125,9 @@ async def test_a_version_never_changes(stores: Stores) -> None:
         added = await store.add_resources(given, resources_id="rs-1")
         expected = added.model_copy(deep=True)
         for mutable in (given, added.resources):
-            mutable["m"].sampling_parameters["stop"].append("b")
+            model = mutable["m"]
+            assert isinstance(model, LLM)
+            model.sampling_parameters["stop"].append("b")
             mutable["new"] = prompt("x")
         await store.update_resources("rs-1", {"m": llm(stop=["c"])})
         await store.rollback_resources("rs-1", 2)

@@ -25,6 +25,7 @@ async def test_a_span_comes_back_as_it_went_in(stores: Stores) -> None:
     async with stores.open() as (store, _):
         claim = await started(store)
         context = SpanContext(trace_id="a" * 32, span_id="b" * 16, is_remote=True, trace_state={"k": "v"})
+        extra: dict[str, Any] = {"kind": "CLIENT", "extra": {"deep": [1, {"x": None}]}}
         span = Span(
             rollout_id=claim.rollout_id,
             attempt_id=claim.attempt.attempt_id,
@@ -42,8 +43,7 @@ async def test_a_span_comes_back_as_it_went_in(stores: Stores) -> None:
             context=context,
             parent=None,
             resource=OtelResource(attributes={"service.name": "agent"}, schema_url="http://schema"),
-            kind="CLIENT",
-            extra={"deep": [1, {"x": None}]},
+            **extra,
         )
         stored = await store.add_span(span)
         assert stored == span

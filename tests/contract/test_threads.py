@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -118,7 +118,7 @@ async def test_a_loop_that_stands_still_holds_up_no_other(stores: Stores) -> Non
         assert (await store.query_rollouts()).total == 4
 
 
-async def _abandon_loop(store: LightningStore, work: Callable[[], Awaitable[Any]]) -> None:
+async def _abandon_loop(store: LightningStore, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Begin ``work`` on a loop of its own, and close that loop before it can hear of the outcome."""
 
     def run() -> None:

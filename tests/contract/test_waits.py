@@ -6,13 +6,14 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import pytest
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import AttemptedRollout
+from agentlightning.types import AttemptedRollout, Rollout
 from scenes import claimed, config, enqueued, finish, rollout_in, rollout_now, settled, started
 from stores import Stores
 
@@ -21,7 +22,7 @@ LONG = 60.0
 MANY = 1000
 
 
-async def _ids(waiting: Awaitable[list[object]]) -> list[str]:
+async def _ids(waiting: Awaitable[Sequence[Rollout]]) -> list[str]:
     return [rollout.rollout_id for rollout in await waiting]
 
 
@@ -153,7 +154,7 @@ async def test_a_rollout_deleted_while_others_are_waited_for_has_ended_still(sto
     [("ro-1", 0), ([1], 0), (None, 0), (["\ud800"], 0), (["x"] * 10_001, 0), ([], float("nan")), ([], "1"), ([], True)],
     ids=lambda value: str(value)[:20],
 )
-async def test_bad_waits_are_refused(stores: Stores, rollout_ids: object, timeout: object) -> None:
+async def test_bad_waits_are_refused(stores: Stores, rollout_ids: Any, timeout: Any) -> None:
     async with stores.open() as (store, _):
         with pytest.raises(InvalidValue):
             await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,8 @@ async def test_without_a_name_everything_is_run_again(tmp_path: Path) -> None:
 
 
 def grpo(run: Run, **settings: int) -> GRPO:
-    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), **{"group_size": 2, "batch_size": 2, "n_steps": 1, **settings})
+    numbers: dict[str, Any] = {"group_size": 2, "batch_size": 2, "n_steps": 1, **settings}
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), **numbers)
     algorithm.set_run(run)
     return algorithm
 

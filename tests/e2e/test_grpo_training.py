@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -189,7 +190,8 @@ async def test_every_task_comes_up_once_before_any_comes_twice() -> None:
 
 async def test_no_tasks_and_bad_numbers_are_refused() -> None:
     policy = SoftmaxPolicy(game.VOCABULARY)
-    for wrong in ({"group_size": 1}, {"batch_size": 0}, {"n_steps": 0}, {"validate_every": -1}):
+    refused: list[dict[str, Any]] = [{"group_size": 1}, {"batch_size": 0}, {"n_steps": 0}, {"validate_every": -1}]
+    for wrong in refused:
         with pytest.raises(InvalidValue, match=next(iter(wrong))):
             GRPO(policy, **wrong)
     with pytest.raises(InvalidValue, match="out of range"):

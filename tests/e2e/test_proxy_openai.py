@@ -122,6 +122,8 @@ async def test_a_call_is_one_span_with_everything_that_training_needs(stream: bo
         assert attribute(span, Call.BACKEND).startswith("upstream-policy@127.0.0.1:")
         assert body_of(span, Call.REQUEST) == question | ({"stream": True} if stream else {"stream": False})
         assert 0 < attribute(span, Call.FIRST_BYTE_SECONDS) <= attribute(span, Call.LATENCY_SECONDS)
+        assert span.start_time is not None
+        assert span.end_time is not None
         assert span.end_time - span.start_time == pytest.approx(attribute(span, Call.LATENCY_SECONDS), abs=1e-4)
 
 

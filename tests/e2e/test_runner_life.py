@@ -344,7 +344,7 @@ async def test_a_claim_is_repeated_under_the_same_name() -> None:
 
 async def test_a_runner_does_not_wait_for_ever() -> None:
     async with Refusing([StoreUnavailable("away")] * 1000) as store:
-        options = {"poll_interval": 0.01, "unreachable_seconds": 0.2}
+        options: dict[str, Any] = {"poll_interval": 0.01, "unreachable_seconds": 0.2}
         async with running(store, Waiting(), **options) as (_, task):
             with pytest.raises(StoreUnreachable, match="away"):
                 await task
@@ -417,6 +417,7 @@ async def test_a_runner_killed_in_the_middle_is_noticed_and_its_rollout_tried_ag
             assert (lost.reason_code, tried_again.worker_id) == ("worker_lost", "second")
             spans = await store.query_spans(hanging, tried_again.attempt_id)
             assert agl.find_final_reward(spans) == 1.0
+            assert server.store is not None
             await assert_sound(server.store)
         finally:
             for process in (first, second):
@@ -447,6 +448,7 @@ async def test_nothing_is_lost_while_the_server_is_away(tmp_path: Path) -> None:
             with runner.run_context(agent=talkative, store=store):
                 task = asyncio.create_task(runner.iter())
                 await until(lambda: store.query_rollouts(status_in=["running"], limit=1))
+                assert server.store is not None
                 await server.stop()
                 await asyncio.sleep(1.5)  # the agents talk on, and are done before anybody listens again
                 again = LightningStoreServer(server.store, port=port)

@@ -468,7 +468,13 @@ async def test_a_runner_used_wrongly_says_so() -> None:
             call()
     with pytest.raises(RuntimeError, match="init_worker"):
         await runner.iter()
-    for arguments in ({"concurrency": 0}, {"max_rollouts": -1}, {"heartbeat_interval": 0}, {"poll_interval": -1}):
+    refused: list[dict[str, Any]] = [
+        {"concurrency": 0},
+        {"max_rollouts": -1},
+        {"heartbeat_interval": 0},
+        {"poll_interval": -1},
+    ]
+    for arguments in refused:
         with pytest.raises(ValueError):
             agl.LitAgentRunner[Any](agl.OtelTracer(), **arguments)
     with pytest.raises(ValueError, match="launch_mode"):

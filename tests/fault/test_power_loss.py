@@ -196,7 +196,8 @@ def found_in(path: Path) -> Found | None:
         with closing(apsw.Connection(str(path))) as connection:
             if connection.execute("PRAGMA integrity_check").get != "ok":
                 return None
-            found.rollouts = dict(connection.execute("SELECT rollout_id, status FROM rollouts").fetchall())
+            rollouts = connection.execute("SELECT rollout_id, status FROM rollouts").fetchall()
+            found.rollouts = {str(rollout_id): str(status) for rollout_id, status in rollouts}
             spans = connection.execute(
                 "SELECT a.attempt_id, s.span_id, s.sequence_id FROM spans s JOIN attempts a ON a.seq = s.attempt_seq"
             )

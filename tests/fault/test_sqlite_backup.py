@@ -128,6 +128,7 @@ async def test_a_backup_of_a_damaged_store_is_refused(database: Path, backup: Pa
         await asyncio.gather(*(work(store, number) for number in range(50)))
     with closing(apsw.Connection(str(database))) as connection:
         page = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'spans_by_id'").fetchall()[0][0]
+    assert isinstance(page, int)
     with database.open("r+b") as file:
         file.seek((page - 1) * 8192)
         file.write(random.Random(9).randbytes(8192))

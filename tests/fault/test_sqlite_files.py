@@ -184,7 +184,7 @@ async def test_a_folder_that_may_not_be_written_is_refused(open_folder: Path) ->
 
 
 async def test_a_file_that_may_not_be_written_is_refused(original: Path, open_folder: Path) -> None:
-    database = shutil.copy(original, open_folder / "store.db")
+    database = Path(shutil.copy(original, open_folder / "store.db"))
     os.chmod(open_folder, 0o777)
     os.chmod(database, 0o444)
     before = database.read_bytes()
@@ -220,7 +220,9 @@ async def test_only_the_owner_may_read_what_the_store_writes(database: Path) -> 
 
 def root_page(database: Path, name: str) -> int:
     with closing(apsw.Connection(str(database), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
-        return connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchall()[0][0]
+        page = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchall()[0][0]
+    assert isinstance(page, int)
+    return page
 
 
 def scribble(database: Path, start: int, length: int) -> None:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -176,7 +175,7 @@ def test_runners_on_other_machines(
 
     def start(*names: str) -> None:
         for name in names:
-            where: dict[str, tuple[Any, ...]] = {
+            where: dict[str, tuple[str, str, str]] = {
                 "algorithm": (network.center, "algorithm", "0.0.0.0"),
                 "host 1": (network.hosts[1], "runner", "10.87.1.1"),
                 "host 2": (network.hosts[2], "runner", "10.87.2.1"),

@@ -56,7 +56,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def database(original: Path, tmp_path: Path) -> Path:
     """A copy of it, to be broken."""
-    return shutil.copy(original, tmp_path / "store.db")
+    return Path(shutil.copy(original, tmp_path / "store.db"))
 
 
 class Broken(NamedTuple):
@@ -237,7 +237,7 @@ BROKEN = [
 ]
 
 
-def report_on(database: Path) -> VerificationReport:
+def report_on(database: Path) -> VerificationReport:  # pyright: ignore[reportReturnType] - no block ends early
     """The check of a file as it is: opening it as a store would give every lease a new term first."""
     with closing(open_reader(str(database), vfs=None)) as connection, connection:
         return run_to_end(verify(SqliteReads(connection, Moment(0.0, 0.0))))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -33,10 +34,14 @@ RUN = settings(
     stateful_step_count=80,
     deadline=None,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=cast("list[HealthCheck]", list(HealthCheck)),  # its metaclass hides the members' type
     phases=[Phase.generate, Phase.shrink],  # to explain takes minutes, and says little of a machine
     report_multiple_bugs=False,
 )
+
+
+def _numbered_file(folder: Path, numbers: Iterator[int]) -> Path:
+    return folder / f"store-{next(numbers)}.db"
 
 
 def machine_on(folder: Path | None) -> type[ComparingMachine]:
@@ -45,7 +50,7 @@ def machine_on(folder: Path | None) -> type[ComparingMachine]:
 
     class Machine(StoreMachine):
         steps_run = 0
-        new_file = None if folder is None else staticmethod(lambda: folder / f"store-{next(numbers)}.db")
+        new_file = None if folder is None else staticmethod(partial(_numbered_file, folder, numbers))
 
     return Machine
 

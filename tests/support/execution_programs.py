@@ -126,7 +126,7 @@ async def ends_at_once(store: LightningStore, worker_id: int, event: Any) -> Non
 class Fails:
     """A side that raises."""
 
-    async def __call__(self, store: LightningStore, *_: Any) -> None:
+    async def __call__(self, store: LightningStore, *_: Any, **__: Any) -> None:
         raise ValueError("this side cannot work")
 
 

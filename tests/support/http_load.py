@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agentlightning.errors import StaleAttempt
 from agentlightning.http.client.client import LightningStoreClient
@@ -141,7 +141,7 @@ async def check(store: LightningStore, promised: Promised, *, all_ended: bool = 
     lost = [each for each in promised.spans if there[each[2]] != 1]
     assert not lost, f"{len(lost)} accepted spans are not there exactly once: {lost[:3]}"
     for spans in found.values():
-        numbers = [span.attributes["n"] for span in sorted(spans, key=lambda each: each.sequence_id)]
+        numbers: list[Any] = [span.attributes["n"] for span in sorted(spans, key=lambda each: each.sequence_id)]
         assert numbers == sorted(numbers), f"the spans of {spans[0].attempt_id} are out of order: {numbers}"
 
 

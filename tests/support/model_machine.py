@@ -55,7 +55,7 @@ class ComparingMachine(RuleBasedStateMachine):
 
     steps_run: ClassVar[int] = 0
     """How many steps all machines of this class have run and found equal."""
-    new_file: ClassVar[Callable[[], Path] | None] = None
+    new_file: ClassVar[staticmethod[[], Path] | None] = None
     """Names a new database file; None: the store is in memory."""
 
     def __init__(self) -> None:

@@ -184,7 +184,7 @@ class OpenAIBackend:
         if isinstance(step, Write):
             return web.Response(body=step.body, status=step.status, content_type=step.content_type)
         if isinstance(step, BreakOff) and step.words == 0:
-            request.transport.close()
+            _hang_up(request)
             return web.Response()
         try:
             if seen.body.get("stream"):
@@ -245,7 +245,7 @@ class OpenAIBackend:
             if isinstance(step, Hold) and step.words == number:
                 await self._hold(step)
             if isinstance(step, BreakOff) and step.words == number:
-                request.transport.close()
+                _hang_up(request)
                 return response
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
@@ -287,6 +287,11 @@ class OpenAIBackend:
                 chunk["usage"] = None
             chunks.append({**head, "choices": [], "usage": _usage(len(words))})
         return chunks
+
+
+def _hang_up(request: web.Request) -> None:
+    assert request.transport is not None
+    request.transport.close()
 
 
 def _usage(words: int) -> dict[str, int]:

@@ -316,6 +316,7 @@ class ReferenceStore(ReferenceRecords):
         if status not in (None, rollout["status"]):
             latest = self.latest(rollout_id)
             if status == "running":
+                assert latest is not None
                 self._hear(latest)
                 self._begin(latest)
             else:
@@ -565,7 +566,7 @@ class ReferenceStore(ReferenceRecords):
         if not live(attempt):
             return never
         config = self.rollouts[attempt["rollout_id"]]["config"]
-        dues = [never]
+        dues: list[tuple[float, str]] = [never]
         if config["timeout_seconds"] is not None:
             dues.append((attempt["_started"] + config["timeout_seconds"], "timeout"))
         if attempt["_unconfirmed"]:

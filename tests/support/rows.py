@@ -10,6 +10,7 @@ from agentlightning.lifecycle.deadlines import attempt_deadline
 from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import FINAL, LIVE
+from agentlightning.types import AttemptStatus
 
 __all__ = ["NOW", "STANDS", "a_worker", "an_attempt", "changes", "moments", "pair_of", "policies", "standing_rollout"]
 
@@ -118,7 +119,8 @@ _seconds = st.none() | st.integers(1, 400).map(float)
 @st.composite
 def policies(draw: st.DrawFn) -> RolloutPolicy:
     """Any policy whose times are of the size of the times in the rows."""
-    retried = draw(st.sets(st.sampled_from(["failed", "timeout", "unresponsive", "succeeded", "running"])))
+    statuses: list[AttemptStatus] = ["failed", "timeout", "unresponsive", "succeeded", "running"]
+    retried = draw(st.sets(st.sampled_from(statuses)))
     return RolloutPolicy(draw(_seconds), draw(_seconds), draw(st.integers(1, 4)), tuple(sorted(retried)))
 
 

@@ -31,10 +31,10 @@ def change_runner() -> None:
     if "CONFIRM_PREFETCHED" in os.environ:
         accept = worker_loop.WorkerLoop._accept
 
-        def accept_and_confirm(loop: Any, claimed: Any) -> None:
+        def accept_and_confirm(self: Any, claimed: Any) -> None:
             for rollout in claimed:
-                loop._heartbeat.begin(rollout)
-            accept(loop, claimed)
+                self._heartbeat.begin(rollout)
+            accept(self, claimed)
 
         worker_loop.WorkerLoop._accept = accept_and_confirm
 

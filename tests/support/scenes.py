@@ -64,8 +64,8 @@ def llm(**sampling_parameters: Any) -> LLM:
 
 def span_of(attempted: AttemptedRollout, **fields: Any) -> Span:
     """A span of the attempt, with a new span id and no sequence id unless given."""
-    ids = {"rollout_id": attempted.rollout_id, "attempt_id": attempted.attempt.attempt_id}
-    return Span.from_attributes(**({"attributes": {"k": "v"}} | ids | fields))
+    ids: dict[str, Any] = {"rollout_id": attempted.rollout_id, "attempt_id": attempted.attempt.attempt_id}
+    return Span.from_attributes(**({"attributes": {"k": "v"}, **ids} | fields))
 
 
 def deep(levels: int) -> list[Any]:
@@ -154,5 +154,5 @@ async def attempts_of(store: LightningStore, rollout_id: str) -> list[Attempt]:
 
 async def statuses(store: LightningStore, rollout_id: str) -> tuple[RolloutStatus, list[AttemptStatus]]:
     """The status of a rollout, and of all its attempts in order."""
-    attempts = [attempt.status for attempt in await attempts_of(store, rollout_id)]
+    attempts: list[AttemptStatus] = [attempt.status for attempt in await attempts_of(store, rollout_id)]
     return (await rollout_now(store, rollout_id)).status, attempts

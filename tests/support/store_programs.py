@@ -15,6 +15,7 @@ import apsw
 
 from agentlightning import SqliteLightningStore
 from agentlightning.errors import AgentLightningError, StoreForked, StoreOwned, StoreStopped
+from agentlightning.store.sqlite.backend import SqliteBackend
 from agentlightning.store.sqlite.connections import MIGRATIONS, open_writer
 from agentlightning.types import RolloutConfig
 from every_method import READS, SQLITE_ONLY, WRITES
@@ -169,6 +170,7 @@ def fork_while_locked(path: str) -> None:
 
     asyncio.run(prepare())
     core, files = store._core, store._backend
+    assert isinstance(files, SqliteBackend)
     locks = [core._alarm._state.condition, core._finishes._lock, core._claims._lock, files._opening]
     assert files._writer is not None
     locks += [files._writer._lock, files._writer._turn]

@@ -11,6 +11,7 @@ import pytest
 from agentlightning import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.errors import NotFound, StoreClosed, StoreStopped
 from agentlightning.store.backend import Transaction
+from agentlightning.store.sqlite.backend import SqliteBackend
 from agentlightning.store.sqlite.transaction import GuardedTransaction, SqliteTransaction
 from agentlightning.types import Span
 
@@ -92,6 +93,7 @@ async def test_an_operation_that_awaits_something_else_is_a_bug_that_is_told() -
 async def test_a_backup_that_comes_after_the_close_is_told_and_does_not_wait_for_ever() -> None:
     store = InMemoryLightningStore()
     await store.enqueue_rollout("input")
+    assert isinstance(store._backend, SqliteBackend)
     writer = store._backend._use()
     await store.close()
     with pytest.raises(StoreClosed):
@@ -106,6 +108,7 @@ async def test_listeners_that_fail_leave_nobody_waiting(tmp_path: Path, caplog: 
 
     async with SqliteLightningStore(tmp_path / "store.db") as store:
         await store.statistics()
+        assert isinstance(store._backend, SqliteBackend)
         writer = store._backend._use()
         writer._publish = fail
         rollout = await asyncio.wait_for(store.enqueue_rollout("input"), timeout=10)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,26 +30,26 @@ print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
 
 
 @pytest.fixture(scope="module")
-def fresh_import() -> dict[str, object]:
+def fresh_import() -> dict[str, Any]:
     """What importing the package does in a process that has done nothing else."""
     done = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True, timeout=60)
     return json.loads(done.stdout)
 
 
-def test_importing_loads_nothing_heavy(fresh_import: dict[str, object]) -> None:
+def test_importing_loads_nothing_heavy(fresh_import: dict[str, Any]) -> None:
     loaded = set(fresh_import["modules"])
     assert "agentlightning" in loaded
     assert not loaded.intersection(HEAVY)
     assert not [name for name in loaded if name.startswith("agentlightning.")]
 
 
-def test_importing_is_quick(fresh_import: dict[str, object]) -> None:
+def test_importing_is_quick(fresh_import: dict[str, Any]) -> None:
     assert fresh_import["seconds"] < MAX_IMPORT_CPU_SECONDS
 
 
 @pytest.mark.parametrize("name", agl.__all__)
 def test_every_name_resolves_to_what_its_module_defines(name: str) -> None:
-    module = importlib.import_module(agl._module_names()[name])
+    module = importlib.import_module(agl._module_names()[name])  # pyright: ignore[reportAttributeAccessIssue] - private
     assert getattr(agl, name) is getattr(module, name)
 
 
@@ -83,7 +84,7 @@ def test_version_is_the_installed_one() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'agentlightning' has no attribute 'Trainr'") as caught:
-        _ = agl.Trainr
+        _ = agl.Trainr  # pyright: ignore[reportAttributeAccessIssue] - on purpose
     assert (caught.value.name, caught.value.obj) == ("Trainr", agl), "so that Python can say: did you mean 'Trainer'?"
 
 

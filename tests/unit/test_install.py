@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -30,7 +31,7 @@ def needed_by(name: str) -> set[str]:
 
 
 def megabytes(package: str) -> float:
-    files = (file.locate() for file in distribution(package).files or () if file.suffix != ".pyc")
+    files = (Path(file.locate()) for file in distribution(package).files or () if file.suffix != ".pyc")
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from agentlightning.errors import InvalidValue
@@ -22,7 +24,7 @@ def test_each_variable_has_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("resolve", [resolve_bool_env_var, resolve_int_env_var, resolve_str_env_var])
-def test_nothing_is_none(resolve: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_none(resolve: Callable[[LightningEnvVar], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MANAGED.value, raising=False)
     assert resolve(MANAGED) is None
 

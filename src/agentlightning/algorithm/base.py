@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Dataset, NamedResources, RolloutConfig
+from agentlightning.types import Dataset, NamedResources, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
@@ -102,9 +102,9 @@ class Algorithm:
         """
         return _given(self._store, "store", self)
 
-    def set_initial_resources(self, resources: NamedResources) -> None:
+    def set_initial_resources(self, resources: Mapping[str, ResourceUnion]) -> None:
         """Set the resources to begin with."""
-        self._initial_resources = resources
+        self._initial_resources = dict(resources)
 
     def get_initial_resources(self) -> NamedResources | None:
         """Return the resources to begin with, if there are any."""

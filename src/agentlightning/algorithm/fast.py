@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
@@ -14,7 +14,7 @@ from agentlightning.algorithm.model_proxy import running_proxy
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import LLM, Dataset, NamedResources, Rollout, RolloutMode, Span
+from agentlightning.types import LLM, Dataset, ResourceUnion, Rollout, RolloutMode, Span
 from agentlightning.types.rewards import find_final_reward
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Baseline(FastAlgorithm):
                 resources = {**resources, "llm": proxy.as_resource()}
             await self._run_epochs(work, resources)
 
-    async def _run_epochs(self, work: Sequence[_Work], resources: NamedResources | None) -> None:
+    async def _run_epochs(self, work: Sequence[_Work], resources: Mapping[str, ResourceUnion] | None) -> None:
         store = self.get_store()
         run = self.get_run()
         resources_id = None

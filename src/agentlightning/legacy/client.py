@@ -8,11 +8,12 @@ import logging
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import quote
 
 from agentlightning.errors import InvalidValue, StoreUnavailable
-from agentlightning.types import NamedResources, ResourcesUpdate, RolloutLegacy, Task, TaskIfAny, TaskInput
+from agentlightning.types import ResourcesUpdate, ResourceUnion, RolloutLegacy, Task, TaskIfAny, TaskInput
 
 _logger = logging.getLogger(__name__)
 
@@ -123,7 +124,10 @@ class DevTaskLoader(AgentLightningClient):
     """
 
     def __init__(
-        self, tasks: list[TaskInput] | list[Task], resources: NamedResources | ResourcesUpdate, **kwargs: Any
+        self,
+        tasks: list[TaskInput] | list[Task],
+        resources: Mapping[str, ResourceUnion] | ResourcesUpdate,
+        **kwargs: Any,
     ) -> None:
         super().__init__(kwargs.pop("endpoint", "local://"), **kwargs)
         if not tasks:
@@ -134,7 +138,7 @@ class DevTaskLoader(AgentLightningClient):
         if not isinstance(resources, ResourcesUpdate):
             now = time.time()
             resources = ResourcesUpdate(
-                resources_id="local", create_time=now, update_time=now, version=1, resources=resources
+                resources_id="local", create_time=now, update_time=now, version=1, resources=dict(resources)
             )
         self._resources_update = resources
         self._tasks = records or [

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -20,8 +20,8 @@ from agentlightning.serving.server import ThreadedServer
 from agentlightning.telemetry.context import untraced_app
 from agentlightning.types import (
     GenericResponse,
-    NamedResources,
     ResourcesUpdate,
+    ResourceUnion,
     RolloutLegacy,
     RolloutMode,
     Task,
@@ -80,11 +80,11 @@ class TaskQueue:
             self._claimed[claimed.rollout_id] = claimed
             return claimed
 
-    def set_resources(self, resources: NamedResources) -> str:
+    def set_resources(self, resources: Mapping[str, ResourceUnion]) -> str:
         """Store resources under a new id, which is the latest from now on; returns the id."""
         now = self._wall()
         update = ResourcesUpdate(
-            resources_id=f"res-{uuid.uuid4()}", create_time=now, update_time=now, version=1, resources=resources
+            resources_id=f"res-{uuid.uuid4()}", create_time=now, update_time=now, version=1, resources=dict(resources)
         )
         self._resources[update.resources_id] = self._latest = update
         return update.resources_id
@@ -190,7 +190,7 @@ class AgentLightningServer:
         """Put one task into the queue; returns its rollout id."""
         return self._started().add_task(sample, mode, resources_id, metadata)
 
-    async def update_resources(self, resources: NamedResources) -> str:
+    async def update_resources(self, resources: Mapping[str, ResourceUnion]) -> str:
         """Publish resources, which are the latest from now on; returns their id."""
         return self._started().set_resources(resources)
 

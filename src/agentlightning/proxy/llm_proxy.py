@@ -10,7 +10,7 @@ import socket
 import warnings
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import override
 
@@ -112,7 +112,7 @@ class LLMProxy:
     def __init__(
         self,
         port: int | None = None,
-        model_list: Sequence[ModelConfig] | None = None,
+        model_list: Sequence[ModelConfig | dict[str, Any]] | None = None,
         store: LightningStore | None = None,
         host: str | None = None,
         litellm_config: Mapping[str, Any] | None = None,
@@ -146,8 +146,8 @@ class LLMProxy:
         self._api_key = None if self._key_text is None else ApiKey(self._key_text)
         self._control_key = None if control_key is None else ApiKey(control_key)
         self._store = store
-        self._model_list = list(model_list or ())
-        backends_of(self._model_list)  # so that a mistake in it is reported here rather than by ``start``
+        backends_of(model_list or ())  # so that a mistake in it is reported here rather than by ``start``
+        self._model_list = cast("list[ModelConfig]", list(model_list or ()))
         self._versions: dict[str, str] = {}
         self._port: int | None = None
         self._owner_pid: int | None = None
@@ -235,14 +235,14 @@ class LLMProxy:
         """The backends, as they were given, with their keys."""
         return tuple(self._model_list)
 
-    def update_model_list(self, model_list: Sequence[ModelConfig]) -> None:
+    def update_model_list(self, model_list: Sequence[ModelConfig | dict[str, Any]]) -> None:
         """Replace the backends. Calls in flight stay with those they have; no restart is needed.
 
         Raises:
             InvalidValue: an entry is not valid; the old list stays.
         """
         backends = backends_of(model_list)
-        self._model_list = list(model_list)
+        self._model_list = cast("list[ModelConfig]", list(model_list))
         if self._session is not None:
             self._session.routing = Routing(backends)
 

@@ -78,7 +78,7 @@ _SAMPLING = frozenset({
 _KNOWN = _SAMPLING | {"model", "api_base", "base_url", "api_key", "timeout", "extra_headers", "extra_body"}
 
 
-def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[ModelBackend, ...]]:
+def backends_of(model_list: Sequence[ModelConfig | dict[str, Any]]) -> dict[str, tuple[ModelBackend, ...]]:
     """Read a model list into the backends of each model, by the model's name.
 
     Raises:
@@ -93,7 +93,7 @@ def backends_of(model_list: Sequence[ModelConfig]) -> dict[str, tuple[ModelBacke
     return {name: tuple(backends) for name, backends in found.items()}
 
 
-def _backend_of(entry: ModelConfig, where: str, taken: set[str]) -> ModelBackend:
+def _backend_of(entry: ModelConfig | dict[str, Any], where: str, taken: set[str]) -> ModelBackend:
     _check_keys(entry, {"model_name", "litellm_params", "model_info"}, where)
     model_name = _text(entry, "model_name", where)
     if "*" in model_name:

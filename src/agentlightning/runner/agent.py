@@ -16,7 +16,7 @@ from agentlightning.runner.identity import registration, worker_name
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
-from agentlightning.types import NamedResources, Rollout, RolloutMode
+from agentlightning.types import ResourceUnion, Rollout, RolloutMode
 
 T = TypeVar("T")
 
@@ -201,7 +201,7 @@ class LitAgentRunner(Runner[T]):
         self,
         input: T,
         *,
-        resources: NamedResources | None = None,
+        resources: Mapping[str, ResourceUnion] | None = None,
         mode: RolloutMode | None = None,
         event: StopEvent | None = None,
     ) -> Rollout:

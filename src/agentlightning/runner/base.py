@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.store.base import LightningStore
-from agentlightning.types import NamedResources, Rollout, RolloutMode
+from agentlightning.types import ResourceUnion, Rollout, RolloutMode
 from agentlightning.types.tasks import ParallelWorkerBase
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Runner(ParallelWorkerBase, Generic[T]):
         self,
         input: T,
         *,
-        resources: NamedResources | None = None,
+        resources: Mapping[str, ResourceUnion] | None = None,
         mode: RolloutMode | None = None,
         event: StopEvent | None = None,
     ) -> Rollout:

@@ -16,9 +16,9 @@ from agentlightning.types import (
     UNSET,
     Attempt,
     EnqueueRolloutRequest,
-    NamedResources,
     PaginatedResult,
     ResourcesUpdate,
+    ResourceUnion,
     Rollout,
     RolloutConfig,
     RolloutMode,
@@ -191,7 +191,9 @@ class ResourceMethods(ABC):
     """What a store does with resources."""
 
     @abstractmethod
-    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
+    async def add_resources(
+        self, resources: Mapping[str, ResourceUnion], *, resources_id: str | None = None
+    ) -> ResourcesUpdate:
         """Store new resources as version 1 of a new id; they are the latest after.
 
         Raises:
@@ -200,7 +202,7 @@ class ResourceMethods(ABC):
 
     @abstractmethod
     async def update_resources(
-        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
+        self, resources_id: str, resources: Mapping[str, ResourceUnion], *, request_id: str | None = None
     ) -> ResourcesUpdate:
         """Store the next version of an id (version 1 if it is new); it is the latest after.
 

@@ -6,7 +6,7 @@ and ``reading`` has the methods that only read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, Literal, Self, get_args
 
@@ -59,8 +59,8 @@ from agentlightning.types import (
     AttemptStatus,
     EnqueueRolloutRequest,
     FinishedAttempt,
-    NamedResources,
     ResourcesUpdate,
+    ResourceUnion,
     Rollout,
     RolloutConfig,
     RolloutMode,
@@ -308,7 +308,9 @@ class EngineStore(ReadingStore):
 
     # --- Resources -------------------------------------------------------------------------------
 
-    async def add_resources(self, resources: NamedResources, *, resources_id: str | None = None) -> ResourcesUpdate:
+    async def add_resources(
+        self, resources: Mapping[str, ResourceUnion], *, resources_id: str | None = None
+    ) -> ResourcesUpdate:
         new_id = self._ids.mint("rs-") if resources_id is None else check_id(resources_id, "resources_id")
         content = encode_resources(resources)
         return self._shown.resources_view(
@@ -316,7 +318,7 @@ class EngineStore(ReadingStore):
         )
 
     async def update_resources(
-        self, resources_id: str, resources: NamedResources, *, request_id: str | None = None
+        self, resources_id: str, resources: Mapping[str, ResourceUnion], *, request_id: str | None = None
     ) -> ResourcesUpdate:
         check_id(resources_id, "resources_id")
         request = None if request_id is None else check_id(request_id, "request_id")

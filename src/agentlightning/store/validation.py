@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Reason, RolloutPolicy
-from agentlightning.types import NamedResources, Resource, RolloutConfig
+from agentlightning.types import NamedResources, Resource, ResourceUnion, RolloutConfig
 
 MAX_JSON_BYTES = 4 * 1024 * 1024
 """The largest input, metadata, resources or span that the store takes, as encoded JSON."""
@@ -163,9 +163,9 @@ def encode_policy(config: RolloutConfig | None) -> RolloutPolicy:
     )
 
 
-def encode_resources(resources: NamedResources) -> bytes:
+def encode_resources(resources: Mapping[str, ResourceUnion]) -> bytes:
     """Named resources as JSON. Raises as ``encode_json``, and ``InvalidValue`` for what is no resource."""
-    if not isinstance(resources, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(resources, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"resources is a {type(resources).__name__}; give a dict of names to resources")
     for name, resource in resources.items():
         if not name or not isinstance(name, str) or not isinstance(resource, Resource):  # pyright: ignore[reportUnnecessaryIsInstance]

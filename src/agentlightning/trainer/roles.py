@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from agentlightning.tracer.otel import OtelTracer
 from agentlightning.trainer.algorithm_store import algorithm_store
 from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_required
 from agentlightning.trainer.progress import Progress, ProgressSpec, make_view
-from agentlightning.types import Dataset, NamedResources, RolloutConfig
+from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
@@ -50,7 +50,7 @@ class AlgorithmRole:
     algorithm: Algorithm | None
     adapter: TraceAdapter[Any]
     llm_proxy: LLMProxy | None
-    initial_resources: NamedResources | None
+    initial_resources: Mapping[str, ResourceUnion] | None
     rollout_config: RolloutConfig
     run: Run | None
     train_dataset: Dataset[Any] | None

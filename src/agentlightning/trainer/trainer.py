@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +38,7 @@ from agentlightning.trainer.components import (
 )
 from agentlightning.trainer.progress import ProgressSpec, make_view
 from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
-from agentlightning.types import Dataset, NamedResources, RolloutConfig
+from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.proxy.llm_proxy import LLMProxy
@@ -132,7 +132,7 @@ class Trainer:
         dev: bool = False,
         n_runners: int | None = None,
         max_rollouts: int | None = None,
-        initial_resources: NamedResources | None = None,
+        initial_resources: Mapping[str, ResourceUnion] | None = None,
         tracer: ComponentSpec[Tracer] = None,
         adapter: ComponentSpec[TraceAdapter[Any]] = None,
         store: ComponentSpec[LightningStore] = None,

@@ -133,6 +133,9 @@ class AttemptedRollout(Rollout):
     attempt: Attempt
 
     @model_validator(mode="after")
+    def _check_at_construction(self) -> AttemptedRollout:
+        return self.check_consistency()  # which a decorator would make a descriptor that type checkers cannot call
+
     def check_consistency(self) -> AttemptedRollout:
         """Return self if the attempt belongs to this rollout.
 

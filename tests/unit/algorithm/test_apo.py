@@ -222,8 +222,9 @@ async def test_what_it_needs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(InvalidValue, match="one prompt template"):
             await algorithm.run(TASKS, TASKS)
         for name in ("beam_width", "branch_factor", "beam_rounds", "gradient_batch_size", "val_batch_size"):
+            zero: dict[str, Any] = {name: 0}
             with pytest.raises(InvalidValue, match=name):
-                APO(None, **{name: 0})
+                APO(None, **zero)
         with pytest.raises(InvalidValue, match="rollout_batch_timeout"):
             APO(None, rollout_batch_timeout=0)
         without = APO()

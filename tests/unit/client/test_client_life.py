@@ -13,6 +13,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -187,7 +188,8 @@ def test_in_a_child_process(url: str, method: str) -> None:
     client = LightningStoreClient(url, spool_dir=None)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(_use(client))
-    child = multiprocessing.get_context(method).Process(target=_in_child, args=(client,))
+    context: Any = multiprocessing.get_context(method)
+    child = context.Process(target=_in_child, args=(client,))
     child.start()
     child.join()
     assert child.exitcode == 0

@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from agentlightning.errors import InvalidValue, NotJson, TooLarge
 from agentlightning.http.server.limits import ServerLimits
@@ -83,7 +84,7 @@ async def test_everything_of_a_span_arrives() -> None:
     span = request.resource_spans[0].scope_spans[0].spans[0]
     span.parent_span_id = bytes(7) + b"\7"
     span.trace_state = "vendor=value, other=x"
-    span.status.code, span.status.message = 2, "broken"
+    span.status.code, span.status.message = Status.STATUS_CODE_ERROR, "broken"
     span.end_time_unix_nano = 2_500_000_000
     event = span.events.add(name="exception", time_unix_nano=2_000_000_000)
     event.attributes.add(key="k").value.string_value = "v"

@@ -103,8 +103,9 @@ async def test_others_are_not_let_in_without_a_key() -> None:
 def test_arguments_of_0_3() -> None:
     store = InMemoryLightningStore()
     for name, value in (("launch_mode", "asyncio"), ("launcher_args", object()), ("tracker", object())):
+        replaced: dict[str, Any] = {name: value}
         with pytest.warns(DeprecationWarning, match=name):
-            LightningStoreServer(store, None, None, None, **{name: value})
+            LightningStoreServer(store, None, None, None, **replaced)
     with pytest.raises(InvalidValue, match="n_workers 2"):
         LightningStoreServer(store, n_workers=2)
     with pytest.raises(TypeError, match="portt"):
@@ -188,7 +189,7 @@ async def test_a_key_is_asked_of_everything_but_probes() -> None:
             assert "Bearer" in {name.lower(): value for name, value in headers.items()}["www-authenticate"]
         for path in ("/agl/v1/health", "/v1/agl/health", "/agl/v1/health/live", "/agl/v1/health/ready"):
             assert (await asyncio.to_thread(_get, server.endpoint + path))[0] == 200
-        shown = {"Authorization": f"Bearer {KEY}", "Host": "any.name.example"}
+        shown: dict[str, Any] = {"Authorization": f"Bearer {KEY}", "Host": "any.name.example"}
         assert (await asyncio.to_thread(_get, f"{server.endpoint}/agl/v1/statistics", **shown))[0] == 200
         address = server.endpoint.replace("://", f"://agl:{KEY}@")
         async with LightningStoreClient(address, spool_dir=None) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -61,7 +62,7 @@ def test_what_a_closure_holds_is_named() -> None:
 def test_a_module_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_here.py").write_text("def agent(): ...")
     monkeypatch.syspath_prepend(str(tmp_path))
-    import only_here
+    only_here = importlib.import_module("only_here")
 
     packed = pack("the runner's side", only_here.agent)
     monkeypatch.delitem(sys.modules, "only_here")

@@ -299,8 +299,10 @@ class TestEnd:
     def test_a_rollout_is_retried_by_its_policy(
         self, end: Any, listed: bool, made: int, redelivered: int, released: int, allowed: int
     ) -> None:
-        others = {"failed", "timeout", "unresponsive"} - {end}
-        policy = RolloutPolicy(max_attempts=allowed, retry_condition=tuple(sorted({end} if listed else others)))
+        retries: set[AttemptStatus] = {"failed", "timeout", "unresponsive"}
+        policy = RolloutPolicy(
+            max_attempts=allowed, retry_condition=tuple(sorted({end} if listed else retries - {end}))
+        )
         rollout, attempt = pair_of("running", "running", policy)
         rollout = replace(rollout, attempts=made, redeliveries=redelivered, releases=released)
         counted = made - redelivered - released

@@ -109,10 +109,8 @@ def assert_sound(change: Change) -> None:
 
 def moves_made() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """Every move that any act makes from any way to stand, at any time: (of rollouts, of attempts)."""
-    policies = [
-        RolloutPolicy(150.0, 50.0, max_attempts, retried)
-        for max_attempts, retried in product([1, 9], [(), ("failed", "timeout", "unresponsive")])
-    ]
+    retries: list[tuple[AttemptStatus, ...]] = [(), ("failed", "timeout", "unresponsive")]
+    policies = [RolloutPolicy(150.0, 50.0, max_attempts, retried) for max_attempts, retried in product([1, 9], retries)]
     of_rollouts: set[tuple[str, str]] = set()
     of_attempts: set[tuple[str, str]] = set()
     for (rollout_status, attempt_status), policy in product(STANDS, policies):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from opentelemetry import trace
@@ -116,7 +116,7 @@ def test_events_links_and_status_are_mended_too(tracer: trace.Tracer, ended: _En
         span.set_status(StatusCode.ERROR, "bad \0")
     mended, _ = both(ended.spans[0])
     encode_span(mended)
-    assert set(mended.attributes["agentlightning.mended"]) == {
+    assert set(cast("list[str]", mended.attributes["agentlightning.mended"])) == {
         "description",
         "events.0.attributes.large",
         "events.0.name",

@@ -18,6 +18,7 @@ from agentlightning.tracer.otel import OtelTracer
 from agentlightning.tracer.recording import Recording
 from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import AttemptedRollout, Span
+from agentlightning.types.plain_spans import PlainSpan
 from scenes import started
 
 
@@ -176,7 +177,7 @@ async def test_a_span_that_cannot_be_converted_holds_up_nobody(caplog: pytest.Lo
         span.end()
         ended.append(span)
 
-    def convert(span: ReadableSpan, rollout_id: str, attempt_id: str) -> Span:
+    def convert(span: ReadableSpan, rollout_id: str, attempt_id: str) -> PlainSpan:
         if span.name == "bad":
             raise ArithmeticError("odd")
         return SpanConverter().convert(span, rollout_id, attempt_id)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import agentlightning as agl
 from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG, algorithm_store
-from agentlightning.types import EnqueueRolloutRequest, RolloutConfig, Span
+from agentlightning.types import AttemptStatus, EnqueueRolloutRequest, RolloutConfig, RolloutStatus, Span
 
 MINE = RolloutConfig(max_attempts=7, retry_condition=["failed"])
 
@@ -45,7 +45,12 @@ async def test_a_config_of_ones_own_is_kept() -> None:
 async def test_the_default_retries_lost_workers_and_not_errors() -> None:
     async with agl.InMemoryLightningStore() as inner:
         store = algorithm_store(inner, DEFAULT_ROLLOUT_CONFIG)
-        for status, then in (("unresponsive", "requeuing"), ("timeout", "requeuing"), ("failed", "failed")):
+        ends: list[tuple[AttemptStatus, RolloutStatus]] = [
+            ("unresponsive", "requeuing"),
+            ("timeout", "requeuing"),
+            ("failed", "failed"),
+        ]
+        for status, then in ends:
             started = await store.start_rollout(1)
             await store.update_attempt(started.rollout_id, started.attempt.attempt_id, status=status)
             rollout = await store.get_rollout_by_id(started.rollout_id)

@@ -51,7 +51,8 @@ def test_what_is_no_finite_number_is_no_reward(value: Any) -> None:
 
 
 def test_a_dimension_without_a_name_is_called_primary() -> None:
-    assert get_rewards_from_span(span(**{"agentlightning.reward.0.value": 1.5}))[0].name == "primary"
+    value: dict[str, Any] = {"agentlightning.reward.0.value": 1.5}
+    assert get_rewards_from_span(span(**value))[0].name == "primary"
 
 
 def test_spans_of_older_versions_and_of_agentops() -> None:

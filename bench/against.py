@@ -32,10 +32,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-BENCH = Path(__file__).parent
-sys.path.append(str(BENCH))  # behind the standard library, which has an http of its own
+from serving import load, ours
 
-from serving import load, ours  # noqa: E402
+BENCH = Path(__file__).parent
 
 RUN_SECONDS = 600.0
 
@@ -65,7 +64,7 @@ Measure = Callable[[Side, Options], float]
 def last_line(side: Side, program: str, *arguments: str, folder: Path) -> dict[str, float]:
     """Run a program of this folder in the side's environment; its last line is the result."""
     done = subprocess.run(
-        [side.python, "-P", BENCH / program, *arguments],
+        [side.python, BENCH / program, *arguments],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "OTEL_"))},
         capture_output=True,

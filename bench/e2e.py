@@ -60,7 +60,7 @@ class Result(NamedTuple):
 def run(python: Path, asked: dict[str, Any], folder: Path) -> Result:
     """One run in a process tree of its own."""
     done = subprocess.run(
-        [python, "-P", LOAD, json.dumps(asked)],
+        [python, LOAD, json.dumps(asked)],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "OTEL_"))},
         capture_output=True,

@@ -1,6 +1,6 @@
 """Virtual runners that load a store server: as many requests as one core can send, and what became of them.
 
-Run by ``bench/http.py`` as a process of its own, on a core of its own. It speaks HTTP/1.1 by itself, because any
+Run by ``bench/server.py`` as a process of its own, on a core of its own. It speaks HTTP/1.1 by itself, because any
 client library would be slower than the server. It sends what clients of agentlightning 0.3 send, so
 that the same load can be put on other servers of that protocol.
 """

@@ -1,6 +1,6 @@
 """Store servers that are measured, each a process of its own on one core, and the load on the other core.
 
-Used by ``http.py`` and ``against.py``.
+Used by ``server.py`` and ``against.py``.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def started(command: Sequence[object], port: int, prefix: str) -> Iterator[Servi
 
 
 def answers(port: int, path: str) -> bool:
-    """Whether ``path`` is answered by 200. By hand: this file hides the standard library's ``http``."""
+    """Whether ``path`` is answered by 200."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
@@ -109,4 +109,4 @@ def load(scenario: str, port: int, **options: object) -> dict[str, Any]:
 
 def load_command(scenario: str, port: int, **options: object) -> list[str]:
     chosen = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return ["taskset", "-c", str(LOAD_CORE), sys.executable, "-P", str(LOAD), scenario, "--port", str(port), *chosen]
+    return ["taskset", "-c", str(LOAD_CORE), sys.executable, str(LOAD), scenario, "--port", str(port), *chosen]

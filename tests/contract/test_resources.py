@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 
 from agentlightning.errors import NotFound
@@ -60,6 +62,15 @@ async def test_all_kinds_come_back_as_they_went_in(stores: Stores) -> None:
         assert await store.get_resources_by_id(added.resources_id) == added
         assert await store.get_latest_resources() == added
         assert list(await store.query_resources()) == [added]
+
+
+async def test_any_mapping_is_taken(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        given = MappingProxyType({"p": prompt("1")})
+        added = await store.add_resources(given, resources_id="rs-1")
+        updated = await store.update_resources("rs-1", MappingProxyType({"p": prompt("2")}))
+        assert added.resources == given
+        assert updated.resources == {"p": prompt("2")}
 
 
 async def test_an_update_is_the_next_version(stores: Stores) -> None:

@@ -1,6 +1,6 @@
 """How fast the store is over HTTP: a real `agl store` on one core, the load on the other.
 
-    scripts/bench http [--runs 5] [--seconds 5] [--peer VENV] [--only NAME ...] [--json FILE]
+    scripts/bench server [--runs 5] [--seconds 5] [--peer VENV] [--only NAME ...] [--json FILE]
 
 SQLite with full durability on the disk of the current folder; 64 virtual runners, spans of 1.5 KB, six for each
 rollout; every figure is the median of several runs, each on a new file. With ``--peer``, the server of
@@ -17,12 +17,9 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent))  # behind the standard library, which has an http of its own
 
 from serving import LOAD_CORE, SERVER_CORE, load, load_command, ours, peer
 

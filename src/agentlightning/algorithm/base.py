@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Dataset, NamedResources, ResourceUnion, RolloutConfig
+from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
     from agentlightning.adapter.base import TraceAdapter
@@ -33,7 +33,7 @@ class Algorithm:
     _llm_proxy: ModelProxy | None = None
     _adapter: TraceAdapter[Any] | None = None
     _store: LightningStore | None = None
-    _initial_resources: NamedResources | None = None
+    _initial_resources: Mapping[str, ResourceUnion] | None = None
     _rollout_config: RolloutConfig | None = None
     _run: Run | None = None
     _reporter: Reporter | None = None
@@ -104,9 +104,9 @@ class Algorithm:
 
     def set_initial_resources(self, resources: Mapping[str, ResourceUnion]) -> None:
         """Set the resources to begin with."""
-        self._initial_resources = dict(resources)
+        self._initial_resources = resources
 
-    def get_initial_resources(self) -> NamedResources | None:
+    def get_initial_resources(self) -> Mapping[str, ResourceUnion] | None:
         """Return the resources to begin with, if there are any."""
         return self._initial_resources
 

@@ -1,6 +1,6 @@
 """Every error Agent Lightning raises on purpose, as one tree.
 
-There is one class for each decision a caller can take: mend the value, look elsewhere,
+There is one class for each decision a caller can take: correct the value, look elsewhere,
 accept that somebody else was first, wait, or call the operator. Each class has a stable
 ``code`` and the HTTP ``status`` it crosses the network with, so that the same exception
 is raised on both sides. Each message says what was wrong, with what value, and what to do.
@@ -26,7 +26,7 @@ class AgentLightningError(Exception):
 
 
 class InvalidValue(AgentLightningError, ValueError):
-    """An argument has a value that no store would take. Mend the value; a repeat fails again."""
+    """An argument has a value that no store accepts. Correct the value; a repeat fails again."""
 
     code = "invalid_value"
     status = 422
@@ -214,7 +214,7 @@ class WrongServer(AgentLightningError):
 
 
 class NothingToLearn(AgentLightningError):
-    """Rollouts came back, and none that an algorithm can learn from. The agent, or what records it, needs mending."""
+    """Rollouts ended, and an algorithm can learn from none of them. Check the agent and how it is recorded."""
 
     code = "nothing_to_learn"
 

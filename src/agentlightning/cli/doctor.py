@@ -1,4 +1,4 @@
-"""``agl doctor``: what is wrong, and how to mend it."""
+"""``agl doctor``: what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SAMPLE_SPANS = 500
 
 
 def doctor(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABLE) -> None:
-    """Find what is wrong, and say how to mend it.
+    """Find what is wrong, and say how to fix it.
 
     Looks at the way to the store (name, port, key, TLS), at versions and clocks of both sides, at the disks, at what
     waits and why, and at what the last rollouts left behind: spans, model calls, rewards. Changes nothing.
@@ -326,7 +326,7 @@ def check_spool(folder: Path) -> Iterator[Finding]:
                 "spans_refused",
                 "warning",
                 f"Spans that a server refused for good lie in {refused}, each with the reason ({_lines_in(refused)}).",
-                "Mend what makes them, then move the file away.",
+                "Correct the code that makes them, then move the file away.",
             )
 
 

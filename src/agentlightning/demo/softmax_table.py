@@ -27,7 +27,7 @@ class WordChoice(NamedTuple):
 
     token_id: int
     logprob: float
-    """Natural logarithm of the word's probability at temperature 1, at whichever temperature it was sampled."""
+    """Natural logarithm of the word's probability at temperature 1, whatever temperature it was sampled at."""
 
 
 class SoftmaxTable:

@@ -10,7 +10,7 @@ from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
 from agentlightning.types import WorkerDirective
 
 _IDLE_NOTED_SECONDS = 60.0
-"""How long a worker that asks in vain again and again is not noted anew: a fleet that waits costs no writes."""
+"""An empty claim within this time of the last one writes nothing, so a fleet that waits causes no writes."""
 
 
 def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:

@@ -64,7 +64,7 @@ class Deadlines:
 
     Args:
         lease_now: reads the lease clock, in seconds.
-        alarm: told whenever the moment moves.
+        alarm: called each time the next deadline changes.
     """
 
     def __init__(self, lease_now: Callable[[], float], alarm: Callable[[float], None]) -> None:

@@ -219,7 +219,7 @@ class Worker(BaseModel):
     """When it last became `busy`."""
 
     last_idle_time: float | None = None
-    """When it last became `idle`, or, while it is, asked for work in vain; within a minute."""
+    """When it last became `idle`, or, while it is, claimed and got nothing; exact to a minute."""
 
     current_rollout_id: str | None = None
     current_attempt_id: str | None = None

@@ -86,7 +86,7 @@ class BreakerNumbers(NamedTuple):
     """The first pause; it doubles each time the server turns out not to be well."""
     max_open_seconds: float = 15.0
     stage_seconds: float = 1.0
-    """A stage of the return lasts this long, or for ``stage_calls``, whichever comes first."""
+    """A stage of the recovery ends after this time or after ``stage_calls``."""
     stage_calls: int = 10
     """Successful calls that end a stage."""
     vital_per_second: float = 2.0

@@ -108,6 +108,13 @@ def look_up(module: str, name: str) -> Any:
     raise ImportError(removed(name), name=module)
 
 
+def look_up_gone(module: str, name: str) -> Any:
+    """``look_up`` in a module that this package does not have: none of its other names has a successor."""
+    if name.startswith("_") or offered(module, name):
+        return look_up(module, name)
+    raise ImportError(removed(name), name=module)
+
+
 def removed(name: str) -> str:
     """The message about a name of 0.3 that is gone."""
     instead = next((text for pattern, text in REPLACED if re.search(pattern, name)), "see docs/migration-0.3.md")
@@ -140,7 +147,8 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         if self._usual is not None:
             self._usual.exec_module(module)
-        module.__dict__.setdefault("__getattr__", partial(look_up, module.__name__))
+        find = look_up_gone if self._usual is None else look_up
+        module.__dict__.setdefault("__getattr__", partial(find, module.__name__))
         if module.__name__ == "agentlightning.emitter":
             module.__class__ = _Package
 

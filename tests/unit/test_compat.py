@@ -61,6 +61,8 @@ def test_statements_of_scripts(statement: str, public: str) -> None:
     ("statement", "hint"),
     [
         ("from agentlightning import VERL", "agl.GRPO"),
+        ("from agentlightning.algorithm.verl import VERL", "agl.GRPO"),
+        ("from agentlightning.store.mongo import MongoLightningStore", "agl.SqliteLightningStore"),
         ("from agentlightning.tracer.agentops import AgentOpsTracer", "agl.OtelTracer"),
         ("from agentlightning.store.collection import KeyValue", "agl.SqliteLightningStore"),
         ("from agentlightning.utils.metrics import PrometheusMetricsBackend", "GET /metrics"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -57,17 +56,21 @@ async def calls_of(store: LightningStore, rollout_id: str) -> list[Span]:
 @pytest.mark.parametrize("with_proxy", [True, False], ids=["through the proxy", "traced by the agent"])
 async def test_a_few_steps_make_the_policy_better(with_proxy: bool) -> None:
     policy = SoftmaxPolicy(game.VOCABULARY)
-    algorithm = GRPO(policy, group_size=16, n_steps=5, seed=1)
+    # Rollouts run at once, so chance decides which of them gets which answer of the model: the groups are so large,
+    # and the steps so many, that the outcome does not depend on it.
+    algorithm = GRPO(policy, group_size=32, n_steps=10, seed=1)
     async with ready(algorithm, proxy=LLMProxy() if with_proxy else None) as (_, _, reports):
         await algorithm.run([{"secret": 8}])  # always the same one: quickly learned
     rewards = [numbers["reward_mean"] for _, numbers in reports.steps]
-    assert [step for step, _ in reports.steps] == [0, 1, 2, 3, 4]
+    assert [step for step, _ in reports.steps] == list(range(10))
     assert rewards[-1] > rewards[0]
-    assert reports.total("groups_used") == 5
+    assert reports.total("groups_used") == 10
     for dropped in ("groups_dropped", "rollouts_failed", "calls_unusable"):
         assert reports.total(dropped) == 0, dropped
-    opening = tuple(policy.encode(game.prompt(game.start(8))))
-    assert policy.decode([policy.choose(opening, random.Random(0), temperature=0).token_id]) == "8"
+    played = game.start(8)
+    while played.outcome == "playing":
+        played = game.step(played, game.best_guess(policy, played))
+    assert played.reward == 1.0, "its best guesses win the game that it was trained on; which ones, chance decides"
 
 
 async def test_the_proxy_says_which_weights_answered_and_is_left_as_it_was() -> None:

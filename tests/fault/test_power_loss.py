@@ -242,6 +242,7 @@ def tally(log: Sequence[Entry], count: int, seed: int) -> Tally:
     return result
 
 
+@pytest.mark.timeout(600)  # 20,000 crashes with CI
 def test_full_durability_keeps_every_promise(folder: Path) -> None:
     log = record(folder, "full")
     assert tally(log, CRASHES, seed=1) == Tally(crashes=CRASHES)

@@ -6,13 +6,13 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import Literal, TypeAlias
 
 from starlette.datastructures import Headers
 
-from agentlightning.errors import InvalidId
+from agentlightning.errors import InvalidId, NotAllowed
 from agentlightning.proxy.errors import ProxyError
 from agentlightning.proxy.recording import CallOrigin
+from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
@@ -20,9 +20,8 @@ from agentlightning.store.validation import check_id
 _OVERLOAD_RETRY_SECONDS = 1.0
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 
-ProxyPermission: TypeAlias = Literal["health", "call", "control"]
-"""What a route of the proxy needs. ``health``: nothing. ``call``: model calls and the model list, for agents.
-``control``: pauses and versions of weights, for algorithms."""
+_AGENT, _OPERATOR = Principal("agent"), Principal("control")
+"""The callers that a key tells apart."""
 
 
 class ProxyAccess:
@@ -31,33 +30,50 @@ class ProxyAccess:
     Args:
         api_key: what agents must show as bearer token; None: agents need none, but web pages are kept out.
         control_key: what algorithms must show; None: there are no control routes.
+        policy: decides what a caller with the right key may do.
     """
 
-    def __init__(self, api_key: ApiKey | None, control_key: ApiKey | None = None) -> None:
+    def __init__(
+        self, api_key: ApiKey | None, control_key: ApiKey | None = None, policy: AccessPolicy | None = None
+    ) -> None:
         self._api_key = api_key
         self._control_key = control_key
+        self._policy = policy or AllowAll()
         self._hosts = AllowedHosts()
 
-    def authorize(self, headers: Headers, permission: ProxyPermission) -> None:
+    def authorize(self, headers: Headers, permission: Permission | None) -> None:
         """Check that a request with these headers has the permission of its route.
 
+        Args:
+            permission: ``run`` for model calls and the model list, ``operate`` for control; None: open to everybody.
+
         Raises:
-            ProxyError: 401 without the right key; 403 for a web page, if there is no key.
+            ProxyError: 401 without the right key; 403 for a web page, if there is no key, and for a caller that the
+                policy does not allow it.
         """
-        if permission == "health":
+        if permission is None:
             return
+        principal = self._identify(headers, permission)
+        try:
+            self._policy.authorize(principal, permission)
+        except NotAllowed as error:
+            raise ProxyError(403, "not_allowed", error.message) from error
+
+    def _identify(self, headers: Headers, permission: Permission) -> Principal:
         shown = _raw(headers, "authorization")
-        if permission == "control":
+        if permission == "operate":
             if self._control_key is None or not self._control_key.opens(shown):
                 raise ProxyError(401, "invalid_control_key", "The control key is missing or wrong.")
-        elif self._api_key is not None:
+            return _OPERATOR
+        if self._api_key is not None:
             if not self._api_key.opens(shown):
                 raise ProxyError(
                     401,
                     "invalid_api_key",
                     "The proxy's API key is missing or wrong; use the api_key of the LLM resource.",
                 )
-        elif "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
+            return _AGENT
+        if "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
             # Any web page that the user opens can send requests to this machine. Browsers add Origin to them, and
             # a page whose own name resolves to this machine (DNS rebinding) sends that name as Host.
             raise ProxyError(
@@ -65,6 +81,7 @@ class ProxyAccess:
                 "forbidden_origin",
                 "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key.",
             )
+        return ANONYMOUS
 
 
 def _raw(headers: Headers, name: str) -> bytes | None:

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from agentlightning.proxy.admission import ProxyPermission
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.errors import ProxyError
 from agentlightning.proxy.session import ProxySession
+from agentlightning.security.access import Permission
 
 _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1)?(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not."""
@@ -36,14 +36,14 @@ class ProxyRoute(NamedTuple):
         method: of HTTP.
         path: a regular expression; its named groups are handed to the handler.
         below_prefixes: whether the path also answers below ``/v1`` and below an attempt.
-        permission: what a request needs before the handler runs.
+        permission: what a request needs before the handler runs; None: it is open to everybody.
         dialect: gives errors their shape.
     """
 
     method: str
     path: re.Pattern[str]
     below_prefixes: bool
-    permission: ProxyPermission
+    permission: Permission | None
     dialect: WireDialect
     handler: _Handler
 
@@ -62,14 +62,14 @@ class ProxyApp:
     def __init__(self, session: ProxySession, *, has_control: bool) -> None:
         self._session = session
         self._routes = [
-            ProxyRoute("POST", re.compile(path), True, "call", dialect, partial(handle_model_call, session, dialect))
+            ProxyRoute("POST", re.compile(path), True, "run", dialect, partial(handle_model_call, session, dialect))
             for dialect in DIALECTS
             for path in dialect.paths
         ]
         self._routes += [
-            ProxyRoute(method, re.compile(path), permission == "call", permission, DEFAULT_DIALECT, handler)
+            ProxyRoute(method, re.compile(path), permission == "run", permission, DEFAULT_DIALECT, handler)
             for method, path, permission, answer in _ANSWERS
-            if has_control or permission != "control"
+            if has_control or permission != "operate"
             for handler in [partial(_send_answer, session, answer)]
         ]
 
@@ -176,12 +176,12 @@ def _read_options(body: bytes, kind: type[_T]) -> _T:
         raise ProxyError(422, "invalid_value", f"{error}.", param=None if field is None else field[1]) from error
 
 
-_ANSWERS: tuple[tuple[str, str, ProxyPermission, _Answer], ...] = (
-    ("GET", "/models", "call", _list_models),
-    ("GET", "/models/(?P<model>.+)", "call", _show_model),
-    ("GET", "/health", "health", _show_health),
-    ("POST", "/control/pause", "control", _pause),
-    ("POST", "/control/resume", "control", _resume),
-    ("POST", "/control/model_version", "control", _set_model_version),
+_ANSWERS: tuple[tuple[str, str, Permission | None, _Answer], ...] = (
+    ("GET", "/models", "run", _list_models),
+    ("GET", "/models/(?P<model>.+)", "run", _show_model),
+    ("GET", "/health", None, _show_health),
+    ("POST", "/control/pause", "operate", _pause),
+    ("POST", "/control/resume", "operate", _resume),
+    ("POST", "/control/model_version", "operate", _set_model_version),
 )
 """The routes that are no model calls: method, path, permission, and what answers them."""

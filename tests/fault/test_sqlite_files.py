@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 
 import store_programs
@@ -20,12 +21,14 @@ from agentlightning import SqliteLightningStore
 from agentlightning.errors import (
     AgentLightningError,
     CorruptStore,
+    DiskFull,
     ForeignFile,
     NewerSchema,
     StoreStopped,
     StoreUnavailable,
 )
 from agentlightning.store.sqlite.connections import APPLICATION_ID, MIGRATIONS
+from agentlightning.store.sqlite.faults import FAULTS, translate
 from every_method import READS
 from fresh_process import run_fresh
 from scenes import finish, prompt, span_of
@@ -329,6 +332,35 @@ async def test_damage_anywhere_gives_errors_of_ours_and_nothing_else(filled: Pat
         await SqliteLightningStore.restore(filled, restored)
         await assert_sound(SqliteLightningStore(restored))
     assert not [name for name in left_behind(filled) if "partial" in name or "restoring" in name]
+
+
+@pytest.mark.parametrize(
+    ("fault", "meaning"),
+    [
+        (apsw.CorruptError("database disk image is malformed"), CorruptStore),
+        (apsw.TooBigError("string or blob too big"), CorruptStore),  # a length that damage has made up
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), CorruptStore),
+        (msgspec.DecodeError("JSON is malformed"), CorruptStore),
+        (apsw.FullError("database or disk is full"), DiskFull),
+        (apsw.IOError("disk I/O error"), StoreStopped),
+        (apsw.ReadOnlyError("attempt to write a readonly database"), StoreStopped),
+        (apsw.NotADBError("file is not a database"), ForeignFile),
+        (apsw.BusyError("database is locked"), StoreUnavailable),
+        (apsw.LockedError("database table is locked"), StoreUnavailable),
+        (apsw.CantOpenError("unable to open database file"), StoreUnavailable),
+        (apsw.PermissionsError("access permission denied"), StoreUnavailable),
+        (apsw.AuthError("authorization denied"), StoreUnavailable),
+        (apsw.SQLError("no such table: rollouts"), AgentLightningError),
+        (apsw.ConstraintError("UNIQUE constraint failed"), AgentLightningError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_each_fault_of_the_database_has_its_meaning(fault: Exception, meaning: type[AgentLightningError]) -> None:
+    known = translate(fault, "store.db")
+    assert type(known) is meaning
+    assert isinstance(fault, FAULTS)
+    assert str(fault) in known.message or meaning in (DiskFull, ForeignFile)
+    assert ("store.db" in known.message) == (meaning is not AgentLightningError)
 
 
 @contextmanager

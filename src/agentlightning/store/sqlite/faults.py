@@ -33,7 +33,7 @@ def translate(error: Exception, path: str) -> AgentLightningError:
             )
         case apsw.FullError():
             return _disk_full(path)
-        case apsw.CorruptError():
+        case apsw.CorruptError() | apsw.TooBigError():  # what is written is far below the limits of SQLite
             return CorruptStore(
                 f"{path!r} is damaged ({error}); nothing more is acknowledged. Restore a backup, "
                 "or copy what can be read with `sqlite3 .recover`"

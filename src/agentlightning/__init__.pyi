@@ -198,13 +198,11 @@ from agentlightning.telemetry.logs import (
     setup_logging as setup_logging,
 )
 from agentlightning.tracer.base import (
+    DummyTracer as DummyTracer,
     Tracer as Tracer,
     clear_active_tracer as clear_active_tracer,
     get_active_tracer as get_active_tracer,
     set_active_tracer as set_active_tracer,
-)
-from agentlightning.tracer.dummy import (
-    DummyTracer as DummyTracer,
 )
 from agentlightning.tracer.otel import OtelTracer as OtelTracer
 from agentlightning.tracer.processor import (

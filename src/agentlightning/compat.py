@@ -28,7 +28,7 @@ OLD_NAMES = {
 """The names that each module of 0.3 offered, separated by spaces."""
 
 MOVED = {
-    "DummySpanRecordingContext": "tracer.dummy",
+    "DummySpanRecordingContext": "tracer.base",
     "OtelSpanRecordingContext": "tracer.otel",
     "build_component": "trainer.components",
     "check_attributes_sanity": "types.attributes",

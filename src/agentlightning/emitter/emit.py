@@ -9,8 +9,7 @@ from typing import Any, TypeVar, cast
 
 from agentlightning.semconv import AGL_EXCEPTION, AGL_MESSAGE, AGL_OBJECT, LightningSpanAttributes, LinkPydanticModel
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
-from agentlightning.tracer.base import Tracer, get_active_tracer
-from agentlightning.tracer.dummy import DummyTracer
+from agentlightning.tracer.base import DummyTracer, Tracer, get_active_tracer
 from agentlightning.types import Attributes, Span, SpanAttributeNames, SpanCoreFields, SpanLike, TraceStatus
 from agentlightning.types.attributes import (
     filter_and_unflatten_attributes,

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
+import math
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import aiohttp
 
-from agentlightning.errors import AgentLightningError, StoreClosed, StoreForked, StoreStopped
+from agentlightning.errors import StoreClosed
+from agentlightning.http.signatures import ForwardingStore
 from agentlightning.proxy.admission import CallAdmission, ProxyAccess
 from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
 from agentlightning.proxy.errors import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
 from agentlightning.proxy.upstream import Routing, Upstream
-from agentlightning.store.base import LightningStore
-from agentlightning.tracer.sender import add_spans_apart
+from agentlightning.store.base import LightningStore, LightningStoreCapabilities
+from agentlightning.tracer.sender import Recording, SpanSender
 from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
@@ -32,11 +31,6 @@ more slowly than the backend writes."""
 _KEEPALIVE_SECONDS = 4.0
 """Shorter than servers keep idle connections (uvicorn: 5 s), so that no call goes out on one that is being closed."""
 _CANCEL_SECONDS = 2.0
-_MAX_BATCH_SPANS = 500
-_MAX_BATCH_BYTES = 4 * 1024 * 1024
-_FIRST_RETRY_SECONDS = 0.05
-_LONGEST_RETRY_SECONDS = 5.0
-_PERMANENT = (StoreClosed, StoreForked, StoreStopped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +52,21 @@ class ProxySettings:
     """How long a stop waits for calls in flight, and then for spans that wait for the store."""
 
 
-class _WaitingSpan(NamedTuple):
-    span: PlainSpan
-    size: int
-    accepted: asyncio.Future[bool]
+class _CurrentStore(ForwardingStore):
+    """The store that the proxy has now."""
+
+    def __init__(self, find: Callable[[], LightningStore | None]) -> None:
+        self._find = find
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        return self._target().capabilities
+
+    def _target(self) -> LightningStore:
+        store = self._find()
+        if store is None:
+            raise StoreClosed("the proxy has no store")
+        return store
 
 
 class CallDelivery:
@@ -73,21 +78,23 @@ class CallDelivery:
     """
 
     def __init__(self, store: Callable[[], LightningStore | None], *, max_waiting_bytes: int) -> None:
-        self._store = store
+        self._store = _CurrentStore(store)
+        self._sender = SpanSender(patience_seconds=math.inf)
         self._max_waiting_bytes = max_waiting_bytes
-        self._waiting: deque[_WaitingSpan] = deque()
+        self._waiting: dict[asyncio.Future[None], int] = {}
         self._waiting_bytes = 0
-        self._work_waiting = asyncio.Event()
-        self._all_stored = asyncio.Event()
-        self._all_stored.set()
+        self._left_over = 0
         self._task: asyncio.Task[None] | None = None
-        self.lost = 0
-        """Spans that the store refused for good, or that were left over at the end."""
 
     def start(self) -> None:
         """Begin to store spans."""
         if self._task is None:
-            self._task = asyncio.create_task(self._work(), name="agl-proxy-spans")
+            self._task = asyncio.create_task(self._sender.work(), name="agl-proxy-spans")
+
+    @property
+    def lost(self) -> int:
+        """Spans that the store refused for good, or that were left over at the end."""
+        return self._sender.refused + self._left_over
 
     @property
     def waiting(self) -> int:
@@ -99,99 +106,40 @@ class CallDelivery:
         """Whether so much waits that no more calls should be taken."""
         return self._waiting_bytes >= self._max_waiting_bytes
 
-    def put(self, span: PlainSpan, size: int) -> asyncio.Future[bool]:
-        """Queue one span of about ``size`` bytes.
-
-        Returns:
-            True once the store has accepted it, False if it never will. Need not be awaited.
-        """
-        accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_WaitingSpan(span, size, accepted))
+    def put(self, span: PlainSpan, size: int) -> asyncio.Future[None]:
+        """Queue one span of about ``size`` bytes. What is returned is done once the store has accepted or refused it,
+        and need not be awaited."""
+        recording = Recording(
+            lambda span, _rollout, _attempt: span, self._store, span.rollout_id, span.attempt_id, size_bytes=size
+        )
+        recording.add(span)
+        done = asyncio.wrap_future(self._sender.flush(recording))
+        self._waiting[done] = size
         self._waiting_bytes += size
-        self._all_stored.clear()
-        self._work_waiting.set()
-        return accepted
+        done.add_done_callback(self._end)
+        return done
+
+    def _end(self, done: asyncio.Future[None]) -> None:
+        self._waiting_bytes -= self._waiting.pop(done)
 
     async def close(self, timeout_seconds: float) -> int:
         """Store what waits, for at most ``timeout_seconds``, and end. Returns how many spans are lost in all."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._all_stored.wait()
-        except TimeoutError:
-            _logger.error(
-                "%d spans of model calls are lost: the store did not take them within %g s of the proxy's end",
-                len(self._waiting),
-                timeout_seconds,
-            )
-            self._drop(list(self._waiting))
+        if self._waiting:
+            _, left = await asyncio.wait(self._waiting, timeout=timeout_seconds)
+            if left:
+                self._left_over += len(left)
+                _logger.error(
+                    "%d spans of model calls are lost: the store did not take them within %g s of the proxy's end",
+                    len(left),
+                    timeout_seconds,
+                )
+            for each in left:
+                each.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         return self.lost
-
-    async def _work(self) -> None:
-        pause = _FIRST_RETRY_SECONDS
-        while True:
-            await self._work_waiting.wait()
-            self._work_waiting.clear()
-            while self._waiting:
-                batch = self._next_batch()
-                try:
-                    await self._deliver(batch)
-                except Exception as error:  # noqa: BLE001 - a store may fail in any way; the spans are kept
-                    self._report(error, len(self._waiting), pause)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                    pause = min(pause * 2, _LONGEST_RETRY_SECONDS)
-                else:
-                    pause = _FIRST_RETRY_SECONDS
-            self._all_stored.set()
-
-    def _next_batch(self) -> list[_WaitingSpan]:
-        batch: list[_WaitingSpan] = []
-        size = 0
-        for each in self._waiting:
-            size += each.size
-            if batch and (size > _MAX_BATCH_BYTES or len(batch) >= _MAX_BATCH_SPANS):
-                break
-            batch.append(each)
-        return batch
-
-    async def _deliver(self, batch: list[_WaitingSpan]) -> None:
-        """Store the spans at the head of the queue; a span that the store refuses does not hold up the others."""
-        store = self._store()
-        if store is None:
-            raise StoreClosed("the proxy has no store")
-        takes_plain = store.capabilities.get("plain_spans", False)
-        spans = [each.span if takes_plain else each.span.to_span() for each in batch]
-        lost = {id(span) for span in await add_spans_apart(store, spans)}
-        for each, span in zip(batch, spans, strict=True):
-            self.lost += id(span) in lost
-            self._remove([each], accepted=id(span) not in lost)
-
-    def _drop(self, waiting_spans: list[_WaitingSpan]) -> None:
-        self.lost += len(waiting_spans)
-        self._remove(waiting_spans, accepted=False)
-
-    def _remove(self, waiting_spans: list[_WaitingSpan], *, accepted: bool) -> None:
-        for each in waiting_spans:
-            self._waiting.popleft()
-            self._waiting_bytes -= each.size
-            if not each.accepted.done():
-                each.accepted.set_result(accepted)
-
-    @staticmethod
-    def _report(error: Exception, waiting: int, pause: float) -> None:
-        known = isinstance(error, (AgentLightningError, OSError))
-        level = logging.ERROR if isinstance(error, _PERMANENT) or not known else logging.WARNING
-        _logger.log(
-            level,
-            "the store does not take spans of model calls; %d wait, next try in about %g s: %s",
-            waiting,
-            pause,
-            error,
-            exc_info=None if known else error,
-        )
 
 
 class ProxySession:
@@ -247,11 +195,11 @@ class ProxySession:
                 retry_after_seconds=1.0,
             )
 
-    def record(self, record: CallRecord) -> asyncio.Future[bool] | None:
+    def record(self, record: CallRecord) -> asyncio.Future[None] | None:
         """Record a call that has ended.
 
         Returns:
-            Whether the store accepted its span, once that is known; None if the call belongs to no attempt.
+            Done once the store has accepted or refused its span; None if the call belongs to no attempt.
         """
         record.ended = time.perf_counter()
         if record.origin is None:

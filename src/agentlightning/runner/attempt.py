@@ -18,8 +18,9 @@ from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_reward, as_spans, call_agent, without_runner_frames
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.context import CURRENT, WorkContext
-from agentlightning.tracer.base import DeferredTrace, Tracer
-from agentlightning.tracer.sanitize import fits, sanitize_text
+from agentlightning.tracer.base import Tracer
+from agentlightning.tracer.conversion import fits, sanitize_text
+from agentlightning.tracer.sender import DeferredTrace
 from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
 from agentlightning.types.attributes import full_qualified_name
 from agentlightning.types.plain_spans import SpanOrPlain

@@ -1,17 +1,18 @@
-"""``Tracer``: the interface of every tracer, for runners and emitters; and which tracer is active."""
+"""``Tracer``: the interface of every tracer; ``DummyTracer``, which stores nothing; and which tracer is active."""
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Attributes, Span, SpanCoreFields, SpanRecordingContext, TraceStatus
-from agentlightning.types.plain_spans import SpanOrPlain
+from agentlightning.types import Attributes, Span, SpanCoreFields, SpanRecordingContext, StatusCode, TraceStatus
+from agentlightning.types.attributes import format_exception_attributes
 from agentlightning.types.tasks import ParallelWorkerBase
 
 
@@ -131,37 +132,6 @@ class Tracer(ParallelWorkerBase):
             self.teardown()
 
 
-class DeferredTrace(AbstractAsyncContextManager[Any]):
-    """A ``trace_context`` that can leave its last spans to whoever reports the end of the attempt.
-
-    A runner sends them in the same call as the report, which saves a durable call per rollout.
-    """
-
-    @abstractmethod
-    def defer(self) -> None:
-        """Do not send the last spans at the end of the block. To be called before the block is entered."""
-
-    @abstractmethod
-    def wants_own_call(self) -> bool:
-        """Whether there are more spans than fit into a report; then ``send`` them."""
-
-    @abstractmethod
-    def unsent(self) -> Sequence[SpanOrPlain]:
-        """The spans that the store does not have yet; from now on it is the caller who sends them."""
-
-    @abstractmethod
-    def stored(self) -> None:
-        """Note that the store has the spans that ``unsent`` returned last."""
-
-    @abstractmethod
-    async def send(self) -> None:
-        """Send the unsent spans by themselves; each one that the store refuses is replaced by a stub.
-
-        Raises:
-            StoreUnavailable: the store did not accept the spans.
-        """
-
-
 _of_context: ContextVar[Tracer | None] = ContextVar("agentlightning_tracer", default=None)
 _of_process: list[Tracer] = []
 """The active tracers of all contexts of this process, one entry per activation; the newest is last."""
@@ -212,3 +182,106 @@ def _deactivate(tracer: Tracer | None) -> None:
             if _of_process[position] is tracer:
                 del _of_process[position]
                 return
+
+
+class DummySpanRecordingContext:
+    """An open span in memory."""
+
+    def __init__(self, name: str, attributes: Attributes | None = None, start_time: float | None = None) -> None:
+        self._name = name
+        self._attributes: Attributes = dict(attributes or {})
+        self._status = TraceStatus(status_code="UNSET")
+        self._start_time = time.time() if start_time is None else start_time
+        self._end_time: float | None = None
+
+    def record_exception(self, exception: BaseException) -> None:
+        """Record the exception as attributes, and set the status to ``ERROR``."""
+        self.record_attributes(format_exception_attributes(exception))
+        self.record_status("ERROR", str(exception))
+
+    def record_attributes(self, attributes: Attributes) -> None:
+        """Add attributes; an attribute of the same name is replaced."""
+        self._attributes.update(attributes)
+
+    def record_status(self, status_code: StatusCode, description: str | None = None) -> None:
+        """Set how the work ended. The last call counts."""
+        self._status = TraceStatus(status_code=status_code, description=description)
+
+    def finish(self, end_time: float | None = None) -> None:
+        """Set the end time (Unix seconds; default: now), and the status ``OK`` unless one was recorded."""
+        self._end_time = time.time() if end_time is None else end_time
+        if self._status.status_code == "UNSET":
+            self.record_status("OK")
+
+    def get_recorded_span(self) -> SpanCoreFields:
+        """Return what was recorded so far."""
+        return SpanCoreFields(
+            name=self._name,
+            status=self._status,
+            attributes=dict(self._attributes),
+            start_time=self._start_time,
+            end_time=self._end_time,
+        )
+
+
+class DummyTracer(Tracer):
+    """For runs without traces, and for spans that the caller stores in another way."""
+
+    records = False
+
+    @asynccontextmanager
+    async def trace_context(
+        self,
+        name: str | None = None,
+        *,
+        store: LightningStore | None = None,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+    ) -> AsyncGenerator[DummyTracer]:
+        """Be the active tracer inside the block; no span is stored."""
+        with activated(self):
+            yield self
+
+    def trace_run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        with activated(self):
+            return func(*args, **kwargs)
+
+    def get_last_trace(self) -> list[Span]:
+        """Always empty."""
+        return []
+
+    def create_span(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        timestamp: float | None = None,
+        status: TraceStatus | None = None,
+    ) -> SpanCoreFields:
+        """Make the span without storing it."""
+        now = time.time() if timestamp is None else timestamp
+        return SpanCoreFields(
+            name=name,
+            status=status or TraceStatus(status_code="OK"),
+            attributes=dict(attributes or {}),
+            start_time=now,
+            end_time=now,
+        )
+
+    @contextmanager
+    def operation_context(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        start_time: float | None = None,
+        end_time: float | None = None,
+    ) -> Generator[DummySpanRecordingContext]:
+        """Make a span of the block without storing it."""
+        span = DummySpanRecordingContext(name, attributes, start_time)
+        try:
+            yield span
+        except BaseException as error:
+            span.record_exception(error)
+            raise
+        finally:
+            span.finish(end_time)

@@ -1,17 +1,23 @@
-"""Converts spans of the OpenTelemetry SDK into ``PlainSpan``, cheaply.
+"""Converts spans of the OpenTelemetry SDK into ``PlainSpan``, cheaply, and changes what stores refuse.
 
 The result equals that of ``Span.from_opentelemetry`` (a test compares the two), in a tenth of the time: the SDK has
-checked the values of its span, so they are not checked again. Values that stores refuse are changed on the way (see
-`agentlightning.tracer.sanitize`).
+checked the values of its span, so they are not checked again.
+
+A store refuses text with NUL or with half of a surrogate pair, integers outside ±2^63, rewards that are not
+finite, and spans of more than 4 MiB as JSON. An agent's output may contain any of these. Its trace must not be lost
+for that, so such a part is changed as little as possible, and the changed parts are listed in the span.
 """
 
 from __future__ import annotations
 
-from math import isfinite
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from agentlightning.errors import InvalidValue
-from agentlightning.tracer import sanitize
+from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.types import StatusCode
 from agentlightning.types.otel import convert_attributes, convert_timestamp
 from agentlightning.types.plain_spans import (
@@ -28,10 +34,16 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Event as OtelEvent, ReadableSpan
     from opentelemetry.trace import Link as OtelLink, SpanContext as OtelSpanContext
 
-
-_PLAIN_START, _PLAIN_END = -(2**63), 2**63
+_INT64_END = 2**63
 _STATUS_CODES: tuple[StatusCode, ...] = ("UNSET", "OK", "ERROR")
 """By the values of OpenTelemetry's enumeration."""
+_CHARACTERS_LIMIT = 600_000
+"""A span with fewer characters of text fits into 4 MiB, since JSON escapes one in at most 6 bytes."""
+_SPAN_BYTES = 3 * 1024 * 1024
+"""How many bytes of JSON the attributes of one span may take; the rest of the 4 MiB is for its other parts."""
+_NAME_CHARACTERS = 5000
+_REWARDS = ("agentlightning.reward", "reward")
+_encode = msgspec.json.Encoder().encode
 
 
 class SpanConverter:
@@ -72,7 +84,14 @@ class SpanConverter:
             parent,
             self._resource_of(src.resource),
         )
-        if odd or span.events or span.links or status.description is not None or sanitize.is_odd_name(name):
+        if (
+            odd
+            or span.events
+            or span.links
+            or status.description is not None
+            or len(name) > _NAME_CHARACTERS
+            or not fits(name)
+        ):
             _sanitize(span)
         return span
 
@@ -110,48 +129,133 @@ def _attributes(src: ReadableSpan) -> tuple[dict[str, Any], bool]:
             size += len(value)
             odd = odd or "\0" in value or not value.isascii()
         elif kind is float:
-            odd = odd or not isfinite(value)
+            odd = odd or not math.isfinite(value)
         elif kind is int:
-            odd = odd or not _PLAIN_START <= value < _PLAIN_END
+            odd = odd or not -_INT64_END <= value < _INT64_END
         elif kind is not bool:
             foreign = True
         odd = odd or "\0" in name or not name.isascii()
     if foreign:
         attributes = convert_attributes(attributes)
-    return attributes, odd or foreign or size > sanitize.CHARACTERS_LIMIT
+    return attributes, odd or foreign or size > _CHARACTERS_LIMIT
+
+
+# --- What stores refuse ------------------------------------------------------------------------------
+
+
+def fits(text: str) -> bool:
+    """Whether every store accepts this text."""
+    if "\0" in text:
+        return False
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def sanitize_text(text: str) -> str:
+    """The text with U+FFFD for NULs and for surrogates without a partner. Pairs become the character they mean."""
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _sanitize(span: PlainSpan) -> None:
     """Change what stores refuse in place, and list the changes in the span."""
-    changed = sanitize.sanitize_values(span.attributes)
-    for field, holder in (("name", span), ("description", span.status)):
+    parts = [("attributes", span.attributes)]
+    parts += [(f"events.{position}", event.attributes) for position, event in enumerate(span.events)]
+    links = [(f"links.{position}", link.attributes or {}) for position, link in enumerate(span.links)]
+    texts = [("name", span, "name"), ("description", span.status, "description")]
+    texts += [(f"events.{position}.name", event, "name") for position, event in enumerate(span.events)]
+    changed = [path for where, attributes in parts + links for path in _sanitize_values(attributes, where)]
+    for path, holder, field in texts:
         text = getattr(holder, field)
-        if text is not None and not sanitize.fits(text):
-            setattr(holder, field, sanitize.sanitize_text(text))
-            changed.append(field)
-    for position, event in enumerate(span.events):
-        changed += sanitize.sanitize_values(event.attributes, f"events.{position}")
-        if not sanitize.fits(event.name):
-            event.name = sanitize.sanitize_text(event.name)
-            changed.append(f"events.{position}.name")
-    for position, link in enumerate(span.links):
-        if link.attributes is not None:
-            changed += sanitize.sanitize_values(link.attributes, f"links.{position}")
-    changed += _cut_to_size(span)
-    if changed:
-        sanitize.mark(span.attributes, changed)
-
-
-def _cut_to_size(span: PlainSpan) -> list[str]:
-    parts = [span.attributes, *(event.attributes for event in span.events)]
-    changed: list[str] = []
-    if len(span.name) > sanitize.NAME_CHARACTERS:
-        span.name = span.name[: sanitize.NAME_CHARACTERS] + "… (cut)"
+        if text is not None and not fits(text):
+            setattr(holder, field, sanitize_text(text))
+            changed.append(path)
+    if len(span.name) > _NAME_CHARACTERS:
+        span.name = span.name[:_NAME_CHARACTERS] + "… (cut)"
         changed.append("name")
-    if sum(sanitize.characters_in(part) for part in parts) <= sanitize.CHARACTERS_LIMIT:
-        return changed
-    share = sanitize.SPAN_BYTES // (1 + len(span.events))
-    for position, event in enumerate(span.events):
-        cut = sanitize.cut_to_size(event.attributes, share)
-        changed += [f"events.{position}.{path}" for path in cut]
-    return changed + sanitize.cut_to_size(span.attributes, share)
+    if sum(_characters_in(attributes) for _, attributes in parts) > _CHARACTERS_LIMIT:
+        share = _SPAN_BYTES // len(parts)
+        changed += _cut_to_size(span.attributes, "attributes", share)
+        for where, attributes in parts[1:]:
+            changed += _cut_to_size(attributes, f"{where}.attributes", share)
+    if changed:
+        span.attributes[LightningSpanAttributes.MENDED.value] = sorted(set(changed))
+
+
+def _sanitize_values(attributes: dict[str, Any], where: str) -> list[str]:
+    """Change refused names and values in place; returns the paths of what was changed."""
+    changed: list[str] = []
+    for name, value in list(attributes.items()):
+        if not fits(name):
+            del attributes[name]
+            name = sanitize_text(name)
+            attributes[name] = value
+            changed.append(f"{where}.{name}")
+        better = _sanitized(name, value)
+        if better is not value:
+            attributes[name] = better
+            changed.append(f"{where}.{name}")
+    return changed
+
+
+def _sanitized(name: str, value: Any) -> Any:
+    """The value itself if stores accept it, else one as close to it as possible."""
+    if isinstance(value, str):
+        return value if fits(value) else sanitize_text(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if -_INT64_END <= value < _INT64_END else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) or not name.startswith(_REWARDS) else str(value)
+    items = cast("Sequence[Any]", value)
+    better = [_sanitized("", item) for item in items]
+    if all(after is before for after, before in zip(better, items, strict=True)):
+        return value
+    return [str(item) for item in better]  # OpenTelemetry allows only lists of one type
+
+
+def _characters_in(attributes: dict[str, Any]) -> int:
+    """An upper bound of the characters in the attributes: a number in a list counts as 24."""
+    size = 0
+    for name, value in attributes.items():
+        size += len(name) + 8
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, Sequence):
+            items = cast("Sequence[Any]", value)
+            size += sum(len(item) for item in items) if items and isinstance(items[0], str) else 24 * len(items)
+    return size
+
+
+def _cut_to_size(attributes: dict[str, Any], where: str, limit: int) -> list[str]:
+    """Cut the largest values in place until all fit into ``limit`` bytes of JSON; returns the paths of those cut.
+
+    The beginning of a text or list is kept; a cut text ends with a mark.
+    """
+    sizes = {name: len(_encode(value)) for name, value in attributes.items()}
+    excess = sum(sizes.values()) + sum(len(_encode(name)) + 2 for name in attributes) - limit
+    changed: list[str] = []
+    for name in sorted(sizes, key=lambda each: sizes[each], reverse=True):
+        if excess <= 0:
+            break
+        before = sizes[name]
+        attributes[name] = _cut(attributes[name], before, max(before - excess, 256))
+        excess -= before - len(_encode(attributes[name]))
+        changed.append(f"{where}.{name}")
+    return changed
+
+
+def _cut(value: Any, size: int, wanted: int) -> Any:
+    """The beginning of a text or list that takes ``size`` bytes, so that it takes at most about ``wanted``."""
+    while size > wanted and isinstance(value, Sequence) and len(cast("Sequence[Any]", value)) > 1:
+        items = cast("Sequence[Any]", value)
+        kept = max(1, int(len(items) * wanted / size * 0.9))
+        value = items[:kept]
+        size = len(_encode(value))
+    return value + "… (cut)" if isinstance(value, str) else list(cast("Sequence[Any]", value))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,13 +17,11 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.tracer.base import DeferredTrace, Tracer, activated
+from agentlightning.tracer.base import Tracer, activated
 from agentlightning.tracer.processor import LightningSpanProcessor
-from agentlightning.tracer.recording import Recording
-from agentlightning.tracer.sender import BATCH_SPANS, SpanSender
+from agentlightning.tracer.sender import DeferredTrace, Recording, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.otel import convert_attributes, convert_timestamp
-from agentlightning.types.plain_spans import SpanOrPlain
 
 _TRACER_NAME = "agentlightning"
 
@@ -91,7 +87,7 @@ class OtelTracer(Tracer):
             InvalidValue: one id is given without the other, or both without a store.
         """
         scope = self._scope(name, store or self._store, rollout_id, attempt_id)
-        return _OtelTrace(scope, self._wiring().tracer, self._sending())
+        return DeferredTrace(scope, self._wiring().tracer, self._sending())
 
     def trace_run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a plain function in a trace without a rollout; ``get_last_trace`` returns its spans afterwards."""
@@ -182,52 +178,6 @@ class OtelTracer(Tracer):
         finally:
             processor.end(recording)
             otel_context.detach(outside)
-
-
-class _OtelTrace(DeferredTrace):
-    """``OtelTracer.trace_context``: leaving it sends the spans, unless that is deferred."""
-
-    def __init__(self, scope: AbstractContextManager[Recording], tracer: trace.Tracer, sender: SpanSender) -> None:
-        self._scope = scope
-        self._tracer = tracer
-        self._sender = sender
-        self._recording: Recording | None = None
-        self._deferred = False
-        self._taken = 0
-        """Position behind the last span that ``unsent`` returned."""
-
-    async def __aenter__(self) -> trace.Tracer:
-        self._recording = self._scope.__enter__()
-        return self._tracer
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
-    ) -> None:
-        self._scope.__exit__(kind, error, trace_back)
-        if not self._deferred:
-            await self.send()
-
-    def defer(self) -> None:
-        self._deferred = True
-
-    def wants_own_call(self) -> bool:
-        recording = self._recording
-        return recording is not None and recording.total - recording.settled > BATCH_SPANS
-
-    def unsent(self) -> Sequence[SpanOrPlain]:
-        if self._recording is None:
-            return ()
-        self._sender.leave(self._recording)
-        spans, self._taken = self._recording.unsent()
-        return spans
-
-    def stored(self) -> None:
-        if self._recording is not None:
-            self._recording.mark_stored(self._taken)
-
-    async def send(self) -> None:
-        if self._recording is not None and self._recording.store is not None:
-            await asyncio.wrap_future(self._sender.flush(self._recording))
 
 
 class OtelSpanRecordingContext:

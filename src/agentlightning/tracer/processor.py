@@ -18,8 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span as SdkSpan, SpanProcessor
 
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.conversion import SpanConverter
-from agentlightning.tracer.recording import Recording, current, last
-from agentlightning.tracer.sender import SpanSender
+from agentlightning.tracer.sender import Recording, SpanSender, current, last
 from agentlightning.types import Span
 
 OPEN_SPANS_LIMIT = 100_000

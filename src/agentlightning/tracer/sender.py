@@ -1,8 +1,8 @@
-"""Sends spans to the store, in bulk, from a thread of its own.
+"""Spans on their way to the store: recorded, sent in bulk, and sent again until the store has taken or refused them.
 
-The agent's thread only appends to its recording. The sender looks at all open recordings twice a second, and at
-once when somebody waits for the spans of a trace. It sends the new spans of all traces in one call. The next batch
-gathers while that call runs, so batches grow with the load.
+Whoever makes spans only appends to a recording. The sender looks at all open recordings twice a second, and at once
+when somebody waits for the spans of one. It sends the new spans of all recordings in one call. The next batch gathers
+while that call runs, so batches grow with the load. Tracer and proxy share this.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextvars import ContextVar
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from agentlightning.errors import (
     AgentLightningError,
     BadRequest,
-    Conflict,
     InvalidValue,
     NotAllowed,
     NotAuthenticated,
-    NotFound,
     StoreClosed,
     StoreForked,
     StoreStopped,
@@ -31,19 +33,108 @@ from agentlightning.errors import (
 )
 from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.store.base import LightningStore
-from agentlightning.tracer.recording import Recording
+from agentlightning.store.refusals import is_refusal, send_apart
 from agentlightning.types import Span
 from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
 BATCH_SPANS = 1000
 """How many spans go into one call."""
-FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0
+_BATCH_BYTES = 4 * 1024 * 1024
+_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.1, 5.0
 
 _PERMANENT = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
 """Errors about the store or the caller: any spans would be refused again."""
 _REFUSAL = "agentlightning.refused"
 
 _logger = logging.getLogger(__name__)
+
+
+class Recording:
+    """The spans of one trace, from the moment they end until the store has them.
+
+    Taking a span is one append: nothing is converted, locked or waited for in the agent's thread.
+
+    Args:
+        convert: makes our span of what ended, a rollout id and an attempt id.
+        store: where the spans go; None: nowhere.
+        rollout_id, attempt_id: the attempt of the spans; empty where there is no rollout.
+        name: name of the trace in logs and errors.
+        size_bytes: about how large the spans are; 0: small.
+    """
+
+    def __init__(
+        self,
+        convert: Callable[[Any, str, str], PlainSpan],
+        store: LightningStore | None,
+        rollout_id: str,
+        attempt_id: str,
+        name: str | None = None,
+        *,
+        size_bytes: int = 0,
+    ) -> None:
+        self.store = store
+        self.rollout_id = rollout_id
+        self.attempt_id = attempt_id
+        self.name = name or rollout_id or "a trace without a rollout"
+        self.size_bytes = size_bytes
+        self.closed = False
+        self.outer: Recording | None = None
+        """The trace that was open in this context before."""
+        self.on_late: Callable[[Recording], None] | None = None
+        """Called with this recording for each span that ends after the trace was closed."""
+        self.settled = 0
+        """How many of the spans are in the store, or were lost because they could not be converted."""
+        self._convert = convert
+        self._spans: list[Any] = []
+        """As they ended, then converted in their places; None in place of one that cannot be."""
+        self._converted = 0
+        self._lock = threading.Lock()
+
+    def add(self, span: Any) -> None:
+        """Take a span that has ended."""
+        self._spans.append(span)
+        if self.closed and self.on_late is not None:
+            self.on_late(self)
+
+    def spans(self) -> list[Span]:
+        """All spans so far, in the order in which they ended. Their attributes are those that are sent: do not change
+        them."""
+        return [span.to_span() for span in self._part(0, None)[0]]
+
+    def unsent(self, limit: int | None = None) -> tuple[Sequence[PlainSpan], int]:
+        """The next spans, at most ``limit``, that are not marked as stored, and the position behind the last one."""
+        return self._part(self.settled, limit)
+
+    def mark_stored(self, end: int) -> None:
+        """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
+        with self._lock:
+            self.settled = max(self.settled, end)
+
+    @property
+    def total(self) -> int:
+        """How many spans were taken."""
+        return len(self._spans)
+
+    def _part(self, start: int, limit: int | None) -> tuple[list[PlainSpan], int]:
+        spans, convert = self._spans, self._convert
+        with self._lock:
+            end = len(spans)
+            for position in range(self._converted, end):
+                try:
+                    spans[position] = convert(spans[position], self.rollout_id, self.attempt_id)
+                except Exception:
+                    _logger.exception("span %r of %s cannot be converted, and is lost", spans[position].name, self.name)
+                    spans[position] = None
+            self._converted = end
+            end = end if limit is None else min(end, start + limit)
+            return [span for span in spans[start:end] if span is not None], end
+
+
+current: ContextVar[Recording | None] = ContextVar("agentlightning_recording", default=None)
+"""The open trace of the running code."""
+
+last: ContextVar[Recording | None] = ContextVar("agentlightning_last_recording", default=None)
+"""The trace that the running code closed last."""
 
 
 class _Waiter(NamedTuple):
@@ -56,23 +147,23 @@ class _Waiter(NamedTuple):
 
 
 class SpanSender:
-    """Sends the spans of one process.
+    """Sends the spans of one process, from a thread of its own or in an event loop that exists.
 
     Args:
         interval_seconds: how often to send the spans of traces that nobody waits for yet.
-        patience_seconds: how long ``flush`` waits for an unreachable store.
+        patience_seconds: how long ``flush`` waits for an unreachable store; infinite: whatever the error is.
     """
 
     def __init__(self, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
         self.refused = 0
-        """How many spans the store has refused; the log has each of them."""
+        """How many spans are lost because the store refused them; the log has each of them."""
         self._interval = interval_seconds
         self._patience = patience_seconds
         self._open: dict[int, Recording] = {}
         self._waiters: list[_Waiter] = []
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake: asyncio.Event | None = None
+        self._wake = asyncio.Event()
         self._stopping = False
         self._pid = 0
         self._failures = 0
@@ -84,12 +175,10 @@ class SpanSender:
             if self._thread is not None and self._pid == os.getpid() and self._thread.is_alive():
                 return
             self._pid, self._stopping = os.getpid(), False
-            ready = threading.Event()
             self._thread = threading.Thread(
-                target=lambda: asyncio.run(self._work(ready)), name="agentlightning-spans", daemon=True
+                target=lambda: asyncio.run(self.work()), name="agentlightning-spans", daemon=True
             )
             self._thread.start()
-            ready.wait()
 
     def stop(self) -> None:
         """Send what is left, for at most ``patience_seconds``, and end the thread."""
@@ -118,7 +207,7 @@ class SpanSender:
         never will.
         """
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # a caller that stops waiting must not cancel what the thread completes
+        done.set_running_or_notify_cancel()  # a caller that stops waiting must not cancel what the sender completes
         target = recording.total
         if recording.settled >= target:
             self._forget(recording)
@@ -142,32 +231,33 @@ class SpanSender:
             self._open.pop(id(recording), None)
 
     def _notify(self) -> None:
-        loop, wake = self._loop, self._wake
-        if loop is not None and wake is not None:
-            loop.call_soon_threadsafe(wake.set)
+        loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._wake.set)
 
-    # --- In the thread -------------------------------------------------------------------------------
+    # --- In the event loop -----------------------------------------------------------------------
 
-    async def _work(self, ready: threading.Event) -> None:
-        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        ready.set()
-        while not self._stopping:
-            try:
-                async with asyncio.timeout(self._pause()):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-            if self._failures:  # a wake-up while the store is unreachable must not cut the pause between retries
-                await asyncio.sleep(self._pause())
-            self._wake.clear()
-            await self._send_all()
-        self._loop = self._wake = None
-
-    def _pause(self) -> float:
-        """Seconds until the next call."""
-        if self._failures:
-            return min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (self._failures - 1))
-        return self._interval
+    async def work(self) -> None:
+        """Send spans until ``stop`` is called, or this is cancelled."""
+        self._wake = wake = asyncio.Event()
+        wake.set()  # for what has come before
+        self._loop = asyncio.get_running_loop()
+        try:
+            while not self._stopping:
+                try:
+                    async with asyncio.timeout(self._interval):
+                        await wake.wait()
+                except TimeoutError:
+                    pass
+                if self._failures:  # no wake-up cuts the pause between retries
+                    pause = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2.0 ** min(self._failures - 1, 60))
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                wake.clear()
+                await self._send_all()
+                if self._failures:
+                    wake.set()
+        finally:
+            self._loop = None
 
     async def _send_all(self) -> None:
         with self._lock:
@@ -178,28 +268,33 @@ class SpanSender:
             if recording.store is not None and recording.settled < recording.total:
                 by_store.setdefault(id(recording.store), []).append(recording)
         errors: dict[int, Exception] = {}
-        more = False
         for key, group in by_store.items():
             try:
-                more |= await self._send_group(group)
+                await self._send_group(group)
             except Exception as error:  # noqa: BLE001 - a store may fail in any way; waiting callers get the error
                 errors[key] = error
         self._failures = self._failures + 1 if errors else 0
         if self._failures == 1:
-            _logger.warning("the store does not accept spans; they are kept in memory: %s", next(iter(errors.values())))
-        for waiter in waiters:
-            self._settle(waiter, errors.get(id(waiter.recording.store)))
+            error = next(iter(errors.values()))
+            known = isinstance(error, (AgentLightningError, OSError))
+            _logger.warning(
+                "the store does not accept spans; they are kept in memory: %s", error, exc_info=None if known else error
+            )
+        waiting = [each for each in waiters if not self._settle(each, errors.get(id(each.recording.store)))]
+        with self._lock:
+            self._waiters = waiting + self._waiters
         for recording in recordings.values():
             self._forget(recording)
-        if more and not errors and self._wake is not None:
-            self._wake.set()
 
-    def _settle(self, waiter: _Waiter, error: Exception | None) -> None:
-        """Complete the future of a waiting caller, or keep the caller waiting."""
+    def _settle(self, waiter: _Waiter, error: Exception | None) -> bool:
+        """Complete the future of a waiting caller; False if the caller has to wait on."""
         recording = waiter.recording
+        now = time.monotonic()
         if recording.settled >= waiter.target:
             waiter.done.set_result(None)
-        elif error is not None and (isinstance(error, _PERMANENT) or time.monotonic() >= waiter.give_up_at):
+        elif error is not None and (
+            now >= waiter.give_up_at or (isinstance(error, _PERMANENT) and waiter.give_up_at - now < float("inf"))
+        ):
             self._open.pop(id(recording), None)
             lost = recording.total - recording.settled
             failure = StoreUnavailable(
@@ -209,74 +304,72 @@ class SpanSender:
             failure.__cause__ = error
             waiter.done.set_exception(failure)
         else:
-            with self._lock:
-                self._waiters.append(waiter)
+            return False
+        return True
 
-    async def _send_group(self, group: Sequence[Recording]) -> bool:
-        """Send the new spans of some traces to their store; returns whether there are more than one call takes."""
-        parts: list[tuple[Recording, Sequence[SpanOrPlain], int]] = []
-        room = BATCH_SPANS
-        for recording in group:
-            spans, end = recording.unsent(room)
-            parts.append((recording, spans, end))
-            room -= len(spans)
-            if not room:
-                break
+    async def _send_group(self, group: Sequence[Recording]) -> None:
+        """Send the new spans of some traces to their store, as many as one call takes; then there is more to do."""
         store = group[0].store
         assert store is not None
-        self.refused += len(await add_spans_apart(store, [span for _, spans, _ in parts for span in spans]))
-        for recording, _, end in parts:
+        parts: list[tuple[Recording, int]] = []
+        spans: list[SpanOrPlain] = []
+        size = 0
+        for recording in group:
+            size += recording.size_bytes
+            if len(spans) >= BATCH_SPANS or (parts and size > _BATCH_BYTES):
+                self._wake.set()
+                break
+            more, end = recording.unsent(BATCH_SPANS - len(spans))
+            spans += more
+            parts.append((recording, end))
+        if not store.capabilities.get("plain_spans", False):
+            spans = [span.to_span() if isinstance(span, PlainSpan) else span for span in spans]
+        if spans:
+            self.refused += await add_spans_apart(store, spans)
+        for recording, end in parts:
             recording.mark_stored(end)
-        return not room
+            if end < recording.total and len(spans) >= BATCH_SPANS:
+                self._wake.set()
 
 
-async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -> list[SpanOrPlain]:
-    """Store spans so that one that the store refuses does not hold up the others; it is found by bisection.
+async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -> int:
+    """Store spans so that those that the store refuses do not hold up the others (see ``store.refusals``).
 
     A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused.
-    Tracer and proxy share this rule.
 
     Returns:
-        The spans that are lost, because the store does not know their attempt or refuses the stub, too. The log names
+        How many spans are lost, because the store does not know their attempt or refuses what is in them. The log names
         them.
 
     Raises:
         Exception: what the store raises when it is not about these spans. A repeat is safe.
     """
-    try:
-        await store.add_many_spans(spans)
-    except (NotFound, Conflict) as error:
-        if len({(span.rollout_id, span.attempt_id) for span in spans}) > 1:
-            return await _add_halves(store, spans)
-        return _lost(spans, error)  # the attempt is unknown, so none of its spans can be stored
-    except InvalidValue as error:
-        if len(spans) > 1:
-            return await _add_halves(store, spans)
-        if _REFUSAL in spans[0].attributes:  # this is the stub
-            return _lost(spans, error)
-        return await add_spans_apart(store, [_stub(spans[0], error)]) and list(spans)
-    return []
+    lost = 0
 
+    async def replace(given: Sequence[SpanOrPlain], error: AgentLightningError) -> None:
+        nonlocal lost
+        if isinstance(error, InvalidValue):
+            try:
+                await store.add_many_spans([_stub(given[0], error)])
+                return
+            except AgentLightningError as again:
+                if not is_refusal(again):
+                    raise
+        lost += len(given)
+        _logger.error(
+            "the store refuses %d span(s) of rollout %s, attempt %s, which are lost; the first is %r: %s",
+            len(given),
+            given[0].rollout_id,
+            given[0].attempt_id,
+            given[0].name,
+            error,
+        )
 
-async def _add_halves(store: LightningStore, spans: Sequence[SpanOrPlain]) -> list[SpanOrPlain]:
-    middle = len(spans) // 2
-    return await add_spans_apart(store, spans[:middle]) + await add_spans_apart(store, spans[middle:])
-
-
-def _lost(spans: Sequence[SpanOrPlain], error: Exception) -> list[SpanOrPlain]:
-    _logger.error(
-        "the store refuses %d span(s) of rollout %s, attempt %s, which are lost; the first is %r: %s",
-        len(spans),
-        spans[0].rollout_id,
-        spans[0].attempt_id,
-        spans[0].name,
-        error,
-    )
-    return list(spans)
+    await send_apart(spans, store.add_many_spans, replace, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
+    return lost
 
 
 def _stub(span: SpanOrPlain, error: Exception) -> Span:
-    """A span in place of one that the store refuses: it keeps the place in the trace, and says why it was refused."""
     attributes = {
         LightningSpanAttributes.MENDED.value: ["attributes", "events", "links"],
         _REFUSAL: str(error)[:1000].encode("ascii", "backslashreplace").decode(),
@@ -285,3 +378,65 @@ def _stub(span: SpanOrPlain, error: Exception) -> Span:
     return record.model_copy(
         update={"attributes": attributes, "events": list[Any](), "links": list[Any](), "name": span.name[:200]}
     )
+
+
+class DeferredTrace(AbstractAsyncContextManager[Any]):
+    """A ``trace_context`` that can leave its last spans to whoever reports the end of the attempt.
+
+    A runner sends them in the same call as the report, which saves a durable call per rollout.
+
+    Args:
+        scope: opens the trace for the block.
+        given: what the block gets.
+        sender: sends the spans at the end of the block, unless that is deferred.
+    """
+
+    def __init__(self, scope: AbstractContextManager[Recording], given: Any, sender: SpanSender) -> None:
+        self._scope = scope
+        self._given = given
+        self._sender = sender
+        self._recording: Recording | None = None
+        self._deferred = False
+        self._taken = 0
+
+    async def __aenter__(self) -> Any:
+        self._recording = self._scope.__enter__()
+        return self._given
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
+    ) -> None:
+        self._scope.__exit__(kind, error, trace_back)
+        if not self._deferred:
+            await self.send()
+
+    def defer(self) -> None:
+        """Do not send the last spans at the end of the block. To be called before the block is entered."""
+        self._deferred = True
+
+    def wants_own_call(self) -> bool:
+        """Whether there are more spans than fit into a report; then ``send`` them."""
+        recording = self._recording
+        return recording is not None and recording.total - recording.settled > BATCH_SPANS
+
+    def unsent(self) -> Sequence[SpanOrPlain]:
+        """The spans that the store does not have yet; from now on it is the caller who sends them."""
+        if self._recording is None:
+            return ()
+        self._sender.leave(self._recording)
+        spans, self._taken = self._recording.unsent()
+        return spans
+
+    def stored(self) -> None:
+        """Note that the store has the spans that ``unsent`` returned last."""
+        if self._recording is not None:
+            self._recording.mark_stored(self._taken)
+
+    async def send(self) -> None:
+        """Send the unsent spans by themselves; each one that the store refuses is replaced by a stub.
+
+        Raises:
+            StoreUnavailable: the store did not accept the spans.
+        """
+        if self._recording is not None and self._recording.store is not None:
+            await asyncio.wrap_future(self._sender.flush(self._recording))

@@ -47,7 +47,7 @@ StoreRegistry: Mapping[str, str] = {
 
 TracerRegistry: Mapping[str, str] = {
     "otel": "agentlightning.tracer.otel.OtelTracer",
-    "dummy": "agentlightning.tracer.dummy.DummyTracer",
+    "dummy": "agentlightning.tracer.base.DummyTracer",
 }
 
 

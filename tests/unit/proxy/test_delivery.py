@@ -68,7 +68,7 @@ async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
         accepted += [delivery.put(span, 1) for span in spans[1:]]
         assert (delivery.waiting, any(each.done() for each in accepted)) == (10, False)
         store.open.set()
-        assert await asyncio.gather(*accepted) == [True] * 10
+        await asyncio.gather(*accepted)
         assert store.batches == [1, 9]
         stored = list(await store.query_spans(origin.rollout_id))
         assert [span.span_id for span in stored] == [span.span_id for span in spans]
@@ -77,8 +77,8 @@ async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
 async def test_a_store_that_failed_gets_the_same_spans_again_and_keeps_each_once() -> None:
     async with delivering() as (store, delivery, origin):
         store.failures = [StoreUnavailable("away"), OSError("cable"), RuntimeError("what?")]
-        assert await delivery.put(span_for(origin), 1)
-        assert await delivery.put(span_for(origin), 1)
+        await delivery.put(span_for(origin), 1)
+        await delivery.put(span_for(origin), 1)
         assert len(list(await store.query_spans(origin.rollout_id))) == 2
         assert await delivery.close(0) == 0
 

@@ -17,8 +17,7 @@ from opentelemetry import trace
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
-from agentlightning.tracer.base import clear_active_tracer, get_active_tracer, set_active_tracer
-from agentlightning.tracer.dummy import DummyTracer
+from agentlightning.tracer.base import DummyTracer, clear_active_tracer, get_active_tracer, set_active_tracer
 from agentlightning.tracer.otel import OtelTracer, attach_processor, get_span_processors, get_tracer_provider
 from agentlightning.tracer.processor import LightningSpanProcessor
 from agentlightning.types import AttemptedRollout, Span

@@ -28,6 +28,7 @@ from agentlightning import (
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
 from agentlightning.proxy import llm_proxy
+from agentlightning.proxy.app import ProxyApp
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from agentlightning.serving import connections as connection
 from agentlightning.serving.connections import ConnectionBounds
@@ -467,6 +468,30 @@ async def test_start_stop_and_restart() -> None:
         with socket.create_server(("127.0.0.1", port)), pytest.raises(InvalidValue, match=taken):
             await LLMProxy(port=port).start()
         assert not [thread for thread in threading.enumerate() if thread.name == "agl-llm-proxy"]
+
+
+async def test_a_start_that_is_cancelled_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    class SlowApp(ProxyApp):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            entered.set()
+            assert release.wait(WAIT_SECONDS)
+
+    monkeypatch.setattr(llm_proxy, "ProxyApp", SlowApp)
+    proxy = LLMProxy()
+    start = asyncio.create_task(proxy.start())
+    await reached(entered)
+    start.cancel()
+    release.set()  # the start goes on in its thread, although nobody waits for it
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not proxy.is_running()
+    assert not [thread for thread in threading.enumerate() if thread.name == "agl-llm-proxy"]
+    await proxy.start()
+    assert (await health(proxy))["status"] == "ok"
+    await proxy.stop()
 
 
 def test_a_proxy_serves_agents_while_the_loop_that_started_it_is_busy_or_gone() -> None:

@@ -26,8 +26,7 @@ from starlette.routing import BaseRoute, Route
 
 from agentlightning.demo.softmax_table import SoftmaxTable, WordChoice
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound
-from agentlightning.serving.server import ThreadedServer
-from agentlightning.telemetry.context import untraced_app
+from agentlightning.serving.server import ThreadedServer, untraced_app
 
 _GRACE_SECONDS = 5
 """Time that requests in progress get when the endpoint stops."""

@@ -16,8 +16,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 
 from agentlightning.errors import StoreUnavailable
-from agentlightning.serving.server import ThreadedServer
-from agentlightning.telemetry.context import untraced_app
+from agentlightning.serving.server import ThreadedServer, untraced_app
 from agentlightning.types import (
     GenericResponse,
     ResourcesUpdate,

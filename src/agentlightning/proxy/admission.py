@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from agentlightning.errors import InvalidId, NotAllowed
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.recording import CallOrigin
 from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
-
-_OVERLOAD_RETRY_SECONDS = 1.0
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+from agentlightning.telemetry.logs import trace_of
 
 _AGENT, _OPERATOR = Principal("agent"), Principal("control")
 """The callers that a key tells apart."""
@@ -41,6 +40,11 @@ class ProxyAccess:
         self._policy = policy or AllowAll()
         self._hosts = AllowedHosts()
 
+    @property
+    def has_control(self) -> bool:
+        """Whether there are control routes."""
+        return self._control_key is not None
+
     def authorize(self, headers: Headers, permission: Permission | None) -> None:
         """Check that a request with these headers has the permission of its route.
 
@@ -53,54 +57,45 @@ class ProxyAccess:
         """
         if permission is None:
             return
-        principal = self._identify(headers, permission)
         try:
-            self._policy.authorize(principal, permission)
+            self._policy.authorize(self._identify(headers, permission), permission)
         except NotAllowed as error:
             raise ProxyError(403, "not_allowed", error.message) from error
 
     def _identify(self, headers: Headers, permission: Permission) -> Principal:
-        shown = _raw(headers, "authorization")
+        shown, host = (
+            None if value is None else value.encode("latin-1")
+            for value in (headers.get("authorization"), headers.get("host"))
+        )
         if permission == "operate":
             if self._control_key is None or not self._control_key.opens(shown):
                 raise ProxyError(401, "invalid_control_key", "The control key is missing or wrong.")
             return _OPERATOR
         if self._api_key is not None:
             if not self._api_key.opens(shown):
-                raise ProxyError(
-                    401,
-                    "invalid_api_key",
-                    "The proxy's API key is missing or wrong; use the api_key of the LLM resource.",
-                )
+                why = "The proxy's API key is missing or wrong; use the api_key of the LLM resource."
+                raise ProxyError(401, "invalid_api_key", why)
             return _AGENT
-        if "origin" in headers or not self._hosts.allows(_raw(headers, "host")):
+        if "origin" in headers or not self._hosts.allows(host):
             # Any web page that the user opens can send requests to this machine. Browsers add Origin to them, and
             # a page whose own name resolves to this machine (DNS rebinding) sends that name as Host.
-            raise ProxyError(
-                403,
-                "forbidden_origin",
-                "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key.",
-            )
+            why = "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key."
+            raise ProxyError(403, "forbidden_origin", why)
         return ANONYMOUS
 
 
-def _raw(headers: Headers, name: str) -> bytes | None:
-    value = headers.get(name)
-    return None if value is None else value.encode("latin-1")
-
-
-def read_origin(path_params: Mapping[str, str], headers: Headers) -> CallOrigin | None:
+def read_origin(request: Request) -> CallOrigin | None:
     """Read which attempt a call belongs to; None: none, and the call is not recorded.
 
     The ids are those of ``/rollout/{rollout_id}/attempt/{attempt_id}/`` or of the headers ``x-rollout-id`` and
-    ``x-attempt-id``. A ``traceparent`` (https://www.w3.org/TR/trace-context/) names the agent's span that the call
-    is a child of.
+    ``x-attempt-id``. A ``traceparent`` names the agent's span that the call is a child of.
 
     Raises:
         ProxyError: one id is given without the other, or one is not valid (400).
     """
-    rollout_id = path_params.get("rollout_id") or headers.get("x-rollout-id")
-    attempt_id = path_params.get("attempt_id") or headers.get("x-attempt-id")
+    params, headers = request.path_params, request.headers
+    rollout_id = params.get("rollout_id") or headers.get("x-rollout-id")
+    attempt_id = params.get("attempt_id") or headers.get("x-attempt-id")
     if rollout_id is None and attempt_id is None:
         return None
     try:
@@ -108,32 +103,8 @@ def read_origin(path_params: Mapping[str, str], headers: Headers) -> CallOrigin 
         attempt_id = check_id(attempt_id, "attempt_id")
     except InvalidId as error:
         raise ProxyError(400, "invalid_id", f"The call says for which attempt it is, but {error}.") from error
-    found = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    if found is None or not found[1].strip("0") or not found[2].strip("0"):  # all zeros: invalid by the standard
-        return CallOrigin(rollout_id, attempt_id)
-    return CallOrigin(rollout_id, attempt_id, found[1], found[2])
-
-
-class CallSlot:
-    """The memory that one call takes: its request, and what is kept of its reply."""
-
-    def __init__(self, admission: CallAdmission) -> None:
-        self._admission = admission
-        self._bytes = 0
-
-    def grow(self, size: int) -> None:
-        """Take ``size`` bytes more.
-
-        Raises:
-            ProxyError: the calls in flight take too much together (503).
-        """
-        self._admission.take(size)
-        self._bytes += size
-
-    def free(self) -> None:
-        """Give back everything."""
-        self._admission.take(-self._bytes)
-        self._bytes = 0
+    trace_id, parent_span_id = trace_of(headers.get("traceparent", "")) or (None, None)
+    return CallOrigin(rollout_id, attempt_id, trace_id, parent_span_id)
 
 
 class CallAdmission:
@@ -148,7 +119,7 @@ class CallAdmission:
         self._max_calls = max_calls
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._calls: set[asyncio.Task[object]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._held = 0
         self._open = asyncio.Event()
         self._open.set()
@@ -168,20 +139,12 @@ class CallAdmission:
         """Whether calls are refused until ``resume``."""
         return not self._open.is_set()
 
-    def take(self, size: int) -> None:
-        """Count ``size`` bytes more, or fewer if it is negative. See ``CallSlot.grow``."""
-        if size > 0 and self._bytes + size > self._max_bytes:
-            raise ProxyError(
-                503,
-                "proxy_overloaded",
-                f"The calls in flight take up {self._bytes:,} bytes, near the proxy's limit; repeat this one later.",
-                retry_after_seconds=_OVERLOAD_RETRY_SECONDS,
-            )
-        self._bytes += size
-
     @asynccontextmanager
-    async def admit(self) -> AsyncGenerator[CallSlot]:
+    async def admit(self) -> AsyncGenerator[Callable[[int], None]]:
         """Make the current task a call for the length of the block.
+
+        Yields:
+            Takes so many bytes more for the call, until its end. Raises 503 if all calls take too many together.
 
         Raises:
             ProxyError: the proxy is paused (429), stopped, or has too many calls in flight (503).
@@ -191,21 +154,23 @@ class CallAdmission:
         if self.is_closed:
             raise ProxyError(503, "proxy_stopped", "The proxy is being stopped; no new calls are taken.")
         if len(self._calls) >= self._max_calls:
-            raise ProxyError(
-                503,
-                "proxy_overloaded",
-                f"The proxy holds {self._max_calls:,} calls already, which is its limit; repeat this one later.",
-                retry_after_seconds=_OVERLOAD_RETRY_SECONDS,
-            )
-        task = asyncio.current_task()
-        assert task is not None, "calls run in tasks"
+            raise _overloaded(f"The proxy holds {self._max_calls:,} calls already, which is its limit")
+        task = current_task()
         self._calls.add(task)
         self._idle.clear()
-        slot = CallSlot(self)
+        taken = 0
+
+        def grow(size: int) -> None:
+            nonlocal taken
+            if size > 0 and self._bytes + size > self._max_bytes:
+                raise _overloaded(f"The calls in flight take up {self._bytes:,} bytes, near the proxy's limit")
+            self._bytes += size
+            taken += size
+
         try:
-            yield slot
+            yield grow
         finally:
-            slot.free()
+            self._bytes -= taken
             self._calls.discard(task)
             if not self._calls:
                 self._idle.set()
@@ -257,3 +222,14 @@ class CallAdmission:
         """Cancel the calls that are in flight."""
         for task in list(self._calls):
             task.cancel()
+
+
+def _overloaded(why: str) -> ProxyError:
+    return ProxyError(503, "proxy_overloaded", f"{why}; repeat this one later.", retry_after_seconds=1.0)
+
+
+def current_task() -> asyncio.Task[Any]:
+    """Return the task that runs; every call has one."""
+    task = asyncio.current_task()
+    assert task is not None, "calls run in tasks"
+    return task

@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import aiohttp
 from starlette.requests import Request
 from starlette.types import Message, Receive, Send
 
-from agentlightning.proxy.admission import CallSlot, read_origin
-from agentlightning.proxy.dialects.base import ReplyStream, WireDialect
-from agentlightning.proxy.dialects.sse import EventSplitter, EventTooLarge
-from agentlightning.proxy.errors import ProxyError, Scrubber
+from agentlightning.proxy.admission import current_task, read_origin
+from agentlightning.proxy.dialects.base import (
+    EventSplitter,
+    EventTooLarge,
+    ProxyError,
+    ReplyStream,
+    Scrubber,
+    WireDialect,
+)
 from agentlightning.proxy.recording import CallRecord
 from agentlightning.proxy.session import ProxySession
 from agentlightning.proxy.upstream import UpstreamReply
@@ -81,38 +86,36 @@ class StreamRelay:
         return bytes(self._held) + self._scrubber.bytes(self._events.rest())
 
 
-async def handle_model_call(
-    session: ProxySession, dialect: WireDialect, request: Request, send: Send, path_params: Mapping[str, str]
-) -> None:
+async def handle_model_call(session: ProxySession, dialect: WireDialect, request: Request, send: Send) -> None:
     """Answer one model call.
 
     Raises:
         ProxyError: it was not admitted. Nothing was sent or recorded then.
     """
-    origin = read_origin(path_params, request.headers)
+    origin = read_origin(request)
     session.check_can_record(origin)
-    async with session.admission.admit() as slot:
-        await _ModelCall(session, CallRecord(dialect, origin), slot, send).run(request, path_params)
+    async with session.admission.admit() as grow:
+        await _ModelCall(session, CallRecord(dialect, origin), grow, send).run(request)
 
 
 class _ModelCall:
     """One call that has been admitted."""
 
-    def __init__(self, session: ProxySession, record: CallRecord, slot: CallSlot, send: Send) -> None:
+    def __init__(self, session: ProxySession, record: CallRecord, grow: Callable[[int], None], send: Send) -> None:
         self._session = session
         self._record = record
         self._dialect = record.dialect
-        self._slot = slot
+        self._grow = grow
         self._send = send
         self._has_begun = False
         """Whether the agent has got the head of a reply, so that no other status can be sent."""
 
-    async def run(self, request: Request, path_params: Mapping[str, str]) -> None:
+    async def run(self, request: Request) -> None:
         """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent."""
         record = self._record
         try:
-            record.raw_request = await _read_body(request, self._session.settings.max_request_bytes, self._slot)
-            record.request = self._dialect.read_request(record.raw_request, path_params)
+            record.raw_request = await _read_body(request, self._session.settings.max_request_bytes, self._grow)
+            record.request = self._dialect.read_request(record.raw_request, request.path_params)
             ending = await self._pass_on(request.receive)
         except _AgentGone:
             record.fail("client_disconnected", "the agent closed the connection before the reply had ended")
@@ -123,7 +126,7 @@ class _ModelCall:
         except asyncio.CancelledError:
             if not self._session.admission.is_closed:
                 raise
-            _current_task().uncancel()
+            current_task().uncancel()
             ending = self._refuse(ProxyError(503, "proxy_stopped", "The proxy was stopped during the call."))
         except Exception:
             _logger.exception("a model call failed in the proxy")
@@ -145,18 +148,16 @@ class _ModelCall:
         except asyncio.CancelledError:
             if not self._session.admission.is_closed:
                 raise
-            _current_task().uncancel()
+            current_task().uncancel()
 
     async def _pass_on(self, receive: Receive) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
         session, record = self._session, self._record
         request = record.request
         assert request is not None
-        routing = session.routing
-        order = routing.order(request.model, record.origin.rollout_id if record.origin else None)
         # Taken when the call begins: weights are changed while no call is in flight.
         record.model_version = session.version_of(request.model)
-        async with _cancelled_by_hangup(receive), session.upstream.call(routing, order, request, record) as reply:
+        async with _cancelled_by_hangup(receive), session.upstream.call(request, record) as reply:
             record.status = reply.response.status
             if reply.response.content_type == "text/event-stream" and record.status < 400:
                 return await self._relay_stream(reply)
@@ -183,12 +184,13 @@ class _ModelCall:
 
     async def _read_whole(self, reply: UpstreamReply) -> bytes:
         """Read the body of a reply that is no stream."""
+        record = self._record
         parts: list[bytes] = []
         size = 0
         try:
             async for part in reply.response.content.iter_any():
-                self._note_first_byte()
-                size = self._grow(size, size + len(part))
+                record.first_byte = record.first_byte or time.perf_counter()
+                size = self._keep(size, size + len(part))
                 parts.append(part)
         except (aiohttp.ClientError, TimeoutError) as error:
             _raise_broken_off(reply, error)
@@ -204,13 +206,13 @@ class _ModelCall:
         passed = kept = 0
         try:
             async for data in reply.response.content.iter_any():
-                self._note_first_byte()
+                record.first_byte = record.first_byte or time.perf_counter()
                 shown = relay.feed(data)
                 if shown:
                     await self._send({"type": "http.response.body", "body": shown, "more_body": True})
                 passed += len(data)
                 if passed >= _MEASURED_BYTES:
-                    passed, kept = 0, self._grow(kept, relay.kept_bytes)
+                    passed, kept = 0, self._keep(kept, relay.kept_bytes)
             if not stream.is_complete:
                 raise aiohttp.ClientPayloadError("the stream ended in the middle of the reply")
         except (aiohttp.ClientError, TimeoutError, EventTooLarge) as error:
@@ -222,11 +224,7 @@ class _ModelCall:
             record.fail(scrubber.text(stream.error.code), scrubber.text(stream.error.message))
         return [{"type": "http.response.body", "body": relay.ending()}]
 
-    def _note_first_byte(self) -> None:
-        if self._record.first_byte is None:
-            self._record.first_byte = time.perf_counter()
-
-    def _grow(self, before: int, now: int) -> int:
+    def _keep(self, before: int, now: int) -> int:
         """Count that the kept reply has grown to ``now`` bytes, which is returned.
 
         Raises:
@@ -234,7 +232,7 @@ class _ModelCall:
         """
         if now > _MAX_REPLY_BYTES:
             raise ProxyError(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
-        self._slot.grow(now - before)
+        self._grow(now - before)
         return now
 
     def _refuse(self, error: ProxyError) -> list[Message]:
@@ -253,7 +251,7 @@ async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
     Raises:
         _AgentGone: that happened.
     """
-    task = _current_task()
+    task = current_task()
     is_gone = False
 
     async def watch() -> None:
@@ -275,13 +273,7 @@ async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
         watcher.cancel()
 
 
-def _current_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None, "calls run in tasks"
-    return task
-
-
-async def _read_body(request: Request, limit: int, slot: CallSlot) -> bytes:
+async def _read_body(request: Request, limit: int, grow: Callable[[int], None]) -> bytes:
     """Read the body of a request.
 
     Raises:
@@ -304,7 +296,7 @@ async def _read_body(request: Request, limit: int, slot: CallSlot) -> bytes:
         size += len(part)
         if size > limit:
             raise too_large
-        slot.grow(len(part))
+        grow(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)

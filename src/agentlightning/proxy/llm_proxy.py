@@ -12,22 +12,17 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import aiohttp
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.proxy.admission import ProxyAccess
 from agentlightning.proxy.app import ProxyApp
-from agentlightning.proxy.capture import (
-    CAPTURE_FIELDS,
-    CaptureField,
-    capture_fields_of_callbacks,
-    check_capture_fields,
-)
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
-from agentlightning.proxy.errors import ProxyError
-from agentlightning.proxy.models import ModelConfig, backends_of
-from agentlightning.proxy.session import ProxySession, ProxySettings, open_session
-from agentlightning.proxy.upstream import Routing
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
+from agentlightning.proxy.models import ModelConfig, backends_of, check_capture_fields
+from agentlightning.proxy.session import ProxySession, ProxySettings
+from agentlightning.proxy.upstream import Routing, Upstream
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds
@@ -41,8 +36,20 @@ _NO_KEY = "not-needed"
 _DRAIN_SECONDS = 2.0
 _SPARE_CONNECTIONS = 64
 """Beyond two per call: for idle clients and for health checks."""
+_READ_BYTES = 16 * 1024
+"""aiohttp reads up to twice as much of a reply ahead. A thousand streams must fit into memory when their agents read
+more slowly than the backend writes."""
+_KEEPALIVE_SECONDS = 4.0
+"""Shorter than servers keep idle connections (uvicorn: 5 s), so that no call goes out on one that is being closed."""
 _BUILT_IN_MIDDLEWARES = frozenset({"rollout_attempt", "stream_conversion", "message_inspection"})
 """The middlewares of agentlightning 0.3, whose work this proxy does by itself."""
+
+_FIELDS_OF_CALLBACKS: Mapping[str, frozenset[CaptureField]] = {
+    "return_token_ids": frozenset({"token_ids"}),
+    "logprobs": frozenset({"logprobs"}),
+    "opentelemetry": frozenset({"usage"}),
+}
+"""The callbacks of agentlightning 0.3 that made LiteLLM capture something."""
 
 _active: list[LLMProxy] = []
 """At most one proxy. The interface of 0.3 is a pair of module functions, so its state belongs to the module."""
@@ -184,11 +191,15 @@ class LLMProxy:
             stop_seconds=30.0 + 2 * self._settings.grace_seconds + self._settings.record_wait_seconds,
             date_header=False,  # OpenAI's clients do not read it
         )
+        self._server, self._owner_pid = server, os.getpid()
         try:
             await asyncio.to_thread(server.start)
-        except OSError as error:
-            raise InvalidValue(str(error)) from error
-        self._port, self._server, self._owner_pid = server.port, server, os.getpid()
+        except BaseException as error:
+            await self.stop()  # a start that is cancelled goes on in its thread
+            if isinstance(error, OSError):
+                raise InvalidValue(str(error)) from error
+            raise
+        self._port = server.port
         self.initialize()
 
     async def stop(self) -> None:
@@ -214,11 +225,20 @@ class LLMProxy:
 
     @asynccontextmanager
     async def _open_app(self) -> AsyncGenerator[ProxyApp]:
-        access = ProxyAccess(self._api_key, self._control_key)
-        routing = Routing(backends_of(self._model_list))
-        async with open_session(self._settings, access, routing, self.get_store, self._versions) as session:
-            self._session = session
-            yield ProxyApp(session, has_control=self._control_key is not None)
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
+            read_bufsize=_READ_BYTES,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        ) as client:
+            settings = self._settings
+            routing = Routing(backends_of(self._model_list))
+            upstream = Upstream(client, routing, num_retries=settings.num_retries, capture=settings.capture)
+            session = self._session = ProxySession(settings, upstream, self.get_store, self._versions)
+            session.delivery.start()
+            try:
+                yield ProxyApp(session, ProxyAccess(self._api_key, self._control_key))
+            finally:
+                await session.close()
 
     # --- What it works with ----------------------------------------------------------------------
 
@@ -244,7 +264,7 @@ class LLMProxy:
         backends = backends_of(model_list)
         self._model_list = cast("list[ModelConfig]", list(model_list))
         if self._session is not None:
-            self._session.routing = Routing(backends)
+            self._session.upstream.routing = Routing(backends)
 
     def set_model_version(self, version: str, model: str | None = None) -> None:
         """Name the weights that answer from now on; calls that begin after are recorded with it.
@@ -362,10 +382,22 @@ def _capture_fields(
     ask_for: Collection[CaptureField] | None, callbacks: Sequence[object] | None
 ) -> frozenset[CaptureField]:
     if callbacks is None:
-        return CAPTURE_FIELDS if ask_for is None else check_capture_fields(ask_for)
+        return CAPTURE_FIELDS if ask_for is None else check_capture_fields(ask_for, "ask_for")
     if ask_for is not None:
         raise InvalidValue("give ask_for or callbacks, not both")
-    return capture_fields_of_callbacks(callbacks)
+    given = [each if isinstance(each, str) else repr(each) for each in callbacks]
+    unknown = [each for each in given if each not in _FIELDS_OF_CALLBACKS]
+    if unknown:
+        raise InvalidValue(
+            f"callbacks has {unknown!r}; the proxy has no LiteLLM and knows only {', '.join(_FIELDS_OF_CALLBACKS)} "
+            "(in place of the first two, give ask_for)"
+        )
+    if "opentelemetry" not in given:
+        raise InvalidValue(
+            "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
+            "let agents call the backend itself if nothing is to be recorded"
+        )
+    return frozenset[CaptureField]().union(*(_FIELDS_OF_CALLBACKS[each] for each in given))
 
 
 def _at_least(value: int, least: int, what: str) -> int:

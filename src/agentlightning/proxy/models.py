@@ -11,17 +11,18 @@ OpenAI's API itself, because the proxy sends them no other.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 from urllib.parse import urlsplit
 
 from agentlightning.errors import InvalidValue
-from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField
 
 
 class ModelConfig(TypedDict):
@@ -103,13 +104,11 @@ def _backend_of(entry: ModelConfig | dict[str, Any], where: str, taken: set[str]
     upstream_model, provider = _upstream_model(_text(params, "model", where), where)
     base_url = _base_url(params, provider, where)
     address = urlsplit(base_url).netloc
-    name = plain = f"{upstream_model}@{address}"
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{plain}#{number}"
+    plain = f"{upstream_model}@{address}"
+    names = itertools.chain([plain], (f"{plain}#{number}" for number in itertools.count(2)))
+    ask_for = _table(entry, "model_info", where, optional=True).get("ask_for")
     return ModelBackend(
-        name=name,
+        name=next(name for name in names if name not in taken),
         model_name=model_name,
         upstream_model=upstream_model,
         base_url=base_url,
@@ -118,7 +117,7 @@ def _backend_of(entry: ModelConfig | dict[str, Any], where: str, taken: set[str]
         headers={str(key): str(value) for key, value in _table(params, "extra_headers", where, optional=True).items()},
         defaults={key: value for key, value in params.items() if key in _SAMPLING},
         overrides=_table(params, "extra_body", where, optional=True),
-        capture=_capture(_table(entry, "model_info", where, optional=True), where),
+        capture=None if ask_for is None else check_capture_fields(ask_for, f"ask_for of {where}"),
     )
 
 
@@ -169,13 +168,16 @@ def _api_key(params: Mapping[str, Any], base_url: str, where: str) -> str | None
     return key or None
 
 
-def _capture(info: Mapping[str, Any], where: str) -> frozenset[CaptureField] | None:
-    given = info.get("ask_for")
-    if given is None:
-        return None
-    if not isinstance(given, (list, tuple, set, frozenset)) or not set(cast("list[Any]", given)) <= CAPTURE_FIELDS:
-        raise InvalidValue(f"{where} has ask_for={given!r}; give a list of {', '.join(sorted(CAPTURE_FIELDS))}")
-    return frozenset(cast("list[CaptureField]", given))
+def check_capture_fields(given: object, where: str) -> frozenset[CaptureField]:
+    """Return the capture fields that an argument or an entry called ``where`` names.
+
+    Raises:
+        InvalidValue: it is no list of them.
+    """
+    is_list = isinstance(given, Collection) and not isinstance(given, (str, Mapping))
+    if not is_list or not set(cast("Collection[Any]", given)) <= CAPTURE_FIELDS:
+        raise InvalidValue(f"{where} is {given!r}; give a list of some of {', '.join(sorted(CAPTURE_FIELDS))}")
+    return frozenset(cast("Collection[CaptureField]", given))
 
 
 def _seconds(value: object, where: str) -> float:
@@ -214,19 +216,14 @@ def read_model_list(path: Path) -> list[ModelConfig]:
     Raises:
         InvalidValue: the file cannot be read, or has no such list.
     """
+    readers: Mapping[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise InvalidValue(f"{str(path)!r} is neither .toml nor .json; write the model list as one of these")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            content: Any = tomllib.loads(text)
-        elif path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            raise InvalidValue(f"{str(path)!r} is neither .toml nor .json; write the model list as one of these")
+        content = readers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidValue(f"cannot read {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
-        if isinstance(error, InvalidValue):
-            raise
         raise InvalidValue(f"{str(path)!r} cannot be understood: {error}") from error
     entries = cast("Mapping[str, Any]", content).get("model_list") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:

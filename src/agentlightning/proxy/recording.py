@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import msgspec
 
-from agentlightning.proxy.dialects.base import ModelRequest, RecordedReply, WireDialect
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import ModelRequest, ProxyError, RecordedReply, WireDialect
 from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
 from agentlightning.types.plain_spans import (
     PlainAttributes,

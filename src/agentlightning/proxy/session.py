@@ -1,4 +1,4 @@
-"""What all calls of a running proxy share, and the order in which it is opened and closed."""
+"""What all calls of a running proxy share, and the delivery of their spans to the store."""
 
 from __future__ import annotations
 
@@ -6,30 +6,21 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import aiohttp
 
 from agentlightning.errors import StoreClosed
 from agentlightning.http.signatures import ForwardingStore
-from agentlightning.proxy.admission import CallAdmission, ProxyAccess
-from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.admission import CallAdmission
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
-from agentlightning.proxy.upstream import Routing, Upstream
+from agentlightning.proxy.upstream import Upstream
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.tracer.sender import Recording, SpanSender
 from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
 
-_READ_BYTES = 16 * 1024
-"""aiohttp reads up to twice as much of a reply ahead. A thousand streams must fit into memory when their agents read
-more slowly than the backend writes."""
-_KEEPALIVE_SECONDS = 4.0
-"""Shorter than servers keep idle connections (uvicorn: 5 s), so that no call goes out on one that is being closed."""
 _CANCEL_SECONDS = 2.0
 
 
@@ -147,9 +138,7 @@ class ProxySession:
 
     Args:
         settings: how the proxy behaves.
-        access: decides who may use which route.
         upstream: sends calls to backends.
-        routing: models and backends; replaced when the model list changes.
         store: returns where spans go now.
         versions: versions of weights by model; the one of ``""`` holds for all models without one of their own.
     """
@@ -157,16 +146,12 @@ class ProxySession:
     def __init__(
         self,
         settings: ProxySettings,
-        access: ProxyAccess,
         upstream: Upstream,
-        routing: Routing,
         store: Callable[[], LightningStore | None],
         versions: dict[str, str],
     ) -> None:
         self.settings = settings
-        self.access = access
         self.upstream = upstream
-        self.routing = routing
         self.versions = versions
         self.admission = CallAdmission(settings.max_calls, settings.max_bytes)
         self.delivery = CallDelivery(store, max_waiting_bytes=settings.max_waiting_bytes)
@@ -232,25 +217,3 @@ class ProxySession:
             self.admission.cancel_calls()
             await self.admission.wait_idle(_CANCEL_SECONDS + self.settings.record_wait_seconds)
         await self.delivery.close(self.settings.grace_seconds)
-
-
-@asynccontextmanager
-async def open_session(
-    settings: ProxySettings,
-    access: ProxyAccess,
-    routing: Routing,
-    store: Callable[[], LightningStore | None],
-    versions: dict[str, str],
-) -> AsyncGenerator[ProxySession]:
-    """Open the shared parts of a proxy for the length of the block. The arguments are those of ``ProxySession``."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
-    async with aiohttp.ClientSession(
-        connector=connector, read_bufsize=_READ_BYTES, cookie_jar=aiohttp.DummyCookieJar()
-    ) as client:
-        upstream = Upstream(client, num_retries=settings.num_retries, capture=settings.capture)
-        session = ProxySession(settings, access, upstream, routing, store, versions)
-        session.delivery.start()
-        try:
-            yield session
-        finally:
-            await session.close()

@@ -12,7 +12,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,9 +22,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from agentlightning.proxy.capture import CaptureField, CaptureSupport
-from agentlightning.proxy.dialects.base import ModelRequest, WireDialect
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import CaptureField, ModelRequest, ProxyError, WireDialect
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
@@ -121,52 +119,49 @@ class UpstreamReply:
 class Upstream:
     """The way to the backends. Used by one event loop.
 
+    It finds out which capture fields each backend accepts on each wire. A backend that refuses a request with capture
+    fields may refuse the fields or the request itself. The request is therefore repeated without the fields, and only
+    a repeat that succeeds proves that they were the reason.
+
     Args:
         client: the connections.
+        routing: models and backends; may be replaced.
         num_retries: how often a call is tried again.
         capture: the capture fields to ask for.
-        pause: waits so many seconds.
     """
 
     def __init__(
-        self,
-        client: aiohttp.ClientSession,
-        *,
-        num_retries: int,
-        capture: frozenset[CaptureField],
-        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, client: aiohttp.ClientSession, routing: Routing, *, num_retries: int, capture: frozenset[CaptureField]
     ) -> None:
+        self.routing = routing
         self._client = client
         self._num_retries = num_retries
         self._capture = capture
-        self._pause = pause
-        self._support = CaptureSupport()
+        self._accepts: dict[tuple[str, str, CaptureField], bool] = {}
+        """What was found out, by the names of backend and dialect."""
 
     @asynccontextmanager
-    async def call(
-        self, routing: Routing, order: Sequence[ModelBackend], request: ModelRequest, record: CallRecord
-    ) -> AsyncGenerator[UpstreamReply]:
-        """Send a call; its reply can be read inside of the block.
+    async def call(self, request: ModelRequest, record: CallRecord) -> AsyncGenerator[UpstreamReply]:
+        """Send a call of an agent; its reply can be read inside of the block.
 
         Args:
-            routing: is told which backends failed and which answered.
-            order: the backends in the order to try them.
             request: the request of the agent.
             record: is told the backend and the number of retries.
 
         Raises:
-            ProxyError: no backend could be reached (502), or one sent nothing for too long (504).
+            ProxyError: there is no such model (404), no backend of it could be reached (502), or one sent nothing for
+                too long (504).
         """
-        reply = await self._send_until_answered(routing, order, request, record)
+        reply = await self._send_until_answered(request, record)
         try:
             yield reply
         finally:
             # Closes the connection if the reply was not read to its end, so that the backend stops generating.
             reply.response.close()
 
-    async def _send_until_answered(
-        self, routing: Routing, order: Sequence[ModelBackend], request: ModelRequest, record: CallRecord
-    ) -> UpstreamReply:
+    async def _send_until_answered(self, request: ModelRequest, record: CallRecord) -> UpstreamReply:
+        routing = self.routing  # one for all tries, also if it is replaced meanwhile
+        order = routing.order(request.model, record.origin and record.origin.rollout_id)
         for number in range(self._num_retries + 1):
             backend = order[number % len(order)]
             is_last = number == self._num_retries
@@ -192,7 +187,7 @@ class Upstream:
                     f"The backend {backend.name} {reply} (tried {number + 1} times); is it running?",
                 )
             _logger.info("backend %s %s; retry %d of %d follows", backend.name, reply, number + 1, self._num_retries)
-            await self._pause(pause)
+            await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     async def _try(self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect) -> UpstreamReply | str:
@@ -216,11 +211,11 @@ class Upstream:
     async def _send(self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect) -> UpstreamReply:
         """Send the call to one backend, without the capture fields that it turns out to refuse."""
         body = {**backend.defaults, **request.body, **backend.overrides, "model": backend.upstream_model}
-        missing = dialect.missing_capture(body, self._capture)
+        fields = dialect.missing_capture(body, self._capture)
         if backend.capture is not None:
-            fields = missing & backend.capture
+            fields &= backend.capture
         else:
-            fields = self._support.usable(backend.name, dialect.name, missing)
+            fields -= {each for each in fields if not self._accepts.get((backend.name, dialect.name, each), True)}
         refused: frozenset[CaptureField] = frozenset()
         while True:
             response = await self._post(backend, dialect, dialect.add_capture(body, fields) if fields else body)
@@ -234,14 +229,15 @@ class Upstream:
                 )
             if backend.capture is not None:  # the operator said what it accepts: an error is about the request
                 return UpstreamReply(response, backend, fields)
-            if status in _ABOUT_THE_REQUEST and not self._support.are_accepted(backend.name, dialect.name, fields):
+            if status in _ABOUT_THE_REQUEST and not self._are_accepted(backend, dialect, fields):
                 error = await response.content.read(_MAX_ERROR_BYTES)
                 response.close()
                 blamed = dialect.blamed_capture(error, fields)
                 fields, refused = fields - blamed, refused | blamed
                 continue
-            if status < 400 and not self._support.are_accepted(backend.name, dialect.name, fields | refused):
-                self._support.learn(backend.name, dialect.name, fields, refused)
+            if status < 400 and not self._are_accepted(backend, dialect, fields | refused):
+                for each in fields | refused:
+                    self._accepts[backend.name, dialect.name, each] = each in fields
                 if refused:
                     _logger.warning(
                         "backend %s cannot be asked for %s; spans of its calls will lack that",
@@ -249,6 +245,10 @@ class Upstream:
                         ", ".join(sorted(refused)),
                     )
             return UpstreamReply(response, backend, fields)
+
+    def _are_accepted(self, backend: ModelBackend, dialect: WireDialect, fields: Iterable[CaptureField]) -> bool:
+        """Whether the backend has accepted all these fields before, so that a refusal is about the request."""
+        return all(self._accepts.get((backend.name, dialect.name, each), False) for each in fields)
 
     async def _post(self, backend: ModelBackend, dialect: WireDialect, body: dict[str, Any]) -> aiohttp.ClientResponse:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **backend.headers}

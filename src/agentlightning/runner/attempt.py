@@ -17,7 +17,7 @@ from agentlightning.lifecycle.reasons import RESOURCE_EXHAUSTED
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_reward, as_spans, call_agent, without_runner_frames
 from agentlightning.store.base import LightningStore
-from agentlightning.telemetry.context import CURRENT, WorkContext
+from agentlightning.telemetry.logs import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.tracer.sender import DeferredTrace

@@ -20,13 +20,16 @@ from contextlib import AbstractAsyncContextManager, suppress
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import uvicorn
 from uvicorn.server import ServerState
 
 from agentlightning.errors import InvalidValue
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds, ConnectionCounter
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +161,7 @@ class ThreadedServer:
         """
         with self._changing:  # so that a start in another thread is complete first
             if self._thread.ident is None:  # only bound, or not even that
+                self._stop_asked.set()  # for a start that comes after: it ends at once
                 if self._listening is not None:
                     self._listening.close()
                 return
@@ -316,3 +320,15 @@ def allow_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # refused: the process keeps the limit that it has
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def untraced_app(**arguments: Any) -> FastAPI:
+    """``FastAPI(**arguments)`` that makes no OpenTelemetry spans for its requests.
+
+    A server may run in the process of a runner. From version 0.165 on, FastAPI makes a span for every request with the
+    process's tracer, and that span would be recorded as the agent's. Earlier versions ignore the argument.
+    """
+    from fastapi import FastAPI
+
+    off = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    return FastAPI(**arguments, telemetry=off)  # pyright: ignore[reportArgumentType] - not a type of all versions

@@ -1,21 +1,22 @@
-"""Logging: where the log lines of Agent Lightning go, and in which format.
+"""Logging: where the log lines of Agent Lightning go, in which format, and what they belong to.
 
 The package logs through the standard library, under the names of its modules, and sets up nothing by itself.
 ``setup_logging`` sends the lines to the console or to files, as text or as JSON, each with the ids of the request or
-attempt that it belongs to.
+attempt that the current task works for (``CURRENT``).
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
+from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import InvalidValue
-from agentlightning.telemetry.context import CURRENT
 
 if TYPE_CHECKING:
     from structlog.typing import Processor
@@ -24,11 +25,58 @@ if TYPE_CHECKING:
 LogFormat = Literal["console", "json"]
 """``console``: text for people; ``json``: one JSON object per line."""
 
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _LOGGERS = ("agentlightning", "uvicorn")
-_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 _MIB = 1024 * 1024
 _OURS = "_agentlightning_handler"
 """The attribute that marks handlers which `setup_logging` has added, so that a second call can replace them."""
+
+
+class WorkContext:
+    """The ids that log lines of one request or attempt carry.
+
+    Args:
+        request_id: the request, by the id that its reply carries too.
+        traceparent: the request's header of that name (W3C Trace Context), if it has one.
+        ids: what the work is about, by name: ``rollout_id``, ``attempt_id``, ``worker_id`` …
+    """
+
+    __slots__ = ("ids", "request_id", "traceparent")
+
+    def __init__(
+        self, request_id: str | None = None, traceparent: str | None = None, ids: dict[str, str] | None = None
+    ):
+        self.request_id = request_id
+        self.traceparent = traceparent
+        self.ids = ids
+
+    def fields(self) -> dict[str, str]:
+        """The fields of a log line. They are computed here, because most requests log nothing."""
+        fields = dict(self.ids) if self.ids else {}
+        if self.request_id is not None:
+            fields["request_id"] = self.request_id
+        trace = None if self.traceparent is None else trace_of(self.traceparent)
+        if trace is not None:
+            fields["trace_id"], fields["parent_span_id"] = trace
+        return fields
+
+
+def trace_of(traceparent: str) -> tuple[str, str] | None:
+    """Trace id and span id in a ``traceparent`` header (https://www.w3.org/TR/trace-context/); None if it is not valid.
+
+    Later versions may append fields (section 3.2), so only version 00 must end here.
+    """
+    parts = _TRACEPARENT.fullmatch(traceparent)
+    if parts is None:
+        return None
+    version, trace_id, span_id, more = parts.groups()
+    unknown = version == "ff" or (version == "00" and more is not None)
+    return (trace_id, span_id) if trace_id.strip("0") and span_id.strip("0") and not unknown else None
+
+
+CURRENT: ContextVar[WorkContext | None] = ContextVar("agentlightning_work", default=None)
+"""What the current task works for."""
 
 
 def setup_logging(
@@ -57,7 +105,9 @@ def setup_logging(
     Raises:
         InvalidValue: the level or the format does not exist, or a file cannot be written.
     """
-    number = _level(level)
+    number = level if isinstance(level, int) else _LEVELS.get(level.upper())
+    if number is None:
+        raise InvalidValue(f"log level {level!r} is not one of {', '.join(_LEVELS)}")
     if format not in (None, "console", "json"):
         raise InvalidValue(f"log format {format!r} is not one of console, json")
     handlers: list[logging.Handler] = []
@@ -74,32 +124,17 @@ def setup_logging(
             raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
         rotating.setFormatter(_formatter(format or "json", colors=False))
         handlers.append(rotating)
-    _replace_handlers(handlers, number, propagate)
-
-
-def _level(level: str | int) -> int:
-    if isinstance(level, int):
-        return level
-    name = level.upper()
-    if name not in _LEVELS:
-        raise InvalidValue(f"log level {level!r} is not one of {', '.join(_LEVELS)}")
-    return logging.getLevelNamesMapping()[name]
-
-
-def _replace_handlers(handlers: Iterable[logging.Handler], level: int, propagate: bool) -> None:
-    made = list(handlers)
-    for handler in made:
-        setattr(handler, _OURS, True)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         for old in [each for each in logger.handlers if getattr(each, _OURS, False)]:
             logger.removeHandler(old)
             old.close()
-        for handler in made:
+        for handler in handlers:
+            setattr(handler, _OURS, True)
             logger.addHandler(handler)
         logger.propagate = propagate
         # At INFO uvicorn repeats what this package logs itself about every start and stop.
-        logger.setLevel(level if name == "agentlightning" else max(level, logging.WARNING))
+        logger.setLevel(number if name == "agentlightning" else max(number, logging.WARNING))
 
 
 def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
 from agentlightning.proxy.dialects import ChatCompletions, Completions, WireDialect
-from agentlightning.proxy.dialects.base import ReplyStream
-from agentlightning.proxy.dialects.sse import event_of
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ReplyStream, event_of
 
 CHAT = ChatCompletions()
 

@@ -11,12 +11,10 @@ import pytest
 
 from agentlightning import InMemoryLightningStore
 from agentlightning.errors import StoreUnavailable
-from agentlightning.proxy.admission import ProxyAccess
 from agentlightning.proxy.dialects import ChatCompletions
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
 from agentlightning.proxy.session import CallDelivery, ProxySession, ProxySettings
-from agentlightning.proxy.upstream import Routing
 from agentlightning.types.plain_spans import AnySpan, PlainSpan
 
 WAIT_SECONDS = 20.0
@@ -89,7 +87,7 @@ async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
         origin = CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
         no_upstream = cast("Any", None)
         settings = ProxySettings(max_waiting_bytes=1, record_wait_seconds=WAIT_SECONDS)
-        session = ProxySession(settings, ProxyAccess(None), no_upstream, Routing({}), lambda: store, {})
+        session = ProxySession(settings, no_upstream, lambda: store, {})
         session.delivery.start()
         store.open.clear()
         session.check_can_record(origin)

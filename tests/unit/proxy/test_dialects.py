@@ -10,10 +10,8 @@ import pytest
 from typing_extensions import override
 
 from agentlightning.proxy import app
-from agentlightning.proxy.capture import CaptureField
 from agentlightning.proxy.dialects import DIALECTS, ChatCompletions
-from agentlightning.proxy.dialects.base import ModelRequest, RecordedReply
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import CaptureField, ModelRequest, ProxyError, RecordedReply
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from openai_backend import OpenAIBackend
 from proxied import attribute, proxied

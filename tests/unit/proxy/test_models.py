@@ -8,8 +8,8 @@ import pytest
 
 from agentlightning import LLMProxy
 from agentlightning.errors import InvalidValue
-from agentlightning.proxy.capture import CAPTURE_FIELDS
 from agentlightning.proxy.dialects import ChatCompletions, Completions
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS
 from agentlightning.proxy.models import ModelBackend, backends_of
 
 URL = "http://gpu:8000/v1"

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from agentlightning.proxy.errors import ProxyError
+from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.upstream import Routing
 

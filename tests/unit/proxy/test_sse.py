@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.proxy.calls import StreamRelay
-from agentlightning.proxy.capture import CAPTURE_FIELDS, CaptureField
 from agentlightning.proxy.dialects import ChatCompletions
-from agentlightning.proxy.dialects.base import ReplyStream
-from agentlightning.proxy.dialects.sse import EventSplitter, EventTooLarge, data_of, event_of
-from agentlightning.proxy.errors import Scrubber
+from agentlightning.proxy.dialects.base import (
+    CAPTURE_FIELDS,
+    CaptureField,
+    EventSplitter,
+    EventTooLarge,
+    ReplyStream,
+    Scrubber,
+    data_of,
+    event_of,
+)
 
 _LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
 _EVENTS = st.lists(

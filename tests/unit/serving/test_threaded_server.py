@@ -54,6 +54,15 @@ def test_a_port_that_was_only_reserved_is_given_back() -> None:
     socket.create_server(("127.0.0.1", port)).close()
 
 
+def test_a_start_after_the_stop_ends_at_once() -> None:
+    server = served()
+    server.stop()
+    server.start()
+    server.stop()
+    assert not server.is_running
+    socket.create_server(("127.0.0.1", server.port)).close()
+
+
 def test_a_port_that_is_taken_is_told_to_who_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port: int = other.getsockname()[1]

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 import agentlightning as agl
-from agentlightning.telemetry.context import untraced_app
+from agentlightning.serving.server import untraced_app
 
 
 async def status_of_get(app: FastAPI) -> int:

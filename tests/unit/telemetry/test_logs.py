@@ -15,8 +15,7 @@ from agentlightning.errors import InvalidValue
 from agentlightning.http.server import app
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
-from agentlightning.telemetry.context import CURRENT, WorkContext
-from agentlightning.telemetry.logs import setup_logging
+from agentlightning.telemetry.logs import CURRENT, WorkContext, setup_logging
 from asgi_calls import AsgiCalls
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

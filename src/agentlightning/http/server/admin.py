@@ -29,8 +29,8 @@ from agentlightning.http.server.otlp import (
     inflate,
     store_traces,
 )
+from agentlightning.serving.server import untraced_app
 from agentlightning.store.base import LightningStore
-from agentlightning.telemetry.context import untraced_app
 from agentlightning.telemetry.metrics import METRICS_TYPE, Gauge, RequestMeter, render_metrics
 from agentlightning.types import WorkerStatus
 

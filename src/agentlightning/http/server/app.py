@@ -22,7 +22,7 @@ from agentlightning.http.server.endpoints import Endpoint, Endpoints, InvalidReq
 from agentlightning.http.server.exchange import ClientGone, Exchange, well_formed_id
 from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.http.server.matching import Bound, Match, RouteTable
-from agentlightning.telemetry.context import CURRENT, WorkContext
+from agentlightning.telemetry.logs import CURRENT, WorkContext
 from agentlightning.telemetry.metrics import RequestMeter
 
 Message = MutableMapping[str, Any]

@@ -1,12 +1,11 @@
 """The wires that the proxy speaks with agents, one object each.
 
-A further wire (``responses``, ``messages``, ``generate_content``) is one more module with a class that implements
-``WireDialect``, and one more entry in ``DIALECTS``.
+A further wire (``responses``, ``messages``, ``generate_content``) is one more class that implements ``WireDialect``,
+and one more entry in ``DIALECTS``.
 """
 
 from agentlightning.proxy.dialects.base import WireDialect
-from agentlightning.proxy.dialects.chat_completions import ChatCompletions
-from agentlightning.proxy.dialects.completions import Completions
+from agentlightning.proxy.dialects.openai import ChatCompletions, Completions
 
 DIALECTS: tuple[WireDialect, ...] = (ChatCompletions(), Completions())
 """Every wire that the proxy serves, in the order in which error messages list them."""

@@ -8,13 +8,93 @@ no state of a call: one object serves all calls at the same time.
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
-from agentlightning.proxy.capture import CaptureField
-from agentlightning.proxy.errors import ProxyError, Scrubber
+CaptureField: TypeAlias = Literal["token_ids", "logprobs", "usage"]
+"""What the proxy asks backends for beyond what agents ask, for the record only: token ids of prompt and reply,
+log-probabilities of the reply's tokens, and usage of streams."""
+
+CAPTURE_FIELDS = frozenset[CaptureField](get_args(CaptureField))
+
+
+class ProxyError(Exception):
+    """A request ends here, with this status and this error, in the shape that its ``WireDialect`` gives it.
+
+    Args:
+        status: HTTP status. Clients repeat a call by themselves after 429 and 5xx.
+        code: what went wrong, for programs.
+        message: what went wrong, and what to do about it.
+        param: the field of the request that is wrong.
+        retry_after_seconds: when a repeat may succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+
+    def headers(self) -> dict[str, str]:
+        """Return ``Retry-After`` in whole seconds (RFC 9110), and in milliseconds, which OpenAI's clients prefer."""
+        if self.retry_after_seconds is None:
+            return {}
+        return {
+            "retry-after": str(max(1, math.ceil(self.retry_after_seconds))),
+            "retry-after-ms": str(max(1, round(self.retry_after_seconds * 1000))),
+        }
+
+
+_REPLACEMENT = b"***"
+_SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie", re.IGNORECASE)
+_MIN_SECRET_CHARS = 6
+"""Shorter keys are placeholders such as ``EMPTY`` or ``none``; replacing those would garble what models write."""
+
+
+class Scrubber:
+    """Replaces a backend's secrets by ``***``, in what the agent, the log and the store get.
+
+    A backend may repeat its key: in an error message, in a header, or in what the model writes.
+
+    Args:
+        api_key: the backend's key.
+        headers: the backend's extra headers; the values of those that look like credentials are secrets too.
+    """
+
+    def __init__(self, api_key: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        found = {api_key or ""}
+        for name, value in (headers or {}).items():
+            if _SECRET_HEADER.search(name):
+                found.update((value, value.rpartition(" ")[2]))  # also without the scheme before it
+        found.update([secret.replace("/", r"\/") for secret in found])  # some JSON encoders escape slashes
+        # The longest first, because one secret may be a part of another.
+        longest_first = sorted(found, key=len, reverse=True)
+        self._secrets = [secret.encode() for secret in longest_first if len(secret) >= _MIN_SECRET_CHARS]
+
+    def bytes(self, data: bytes) -> bytes:
+        """Return ``data`` without the secrets."""
+        for secret in self._secrets:
+            if secret in data:
+                data = data.replace(secret, _REPLACEMENT)
+        return data
+
+    def text(self, text: str) -> str:
+        """Return ``text`` without the secrets."""
+        return self.bytes(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._secrets else text
 
 
 class ModelRequest(NamedTuple):
@@ -169,3 +249,62 @@ class WireDialect(ABC):
     @abstractmethod
     def model(self, name: str) -> dict[str, Any]:
         """Return the reply to a request for one model."""
+
+
+# --- Server-sent events, as far as model calls use them (https://html.spec.whatwg.org/multipage/server-sent-events.html)
+
+_END = re.compile(rb"\r?\n\r?\n")
+_LONGEST_END_BYTES = 4
+
+
+class EventTooLarge(Exception):
+    """An event is longer than the limit."""
+
+
+class EventSplitter:
+    """Cuts a stream of bytes into whole events.
+
+    Args:
+        max_event_bytes: how long an event may grow before it is given up.
+    """
+
+    def __init__(self, max_event_bytes: int) -> None:
+        self._max_event_bytes = max_event_bytes
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the events that are complete now, each with its empty line.
+
+        Raises:
+            EventTooLarge: the event that is not complete yet is longer than the limit.
+        """
+        # Only the end of the old bytes is searched again: an event may arrive in very many pieces, and searching
+        # all of it for each piece would take quadratic time.
+        search_from = max(0, len(self._rest) - _LONGEST_END_BYTES + 1)
+        self._rest += data
+        events: list[bytes] = []
+        start = 0
+        for end in _END.finditer(self._rest, search_from):
+            events.append(bytes(self._rest[start : end.end()]))
+            start = end.end()
+        del self._rest[:start]
+        if len(self._rest) > self._max_event_bytes:
+            raise EventTooLarge(f"an event of the backend's stream is longer than {self._max_event_bytes:,} bytes")
+        return events
+
+    def rest(self) -> bytes:
+        """Return what came after the last complete event."""
+        return bytes(self._rest)
+
+
+def data_of(event: bytes) -> bytes | None:
+    """Return the data of an event; None if it has none, such as a comment."""
+    if event.startswith(b"data:") and event.count(b"\n") == 2:  # nearly all events: one line and the empty one
+        return event[5:].strip()
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines).strip() if lines else None
+
+
+def event_of(data: bytes) -> bytes:
+    """Return an event with this data, which must not contain a line break."""
+    return b"data: " + data + b"\n\n"

@@ -7,73 +7,136 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import msgspec
 
-from agentlightning.proxy.capture import CaptureField
-from agentlightning.proxy.dialects.base import RecordedReply
+from agentlightning.proxy.dialects.base import BackendError, CaptureField, RecordedReply, data_of, event_of
 
 _encode = msgspec.json.encode
+_DONE = b"[DONE]"
+"""The data of the event with which streams end."""
 _NUMBER_BYTES = 8
 _ITEM_BYTES = 100
-"""About the size of a list's item that is no text."""
+"""About the size of a value that is no text."""
 _HEAD_FIELDS = ("id", "created", "model", "service_tier", "system_fingerprint")
+_UNCHANGING = frozenset({"role", "id", "type", "name", "index"})
+"""Texts of a message that come once, or are repeated in every chunk; others come in pieces."""
+
+
+def read_object(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that ``body`` is; None if it is none."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def read_whole_reply(reply: dict[str, Any]) -> RecordedReply:
     """Read a reply that came in one piece. Its ``body`` is left to the caller."""
-    record = RecordedReply()
-    _read_head(reply, record)
-    _read_usage(reply.get("usage"), record)
-    record.prompt_token_ids = _integers(reply.get("prompt_token_ids"))
-    for number, choice in enumerate(choices_of(reply)):
-        reason = choice.get("finish_reason")
-        if isinstance(reason, str):
-            record.finish_reasons.append(reason)
-        if number == 0:
-            record.token_ids = _integers(choice.get("token_ids"))
-            record.logprobs = _logprobs_of(choice.get("logprobs"))
-            if record.prompt_token_ids is None:  # vLLM puts them here in text completions
-                record.prompt_token_ids = _integers(choice.get("prompt_token_ids"))
+    record = RecordedReply(prompt_token_ids=_integers(reply.get("prompt_token_ids")))
+    _read_head_and_usage(reply, reply.get("usage"), record)
+    choices = _choices_of(reply)
+    record.finish_reasons = [each["finish_reason"] for each in choices if isinstance(each.get("finish_reason"), str)]
+    if choices:
+        record.token_ids = _integers(choices[0].get("token_ids"))
+        record.logprobs = _logprobs_of(choices[0].get("logprobs"))
+        if record.prompt_token_ids is None:  # vLLM puts them here in text completions
+            record.prompt_token_ids = _integers(choices[0].get("prompt_token_ids"))
     return record
 
 
-def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the choices of a reply, or of a chunk of one, that are objects."""
-    choices = reply.get("choices")
-    if not isinstance(choices, list):
-        return []
-    return [cast("dict[str, Any]", choice) for choice in cast("list[Any]", choices) if isinstance(choice, dict)]
+def read_error_in(reply: dict[str, Any], status: int) -> BackendError:
+    """Read the error in a backend's reply, or in a chunk of one."""
+    error = reply.get("error")
+    known = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
+    code = known.get("code") or known.get("type")
+    message = known.get("message") or reply.get("message")
+    return BackendError(
+        code if isinstance(code, str) else str(status),
+        message if isinstance(message, str) else f"the backend answered with HTTP status {status}",
+    )
 
 
-class ReplyAssembly:
-    """Puts the chunks of a streamed reply together to what the same call would have answered without streaming.
+def remove_hidden(reply: dict[str, Any], hidden: frozenset[CaptureField]) -> bool:
+    """Remove from a reply, or from a chunk of one, what only the proxy asked for.
 
-    Thousands of streams are open at once and each brings thousands of chunks. Therefore nothing of a chunk is kept
-    but its text (as bytes) and its numbers (as arrays).
+    Returns:
+        Whether anything is left for the agent. A chunk that carries only the usage would not have been sent.
+    """
+    choices = _choices_of(reply)
+    if "token_ids" in hidden:
+        reply.pop("prompt_token_ids", None)
+        for choice in choices:
+            choice.pop("token_ids", None)
+            choice.pop("prompt_token_ids", None)
+    if "logprobs" in hidden:
+        for choice in choices:
+            if "logprobs" in choice:
+                choice["logprobs"] = None
+    if "usage" in hidden and "usage" in reply:
+        usage = reply.pop("usage")
+        return bool(choices) or usage is None or "error" in reply
+    return True
+
+
+class OpenAIStream:
+    """A streamed reply of either wire; a ``ReplyStream``.
+
+    It puts the chunks together to what the same call would have answered without streaming. Thousands of streams are
+    open at once and each brings thousands of chunks. Therefore nothing of a chunk is kept but its text (as bytes) and
+    its numbers (as arrays).
 
     Args:
         reply_object: the ``object`` of a whole reply.
-        content: returns what the model wrote in a choice, as a whole reply has it.
+        content: the field of a choice that holds what the model wrote, in a whole reply.
         hidden: the fields that only the proxy asked for: recorded, but no part of the body.
     """
 
-    def __init__(
-        self, reply_object: str, content: Callable[[PartialChoice], dict[str, Any]], hidden: frozenset[CaptureField]
-    ) -> None:
+    def __init__(self, reply_object: str, content: Literal["message", "text"], hidden: frozenset[CaptureField]) -> None:
         self._reply_object = reply_object
-        self._content = content
-        self._shows_tokens = "token_ids" not in hidden
-        self._keeps_logprobs = "logprobs" not in hidden
+        self._content: Literal["message", "text"] = content
+        self._hidden = hidden
         self._head: dict[str, Any] = {}
         self._usage: object = None
         self._prompt_token_ids: Sequence[int] | None = None
-        self._choices: dict[int, PartialChoice] = {}
+        self._choices: dict[int, _PartialChoice] = {}
+        self.error: BackendError | None = None
+        self.is_done = False
 
-    def add(self, chunk: dict[str, Any]) -> None:
-        """Read one chunk, as the backend sent it."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether ``[DONE]`` came, or every choice has its finish reason: some backends send no ``[DONE]``."""
+        finished = bool(self._choices) and all(choice.finish_reason for choice in self._choices.values())
+        return self.is_done or finished
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how many bytes of the reply are kept for the record."""
+        return sum(choice.kept_bytes for choice in self._choices.values())
+
+    def feed(self, event: bytes) -> bytes:
+        """Read one event; returns it without the hidden fields, or nothing if nothing else was in it."""
+        data = data_of(event)
+        if data == _DONE:
+            self.is_done = True
+        if not data or self.is_done:
+            return event
+        chunk = read_object(data)
+        if chunk is None:  # no chunk of this wire: the agent's client has to judge it
+            return event
+        if chunk.get("error"):
+            self.error = read_error_in(chunk, 200)
+            self.is_done = True
+            return event
+        self._add(chunk)
+        if not self._hidden:
+            return event
+        return event_of(_encode(chunk)) if remove_hidden(chunk, self._hidden) else b""
+
+    def _add(self, chunk: dict[str, Any]) -> None:
         for name in _HEAD_FIELDS:
             value = chunk.get(name)
             if value is not None:
@@ -82,31 +145,20 @@ class ReplyAssembly:
             self._usage = chunk["usage"]
         if self._prompt_token_ids is None:
             self._prompt_token_ids = _integers(chunk.get("prompt_token_ids"))
-        for given in choices_of(chunk):
+        for given in _choices_of(chunk):
             index = given.get("index")
             index = index if type(index) is int else 0
             choice = self._choices.get(index)
             if choice is None:
-                choice = self._choices[index] = PartialChoice(keeps_logprobs=self._keeps_logprobs)
+                choice = self._choices[index] = _PartialChoice(keeps_logprobs="logprobs" not in self._hidden)
             choice.add(given)
             if self._prompt_token_ids is None:
                 self._prompt_token_ids = _integers(given.get("prompt_token_ids"))
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether every choice has its finish reason."""
-        return bool(self._choices) and all(choice.finish_reason for choice in self._choices.values())
-
-    @property
-    def kept_bytes(self) -> int:
-        """About how many bytes of the reply are kept."""
-        return sum(choice.kept_bytes for choice in self._choices.values())
-
     def recorded(self) -> RecordedReply:
         """Return what is recorded of the reply as far as it came."""
         record = RecordedReply(prompt_token_ids=self._prompt_token_ids)
-        _read_head(self._head, record)
-        _read_usage(self._usage, record)
+        _read_head_and_usage(self._head, self._usage, record)
         choices = [self._choices[index] for index in sorted(self._choices)]
         record.finish_reasons = [choice.finish_reason for choice in choices if choice.finish_reason]
         if choices:
@@ -117,19 +169,20 @@ class ReplyAssembly:
         return record
 
     def _body(self) -> bytes:
+        shows_tokens = "token_ids" not in self._hidden
         body: dict[str, Any] = {"id": None, "object": self._reply_object, **self._head}
         body["choices"] = [
-            {"index": index, **self._content(choice), **choice.body(shows_tokens=self._shows_tokens)}
+            {"index": index, **choice.body(self._content, shows_tokens=shows_tokens)}
             for index, choice in sorted(self._choices.items())
         ]
         if self._usage is not None:  # also if it is hidden from the stream: a whole reply always has it
             body["usage"] = self._usage
-        if self._prompt_token_ids is not None and self._shows_tokens:
+        if self._prompt_token_ids is not None and shows_tokens:
             body["prompt_token_ids"] = self._prompt_token_ids
         return _encode(body)
 
 
-class PartialChoice:
+class _PartialChoice:
     """One choice of a streamed reply, as far as it came.
 
     Args:
@@ -150,7 +203,6 @@ class PartialChoice:
         self.token_ids: array[int] | None = None
 
     def add(self, given: dict[str, Any]) -> None:
-        """Read the choice's part of one chunk."""
         for name, value in given.items():
             if value is None or name in ("index", "prompt_token_ids"):
                 continue
@@ -162,18 +214,14 @@ class PartialChoice:
             elif name == "finish_reason" and isinstance(value, str):
                 self.finish_reason = value
             elif name == "token_ids":
-                self._add_tokens(value)
+                ids = _integers(value)
+                if ids is not None:
+                    self.token_ids = array("q") if self.token_ids is None else self.token_ids
+                    self.token_ids.extend(ids)
             elif name == "logprobs":
                 self._add_logprobs(value)
             else:
                 self._others[name] = value
-
-    def _add_tokens(self, value: object) -> None:
-        ids = _integers(value)
-        if ids is not None:
-            if self.token_ids is None:
-                self.token_ids = array("q")
-            self.token_ids.extend(ids)
 
     def _add_logprobs(self, value: object) -> None:
         numbers = _logprobs_of(value)
@@ -193,10 +241,9 @@ class PartialChoice:
 
     @property
     def kept_bytes(self) -> int:
-        """About how many bytes of the choice are kept."""
         numbers = _NUMBER_BYTES * (len(self._logprobs) + len(self.token_ids or ()))
         texts = len(self._text) + len(self._logprob_entries)
-        return numbers + texts + self._message.kept_bytes + self._text_logprobs.kept_bytes
+        return numbers + texts + _size_of(self._message) + _size_of(self._text_logprobs)
 
     def logprobs(self) -> Sequence[float] | None:
         """Return the log-probability of each token; None if there are none, or one was no number."""
@@ -204,17 +251,12 @@ class PartialChoice:
             return None
         return self._logprobs
 
-    def message(self) -> dict[str, Any]:
-        """Return the message of a chat's choice."""
-        return {"role": "assistant", "content": None, **self._message.whole()}
-
-    def text(self) -> str:
-        """Return the text of a text completion's choice."""
-        return self._text.decode("utf-8", "replace")
-
-    def body(self, *, shows_tokens: bool) -> dict[str, Any]:
-        """Return the choice as a whole reply has it, without its index and what the model wrote."""
-        body: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason, **self._others}
+    def body(self, content: Literal["message", "text"], *, shows_tokens: bool) -> dict[str, Any]:
+        """Return the choice as a whole reply has it, without its index."""
+        body: dict[str, Any] = {content: self._text.decode("utf-8", "replace")}
+        if content == "message":
+            body = {content: {"role": "assistant", "content": None, **self._message.whole()}}
+        body |= {"logprobs": None, "finish_reason": self.finish_reason, **self._others}
         if self._has_logprobs and self._keeps_logprobs:
             entries = msgspec.Raw(b"[" + bytes(self._logprob_entries) + b"]") if self._logprob_entries else None
             body["logprobs"] = ({} if entries is None else {"content": entries}) | self._text_logprobs.whole()
@@ -230,74 +272,83 @@ class _MergedObject:
     backends repeat what does not change (role, id, type, name) in every chunk.
     """
 
-    _UNCHANGING = frozenset({"role", "id", "type", "name", "index"})
-
     def __init__(self) -> None:
-        self._texts: dict[str, bytearray] = {}
-        self._objects: dict[str, _MergedObject] = {}
-        self._lists: dict[str, dict[int, _MergedObject] | list[Any]] = {}
-        self._values: dict[str, Any] = {}
+        self.parts: dict[str, Any] = {}
+        """By name: a ``bytearray`` for a text, a ``_MergedObject`` for an object, a dict for a list whose parts have an
+        ``index``; everything else is as it came."""
 
     def add(self, piece: dict[str, Any]) -> None:
         for name, value in piece.items():
-            if value is None:
-                continue
-            if isinstance(value, str) and name not in self._UNCHANGING:
-                self._texts.setdefault(name, bytearray()).extend(_bytes_of(value))
+            kept = self.parts.get(name)
+            if isinstance(value, str) and name not in _UNCHANGING:
+                kept = self.parts[name] = kept if isinstance(kept, bytearray) else bytearray()
+                kept += _bytes_of(value)
             elif isinstance(value, dict):
-                self._objects.setdefault(name, _MergedObject()).add(cast("dict[str, Any]", value))
+                kept = self.parts[name] = kept if isinstance(kept, _MergedObject) else _MergedObject()
+                kept.add(cast("dict[str, Any]", value))
             elif isinstance(value, list):
                 self._add_list(name, cast("list[Any]", value))
-            elif value != "" or name not in self._values:  # later chunks may repeat an id as an empty text
-                self._values[name] = value
+            elif value is not None and (value != "" or kept is None):  # later chunks may repeat an id as an empty text
+                self.parts[name] = value
 
     def _add_list(self, name: str, items: list[Any]) -> None:
-        if not all(isinstance(item, dict) and type(cast("dict[str, Any]", item).get("index")) is int for item in items):
-            plain = self._lists.setdefault(name, [])
-            if isinstance(plain, list):
-                plain.extend(items)
-            return
-        parts = self._lists.setdefault(name, {})
-        if isinstance(parts, dict):
-            for item in cast("list[dict[str, Any]]", items):
-                parts.setdefault(item["index"], _MergedObject()).add(item)
-
-    @property
-    def kept_bytes(self) -> int:
-        size = sum(map(len, self._texts.values())) + sum(each.kept_bytes for each in self._objects.values())
-        for parts in self._lists.values():
-            if isinstance(parts, dict):
-                size += sum(each.kept_bytes for each in parts.values())
-            else:
-                size += sum(len(each) if isinstance(each, str) else _ITEM_BYTES for each in parts)
-        return size
+        kept: Any = self.parts.get(name)
+        if all(isinstance(item, dict) and type(cast("dict[str, Any]", item).get("index")) is int for item in items):
+            if not isinstance(kept, dict | list):
+                kept = self.parts[name] = dict[int, _MergedObject]()
+            if isinstance(kept, dict):
+                for item in items:
+                    cast("dict[int, _MergedObject]", kept).setdefault(item["index"], _MergedObject()).add(item)
+        elif isinstance(kept, list):
+            cast("list[Any]", kept).extend(items)
+        elif not isinstance(kept, dict):
+            self.parts[name] = [*items]
 
     def whole(self) -> dict[str, Any]:
         """Return everything that came, put together. Parts of a list lose their ``index``, as in a whole reply."""
-        body = dict(self._values)
-        body.update({name: text.decode("utf-8", "replace") for name, text in self._texts.items()})
-        body.update({name: merged.whole() for name, merged in self._objects.items()})
-        for name, parts in self._lists.items():
-            if isinstance(parts, list):
-                body[name] = parts
-                continue
-            body[name] = [parts[index].whole() for index in sorted(parts)]
-            for part in body[name]:
-                part.pop("index", None)
-        return body
+        return {name: _whole(part) for name, part in self.parts.items()}
 
 
-def _read_head(reply: dict[str, Any], record: RecordedReply) -> None:
-    record.response_id = _text(reply.get("id"))
-    record.model = _text(reply.get("model"))
-    record.fingerprint = _text(reply.get("system_fingerprint"))
+def _whole(part: Any) -> Any:
+    if isinstance(part, bytearray):
+        return part.decode("utf-8", "replace")
+    if isinstance(part, _MergedObject):
+        return part.whole()
+    if isinstance(part, dict):
+        merged = [each.whole() for _, each in sorted(cast("dict[int, _MergedObject]", part).items())]
+        return [{name: value for name, value in each.items() if name != "index"} for each in merged]
+    return part
 
 
-def _read_usage(usage: object, record: RecordedReply) -> None:
+def _size_of(part: Any) -> int:
+    """Return about how many bytes a part of a ``_MergedObject`` takes."""
+    if isinstance(part, _MergedObject):
+        part = part.parts
+    if isinstance(part, dict):
+        return sum(map(_size_of, cast("dict[Any, Any]", part).values()))
+    if isinstance(part, list):
+        return sum(map(_size_of, cast("list[Any]", part)))
+    return len(part) if isinstance(part, str | bytearray) else _ITEM_BYTES
+
+
+def _choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices of a reply, or of a chunk of one, that are objects."""
+    choices = reply.get("choices")
+    if not isinstance(choices, list):
+        return []
+    return [cast("dict[str, Any]", choice) for choice in cast("list[Any]", choices) if isinstance(choice, dict)]
+
+
+def _read_head_and_usage(head: dict[str, Any], usage: object, record: RecordedReply) -> None:
+    record.response_id, record.model, record.fingerprint = (
+        value if isinstance(value := head.get(name), str) and value else None
+        for name in ("id", "model", "system_fingerprint")
+    )
     if isinstance(usage, dict):
-        counts = cast("dict[str, Any]", usage)
-        record.input_tokens = _count(counts.get("prompt_tokens"))
-        record.output_tokens = _count(counts.get("completion_tokens"))
+        record.input_tokens, record.output_tokens = (
+            value if type(value := cast("dict[str, Any]", usage).get(name)) is int else None
+            for name in ("prompt_tokens", "completion_tokens")
+        )
 
 
 def _integers(value: object) -> Sequence[int] | None:
@@ -323,14 +374,6 @@ def _logprobs_of(value: object) -> Sequence[float] | None:
     if not isinstance(numbers, list) or not all(type(each) in (float, int) for each in cast("list[Any]", numbers)):
         return None
     return [float(each) for each in cast("list[float]", numbers)]
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _count(value: object) -> int | None:
-    return value if type(value) is int else None
 
 
 def _bytes_of(text: str) -> bytes:

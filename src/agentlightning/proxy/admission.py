@@ -19,6 +19,8 @@ from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
 from agentlightning.telemetry.logs import trace_of
 
+_MAX_BYTES = 256 * 1024 * 1024
+"""How much memory the requests and kept replies of calls in flight may take together."""
 _AGENT, _OPERATOR = Principal("agent"), Principal("control")
 """The callers that a key tells apart."""
 
@@ -108,16 +110,11 @@ def read_origin(request: Request) -> CallOrigin | None:
 
 
 class CallAdmission:
-    """Admits calls: none while the proxy is paused or stopped, and only so many at once. Used by one event loop.
+    """Admits calls: none while the proxy is paused or stopped, and only ``max_calls`` at once. For one event loop."""
 
-    Args:
-        max_calls: how many calls may be in flight.
-        max_bytes: how much memory they may take together.
-    """
-
-    def __init__(self, max_calls: int, max_bytes: int) -> None:
+    def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
-        self._max_bytes = max_bytes
+        self._max_bytes = _MAX_BYTES
         self._bytes = 0
         self._calls: set[asyncio.Task[Any]] = set()
         self._held = 0

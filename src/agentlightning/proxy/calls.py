@@ -32,6 +32,7 @@ from agentlightning.proxy.upstream import UpstreamReply
 
 _logger = logging.getLogger(__name__)
 
+_MAX_REQUEST_BYTES = 32 * 1024 * 1024
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
 _MEASURED_BYTES = 64 * 1024
@@ -114,7 +115,7 @@ class _ModelCall:
         """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent."""
         record = self._record
         try:
-            record.raw_request = await _read_body(request, self._session.settings.max_request_bytes, self._grow)
+            record.raw_request = await _read_body(request, self._grow)
             record.request = self._dialect.read_request(record.raw_request, request.path_params)
             ending = await self._pass_on(request.receive)
         except _AgentGone:
@@ -273,18 +274,17 @@ async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
         watcher.cancel()
 
 
-async def _read_body(request: Request, limit: int, grow: Callable[[int], None]) -> bytes:
+async def _read_body(request: Request, grow: Callable[[int], None]) -> bytes:
     """Read the body of a request.
 
     Raises:
-        ProxyError: it has more than ``limit`` bytes (413), or the calls in flight take too much together (503).
+        ProxyError: it is too large (413), or the calls in flight take too much together (503).
         _AgentGone: the agent closed its connection before the end.
     """
     length = request.headers.get("content-length", "0")
-    too_large = ProxyError(
-        413, "request_too_large", f"The request is larger than {limit:,} bytes, the limit of the proxy."
-    )
-    if length.isdigit() and int(length) > limit:
+    why = f"The request is larger than {_MAX_REQUEST_BYTES:,} bytes, the limit of the proxy."
+    too_large = ProxyError(413, "request_too_large", why)
+    if length.isdigit() and int(length) > _MAX_REQUEST_BYTES:
         raise too_large
     parts: list[bytes] = []
     size = 0
@@ -294,7 +294,7 @@ async def _read_body(request: Request, limit: int, grow: Callable[[int], None]) 
             raise _AgentGone
         part = message.get("body", b"")
         size += len(part)
-        if size > limit:
+        if size > _MAX_REQUEST_BYTES:
             raise too_large
         grow(len(part))
         parts.append(part)

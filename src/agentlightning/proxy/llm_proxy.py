@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import secrets
 import socket
@@ -41,7 +40,7 @@ _READ_BYTES = 16 * 1024
 more slowly than the backend writes."""
 _KEEPALIVE_SECONDS = 4.0
 """Shorter than servers keep idle connections (uvicorn: 5 s), so that no call goes out on one that is being closed."""
-_BUILT_IN_MIDDLEWARES = frozenset({"rollout_attempt", "stream_conversion", "message_inspection"})
+_BUILT_IN_MIDDLEWARES = ("rollout_attempt", "stream_conversion", "message_inspection")
 """The middlewares of agentlightning 0.3, whose work this proxy does by itself."""
 
 _FIELDS_OF_CALLBACKS: Mapping[str, frozenset[CaptureField]] = {
@@ -143,11 +142,11 @@ class LLMProxy:
         self._wanted_port = port or 0
         self._public_url = None if public_url is None else public_url.rstrip("/").removesuffix("/v1")
         self._settings = ProxySettings(
-            num_retries=_at_least(num_retries, 0, "num_retries"),
+            num_retries=num_retries,
             capture=_capture_fields(ask_for, callbacks),
-            max_calls=_at_least(max_calls, 1, "max_calls"),
-            record_wait_seconds=_seconds(record_wait_seconds, "record_wait_seconds"),
-            grace_seconds=_seconds(grace_seconds, "grace_seconds"),
+            max_calls=max_calls,
+            record_wait_seconds=record_wait_seconds,
+            grace_seconds=grace_seconds,
         )
         self._key_text = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
         self._api_key = None if self._key_text is None else ApiKey(self._key_text)
@@ -400,18 +399,6 @@ def _capture_fields(
     return frozenset[CaptureField]().union(*(_FIELDS_OF_CALLBACKS[each] for each in given))
 
 
-def _at_least(value: int, least: int, what: str) -> int:
-    if type(value) is not int or value < least:
-        raise InvalidValue(f"{what} is {value!r}; give at least {least}")
-    return value
-
-
-def _seconds(value: float, what: str) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidValue(f"{what} is {value!r}; give seconds, 0 or more")
-    return float(value)
-
-
 def _warn_of_unused(
     litellm_config: Mapping[str, Any] | None,
     num_workers: int,
@@ -420,45 +407,42 @@ def _warn_of_unused(
     middlewares: Sequence[object] | None,
 ) -> None:
     """Warn of arguments of 0.3 that have no effect; refuse those that would change what is answered or recorded."""
-    unused: list[tuple[str, str, str]] = []
-    if litellm_config:
-        if "model_list" in litellm_config:
-            raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
-        reason = f"LiteLLM is not used, so {', '.join(litellm_config)} have no effect"
-        unused.append(("litellm_config", reason, "model_list"))
-    if num_workers != 1:
-        unused.append(("num_workers", "one event loop serves all calls", "several proxies with the same model_list"))
-    if launch_mode not in (None, "thread"):
-        reason = "the proxy runs in a thread of this process"
-        unused.append(("launch_mode", reason, "`agl proxy`, which is a process of its own"))
-    if launcher_args is not None:
-        unused.append(("launcher_args", "there is no launcher", "host and port"))
-    if middlewares is not None:
-        unknown = [each for each in middlewares if not (isinstance(each, str) and each in _BUILT_IN_MIDDLEWARES)]
-        if unknown:
-            raise InvalidValue(
-                f"middlewares has {unknown!r}, which would change requests or replies without a record of it; "
-                "put them before the backend, or into the agent's client"
-            )
-        unused.append(("middlewares", "the work of these is built in", "nothing"))
-    for argument, reason, instead in unused:
-        warnings.warn(
-            f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
-            DeprecationWarning,
-            stacklevel=3,
+    if litellm_config and "model_list" in litellm_config:
+        raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
+    unknown = [each for each in middlewares or () if each not in _BUILT_IN_MIDDLEWARES]
+    if unknown:
+        raise InvalidValue(
+            f"middlewares has {unknown!r}, which would change requests or replies without a record of it; "
+            "put them before the backend, or into the agent's client"
         )
+    names = ", ".join(litellm_config or ())
+    process = "`agl proxy`, which is a process of its own"
+    for argument, is_given, reason, instead in (
+        ("litellm_config", bool(litellm_config), f"LiteLLM is not used, so {names} have no effect", "model_list"),
+        (
+            "num_workers",
+            num_workers != 1,
+            "one event loop serves all calls",
+            "several proxies with the same model_list",
+        ),
+        ("launch_mode", launch_mode not in (None, "thread"), "the proxy runs in a thread of this process", process),
+        ("launcher_args", launcher_args is not None, "there is no launcher", "host and port"),
+        ("middlewares", middlewares is not None, "the work of these is built in", "nothing"),
+    ):
+        if is_given:
+            warnings.warn(
+                f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
+                DeprecationWarning,
+                stacklevel=3,
+            )
 
 
 def _outward_address() -> str:
-    """Return the address of this machine by which others reach it: the one that a packet to another network leaves
-    from.
-
-    Connecting a datagram socket looks up the route and sends nothing. The target is of a network reserved for
-    documentation (RFC 5737). Without any route: loopback.
-    """
+    """Return the address that a packet to another network leaves from, by which others reach this machine."""
+    # Connecting a datagram socket sends nothing. The target is of a network reserved for documentation (RFC 5737).
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
-        except OSError:
+        except OSError:  # there is no route
             return _LOOPBACK
         return str(probe.getsockname()[0])

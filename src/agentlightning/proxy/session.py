@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agentlightning.errors import StoreClosed
+from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.proxy.admission import CallAdmission
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
@@ -26,21 +26,31 @@ _CANCEL_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """How a proxy behaves."""
+    """How a proxy behaves.
+
+    Raises:
+        InvalidValue: a number is out of its range.
+    """
 
     num_retries: int = 2
     capture: frozenset[CaptureField] = CAPTURE_FIELDS
     max_calls: int = 4_096
     """How many calls may be in flight."""
-    max_request_bytes: int = 32 * 1024 * 1024
-    max_bytes: int = 256 * 1024 * 1024
-    """How much memory the requests and kept replies of calls in flight may take together."""
     max_waiting_bytes: int = 128 * 1024 * 1024
     """How much may wait for the store before new calls are refused."""
     record_wait_seconds: float = 5.0
     """How long the end of a reply is held back until the store has accepted its span."""
     grace_seconds: float = 5.0
     """How long a stop waits for calls in flight, and then for spans that wait for the store."""
+
+    def __post_init__(self) -> None:
+        for name, count, least in (("num_retries", self.num_retries, 0), ("max_calls", self.max_calls, 1)):
+            if type(count) is not int or count < least:
+                raise InvalidValue(f"{name} is {count!r}; give at least {least}")
+        for name in ("record_wait_seconds", "grace_seconds"):
+            seconds: object = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+                raise InvalidValue(f"{name} is {seconds!r}; give seconds, 0 or more")
 
 
 class _CurrentStore(ForwardingStore):
@@ -153,7 +163,7 @@ class ProxySession:
         self.settings = settings
         self.upstream = upstream
         self.versions = versions
-        self.admission = CallAdmission(settings.max_calls, settings.max_bytes)
+        self.admission = CallAdmission(settings.max_calls)
         self.delivery = CallDelivery(store, max_waiting_bytes=settings.max_waiting_bytes)
         self._store = store
         self._is_store_behind = False

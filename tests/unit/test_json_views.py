@@ -15,7 +15,7 @@ from agentlightning.lifecycle.records import (
     SpanRow,
     WorkerRow,
 )
-from agentlightning.store import json_records as json_views, records as views
+from agentlightning.store.records import JSON, RECORDS
 
 ATTEMPT = AttemptRow(
     seq=1,
@@ -108,12 +108,7 @@ SPAN = SpanRow(
     ],
 )
 def test_equal_to_the_json_of_the_record(view: str, arguments: tuple[object, ...]) -> None:
-    record = getattr(views, view)(*arguments)
-    shown = getattr(json_views, view)(*arguments)
+    record = getattr(RECORDS, view)(*arguments)
+    shown = getattr(JSON, view)(*arguments)
     assert json.loads(shown) == json.loads(record.model_dump_json())
     assert type(record).model_validate_json(shown) == record
-
-
-def test_both_modules_offer_the_same_views() -> None:
-    offered = {name for name in vars(views.Shown) if name.endswith("_view")}
-    assert offered == {name for name in vars(json_views) if name.endswith("_view")}

@@ -13,7 +13,6 @@ from typing import Any, Literal, Self, get_args
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
-from agentlightning.store import json_records as json_views, records as views
 from agentlightning.store.arguments import (
     check_batch,
     check_claim_limit,
@@ -39,6 +38,7 @@ from agentlightning.store.operations import (
 from agentlightning.store.operations.attempts import ClaimRequest
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.reading import ReadingStore
+from agentlightning.store.records import JSON, stored_span
 from agentlightning.store.sources import IdSource
 from agentlightning.store.validation import (
     canonical,
@@ -115,7 +115,7 @@ class EngineStore(ReadingStore):
         For a server, which would only take the records apart again.
         """
         same = copy(self)
-        same._shown = json_views
+        same._shown = JSON
         return same
 
     @property
@@ -289,7 +289,7 @@ class EngineStore(ReadingStore):
 
     async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         issued = await self.add_span_drafts(span_drafts(spans))
-        return [views.stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
+        return [stored_span(span, number) for span, number in zip(spans, issued, strict=True) if number]
 
     async def add_span_drafts(self, drafts: Sequence[SpanDraft]) -> Sequence[int]:
         """Store spans that are checked and encoded already, as by ``requests.span_drafts``.

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store import records as views
 from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy
 from agentlightning.store.base import (
     LightningStore,
@@ -23,6 +22,7 @@ from agentlightning.store.base import (
 from agentlightning.store.core import Core
 from agentlightning.store.operations.rows import load_change
 from agentlightning.store.queries import Paging, as_of, contains, either, equals, paged, within
+from agentlightning.store.records import RECORDS, Shown
 from agentlightning.store.validation import check_finite, check_id, check_version
 from agentlightning.store.verify import verify
 from agentlightning.types import (
@@ -55,7 +55,7 @@ class ReadingStore(LightningStore):
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._shown: views.Shown = views
+        self._shown = RECORDS
         self._since = time.monotonic()
 
     @property
@@ -288,7 +288,7 @@ class ReadingStore(LightningStore):
         return await self._core.read(resources)
 
 
-async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool, shown: views.Shown) -> Page:
+async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool, shown: Shown) -> Page:
     if latest_only:
         rollout = await tx.get(RolloutRow, query.scope[0].value)
         latest = None if rollout is None else rollout.latest_attempt_id
@@ -308,7 +308,7 @@ async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool, show
     return Page(records, page.total)
 
 
-def _rollout_now(tx: ReadTransaction, shown: views.Shown, rollout: RolloutRow, latest: AttemptRow | None) -> Any:
+def _rollout_now(tx: ReadTransaction, shown: Shown, rollout: RolloutRow, latest: AttemptRow | None) -> Any:
     if latest is None:
         return shown.rollout_view(rollout, None)
     return shown.attempted_view(*as_of(rollout, latest, tx.now()))

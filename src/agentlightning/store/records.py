@@ -1,13 +1,12 @@
-"""Rows as the public records that callers see.
+"""Rows as what a store returns: the public records, or their JSON.
 
-Rows were validated when they were written, so records are built without validating them again. This module and
-``json_records`` offer the same functions, which ``Shown`` lists: a store returns records in the one form or the other.
+Rows were validated when they were written, so records are built without validating them again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -39,145 +38,84 @@ from agentlightning.types.plain_spans import AnySpan, PlainSpan
 M = TypeVar("M", bound=BaseModel)
 
 _set = object.__setattr__
-_decode = msgspec.json.Decoder().decode
-_resources = TypeAdapter[NamedResources](NamedResources)
+_encode = msgspec.json.Encoder().encode
 
 
-class Shown(Protocol):
-    """The functions that turn rows into what a store returns."""
+class Shown(NamedTuple):
+    """A form in which a store returns rows: ``RECORDS`` or ``JSON``."""
+
+    whole: Callable[[type[BaseModel], dict[str, Any]], Any]
+    """Makes what is returned from the fields of a record."""
+    part: Callable[[type[BaseModel], dict[str, Any]], Any]
+    """Makes a record that is a field of another one."""
+    value: Callable[[bytes], Any]
+    """Converts a field that is stored as JSON; so do the next three, for fields with a type of their own."""
+    config: Callable[[RolloutPolicy], Any]
+    resources: Callable[[bytes], Any]
+    span: Callable[[bytes], Any]
 
     def rollout_view(self, rollout: RolloutRow, attempt: AttemptRow | None) -> Any:
-        """A rollout, with its latest attempt if there is one."""
-        ...
+        """A rollout; with its latest attempt, if there is one, it is an ``AttemptedRollout``."""
+        return _rollout(self, self.whole, rollout, attempt)
 
     def attempted_view(self, rollout: RolloutRow, attempt: AttemptRow) -> Any:
         """A rollout with one attempt."""
-        ...
+        return _rollout(self, self.whole, rollout, attempt)
 
     def attempt_view(self, row: AttemptRow) -> Any:
         """An attempt."""
-        ...
+        return self.whole(Attempt, _attempt_fields(row, self.value))
 
     def finished_view(self, row: AttemptRow, sequence_ids: Sequence[int], claimed: Iterable[Pair]) -> Any:
-        """The result of ``finish_attempt``."""
-        ...
+        """An attempt that was finished, the sequence ids of its last spans, and the rollouts that were claimed."""
+        fields = {
+            "attempt": self.part(Attempt, _attempt_fields(row, self.value)),
+            "sequence_ids": list(sequence_ids),
+            "claimed": [_rollout(self, self.part, *pair) for pair in claimed],
+        }
+        return self.whole(FinishedAttempt, fields)
 
     def worker_view(self, row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Any:
-        """A worker."""
-        ...
+        """A worker; ``stale_attempt_ids`` only in the reply to its heartbeat."""
+        fields = {
+            "worker_id": row.worker_id,
+            "status": row.status,
+            "heartbeat_stats": None if row.heartbeat_stats is None else self.value(row.heartbeat_stats),
+            "last_heartbeat_time": row.last_heartbeat_time,
+            "last_dequeue_time": row.last_dequeue_time,
+            "last_busy_time": row.last_busy_time,
+            "last_idle_time": row.last_idle_time,
+            "current_rollout_id": row.current_rollout_id,
+            "current_attempt_id": row.current_attempt_id,
+            "lease_seconds": row.lease_seconds,
+            "registration": None if row.registration is None else self.value(row.registration),
+            "directive": row.directive,
+            "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
+        }
+        return self.whole(Worker, fields)
 
     def resources_view(self, row: ResourcesRow) -> Any:
         """One version of resources."""
-        ...
-
-    def span_view(self, row: SpanRow) -> Any:
-        """A span."""
-        ...
-
-
-def rollout_view(rollout: RolloutRow, attempt: AttemptRow | None) -> Rollout:
-    """A rollout; with its latest attempt, if there is one, it is an ``AttemptedRollout``."""
-    return _build(Rollout, _rollout(rollout)) if attempt is None else attempted_view(rollout, attempt)
-
-
-def attempted_view(rollout: RolloutRow, attempt: AttemptRow) -> AttemptedRollout:
-    """A rollout with one attempt."""
-    return _build(AttemptedRollout, {**_rollout(rollout), "attempt": attempt_view(attempt)})
-
-
-def attempt_view(row: AttemptRow) -> Attempt:
-    """An attempt."""
-    return _build(Attempt, attempt_fields(row, _decode))
-
-
-def finished_view(row: AttemptRow, sequence_ids: Sequence[int], claimed: Iterable[Pair]) -> FinishedAttempt:
-    """An attempt that was finished, the sequence ids of its last spans, and the rollouts that were claimed."""
-    return _build(
-        FinishedAttempt,
-        {
-            "attempt": attempt_view(row),
-            "sequence_ids": list(sequence_ids),
-            "claimed": [attempted_view(*pair) for pair in claimed],
-        },
-    )
-
-
-def worker_view(row: WorkerRow, stale_attempt_ids: Iterable[str] | None = None) -> Worker:
-    """A worker; ``stale_attempt_ids`` only in the reply to its heartbeat."""
-    return _build(Worker, worker_fields(row, stale_attempt_ids, _decode))
-
-
-def resources_view(row: ResourcesRow) -> ResourcesUpdate:
-    """One version of resources."""
-    return _build(
-        ResourcesUpdate,
-        {
+        fields = {
             "resources_id": row.resources_id,
             "create_time": row.create_time,
             "update_time": row.update_time,
             "version": row.version,
-            "resources": _resources.validate_json(row.resources),
-        },
-    )
+            "resources": self.resources(row.resources),
+        }
+        return self.whole(ResourcesUpdate, fields)
+
+    def span_view(self, row: SpanRow) -> Any:
+        """A span."""
+        return self.span(span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body))
 
 
-def span_view(row: SpanRow) -> Span:
-    """A span."""
-    return read_span(span_json(row.rollout_id, row.attempt_id, row.sequence_id, row.body))
-
-
-def stored_span(span: AnySpan, sequence_id: int) -> AnySpan:
-    """The span that a caller gave, as it was stored."""
-    if span.sequence_id == sequence_id:
-        return span
-    if isinstance(span, PlainSpan):
-        return replace(span, sequence_id=sequence_id)
-    extra = span.__pydantic_extra__
-    stored = Span.__new__(Span)
-    _set(stored, "__dict__", {**span.__dict__, "sequence_id": sequence_id})
-    _set(stored, "__pydantic_fields_set__", {*span.__pydantic_fields_set__, "sequence_id"})
-    _set(stored, "__pydantic_extra__", extra and dict(extra))
-    _set(stored, "__pydantic_private__", None)
-    return cast("AnySpan", stored)
-
-
-def _build(record: type[M], fields: dict[str, Any]) -> M:
-    """``model_construct`` for a dict that has every field: the same record in a quarter of the time."""
-    built = record.__new__(record)
-    _set(built, "__dict__", fields)
-    _set(built, "__pydantic_fields_set__", set(fields))
-    _set(built, "__pydantic_extra__", None)
-    _set(built, "__pydantic_private__", None)
-    return built
-
-
-def _rollout(row: RolloutRow) -> dict[str, Any]:
-    return rollout_fields(row, _decode, _config)
-
-
-def _config(policy: RolloutPolicy) -> RolloutConfig:
-    return _build(
-        RolloutConfig,
-        {
-            "timeout_seconds": policy.timeout_seconds,
-            "unresponsive_seconds": policy.unresponsive_seconds,
-            "max_attempts": policy.max_attempts,
-            "retry_condition": list(policy.retry_condition),
-        },
-    )
-
-
-# --- The fields of records -----------------------------------------------------------------------
-# ``value`` converts a field that is stored as JSON.
-
-
-def rollout_fields(
-    row: RolloutRow, value: Callable[[bytes], Any], policy: Callable[[RolloutPolicy], Any]
-) -> dict[str, Any]:
-    """The fields of a rollout, without an attempt."""
-    return {
+def _rollout(
+    form: Shown, make: Callable[[type[BaseModel], Any], Any], row: RolloutRow, latest: AttemptRow | None
+) -> Any:
+    fields = {
         "rollout_id": row.rollout_id,
-        "input": value(row.input),
+        "input": form.value(row.input),
         "start_time": row.start_time,
         "end_time": row.end_time,
         "mode": row.mode,
@@ -185,15 +123,18 @@ def rollout_fields(
         "resources_version": row.resources_version,
         "status": row.status,
         "priority": row.priority,
-        "config": policy(row.policy),
-        "metadata": None if row.metadata is None else value(row.metadata),
+        "config": form.config(row.policy),
+        "metadata": None if row.metadata is None else form.value(row.metadata),
         "reason_code": row.reason_code,
         "reason_message": row.reason_message,
     }
+    if latest is None:
+        return make(Rollout, fields)
+    fields["attempt"] = form.part(Attempt, _attempt_fields(latest, form.value))
+    return make(AttemptedRollout, fields)
 
 
-def attempt_fields(row: AttemptRow, value: Callable[[bytes], Any]) -> dict[str, Any]:
-    """The fields of an attempt."""
+def _attempt_fields(row: AttemptRow, value: Callable[[bytes], Any]) -> dict[str, Any]:
     return {
         "rollout_id": row.rollout_id,
         "attempt_id": row.attempt_id,
@@ -209,22 +150,61 @@ def attempt_fields(row: AttemptRow, value: Callable[[bytes], Any]) -> dict[str, 
     }
 
 
-def worker_fields(
-    row: WorkerRow, stale_attempt_ids: Iterable[str] | None, value: Callable[[bytes], Any]
-) -> dict[str, Any]:
-    """The fields of a worker."""
-    return {
-        "worker_id": row.worker_id,
-        "status": row.status,
-        "heartbeat_stats": None if row.heartbeat_stats is None else value(row.heartbeat_stats),
-        "last_heartbeat_time": row.last_heartbeat_time,
-        "last_dequeue_time": row.last_dequeue_time,
-        "last_busy_time": row.last_busy_time,
-        "last_idle_time": row.last_idle_time,
-        "current_rollout_id": row.current_rollout_id,
-        "current_attempt_id": row.current_attempt_id,
-        "lease_seconds": row.lease_seconds,
-        "registration": None if row.registration is None else value(row.registration),
-        "directive": row.directive,
-        "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
-    }
+def _build(
+    record: type[M], fields: dict[str, Any], given: set[str] | None = None, extra: dict[str, Any] | None = None
+) -> M:
+    """``model_construct`` for a dict that has every field: the same record in a quarter of the time."""
+    built = record.__new__(record)
+    _set(built, "__dict__", fields)
+    _set(built, "__pydantic_fields_set__", given or set(fields))
+    _set(built, "__pydantic_extra__", extra)
+    _set(built, "__pydantic_private__", None)
+    return built
+
+
+def _config(policy: RolloutPolicy) -> RolloutConfig:
+    fields = msgspec.structs.asdict(policy)
+    fields["retry_condition"] = list(policy.retry_condition)
+    return _build(RolloutConfig, fields)
+
+
+def _as_json(_record: type[BaseModel], fields: dict[str, Any]) -> bytes:
+    return _encode(fields)
+
+
+def _as_fields(_record: type[BaseModel], fields: dict[str, Any]) -> dict[str, Any]:
+    return fields
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+RECORDS = Shown(
+    _build,
+    _build,
+    value=msgspec.json.Decoder().decode,
+    config=_config,
+    resources=TypeAdapter[NamedResources](NamedResources).validate_json,
+    span=read_span,
+)
+"""What callers in this process get."""
+JSON = Shown(
+    _as_json,
+    _as_fields,
+    value=msgspec.Raw,
+    config=_as_it_is,  # a struct with the fields of RolloutConfig
+    resources=msgspec.Raw,
+    span=_as_it_is,
+)
+"""What a server sends, in bytes: it would only encode the records again."""
+
+
+def stored_span(span: AnySpan, sequence_id: int) -> AnySpan:
+    """The span that a caller gave, as it was stored."""
+    if span.sequence_id == sequence_id:
+        return span
+    if isinstance(span, PlainSpan):
+        return replace(span, sequence_id=sequence_id)
+    given, extra = {*span.__pydantic_fields_set__, "sequence_id"}, span.__pydantic_extra__
+    return cast("AnySpan", _build(Span, {**span.__dict__, "sequence_id": sequence_id}, given, extra and dict(extra)))

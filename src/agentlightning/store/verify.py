@@ -15,7 +15,7 @@ from agentlightning.lifecycle.deadlines import attempt_deadline, worker_due
 from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.states import ATTEMPT_MOVES, ROLLOUT_MOVES
 from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table, Unreadable
-from agentlightning.store.records import resources_view
+from agentlightning.store.records import RECORDS
 from agentlightning.store.span_json import span_json
 from agentlightning.types import Span, VerificationReport, Violation, WorkerDirective, WorkerStatus
 
@@ -103,7 +103,7 @@ class _Check:
             self._add("resources_versions", 1)
             self._versions[resources.resources_id] = resources.version
             try:
-                resources_view(resources)
+                RECORDS.resources_view(resources)
             except ValueError as error:
                 self._report("resources_readable", name, f"cannot be read: {error}")
 

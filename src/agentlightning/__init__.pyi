@@ -21,14 +21,14 @@ from agentlightning.adapter.triplet import (
     TraceToTripletBase as TraceToTripletBase,
 )
 from agentlightning.algorithm.apo import APO as APO
-from agentlightning.algorithm.base import Algorithm as Algorithm
-from agentlightning.algorithm.batches import batch_iter_over_dataset as batch_iter_over_dataset
-from agentlightning.algorithm.decorator import (
+from agentlightning.algorithm.base import (
+    Algorithm as Algorithm,
     FunctionalAlgorithm as FunctionalAlgorithm,
     algo as algo,
     with_llm_proxy as with_llm_proxy,
     with_store as with_store,
 )
+from agentlightning.algorithm.batches import batch_iter_over_dataset as batch_iter_over_dataset
 from agentlightning.algorithm.fast import (
     Baseline as Baseline,
     FastAlgorithm as FastAlgorithm,

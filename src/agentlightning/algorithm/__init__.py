@@ -1,8 +1,7 @@
 """Algorithms: what decides which rollouts to run, and learns from what comes back."""
 
-from agentlightning.algorithm.base import Algorithm
+from agentlightning.algorithm.base import Algorithm, FunctionalAlgorithm, algo, with_llm_proxy, with_store
 from agentlightning.algorithm.batches import batch_iter_over_dataset
-from agentlightning.algorithm.decorator import FunctionalAlgorithm, algo, with_llm_proxy, with_store
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run
 

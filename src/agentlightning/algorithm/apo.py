@@ -15,7 +15,6 @@ import random
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
@@ -24,17 +23,15 @@ from pydantic import BaseModel
 from agentlightning.adapter.messages import TraceToMessages
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import (
+    EndedRollout,
     check_counts,
-    check_dataset,
+    check_datasets,
     check_seconds,
-    enqueue_once,
-    requests_for,
-    spans_of,
+    enqueue_inputs,
+    wait_for_ends,
 )
-from agentlightning.errors import IllegalMove, InvalidValue, MissingExtra, NothingToLearn
-from agentlightning.store.base import is_finished
-from agentlightning.types import Dataset, PromptTemplate, Rollout, RolloutMode
-from agentlightning.types.rewards import find_final_reward
+from agentlightning.errors import InvalidValue, MissingExtra, NothingToLearn
+from agentlightning.types import Dataset, PromptTemplate, RolloutMode
 
 _logger = logging.getLogger(__name__)
 
@@ -146,63 +143,52 @@ class APO(Algorithm):
             MissingExtra: no client was given, and there is no ``openai`` package to make one.
             Exception: what the client raises if a model does not answer; the run can be resumed.
         """
-        check_dataset(train_dataset, "train_dataset")
-        check_dataset(val_dataset, "val_dataset")
+        check_datasets(train_dataset=train_dataset, val_dataset=val_dataset)
         if train_dataset is None or val_dataset is None or not (len(train_dataset) and len(val_dataset)):
             raise InvalidValue("APO needs tasks to learn from and tasks to measure with; pass both datasets")
         name, first = self._template()
         async with self._client() as client:
-            await self._search(client, name, first, train_dataset, val_dataset)
-        if self._best is None or self._best.score is None:
+            await self._search(client, first, train_dataset, val_dataset)
+        if self._best is None:
             raise NothingToLearn("no rollout of any prompt got a reward; does the agent succeed, and return one?")
         best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
         await self.get_store().add_resources(best)
 
     async def _search(
-        self,
-        client: Any,
-        name: str,
-        first: PromptTemplate,
-        train_dataset: Dataset[Any],
-        val_dataset: Dataset[Any],
+        self, client: Any, first: PromptTemplate, train_dataset: Dataset[Any], val_dataset: Dataset[Any]
     ) -> None:
         state = self._load() or _SearchState(round=0, beam=[_ScoredPrompt(prompt=first)])
         if state.round == 0 and state.candidates is None and self._run_initial_validation:
-            state = _SearchState(round=0, beam=await self._score(0, "start", name, [first], val_dataset))
+            state = _SearchState(round=0, beam=await self._score(0, "start", [first], val_dataset))
             self._note_best(state.beam)
         for round_number in range(state.round, self._beam_rounds):
             if state.candidates is None:
-                candidates = await self._branch(client, round_number, name, state.beam, train_dataset)
+                candidates = await self._branch(client, round_number, state.beam, train_dataset)
                 state = _SearchState(round=round_number, beam=state.beam, candidates=candidates)
                 self._save(state)
-            state = await self._select(state, name, val_dataset)
+            state = await self._select(state, val_dataset)
             self._save(state)
 
     async def _branch(
-        self, client: Any, round_number: int, name: str, beam: Sequence[_ScoredPrompt], dataset: Dataset[Any]
+        self, client: Any, round_number: int, beam: Sequence[_ScoredPrompt], dataset: Dataset[Any]
     ) -> list[PromptTemplate]:
         """Return new prompts, each once."""
         parents = [each.prompt for each in beam for _ in range(self._branch_factor)]
         made = await asyncio.gather(
-            *(self._improve(client, round_number, place, name, prompt, dataset) for place, prompt in enumerate(parents))
+            *(self._improve(client, round_number, place, prompt, dataset) for place, prompt in enumerate(parents))
         )
         known = {each.prompt.template for each in beam}
-        fresh: list[PromptTemplate] = []
-        for prompt in made:
-            if prompt is not None and prompt.template not in known:
-                known.add(prompt.template)
-                fresh.append(prompt)
-        return fresh
+        fresh = {prompt.template: prompt for prompt in made if prompt is not None and prompt.template not in known}
+        return list(fresh.values())
 
     async def _improve(
-        self, client: Any, round_number: int, place: int, name: str, prompt: PromptTemplate, dataset: Dataset[Any]
+        self, client: Any, round_number: int, place: int, prompt: PromptTemplate, dataset: Dataset[Any]
     ) -> PromptTemplate | None:
         """Return a rewritten prompt; None if the model's answer is not usable."""
-        rng = random.Random(f"{self._seed} {round_number} {place}")
-        count = min(self._gradient_batch_size, len(dataset))
-        tasks = [dataset[index] for index in rng.sample(range(len(dataset)), count)]
-        trials = await self._try(round_number, f"branch{place}-", name, prompt, tasks, "train")
-        critique = await self._ask(client, self._gradient_model, ask_for_critique(prompt, trials))
+        tasks = _sample(dataset, self._gradient_batch_size, f"{self._seed} {round_number} {place}")
+        trials = await self._try(round_number, f"branch{place}-", prompt, tasks, "train")
+        adapter = self._adapter if isinstance(self._adapter, TraceToMessages) else TraceToMessages()
+        critique = await self._ask(client, self._gradient_model, ask_for_critique(prompt, trials, adapter))
         reply = await self._ask(client, self._apply_edit_model, ask_for_edit(prompt, critique))
         try:
             return read_prompt(reply, prompt)
@@ -210,14 +196,14 @@ class APO(Algorithm):
             _logger.warning("round %d: a new prompt is not usable: %s", round_number, error)
             return None
 
-    async def _select(self, state: _SearchState, name: str, dataset: Dataset[Any]) -> _SearchState:
+    async def _select(self, state: _SearchState, dataset: Dataset[Any]) -> _SearchState:
         """Measure what is not measured, and return the state with the next beam: the best of old and new prompts."""
         unmeasured = [each.prompt for each in state.beam if each.score is None]
         measured = [each for each in state.beam if each.score is not None]
         fresh = state.candidates or []
-        measured += await self._score(state.round, "val", name, [*unmeasured, *fresh], dataset)
+        measured += await self._score(state.round, "val", [*unmeasured, *fresh], dataset)
         # Sorting is stable, so of prompts with equal scores the older one is kept.
-        measured.sort(key=lambda each: -math.inf if each.score is None else each.score, reverse=True)
+        measured.sort(key=_score_of, reverse=True)
         beam = measured[: self._beam_width]
         self._note_best(beam)
         numbers = {"total_steps": float(self._beam_rounds), "prompts_tried": float(len(fresh))}
@@ -227,58 +213,32 @@ class APO(Algorithm):
         return _SearchState(round=state.round + 1, beam=beam)
 
     async def _score(
-        self, round_number: int, kind: str, name: str, prompts: Sequence[PromptTemplate], dataset: Dataset[Any]
+        self, round_number: int, kind: str, prompts: Sequence[PromptTemplate], dataset: Dataset[Any]
     ) -> list[_ScoredPrompt]:
         """Return each prompt with its mean reward over the validation tasks, which are the same for all prompts."""
-        count = min(self._val_batch_size, len(dataset))
-        tasks = [dataset[index] for index in random.Random(f"{self._seed}").sample(range(len(dataset)), count)]
+        tasks = _sample(dataset, self._val_batch_size, f"{self._seed}")
 
         async def score(place: int, prompt: PromptTemplate) -> _ScoredPrompt:
-            trials = await self._try(round_number, f"{kind}{place}-", name, prompt, tasks, "val")
+            trials = await self._try(round_number, f"{kind}{place}-", prompt, tasks, "val")
             rewards = [trial.reward for trial in trials if trial.reward is not None]
             return _ScoredPrompt(prompt=prompt, score=math.fsum(rewards) / len(rewards) if rewards else None)
 
         return list(await asyncio.gather(*(score(place, prompt) for place, prompt in enumerate(prompts))))
 
     def _note_best(self, beam: Sequence[_ScoredPrompt]) -> None:
-        for each in beam:
-            if each.score is not None and (
-                self._best is None or self._best.score is None or each.score > self._best.score
-            ):
-                self._best = each
+        scored = [each for each in (self._best, *beam) if each is not None and each.score is not None]
+        self._best = max(scored, key=_score_of, default=None)  # the first of equals
 
     async def _try(
-        self, round_number: int, kind: str, name: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
-    ) -> list[Trial]:
-        """Run the agent with a prompt on some tasks, and return how that went."""
-        store = self.get_store()
+        self, round_number: int, kind: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
+    ) -> list[EndedRollout]:
+        """Run the agent with a prompt on some tasks, and return the rollouts that ended in time."""
+        store, (name, _) = self.get_store(), self._template()
         resources = await store.add_resources({**(self.get_initial_resources() or {}), name: prompt})
-        requests = requests_for(
+        rollout_ids = await enqueue_inputs(
             self, tasks, mode=mode, resources_id=resources.resources_id, step=round_number, kind=kind
         )
-        rollout_ids = await enqueue_once(store, requests)
-        ended = await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=self._timeout)
-        late = set(rollout_ids) - {rollout.rollout_id for rollout in ended}
-        await asyncio.gather(*(self._cancel(rollout_id) for rollout_id in late))
-        adapter = self._adapter if isinstance(self._adapter, TraceToMessages) else TraceToMessages()
-        spans = await spans_of(store, ended)
-        return [
-            Trial(
-                task=rollout.input,
-                reward=find_final_reward(each) if rollout.status == "succeeded" else None,
-                outcome=_outcome(rollout),
-                conversations=adapter.examine(each).made,
-            )
-            for rollout, each in zip(ended, spans, strict=True)
-        ]
-
-    async def _cancel(self, rollout_id: str) -> None:
-        try:
-            await self.get_store().cancel_rollout(rollout_id, message=f"not done after {self._timeout:g} s")
-        except IllegalMove:  # it ended in the meantime, too late to count
-            rollout = await self.get_store().get_rollout_by_id(rollout_id)
-            if rollout is None or not is_finished(rollout):
-                raise
+        return [each for each in await wait_for_ends(store, rollout_ids, self._timeout) if each is not None]
 
     async def _ask(self, client: Any, model: str, question: str) -> str:
         reply = await client.chat.completions.create(
@@ -326,9 +286,13 @@ class APO(Algorithm):
             run.save_checkpoint({"state": state.model_dump(), "best": best})
 
 
-def _outcome(rollout: Rollout) -> str:
-    why = rollout.reason_message or rollout.reason_code
-    return rollout.status if rollout.status == "succeeded" or not why else f"{rollout.status}: {why}"
+def _sample(dataset: Dataset[Any], count: int, seed: str) -> list[Any]:
+    places = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
+    return [dataset[place] for place in places]
+
+
+def _score_of(prompt: _ScoredPrompt) -> float:
+    return -math.inf if prompt.score is None else prompt.score
 
 
 # --- Requests to models, and their replies ------------------------------------------------------------
@@ -340,21 +304,9 @@ _FENCE = re.compile(r"\A\s*```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TAGS = re.compile(r"<prompt>\s*\n?(.*?)\n?\s*</prompt>", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One rollout with a prompt."""
-
-    task: Any
-    reward: float | None
-    outcome: str
-    """The rollout's status, with the reason if it failed."""
-    conversations: Sequence[Any]
-    """OpenAI messages."""
-
-
-def ask_for_critique(prompt: PromptTemplate, trials: Sequence[Trial]) -> str:
+def ask_for_critique(prompt: PromptTemplate, trials: Sequence[EndedRollout], adapter: TraceToMessages) -> str:
     """Return the request for a textual gradient: what is wrong with a prompt, judged by some rollouts."""
-    shown = "\n\n".join(_describe(number, trial) for number, trial in enumerate(trials, 1))
+    shown = "\n\n".join(_describe(number, trial, adapter) for number, trial in enumerate(trials, 1))
     return (
         "An agent works with a prompt template. You see the template, and what came of it in some runs, each with "
         "its reward (higher is better). Say what in the template led to the losses, and what to change. Name causes "
@@ -417,10 +369,13 @@ def placeholders(prompt: PromptTemplate) -> set[str] | None:
     return None
 
 
-def _describe(number: int, trial: Trial) -> str:
+def _describe(number: int, trial: EndedRollout, adapter: TraceToMessages) -> str:
+    rollout = trial.rollout
     reward = "none" if trial.reward is None else f"{trial.reward:g}"
-    said = json.dumps(trial.conversations, ensure_ascii=False, default=str)
+    why = rollout.reason_message or rollout.reason_code
+    outcome = rollout.status if rollout.status == "succeeded" or not why else f"{rollout.status}: {why}"
+    said = json.dumps(adapter.examine(trial.spans).made, ensure_ascii=False, default=str)
     if len(said) > _MAX_CHARACTERS:
         said = said[:_MAX_CHARACTERS] + f" … ({len(said) - _MAX_CHARACTERS} characters more)"
-    task = json.dumps(trial.task, ensure_ascii=False, default=str)
-    return f'<run number="{number}" reward="{reward}" outcome="{trial.outcome}">\n<task>{task}</task>\n{said}\n</run>'
+    task = json.dumps(rollout.input, ensure_ascii=False, default=str)
+    return f'<run number="{number}" reward="{reward}" outcome="{outcome}">\n<task>{task}</task>\n{said}\n</run>'

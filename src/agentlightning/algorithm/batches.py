@@ -1,16 +1,18 @@
-"""Datasets in batches, repeatable enqueueing, reads of many rollouts, and checks of arguments."""
+"""Datasets in batches, repeatable enqueueing, runs of many rollouts, and checks of arguments."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.errors import IdReused, InvalidValue
-from agentlightning.store.base import LightningStore
+from agentlightning.errors import IdReused, IllegalMove, InvalidValue
+from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, RolloutMode, Span
+from agentlightning.types.rewards import find_final_reward
 
 T = TypeVar("T")
 
@@ -34,26 +36,23 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
         yield [dataset[index] for index in range(begin, min(begin + batch_size, size))]
 
 
-def check_dataset(dataset: object, name: str) -> None:
-    """Raise unless the dataset is None or can be read by position.
-
-    Args:
-        dataset: as the user gave it.
-        name: of the argument, for the message.
+def check_datasets(**datasets: object) -> None:
+    """Raise unless each dataset is None or can be read by position.
 
     Raises:
-        InvalidValue: it cannot.
+        InvalidValue: one cannot.
     """
-    by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts and data frames are read by key or column
-    if dataset is not None and (by_name or not by_position or isinstance(dataset, (str, bytes))):
-        raise InvalidValue(
-            f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as a "
-            "list of inputs (of a table: table.to_dict('records'))"
-        )
+    for name, dataset in datasets.items():
+        by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts and data frames: read by key or column
+        if dataset is not None and (by_name or not by_position or isinstance(dataset, (str, bytes))):
+            raise InvalidValue(
+                f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as "
+                "a list of inputs (of a table: table.to_dict('records'))"
+            )
 
 
-def requests_for(
+async def enqueue_inputs(
     algorithm: Algorithm,
     inputs: Sequence[Any],
     *,
@@ -62,8 +61,10 @@ def requests_for(
     step: int,
     kind: str = "",
     first_index: int = 0,
-) -> list[EnqueueRolloutRequest]:
-    """Return one request for each input, with the algorithm's rollout config and the ids of its run, if it has one.
+) -> list[str]:
+    """Enqueue one rollout for each input, with the algorithm's rollout config, and return their ids in order.
+
+    If the algorithm has a run, the ids follow from it, and rollouts that exist already are left as they are.
 
     Args:
         algorithm: whose rollouts they are.
@@ -71,9 +72,12 @@ def requests_for(
         mode, resources_id: of all rollouts.
         step, kind: see ``Run.rollout_id``.
         first_index: index of the first rollout in the step.
+
+    Raises:
+        IdReused: a rollout exists with another input.
     """
     run, config = algorithm.get_run(), algorithm.get_rollout_config()
-    return [
+    requests = [
         EnqueueRolloutRequest(
             input=each,
             mode=mode,
@@ -83,6 +87,7 @@ def requests_for(
         )
         for index, each in enumerate(inputs, first_index)
     ]
+    return await enqueue_once(algorithm.get_store(), requests)
 
 
 async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:
@@ -98,48 +103,68 @@ async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutR
     """
     named = [request.rollout_id for request in requests if request.rollout_id is not None]
     known: dict[str, Rollout] = {}
-    for begin in range(0, len(named), _WRITES_AT_ONCE):
-        page = await store.query_rollouts(rollout_id_in=named[begin : begin + _WRITES_AT_ONCE])
-        known |= {rollout.rollout_id: rollout for rollout in page}
+    for some in batch_iter_over_dataset(named, _WRITES_AT_ONCE):
+        known |= {rollout.rollout_id: rollout for rollout in await store.query_rollouts(rollout_id_in=some)}
     fresh: list[EnqueueRolloutRequest] = []
     for request in requests:
         rollout = known.get(request.rollout_id or "")
         if rollout is None:
             fresh.append(request)
-        else:
-            _check_same(rollout, request)
-    made: list[Rollout] = []
-    for begin in range(0, len(fresh), _WRITES_AT_ONCE):
-        made.extend(await store.enqueue_many_rollouts(fresh[begin : begin + _WRITES_AT_ONCE]))
-    new_ids = iter([rollout.rollout_id for rollout in made])
-    return [
-        request.rollout_id if request.rollout_id is not None and request.rollout_id in known else next(new_ids)
-        for request in requests
-    ]
+        elif rollout.input != request.input:
+            raise IdReused(
+                f"rollout {rollout.rollout_id!r} exists with the input {rollout.input!r:.80}, not "
+                f"{request.input!r:.80}; the run of that name was begun with other tasks: give this one another name"
+            )
+    new_ids: list[str] = []
+    for some in batch_iter_over_dataset(fresh, _WRITES_AT_ONCE):
+        new_ids += [rollout.rollout_id for rollout in await store.enqueue_many_rollouts(some)]
+    made = iter(new_ids)
+    return [request.rollout_id if request.rollout_id in known else next(made) for request in requests]
 
 
-async def spans_of(store: LightningStore, rollouts: Sequence[Rollout]) -> list[list[Span]]:
-    """Return the spans of the newest attempt of each rollout, in order."""
+@dataclass(frozen=True)
+class EndedRollout:
+    """A rollout that has ended, and the spans of its newest attempt."""
+
+    rollout: Rollout
+    spans: Sequence[Span]
+
+    @property
+    def reward(self) -> float | None:
+        """Its reward. A failed attempt may have emitted one before it failed; that is not the reward of the rollout."""
+        return find_final_reward(self.spans) if self.rollout.status == "succeeded" else None
+
+
+async def wait_for_ends(
+    store: LightningStore, rollout_ids: Sequence[str], timeout_seconds: float | None = None
+) -> list[EndedRollout | None]:
+    """Wait until all rollouts have ended, and return them in order; None for one that is not in the store any more.
+
+    Args:
+        timeout_seconds: those that have not ended by then are cancelled, and returned as None.
+    """
     slots = asyncio.Semaphore(_READS_AT_ONCE)
+    found = await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout_seconds)
+    ended = {rollout.rollout_id: rollout for rollout in found}
 
-    async def read(rollout: Rollout) -> list[Span]:
+    async def read(rollout_id: str) -> EndedRollout | None:
         async with slots:
-            return list(await store.query_spans(rollout.rollout_id, "latest"))
+            if rollout_id in ended:
+                return EndedRollout(ended[rollout_id], list(await store.query_spans(rollout_id, "latest")))
+            if timeout_seconds is not None:
+                await _cancel(store, rollout_id, f"not done after {timeout_seconds:g} s")
+            return None
 
-    return list(await asyncio.gather(*(read(rollout) for rollout in rollouts)))
-
-
-def _check_same(rollout: Rollout, request: EnqueueRolloutRequest) -> None:
-    if rollout.input != request.input:
-        raise IdReused(
-            f"rollout {rollout.rollout_id!r} exists with the input {_short(rollout.input)}, not "
-            f"{_short(request.input)}; the run of that name was begun with other tasks: give this one another name"
-        )
+    return list(await asyncio.gather(*map(read, rollout_ids)))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+async def _cancel(store: LightningStore, rollout_id: str, message: str) -> None:
+    try:
+        await store.cancel_rollout(rollout_id, message=message)
+    except IllegalMove:  # it ended in the meantime, too late to count
+        rollout = await store.get_rollout_by_id(rollout_id)
+        if rollout is None or not is_finished(rollout):
+            raise
 
 
 def check_counts(*, least: int = 1, **counts: int) -> None:

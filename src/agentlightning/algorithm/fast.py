@@ -9,13 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_counts, check_dataset, check_seconds, enqueue_once, requests_for
-from agentlightning.algorithm.model_proxy import running_proxy
-from agentlightning.algorithm.run import reassign_unfinished
+from agentlightning.algorithm.batches import (
+    EndedRollout,
+    check_counts,
+    check_datasets,
+    check_seconds,
+    enqueue_inputs,
+    wait_for_ends,
+)
+from agentlightning.algorithm.run import reassign_unfinished, running_proxy
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.types import LLM, Dataset, ResourceUnion, Rollout, RolloutMode, Span
-from agentlightning.types.rewards import find_final_reward
+from agentlightning.types import LLM, Dataset, ResourceUnion, RolloutMode, Span
 
 _logger = logging.getLogger(__name__)
 
@@ -80,8 +85,7 @@ class Baseline(FastAlgorithm):
             InvalidValue: it was begun with another number of inputs; or a dataset cannot be read by position; or the
                 proxy has several models, so the initial resources must say which one to use.
         """
-        check_dataset(train_dataset, "train_dataset")
-        check_dataset(val_dataset, "val_dataset")
+        check_datasets(train_dataset=train_dataset, val_dataset=val_dataset)
         work = self._split(train_dataset, val_dataset)
         if not work:
             _logger.warning("Baseline was given no inputs, so there is nothing to run")
@@ -129,10 +133,8 @@ class Baseline(FastAlgorithm):
         return int(checkpoint["epoch"])
 
     def _split(self, train: Dataset[Any] | None, val: Dataset[Any] | None) -> list[_Work]:
-        inputs = [] if train is None else [train[index] for index in range(len(train))]
-        if val is not None:
-            checks = [val[index] for index in range(len(val))]
-        else:
+        inputs, checks = ([] if data is None else [data[index] for index in range(len(data))] for data in (train, val))
+        if val is None:
             border = round(len(inputs) * self._train_split)
             inputs, checks = inputs[:border], inputs[border:]
         train_work: list[_Work] = [("train", each) for each in inputs]
@@ -141,36 +143,30 @@ class Baseline(FastAlgorithm):
     async def _run_epoch(
         self, store: LightningStore, epoch: int, work: Sequence[_Work], resources_id: str | None
     ) -> None:
-        following: set[asyncio.Task[tuple[Rollout, float | None]]] = set()
-        begun = await self._begun(store, epoch)
+        following: set[asyncio.Task[EndedRollout]] = set()
+        run, begun = self.get_run(), set[str]()
+        if run is not None:  # some rollouts exist already, from an earlier start of the run
+            prefix = run.rollout_id(epoch, 0).removesuffix("0")
+            begun = {each.rollout_id for each in await store.query_rollouts(rollout_id_contains=prefix)}
         try:
             for index, (mode, each) in enumerate(work):
-                requests = requests_for(
+                if run is None or run.rollout_id(epoch, index) not in begun:
+                    await self._wait_for_room(store, following)
+                (rollout_id,) = await enqueue_inputs(
                     self, [each], mode=mode, resources_id=resources_id, step=epoch, first_index=index
                 )
-                if requests[0].rollout_id not in begun:
-                    await self._wait_for_room(store, following)
-                (rollout_id,) = await enqueue_once(store, requests)
                 following.add(asyncio.create_task(self._follow(store, rollout_id)))
             ended = await asyncio.gather(*following)
         finally:
             for task in following:
                 task.cancel()
-        rewards = [reward for _, reward in ended if reward is not None]
+        rewards = [each.reward for each in ended if each.reward is not None]
         numbers = {"rollouts": float(len(ended)), "rewarded": float(len(rewards))}
         for status in ("succeeded", "failed", "cancelled"):
-            numbers[status] = float(sum(rollout.status == status for rollout, _ in ended))
+            numbers[status] = float(sum(each.rollout.status == status for each in ended))
         if rewards:
             numbers["reward_mean"] = math.fsum(rewards) / len(rewards)
         self.report(epoch, **numbers)
-
-    async def _begun(self, store: LightningStore, epoch: int) -> set[str | None]:
-        """Return the ids of the epoch's rollouts that exist already, from an earlier start of the run."""
-        run = self.get_run()
-        if run is None:
-            return set()
-        known = await store.query_rollouts(rollout_id_contains=run.rollout_id(epoch, 0).removesuffix("0"))
-        return {each.rollout_id for each in known}
 
     async def _wait_for_room(self, store: LightningStore, following: set[asyncio.Task[Any]]) -> None:
         """Return when fewer than `max_queue_length` rollouts wait."""
@@ -181,12 +177,11 @@ class Baseline(FastAlgorithm):
             else:  # the queue is full of rollouts of others, whose end is not awaited here
                 await asyncio.sleep(self._polling_interval)
 
-    async def _follow(self, store: LightningStore, rollout_id: str) -> tuple[Rollout, float | None]:
-        """Wait for the end of a rollout, log it, and return it with its reward."""
-        (rollout,) = await store.wait_for_rollouts(rollout_ids=[rollout_id])
-        spans = list(await store.query_spans(rollout_id, "latest"))
-        # A failed attempt may have emitted a reward before it failed; that is not the reward of the rollout.
-        reward = find_final_reward(spans) if rollout.status == "succeeded" else None
+    async def _follow(self, store: LightningStore, rollout_id: str) -> EndedRollout:
+        """Wait for the end of a rollout, log it, and return it."""
+        (ended,) = await wait_for_ends(store, [rollout_id])
+        assert ended is not None, "nobody deletes rollouts that are not finished"
+        rollout = ended.rollout
         why = f", {rollout.reason_code}: {rollout.reason_message}" if rollout.reason_code else ""
         _logger.info(
             "rollout %s (%s) %s%s; reward %s, %d spans",
@@ -194,12 +189,12 @@ class Baseline(FastAlgorithm):
             rollout.mode,
             rollout.status,
             why,
-            reward,
-            len(spans),
+            ended.reward,
+            len(ended.spans),
         )
-        for span in spans:
+        for span in ended.spans:
             _logger.info("  %s", self._describe(span))
-        return rollout, reward
+        return ended
 
     def _describe(self, span: Span) -> str:
         head = f"span {span.sequence_id} {span.name!r} {span.status.status_code}"

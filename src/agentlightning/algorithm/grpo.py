@@ -20,14 +20,18 @@ from typing_extensions import TypeVar
 
 from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
-from agentlightning.algorithm.batches import check_counts, check_dataset, enqueue_once, requests_for, spans_of
-from agentlightning.algorithm.grpo_groups import GroupReader, StepGroups
-from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
-from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
-from agentlightning.algorithm.run import reassign_unfinished
+from agentlightning.algorithm.batches import EndedRollout, check_counts, check_datasets, enqueue_inputs, wait_for_ends
+from agentlightning.algorithm.policy import (
+    GroupReader,
+    ModelEndpoint,
+    Policy,
+    PolicyBatch,
+    PolicyUpdate,
+    StepGroups,
+)
+from agentlightning.algorithm.run import ModelProxy, reassign_unfinished, running_proxy
 from agentlightning.errors import InvalidValue, NothingToLearn
-from agentlightning.types import LLM, Dataset, Rollout, RolloutMode
-from agentlightning.types.rewards import find_final_reward
+from agentlightning.types import LLM, Dataset, RolloutMode
 
 _logger = logging.getLogger(__name__)
 
@@ -140,8 +144,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
             IdReused: the run of this name was begun with other tasks.
             NothingToLearn: in three consecutive steps, or in all if there are fewer, no group was complete.
         """
-        check_dataset(train_dataset, "train_dataset")
-        check_dataset(val_dataset, "val_dataset")
+        check_datasets(train_dataset=train_dataset, val_dataset=val_dataset)
         if train_dataset is None or len(train_dataset) == 0:
             raise InvalidValue("GRPO has no tasks to learn from; pass train_dataset")
         resumed_step = await asyncio.to_thread(self._load_checkpoint)
@@ -170,16 +173,14 @@ class GRPO(Algorithm, Generic[PolicyT]):
     async def _step(
         self, step: int, train_dataset: Dataset[Any], val_dataset: Dataset[Any] | None, serving: _Serving
     ) -> StepGroups:
-        tasks = self._tasks_of(step, train_dataset)
-        inputs = [task for task in tasks for _ in range(self._group_size)]
+        inputs = [task for task in self._tasks_of(step, train_dataset) for _ in range(self._group_size)]
         rollouts = await self._run_all("train", "", step, inputs, serving.train_resources_id)
         if step == serving.resumed_step:
             rollouts = await self._replace_failed(step, inputs, rollouts, serving)
-        succeeded = [rollout for rollout in rollouts if rollout is not None and rollout.status == "succeeded"]
-        spans = await spans_of(self.get_store(), succeeded)
-        groups = self._reader().read(
-            rollouts, {rollout.rollout_id: each for rollout, each in zip(succeeded, spans, strict=True)}
-        )
+        # The trainer's adapter may make something else than triplets, such as messages; GRPO cannot use it then.
+        adapter = self._adapter if isinstance(self._adapter, TraceToTripletBase) else TracerTraceToTriplet()
+        reader = GroupReader(self._policy, self._model, adapter, self._group_size, self._update.scale_by_deviation)
+        groups = reader.read(rollouts)
         if groups.dropped_groups:
             _logger.warning("step %d: %s", step, _describe_dropped(groups))
         numbers = groups.numbers() | await self._learn(step, groups, serving.endpoint)
@@ -204,14 +205,14 @@ class GRPO(Algorithm, Generic[PolicyT]):
         return tasks
 
     async def _replace_failed(
-        self, step: int, inputs: Sequence[Any], rollouts: Sequence[Rollout | None], serving: _Serving
-    ) -> list[Rollout | None]:
+        self, step: int, inputs: Sequence[Any], rollouts: Sequence[EndedRollout | None], serving: _Serving
+    ) -> list[EndedRollout | None]:
         """Run those that failed in the resumed step once more, as new rollouts.
 
         The endpoint died with the earlier process, so an agent that ran on another machine at that time may have failed
         only because its model was gone.
         """
-        failed = [index for index, rollout in enumerate(rollouts) if rollout is None or rollout.status != "succeeded"]
+        failed = [index for index, each in enumerate(rollouts) if each is None or each.rollout.status != "succeeded"]
         again = [inputs[index] for index in failed]
         others = await self._run_all("train", "again", step, again, serving.train_resources_id)
         replaced = dict(zip(failed, others, strict=True))
@@ -219,7 +220,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
 
     async def _run_all(
         self, mode: RolloutMode, kind: str, step: int, inputs: Sequence[Any], resources_id: str
-    ) -> list[Rollout | None]:
+    ) -> list[EndedRollout | None]:
         """Run the agent on each input, and return the rollouts when all have ended, in order.
 
         Args:
@@ -227,16 +228,8 @@ class GRPO(Algorithm, Generic[PolicyT]):
         """
         if not inputs:
             return []
-        requests = requests_for(self, inputs, mode=mode, resources_id=resources_id, step=step, kind=kind)
-        store = self.get_store()
-        rollout_ids = await enqueue_once(store, requests)
-        ended = {each.rollout_id: each for each in await store.wait_for_rollouts(rollout_ids=rollout_ids)}
-        return [ended.get(rollout_id) for rollout_id in rollout_ids]
-
-    def _reader(self) -> GroupReader:
-        # The trainer's adapter may make something else than triplets, such as messages; GRPO cannot use it then.
-        adapter = self._adapter if isinstance(self._adapter, TraceToTripletBase) else TracerTraceToTriplet()
-        return GroupReader(self._policy, self._model, adapter, self._group_size, self._update.scale_by_deviation)
+        rollout_ids = await enqueue_inputs(self, inputs, mode=mode, resources_id=resources_id, step=step, kind=kind)
+        return await wait_for_ends(self.get_store(), rollout_ids)
 
     async def _learn(self, step: int, groups: StepGroups, endpoint: ModelEndpoint) -> dict[str, float]:
         """Update the policy. The proxy is paused meanwhile, so that no call mixes two versions of the weights."""
@@ -256,9 +249,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
     async def _validate(self, step: int, dataset: Dataset[Any], resources_id: str) -> dict[str, float]:
         inputs = [dataset[index] for index in range(len(dataset))]
         rollouts = await self._run_all("val", "val", step, inputs, resources_id)
-        succeeded = [rollout for rollout in rollouts if rollout is not None and rollout.status == "succeeded"]
-        spans = await spans_of(self.get_store(), succeeded)
-        rewards = [reward for each in spans if (reward := find_final_reward(each)) is not None]
+        rewards = [each.reward for each in rollouts if each is not None and each.reward is not None]
         numbers = {"val_rollouts": float(len(inputs)), "val_unrewarded": float(len(inputs) - len(rewards))}
         return numbers | ({"val_reward_mean": math.fsum(rewards) / len(rewards)} if rewards else {})
 

@@ -22,16 +22,17 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import psutil
 
-from agentlightning.algorithm.model_proxy import ModelProxy
 from agentlightning.errors import IllegalMove, InvalidValue
 from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.types import (
+    LLM,
     UNSET,
     NamedResources,
     ProxyLLM,
@@ -101,16 +102,16 @@ class Run:
         Raises:
             InvalidValue: the file is not a checkpoint. It is not overwritten for that reason.
         """
-        try:
-            text = self._path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        if not self._path.exists():
             return None
         try:
-            checkpoint = json.loads(text)
+            checkpoint = json.loads(self._path.read_text(encoding="utf-8"))
+            if not isinstance(checkpoint, dict):
+                raise ValueError("it is not a JSON object")
         except ValueError as error:
-            raise _not_a_checkpoint(self._path, str(error)) from error
-        if not isinstance(checkpoint, dict):
-            raise _not_a_checkpoint(self._path, "it is not a JSON object")
+            raise InvalidValue(
+                f"{self._path} is not a checkpoint: {error}; move it away to begin the run from the start"
+            ) from error
         return cast("dict[str, Any]", checkpoint)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -140,10 +141,6 @@ class Run:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _not_a_checkpoint(path: Path, why: str) -> InvalidValue:
-    return InvalidValue(f"{path} is not a checkpoint: {why}; move it away to begin the run from the start")
 
 
 async def prepare_to_resume(store: LightningStore, process_space: str | None, *, behind_proxy: bool) -> None:
@@ -245,6 +242,81 @@ async def reassign_unfinished(
 
     found = await store.query_rollouts(status_in=[*_QUEUED, *_CLAIMED], rollout_id_contains=prefix)
     await _for_each(found, reassign)
+
+
+class ModelProxy(Protocol):
+    """Forwards agents' model calls to backends by model name, and records every call with its attempt."""
+
+    @property
+    def model_list(self) -> Sequence[Any]:
+        """The backends, as they were given to `update_model_list`."""
+        ...
+
+    def get_store(self) -> LightningStore | None:
+        """Return the store that calls are recorded in, if there is one."""
+        ...
+
+    def set_store(self, store: LightningStore) -> None:
+        """Set the store that calls are recorded in."""
+        ...
+
+    def is_running(self) -> bool:
+        """Return whether it accepts calls."""
+        ...
+
+    def start(self) -> Awaitable[None]:
+        """Begin to accept calls."""
+        ...
+
+    def stop(self) -> Awaitable[None]:
+        """Stop, and free the port. May be called again."""
+        ...
+
+    def update_model_list(self, model_list: list[Any]) -> None:
+        """Replace the backends, also while it runs."""
+        ...
+
+    def as_resource(
+        self,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+        model: str | None = None,
+        sampling_parameters: dict[str, Any] | None = None,
+    ) -> LLM:
+        """Return the resource by which an agent reaches it."""
+        ...
+
+    def pause(self) -> Awaitable[Any]:
+        """Accept no new calls, and return when those in progress have ended."""
+        ...
+
+    def resume(self) -> Awaitable[None]:
+        """Accept calls again."""
+        ...
+
+    def set_model_version(self, version: str) -> None:
+        """Set the version of the weights that answer from now on; every recorded call carries it."""
+        ...
+
+
+@asynccontextmanager
+async def running_proxy(proxy: ModelProxy, store: LightningStore) -> AsyncGenerator[None]:
+    """Have the proxy running inside the block. It is stopped after, unless it was running before.
+
+    Args:
+        proxy: is started if it is not running.
+        store: it records calls here if it has no store yet.
+    """
+    if proxy.get_store() is None:
+        proxy.set_store(store)
+    if proxy.is_running():
+        yield
+        return
+    await proxy.start()
+    try:
+        yield
+    finally:
+        await proxy.stop()
 
 
 class ProxyMove:

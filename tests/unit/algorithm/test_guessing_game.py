@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from agentlightning.algorithm.grpo_groups import group_advantages
-from agentlightning.algorithm.policy import GroupMember, PolicyBatch, PolicyUpdate, SampledCall
+from agentlightning.algorithm.policy import GroupMember, PolicyBatch, PolicyUpdate, SampledCall, group_advantages
 from agentlightning.demo import game
 from agentlightning.demo.game import in_words, win_rate
 from agentlightning.demo.softmax_policy import SoftmaxPolicy

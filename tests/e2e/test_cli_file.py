@@ -15,7 +15,7 @@ import apsw
 import pytest
 
 from agentlightning import SqliteLightningStore
-from agentlightning.cli.options import ExitCode
+from agentlightning.cli.terminal import ExitCode
 from command_line import agl, agl_process, clean_environment
 from worked_store import KEY, RESOURCES, make_database
 

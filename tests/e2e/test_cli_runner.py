@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import agentlightning as agl_package
-from agentlightning.cli.options import ExitCode
+from agentlightning.cli.terminal import ExitCode
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.runner.bundle import load_agent

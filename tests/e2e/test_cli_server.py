@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agentlightning.cli import target, workers
-from agentlightning.cli.options import ExitCode
+from agentlightning.cli.terminal import ExitCode
 from agentlightning.errors import StoreUnreachable
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from command_line import agl, clean_environment
@@ -123,15 +123,16 @@ def test_a_server_that_falls_silent_is_given_up_soon(
     words: list[str], database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "_PATIENCE_SECONDS", 0.3)
-    check = target._check_answers
+    ask = target.ask
     with served_elsewhere(database) as (url, pid):
 
-        def check_and_stop(server: target.Server) -> None:
-            check(server)
+        def ask_and_stop(server: target.Server) -> target.Answer:
+            answer = ask(server)
             os.kill(pid, signal.SIGSTOP)
             os.waitpid(pid, os.WUNTRACED)  # until it stands still
+            return answer
 
-        monkeypatch.setattr(target, "_check_answers", check_and_stop)
+        monkeypatch.setattr(target, "ask", ask_and_stop)
         try:
             done = agl(*words, "--url", url)
         finally:

@@ -1,7 +1,7 @@
 """`agl`: the table of commands, how they are loaded, and where errors become one line and an exit code.
 
-There is one file per command. The table has a line of help for each, so that `agl --help` imports no command and
-stays quick; a command's module is imported when it is called.
+The table has a line of help for each command, so that `agl --help` imports no command and stays quick; a command's
+module is imported when it is called.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from agentlightning.cli.options import ExitCode, exit_code
-from agentlightning.errors import AgentLightningError
+from agentlightning.cli.terminal import ExitCode
+from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, StoreStopped, StoreUnavailable
 
 
 class Command(NamedTuple):
@@ -41,17 +41,15 @@ class Group(NamedTuple):
     panel: str | None = None
 
 
-_RUN = "Run"
-_LOOK = "Look into it"
-_KEEP = "Maintain it"
+_RUN, _LOOK, _KEEP = "Run", "Look into it", "Maintain it"
 
 COMMANDS: dict[str, Command | Group] = {
     "demo": Command(
         "agentlightning.cli.demo:demo", "Train a policy from nothing, here and now: no GPU, key or network.", _RUN
     ),
-    "store": Command("agentlightning.cli.store:store", "Serve the store: queue, attempts, spans, resources.", _RUN),
-    "runner": Command("agentlightning.cli.runner:runner", "Run agents: claim rollouts from a store.", _RUN),
-    "proxy": Command("agentlightning.cli.proxy:proxy", "Serve models, and record every call of an attempt.", _RUN),
+    "store": Command("agentlightning.cli.services:store", "Serve the store: queue, attempts, spans, resources.", _RUN),
+    "runner": Command("agentlightning.cli.services:runner", "Run agents: claim rollouts from a store.", _RUN),
+    "proxy": Command("agentlightning.cli.services:proxy", "Serve models, and record every call of an attempt.", _RUN),
     "status": Command("agentlightning.cli.status:status", "One screen: what runs, what waits, and why.", _LOOK),
     "rollouts": Group(
         "List rollouts, show, cancel or delete them.",
@@ -87,9 +85,9 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "trace": Command("agentlightning.cli.trace:trace", "Draw the spans of an attempt as a waterfall.", _LOOK),
     "doctor": Command("agentlightning.cli.doctor:doctor", "Find what is wrong, and say how to fix it.", _KEEP),
-    "verify": Command("agentlightning.cli.verify:verify", "Check every record against the rules.", _KEEP),
-    "backup": Command("agentlightning.cli.backup:backup", "Copy a database while it is used.", _KEEP),
-    "restore": Command("agentlightning.cli.backup:restore", "Make a database from a backup, checked first.", _KEEP),
+    "verify": Command("agentlightning.cli.database:verify", "Check every record against the rules.", _KEEP),
+    "backup": Command("agentlightning.cli.database:backup", "Copy a database while it is used.", _KEEP),
+    "restore": Command("agentlightning.cli.database:restore", "Make a database from a backup, checked first.", _KEEP),
 }
 """Every command, by the words that call it."""
 
@@ -164,6 +162,19 @@ def _unwrapped(text: str) -> str:
 # --- Errors ------------------------------------------------------------------------------------------
 
 
+def exit_code(error: AgentLightningError) -> ExitCode:
+    """The exit code for an error that nobody handled."""
+    match error:
+        case NotFound():
+            return ExitCode.NOT_FOUND
+        case InvalidValue():
+            return ExitCode.USAGE
+        case StoreUnavailable() if not isinstance(error, StoreStopped):  # that can be reached, and has failed
+            return ExitCode.UNREACHABLE
+        case _:
+            return ExitCode.FAILED
+
+
 class _ReportingCommand(TyperCommand):
     """A command whose errors become one line on stderr and an exit code that programs can tell apart."""
 
@@ -172,48 +183,27 @@ class _ReportingCommand(TyperCommand):
             return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise typer.Exit(_interrupted(interrupt)) from None
+        except KeyboardInterrupt as interrupt:  # a run that a signal stopped says which code it wants
+            code = getattr(interrupt, "code", None)
+            raise typer.Exit(code if isinstance(code, int) else ExitCode.INTERRUPTED) from None
+        except (BrokenPipeError, typer.Exit, typer.Abort):
+            raise  # typer ends quietly, also when the reader of a pipe has gone
         except AgentLightningError as error:
-            _end(error.message, exit_code(error))
-        except BrokenPipeError:
-            raise  # typer ends quietly when the reader of a pipe has gone
+            message, code = error.message, exit_code(error)
         except OSError as error:
-            _end(_operating_system(error), ExitCode.FAILED)
-        except (typer.Exit, typer.Abort):
-            raise
+            text = error.strerror or str(error)
+            message, code = f"{error.filename}: {text}" if error.filename else text, ExitCode.FAILED
         except Exception as error:  # the boundary of a command: anything else is a bug of ours
-            if _is_usage_error(error):
+            # Typer reports errors of usage. Their classes are private in some versions: this looks at what they offer.
+            if hasattr(error, "exit_code") and hasattr(error, "format_message"):
                 raise
-            _end(
-                f"{type(error).__name__}: {error}. This is a bug of Agent Lightning; "
-                f"`agl --debug {ctx.command_path.partition(' ')[2]} …` shows where",
-                ExitCode.FAILED,
-            )
-
-
-def _interrupted(interrupt: KeyboardInterrupt) -> int:
-    """The exit code: what a run that was stopped by a signal asks for, or that of Ctrl+C."""
-    if isinstance(interrupt, SystemExit) and isinstance(interrupt.code, int):
-        return interrupt.code
-    return ExitCode.INTERRUPTED
-
-
-def _is_usage_error(error: Exception) -> bool:
-    """Whether typer reports it. Its classes are private in some versions, so this looks at what they offer."""
-    return hasattr(error, "exit_code") and hasattr(error, "format_message")
-
-
-def _operating_system(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return f"{error.filename}: {text}" if error.filename else text
-
-
-def _end(message: str, code: ExitCode) -> NoReturn:
-    sys.stdout.flush()
-    typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
+            again = f"`agl --debug {ctx.command_path.partition(' ')[2]} …` shows where"
+            message = f"{type(error).__name__}: {error}. This is a bug of Agent Lightning; {again}"
+            code = ExitCode.FAILED
+        sys.stdout.flush()
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        typer.echo(message, err=True)
+        raise typer.Exit(code)
 
 
 # --- The program -------------------------------------------------------------------------------------

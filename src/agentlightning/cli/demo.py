@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentlightning.cli.options import ExitCode
 from agentlightning.cli.target import find_owner
+from agentlightning.cli.terminal import ExitCode
 from agentlightning.errors import StoreOwned
 
 if TYPE_CHECKING:

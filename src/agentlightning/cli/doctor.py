@@ -13,116 +13,51 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
+from rich.text import Text
 
-from agentlightning.cli.options import ApiKey, ExitCode, Format, Output, Url
-from agentlightning.cli.output import clean, console, duration, print_json, size
 from agentlightning.cli.overview import Finding, Level, explain, gather
-from agentlightning.cli.target import Answer, Database, Server, ask, find_owner, locate, look
-from agentlightning.errors import AgentLightningError, BadRequest, NotAllowed, NotAuthenticated, StoreUnreachable
-from agentlightning.types import LLM, ResourcesUpdate, Span
+from agentlightning.cli.target import Database, Server, ask, find_owner, locate, look
+from agentlightning.cli.terminal import (
+    ApiKey,
+    ExitCode,
+    Output,
+    Url,
+    clean,
+    console,
+    count,
+    duration,
+    print_json,
+    size,
+)
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    NotAllowed,
+    NotAuthenticated,
+    StoreUnavailable,
+    StoreUnreachable,
+)
+from agentlightning.http.client.cache import default_folder
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+from agentlightning.types import LLM, ResourcesUpdate
 from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
     from agentlightning.cli.overview import Overview
     from agentlightning.store.base import LightningStore
+    from agentlightning.types import Span
 
 _SAMPLE = 5
 """How many rollouts are looked at for spans."""
 _SAMPLE_SPANS = 500
-
-
-def doctor(url: Url = None, api_key: ApiKey = None, output: Output = Format.TABLE) -> None:
-    """Find what is wrong, and say how to fix it.
-
-    Looks at the way to the store (name, port, key, TLS), at versions and clocks of both sides, at the disks, at what
-    waits and why, and at what the last rollouts left behind: spans, model calls, rewards. Changes nothing.
-
-    Exit code 0: no problem (there may be warnings). 1: at least one problem.
-
-    [bold]Examples[/bold]
-
-      agl doctor
-      agl doctor --url http://gpu-1:4747
-      agl doctor --url agentlightning.db -o json | jq '.findings[] | select(.level=="problem")'
-    """
-    place = locate(url, api_key)
-    findings = _examine(url, api_key)
-    problems = sum(each.level == "problem" for each in findings)
-    if output is Format.JSON:
-        print_json({"store": str(place), "ok": not problems, "findings": [each._asdict() for each in findings]})
-    else:
-        _print(findings, str(place))
-    if problems:
-        raise typer.Exit(ExitCode.FAILED)
-
-
-def _examine(url: str | None, api_key: str | None) -> list[Finding]:
-    place = locate(url, api_key)
-    if isinstance(place, Server):
-        answer, findings = check_server(place)
-        usable = answer is not None
-    else:
-        findings = list(check_database(place))
-        usable = all(each.level != "problem" for each in findings)
-    if usable:
-        findings += _examine_work(url, api_key)
-    findings += check_spool(_spool_folder())
-    return findings
-
-
-def _examine_work(url: str | None, api_key: str | None) -> list[Finding]:
-    """What can be asked of the store itself."""
-    try:
-        overview, traced, resources = look(url, api_key, _ask)
-    except AgentLightningError as error:
-        return [Finding(error.code, "problem", sentence(error.message))]
-    host = overview.statistics.get("host", {})
-    disk = check_disk(host.get("disk_free_bytes"), host.get("disk_total_bytes"), "the database")
-    return [*disk, *explain(overview), *check_models(resources), *check_spans(traced)]
-
-
-def _spool_folder() -> Path:
-    from pathlib import Path
-
-    from agentlightning.http.client.cache import default_folder
-    from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-
-    chosen = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
-    return Path(chosen) if chosen else default_folder()
-
-
-async def _ask(store: LightningStore) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:
-    overview = await gather(store)
-    carried_out = [each for each in overview.ended if each.status != "cancelled" and hasattr(each, "attempt")]
-    traced: list[Traced] = []
-    for each in carried_out[:_SAMPLE]:
-        spans = await store.query_spans(each.rollout_id, "latest", sort_order="desc", limit=_SAMPLE_SPANS)
-        traced.append(Traced(each.rollout_id, each.status, list(reversed(spans.items))))
-    resources = await store.get_latest_resources() if overview.waiting or overview.running else None
-    return overview, traced, resources
-
-
-def _print(findings: Sequence[Finding], place: str) -> None:
-    from rich.text import Text
-
-    screen = console()
-    marks = {"problem": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("✓", "green")}
-    for each in findings:
-        mark = ("·", "dim") if each.level == "note" and each.fix else marks[each.level]
-        screen.print(Text.assemble(mark, " ", clean(each.text)))
-        if each.fix:
-            screen.print(Text.assemble("  → ", clean(each.fix)))
-    counts = {level: sum(each.level == level for each in findings) for level in marks}
-    screen.print()
-    screen.print(
-        f"{place}: {counts['problem']} problem{'' if counts['problem'] == 1 else 's'}, "
-        f"{counts['warning']} warning{'' if counts['warning'] == 1 else 's'}",
-        style="bold red" if counts["problem"] else "bold",
-    )
-
-
-# --- The checks of ``agl doctor``: each looks at one thing, and says what it found and what to  ---
-
+_CODES: dict[type[AgentLightningError], str] = {
+    StoreUnreachable: "server_unreachable",
+    StoreUnavailable: "server_unavailable",
+    NotAuthenticated: "wrong_key",
+    NotAllowed: "refused",
+    BadRequest: "not_our_server",
+}
+"""What the errors of servers are called here; the others have their own code."""
 _SKEW_SECONDS: tuple[tuple[float, Level], ...] = ((5.0, "problem"), (1.0, "warning"))
 _SLOW_SECONDS = 0.5
 _TRIES = 3
@@ -141,51 +76,100 @@ class Traced(NamedTuple):
     spans: Sequence[Span]
 
 
+def doctor(url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
+    """Find what is wrong, and say how to fix it.
+
+    Looks at the way to the store (name, port, key, TLS), at versions and clocks of both sides, at the disks, at what
+    waits and why, and at what the last rollouts left behind: spans, model calls, rewards. Changes nothing.
+
+    Exit code 0: no problem (there may be warnings). 1: at least one problem.
+
+    [bold]Examples[/bold]
+
+      agl doctor
+      agl doctor --url http://gpu-1:4747
+      agl doctor --url agentlightning.db -o json | jq '.findings[] | select(.level=="problem")'
+    """
+    place = locate(url, api_key)
+    findings = [*_examine_store(url, api_key, place), *_check_spool()]
+    problems = sum(each.level == "problem" for each in findings)
+    if output == "json":
+        print_json({"store": str(place), "ok": not problems, "findings": [each._asdict() for each in findings]})
+    else:
+        _print(findings, str(place), problems)
+    if problems:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _print(findings: Sequence[Finding], place: str, problems: int) -> None:
+    screen = console()
+    marks = {"problem": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("✓", "green")}
+    for each in findings:
+        mark = ("·", "dim") if each.level == "note" and each.fix else marks[each.level]
+        screen.print(Text.assemble(mark, " ", clean(each.text)))
+        if each.fix:
+            screen.print(f"  → {clean(each.fix)}")
+    warnings = sum(each.level == "warning" for each in findings)
+    told = f"\n{place}: {count(problems, 'problem')}, {count(warnings, 'warning')}"
+    screen.print(told, style="bold red" if problems else "bold")
+
+
+def _examine_store(url: str | None, api_key: str | None, place: Server | Database) -> Iterator[Finding]:
+    try:
+        if isinstance(place, Server):
+            yield from check_server(place)
+        else:
+            for found in _check_database(place.path):
+                yield found
+                if found.level == "problem":
+                    return
+        overview, traced, resources = look(url, api_key, _ask)
+    except AgentLightningError as error:  # its message becomes a sentence among others
+        text = f"{error.message[:1].upper()}{error.message[1:]}{'' if error.message.endswith('.') else '.'}"
+        yield Finding(_CODES.get(type(error), error.code), "problem", text)
+        return
+    host = overview.statistics.get("host", {})
+    yield from check_disk(host.get("disk_free_bytes"), host.get("disk_total_bytes"), "the database")
+    yield from explain(overview)
+    yield from _check_models(resources)
+    yield from check_spans(traced)
+
+
+async def _ask(store: LightningStore) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:
+    overview = await gather(store)
+    carried_out = [each for each in overview.ended if each.status != "cancelled" and hasattr(each, "attempt")]
+    traced: list[Traced] = []
+    for each in carried_out[:_SAMPLE]:
+        spans = await store.query_spans(each.rollout_id, "latest", sort_order="desc", limit=_SAMPLE_SPANS)
+        traced.append(Traced(each.rollout_id, each.status, list(reversed(spans.items))))
+    resources = await store.get_latest_resources() if overview.waiting or overview.running else None
+    return overview, traced, resources
+
+
 # --- The way to the store ------------------------------------------------------------------------------
 
 
-def check_server(server: Server) -> tuple[Answer | None, list[Finding]]:
-    """Whether it answers us, how far its clock and version are from ours, and who can listen in."""
-    try:
-        answer = ask(server)
-        for _ in range(_TRIES - 1):  # one slow answer says nothing, and the quickest says most about clocks
-            if answer.round_trip_seconds > _SLOW_SECONDS:
-                answer = min(answer, ask(server), key=lambda each: each.round_trip_seconds)
-    except AgentLightningError as error:
-        return None, [Finding(_code_of(error), "problem", sentence(error.message))]
-    seconds = answer.round_trip_seconds
-    found = [Finding("server_answers", "note", f"{server} answers within {duration(seconds)}.")]
-    if seconds > _SLOW_SECONDS:
-        found = [
-            Finding(
-                "server_slow",
-                "warning",
-                f"{server} took {duration(seconds)} for a simple question, and longer for others.",
-                "Look at its load (/metrics, log) and at the network between.",
-            )
-        ]
+def check_server(server: Server) -> Iterator[Finding]:
+    """Whether it answers us, how far its clock and version are from ours, and who can listen in. Raises as ``ask``."""
+    answer = ask(server)
+    for _ in range(_TRIES - 1):  # one slow answer says nothing, and the quickest says most about clocks
+        if answer.round_trip_seconds > _SLOW_SECONDS:
+            answer = min(answer, ask(server), key=lambda each: each.round_trip_seconds)
+    took = duration(answer.round_trip_seconds)
+    if answer.round_trip_seconds > _SLOW_SECONDS:
+        yield Finding(
+            "server_slow",
+            "warning",
+            f"{server} took {took} for a simple question, and longer for others.",
+            "Look at its load (/metrics, log) and at the network between.",
+        )
+    else:
+        yield Finding("server_answers", "note", f"{server} answers within {took}.")
     host: dict[str, Any] = answer.statistics.get("host", {})
-    found += [*_check_version(host.get("version")), *_check_clock(host.get("time"), answer), *_check_wire(server)]
-    return answer, found
-
-
-def sentence(message: str) -> str:
-    """The message of an error, as one sentence among others."""
-    return f"{message[:1].upper()}{message[1:]}{'' if message.endswith('.') else '.'}"
-
-
-def _code_of(error: AgentLightningError) -> str:
-    match error:
-        case StoreUnreachable():
-            return "server_unreachable"
-        case NotAuthenticated():
-            return "wrong_key"
-        case NotAllowed():
-            return "refused"
-        case BadRequest():
-            return "not_our_server"
-        case _:
-            return "server_unavailable"
+    yield from _check_version(host.get("version"))
+    if "time" in host:
+        yield _check_clock(host["time"] - answer.asked_at, answer.round_trip_seconds)
+    yield from _check_wire(server)
 
 
 def _check_version(theirs: str | None) -> Iterator[Finding]:
@@ -193,10 +177,10 @@ def _check_version(theirs: str | None) -> Iterator[Finding]:
     if theirs == ours:
         yield Finding("same_version", "note", f"Both sides run agentlightning {ours}.")
         return
-    level: Level = "warning" if theirs is not None and theirs.split(".")[:2] == ours.split(".")[:2] else "problem"
+    alike = theirs is not None and theirs.split(".")[:2] == ours.split(".")[:2]
     yield Finding(
         "version_mismatch",
-        level,
+        "warning" if alike else "problem",
         f"The server runs agentlightning {theirs or 'of an older version'}, and this machine {ours}.",
         f"Install the same on both sides: pip install agentlightning=={max(theirs or '', ours, key=_order)}",
     )
@@ -206,23 +190,19 @@ def _order(text: str) -> list[int]:
     return [int(part) if part.isdecimal() else 0 for part in text.split(".")]
 
 
-def _check_clock(theirs: float | None, answer: Answer) -> Iterator[Finding]:
+def _check_clock(offset: float, round_trip_seconds: float) -> Finding:
     """Half the round trip is the most by which the measured offset can be wrong (as in NTP, RFC 5905)."""
-    if theirs is None:
-        return
-    offset = theirs - answer.asked_at
-    certain = max(0.0, abs(offset) - answer.round_trip_seconds / 2)
+    certain = abs(offset) - round_trip_seconds / 2
     for limit, level in _SKEW_SECONDS:
         if certain > limit:
-            yield Finding(
+            return Finding(
                 "clock_skew",
                 level,
                 f"The server's clock is {duration(certain)} {'ahead of' if offset > 0 else 'behind'} this machine's.",
                 "Nothing is lost by it (leases run on the server's clock alone), but traces and ages look wrong. "
                 "Set both clocks by NTP.",
             )
-            return
-    yield Finding("clocks_agree", "note", "The server's clock and this machine's agree.")
+    return Finding("clocks_agree", "note", "The server's clock and this machine's agree.")
 
 
 def _check_wire(server: Server) -> Iterator[Finding]:
@@ -252,13 +232,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def check_database(database: Database) -> Iterator[Finding]:
+def _check_database(path: Path) -> Iterator[Finding]:
     """Whether the file is there, who has it open, and who may read it."""
-    path = database.path
     if not path.is_file():
-        yield Finding(
-            "no_database", "problem", f"There is no database {str(path)!r}.", "Give the path of one with --url."
-        )
+        text = f"There is no database {str(path)!r}."
+        yield Finding("no_database", "problem", text, "Give the path of one with --url.")
         return
     if not os.access(path, os.R_OK):
         yield Finding("unreadable", "problem", f"{path} cannot be read by this user.", "Run this as its owner.")
@@ -270,12 +248,8 @@ def check_database(database: Database) -> Iterator[Finding]:
         where = f" and serves it at {' or '.join(owner.server_urls)}" if owner.server_urls else ""
         yield Finding("owned", "note", f"Process {owner.pid} ({owner.command}) has {path} open{where}.")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        yield Finding(
-            "readable_by_others",
-            "warning",
-            f"{path} can be read by other users of this machine, and has everything in it.",
-            f"chmod 600 {path}",
-        )
+        text = f"{path} can be read by other users of this machine, and has everything in it."
+        yield Finding("readable_by_others", "warning", text, f"chmod 600 {path}")
 
 
 # --- The disk ------------------------------------------------------------------------------------------
@@ -300,12 +274,9 @@ def check_disk(free: int | None, total: int | None, what: str) -> Iterator[Findi
         yield Finding("disk_has_room", "note", f"{room}.")
 
 
-def check_spool(folder: Path) -> Iterator[Finding]:
-    """What runners of this machine have not delivered yet, and what no server would take.
-
-    Args:
-        folder: the spools of all servers, each in a folder of its own.
-    """
+def _check_spool() -> Iterator[Finding]:
+    """What runners of this machine have not delivered yet, and what no server would take."""
+    folder = Path(resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR) or default_folder())
     if not folder.is_dir():
         return
     room = os.statvfs(folder)
@@ -322,23 +293,20 @@ def check_spool(folder: Path) -> Iterator[Finding]:
             )
         refused = server / "quarantine.jsonl"
         if refused.is_file():
+            with refused.open("rb") as lines:
+                number = sum(1 for _ in lines)
             yield Finding(
                 "spans_refused",
                 "warning",
-                f"Spans that a server refused for good lie in {refused}, each with the reason ({_lines_in(refused)}).",
+                f"Spans that a server refused for good lie in {refused}, each with the reason ({number}).",
                 "Correct the code that makes them, then move the file away.",
             )
 
 
-def _lines_in(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(1 for _ in lines)
+# --- What is left behind -------------------------------------------------------------------------------
 
 
-# --- What is left behind ------------------------------------------------------------------------------------------
-
-
-def check_models(resources: ResourcesUpdate | None) -> Iterator[Finding]:
+def _check_models(resources: ResourcesUpdate | None) -> Iterator[Finding]:
     """Whether somebody listens where the newest resources say that models are.
 
     Args:
@@ -368,11 +336,10 @@ def check_spans(traced: Sequence[Traced]) -> Iterator[Finding]:
     Args:
         traced: a few of those that were carried out, the newest first.
     """
-    if not traced:
-        return
     number = len(traced)
+    enough = number >= _ENOUGH_TO_JUDGE
     bare = [each for each in traced if not each.spans]
-    if len(bare) == number and number >= _ENOUGH_TO_JUDGE:
+    if len(bare) == number and enough:
         yield Finding(
             "no_spans",
             "problem",
@@ -382,14 +349,12 @@ def check_spans(traced: Sequence[Traced]) -> Iterator[Finding]:
         )
         return
     if bare:
+        first = bare[0]
+        text = f"{len(bare)} of the last {number} rollouts left no spans, for example {first.rollout_id} "
         yield Finding(
-            "some_without_spans",
-            "warning",
-            f"{len(bare)} of the last {number} rollouts left no spans, for example {bare[0].rollout_id} "
-            f"({bare[0].status}).",
-            f"agl rollouts show {bare[0].rollout_id}",
+            "some_without_spans", "warning", f"{text}({first.status}).", f"agl rollouts show {first.rollout_id}"
         )
-    if number < _ENOUGH_TO_JUDGE:
+    if not enough:
         return
     succeeded = [each for each in traced if each.status == "succeeded" and each.spans]
     if succeeded and all(find_final_reward(each.spans) is None for each in succeeded):
@@ -399,16 +364,14 @@ def check_spans(traced: Sequence[Traced]) -> Iterator[Finding]:
             f"None of the last {len(succeeded)} rollouts that succeeded has a reward.",
             "Return a number from the agent, or call emit_reward(), if an algorithm is to learn from them.",
         )
-    elif not any(_calls_a_model(span) for each in traced for span in each.spans):
+        return
+    names = (name for each in traced for span in each.spans for name in span.attributes)
+    if any(name.startswith(("gen_ai.", "agentlightning.llm.")) for name in names):
+        yield Finding("spans_arrive", "note", f"The last {number} rollouts left spans, model calls and rewards.")
+    else:
         yield Finding(
             "no_model_calls",
             "note",
             f"None of the last {number} rollouts has a span of a model call.",
             "If they call models: use the endpoint from the resources, so that calls go through the proxy.",
         )
-    else:
-        yield Finding("spans_arrive", "note", f"The last {number} rollouts left spans, model calls and rewards.")
-
-
-def _calls_a_model(span: Span) -> bool:
-    return any(name.startswith(("gen_ai.", "agentlightning.llm.")) for name in span.attributes)

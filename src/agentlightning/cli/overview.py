@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from agentlightning.cli.output import ago, duration, one_line
+from agentlightning.cli.target import clock_of
+from agentlightning.cli.terminal import ago, count, duration, one_line
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
-from agentlightning.types import Attempt, AttemptedRollout, Rollout, Worker
+from agentlightning.types import Attempt, AttemptedRollout, Rollout, RolloutStatus, Worker
 
 RECENT = 200
 """How many of the rollouts that ended last are looked at."""
@@ -30,12 +31,11 @@ class Pace(NamedTuple):
     """The length of the time that was looked at, up to now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failures:
+class Failures(NamedTuple):
     """One reason for which rollouts failed, how often, and the newest of them."""
 
     reason: str
-    count: int
+    number: int
     newest: Rollout
 
 
@@ -55,20 +55,20 @@ class Overview:
     ended: Sequence[Rollout]
     """Rollouts that ended, of those inserted last, the newest first."""
 
-    def count(self, *states: str) -> int:
-        """Rollouts in any of these states."""
-        by_status = self.statistics.get("rollouts_by_status", {})
-        return sum(by_status.get(state, 0) for state in states)
+    @cached_property
+    def by_status(self) -> Counter[str]:
+        """Rollouts by state."""
+        return Counter(self.statistics.get("rollouts_by_status", {}))
 
     @property
     def waiting(self) -> int:
         """Rollouts in the queue."""
-        return self.count("queuing", "requeuing")
+        return self.by_status["queuing"] + self.by_status["requeuing"]
 
     @property
     def running(self) -> int:
         """Rollouts that an attempt holds."""
-        return self.count("preparing", "running")
+        return self.by_status["preparing"] + self.by_status["running"]
 
     @cached_property
     def alive(self) -> Sequence[Worker]:
@@ -97,12 +97,12 @@ class Overview:
     @cached_property
     def failures(self) -> list[Failures]:
         """Of the rollouts that ended lately, those that failed, by reason, the most frequent first."""
-        failed = [each for each in self.ended if each.status == "failed"]
-        counts = Counter(reason_of(each)[0] for each in failed)
-        newest: dict[str, Rollout] = {}
-        for each in failed:
-            newest.setdefault(reason_of(each)[0], each)
-        return [Failures(reason, number, newest[reason]) for reason, number in counts.most_common()]
+        failed: dict[str, list[Rollout]] = defaultdict(list)
+        for each in self.ended:
+            if each.status == "failed":
+                failed[reason_of(each)[0]].append(each)
+        most = sorted(failed.items(), key=lambda each: -len(each[1]))
+        return [Failures(reason, len(rollouts), rollouts[0]) for reason, rollouts in most]
 
 
 def reason_of(rollout: Rollout) -> tuple[str, str]:
@@ -122,11 +122,6 @@ def last_heard(worker: Worker) -> float | None:
     return max((each for each in times if each is not None), default=None)
 
 
-def clock_of(statistics: LightningStoreStatistics) -> float:
-    """The store's wall clock, which ages of its records are counted by; this machine's if it does not tell."""
-    return statistics.get("host", {}).get("time", time.time())
-
-
 async def gather(store: LightningStore) -> Overview:
     """Ask a store what it is doing."""
     asked = time.monotonic()
@@ -134,33 +129,20 @@ async def gather(store: LightningStore) -> Overview:
     answer_seconds = time.monotonic() - asked
     by_status = statistics.get("rollouts_by_status", {})
 
-    def any_in(*states: str) -> bool:
-        return any(by_status.get(state, 0) for state in states)
+    async def some(limit: int, order: Literal["asc", "desc"], *states: RolloutStatus) -> Sequence[Rollout]:
+        if not any(by_status.get(state) for state in states):
+            return ()
+        return list(await store.query_rollouts(status_in=states, sort_order=order, limit=limit))
 
-    workers = await store.query_workers(limit=_WORKERS) if statistics.get("total_workers") else ()
-    waiting = (
-        await store.query_rollouts(status_in=["queuing", "requeuing"], limit=1)
-        if any_in("queuing", "requeuing")
-        else ()
-    )
-    live = (
-        await store.query_rollouts(status_in=["preparing", "running"], limit=_OPEN)
-        if any_in("preparing", "running")
-        else ()
-    )
-    ended = (
-        await store.query_rollouts(status_in=["succeeded", "failed", "cancelled"], sort_order="desc", limit=RECENT)
-        if any_in("succeeded", "failed", "cancelled")
-        else ()
-    )
+    live = await some(_OPEN, "asc", "preparing", "running")
     return Overview(
         now=clock_of(statistics),
         answer_seconds=answer_seconds,
         statistics=statistics,
-        workers=list(workers),
-        oldest_waiting=next(iter(waiting), None),
+        workers=list(await store.query_workers(limit=_WORKERS)) if statistics.get("total_workers") else (),
+        oldest_waiting=next(iter(await some(1, "asc", "queuing", "requeuing")), None),
         live=[each for each in live if isinstance(each, AttemptedRollout)],
-        ended=list(ended),
+        ended=await some(RECENT, "desc", "succeeded", "failed", "cancelled"),
     )
 
 
@@ -189,28 +171,31 @@ class Finding(NamedTuple):
 def explain(overview: Overview) -> list[Finding]:
     """What goes on in a store, the worst first."""
     found = [*_queue(overview), *_held(overview), *_failing(overview)]
-    order: dict[Level, int] = {"problem": 0, "warning": 1, "note": 2}
-    return sorted(found, key=lambda each: order[each.level])
-
-
-# --- The queue ---------------------------------------------------------------------------------------
+    return sorted(found, key=lambda each: ("problem", "warning", "note").index(each.level))
 
 
 def _queue(overview: Overview) -> Iterator[Finding]:
+    oldest = overview.oldest_waiting
     if overview.waiting:
-        yield _why_it_waits(overview)
-        yield from _retried(overview)
+        yield _why_it_waits(overview, f"{count(overview.waiting, 'rollout')} in the queue")
+        if isinstance(oldest, AttemptedRollout):
+            code, text = reason_of(oldest)
+            yield Finding(
+                "retrying",
+                "note",
+                f"The oldest in the queue, {oldest.rollout_id}, waits for attempt {oldest.attempt.sequence_id + 1}; "
+                f"the last one ended as {oldest.attempt.status}, {code}: {one_line(text)}".rstrip(": "),
+            )
     elif overview.running:
-        yield Finding("working", "note", f"The queue is empty; {_count(overview.running, 'rollout')} in work.")
+        yield Finding("working", "note", f"The queue is empty; {count(overview.running, 'rollout')} in work.")
     elif overview.statistics.get("total_rollouts"):
         yield Finding("all_ended", "note", "Nothing to do: every rollout has ended.")
     else:
         yield Finding("empty", "note", "Nothing to do: nothing was ever enqueued.")
 
 
-def _why_it_waits(overview: Overview) -> Finding:
-    waiting = f"{_count(overview.waiting, 'rollout')} in the queue"
-    workers, alive = overview.workers, overview.alive
+def _why_it_waits(overview: Overview, waiting: str) -> Finding:
+    workers, alive, pace = overview.workers, overview.alive, overview.pace
     if not workers:
         return Finding(
             "no_runner",
@@ -227,15 +212,15 @@ def _why_it_waits(overview: Overview) -> Finding:
             f"{ago(last_heard(newest), overview.now)}.",
             "Look whether its machine and process live, and start runners again.",
         )
-    directed = [each for each in alive if each.directive is not None]
-    if len(directed) == len(alive):
+    undirected = [each for each in alive if each.directive is None]
+    if not undirected:
         return Finding(
             "all_directed",
             "problem",
-            f"{waiting}, and {_all_of(alive)} under the order to {directed[0].directive}.",
+            f"{waiting}, and {_all_of(alive)} under the order to {alive[0].directive}.",
             "Start other runners, or take it back: `agl workers resume --all`.",
         )
-    idle = [each for each in alive if each.status == "idle" and each.directive is None]
+    idle = [each for each in undirected if each.status == "idle"]
     waited = _waited(overview)
     if idle and waited > _PATIENCE_SECONDS:
         return Finding(
@@ -244,89 +229,56 @@ def _why_it_waits(overview: Overview) -> Finding:
             f"{waiting}, the oldest for {duration(waited)}, though {idle[0].worker_id} is idle.",
             "Its heartbeats go on but it does not claim: its agent may block it. Look into its log, or restart it.",
         )
-    busy = len([each for each in alive if each.status == "busy"])
-    return Finding(
-        "queue_moves", "note", f"{waiting}; {busy} of {len(alive)} workers busy. {_forecast(overview)}".rstrip()
-    )
-
-
-def _retried(overview: Overview) -> Iterator[Finding]:
-    oldest = overview.oldest_waiting
-    if isinstance(oldest, AttemptedRollout):
-        code, text = reason_of(oldest)
-        yield Finding(
-            "retrying",
-            "note",
-            f"The oldest in the queue, {oldest.rollout_id}, waits for attempt {oldest.attempt.sequence_id + 1}; "
-            f"the last one ended as {oldest.attempt.status}, {code}: {one_line(text)}".rstrip(": "),
-        )
+    busy = sum(each.status == "busy" for each in alive)
+    left = pace and f" At this pace it is empty in {duration(overview.waiting / pace.per_minute * 60.0)}."
+    return Finding("queue_moves", "note", f"{waiting}; {busy} of {len(alive)} workers busy.{left or ''}")
 
 
 def _waited(overview: Overview) -> float:
     oldest = overview.oldest_waiting
     if oldest is None:
         return 0.0
-    since = oldest.start_time
-    if isinstance(oldest, AttemptedRollout) and oldest.attempt.end_time is not None:
-        since = oldest.attempt.end_time
-    return max(0.0, overview.now - since)
-
-
-def _forecast(overview: Overview) -> str:
-    pace = overview.pace
-    return "" if pace is None else f"At this pace it is empty in {duration(overview.waiting / pace.per_minute * 60.0)}."
-
-
-# --- What is held ------------------------------------------------------------------------------------
+    ended = oldest.attempt.end_time if isinstance(oldest, AttemptedRollout) else None
+    return max(0.0, overview.now - (oldest.start_time if ended is None else ended))
 
 
 def _held(overview: Overview) -> Iterator[Finding]:
     """Rollouts that nobody works on any more, and that nothing will ever end."""
-    workers = {each.worker_id: each for each in overview.workers}
-    stuck = [each for each in overview.live if _is_stuck(each, workers.get(each.attempt.worker_id or ""), overview)]
+    alive = {each.worker_id for each in overview.alive}
+    stuck = [each for each in overview.live if each.attempt.worker_id not in alive and _is_stuck(each, overview.now)]
     if stuck:
-        first = stuck[0]
-        heard = first.attempt.last_heartbeat_time or first.attempt.start_time
         yield Finding(
             "stuck",
             "problem",
-            f"{_count(len(stuck), 'rollout')} held by a silent attempt that nothing ends: {first.rollout_id}, last "
-            f"heard of {ago(heard, overview.now)}, has no time limit, and its worker no lease.",
+            f"{count(len(stuck), 'rollout')} held by a silent attempt that nothing ends: {stuck[0].rollout_id}, last "
+            f"heard of {ago(_last_sign(stuck[0].attempt), overview.now)}, has no time limit, and its worker no lease.",
             "Give rollouts a limit (timeout_seconds, unresponsive_seconds); end these with `agl rollouts cancel`.",
         )
 
 
-def _is_stuck(rollout: AttemptedRollout, worker: Worker | None, overview: Overview) -> bool:
-    config = rollout.config
-    if config.timeout_seconds is not None or config.unresponsive_seconds is not None:
-        return False
-    if worker is not None and overview.is_alive(worker):
-        return False
-    heard = max(rollout.attempt.start_time, rollout.attempt.last_heartbeat_time or 0.0)
-    return overview.now - heard > 10 * SILENT_SECONDS
+def _is_stuck(rollout: AttemptedRollout, now: float) -> bool:
+    has_limit = rollout.config.timeout_seconds is not None or rollout.config.unresponsive_seconds is not None
+    return not has_limit and now - _last_sign(rollout.attempt) > 10 * SILENT_SECONDS
 
 
-# --- What fails --------------------------------------------------------------------------------------
+def _last_sign(attempt: Attempt) -> float:
+    return max(attempt.start_time, attempt.last_heartbeat_time or 0.0)
 
 
 def _failing(overview: Overview) -> Iterator[Finding]:
     failures = overview.failures
-    failed = sum(each.count for each in failures)
-    ended = len([each for each in overview.ended if each.status != "cancelled"])
+    failed = sum(each.number for each in failures)
+    ended = sum(each.status != "cancelled" for each in overview.ended)
     if ended < _FEW or failed * 4 < ended:
         return
     worst = failures[0]
-    text = one_line(reason_of(worst.newest)[1])
+    text = f"{worst.number} of them with {worst.reason}: {one_line(reason_of(worst.newest)[1])}".rstrip(": ")
     yield Finding(
         "failing",
         "problem" if failed * 2 >= ended else "warning",
-        f"{failed} of the last {ended} rollouts failed, {worst.count} of them with {worst.reason}: {text}".rstrip(": "),
+        f"{failed} of the last {ended} rollouts failed, {text}",
         f"See one whole: `agl rollouts show {worst.newest.rollout_id}`.",
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _all_of(workers: Sequence[Worker]) -> str:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
-from agentlightning.cli.output import (
+from agentlightning.cli.target import act, clock_of, look, print_page
+from agentlightning.cli.terminal import (
+    ApiKey,
     Column,
+    Limit,
+    Offset,
+    Output,
+    Url,
     ago,
     clean,
     console,
     plain,
     print_facts,
     print_json,
-    print_rest,
-    print_table,
 )
-from agentlightning.cli.overview import clock_of
-from agentlightning.cli.target import act, look
 from agentlightning.errors import NotFound
 
 if TYPE_CHECKING:
-    from agentlightning.cli.output import Cell
     from agentlightning.store.base import LightningStore
     from agentlightning.types import PaginatedResult, ResourcesUpdate
 
@@ -45,9 +46,9 @@ def ls(
     url: Url = None,
     api_key: ApiKey = None,
     limit: Limit = 20,
-    offset: Annotated[int, typer.Option(min=0, help="Pass over so many.")] = 0,
+    offset: Offset = 0,
     show_keys: Keys = False,
-    output: Output = Format.TABLE,
+    output: Output = "table",
 ) -> None:
     """List resources, each in its newest version; or all versions of one, the newest first.
 
@@ -57,32 +58,31 @@ def ls(
       agl resources ls rs-01a2 --limit 5
     """
 
-    async def question(store: LightningStore) -> tuple[PaginatedResult[ResourcesUpdate], float]:
+    async def query(store: LightningStore) -> PaginatedResult[ResourcesUpdate]:
         if resources_id is None:
-            page = await store.query_resources(sort_order="desc", limit=limit, offset=offset)
-        else:
-            page = await store.query_resource_versions(resources_id, sort_order="desc", limit=limit, offset=offset)
-            if not page.total:
-                raise _unknown(resources_id)
-        return page, clock_of(await store.statistics())
+            return await store.query_resources(sort_order="desc", limit=limit, offset=offset)
+        page = await store.query_resource_versions(resources_id, sort_order="desc", limit=limit, offset=offset)
+        if not page.total:
+            raise _unknown(resources_id)
+        return page
 
-    page, now = look(url, api_key, question)
-    if output is Format.JSON:
-        print_json({**plain(page), "items": [_record(each, show_keys) for each in page]})
-        return
-    columns = (
-        Column("resources"),
-        Column("version", right=True),
-        Column("made", right=True),
-        Column("content", wide=True),
+    def content(update: ResourcesUpdate) -> str:
+        return ", ".join(f"{name}: {each.resource_type}" for name, each in update.resources.items())
+
+    print_page(
+        url,
+        api_key,
+        output,
+        query,
+        lambda now: (
+            Column("resources", lambda each: each.resources_id),
+            Column("version", lambda each: str(each.version), right=True),
+            Column("made", lambda each: ago(each.update_time, now), right=True),
+            Column("content", content, wide=True),
+        ),
+        empty="No resources.",
+        record=lambda each: _record(each, show_keys),
     )
-    print_table(columns, [_row(each, now) for each in page], empty="No resources.")
-    print_rest(page)
-
-
-def _row(update: ResourcesUpdate, now: float) -> list[Cell | str]:
-    content = ", ".join(f"{name}: {each.resource_type}" for name, each in update.resources.items())
-    return [update.resources_id, str(update.version), ago(update.update_time, now), content]
 
 
 def show(
@@ -94,7 +94,7 @@ def show(
     url: Url = None,
     api_key: ApiKey = None,
     show_keys: Keys = False,
-    output: Output = Format.TABLE,
+    output: Output = "table",
 ) -> None:
     """Show the content of one version.
 
@@ -110,7 +110,7 @@ def show(
         return await _one(store, resources_id, version), clock_of(await store.statistics())
 
     update, now = look(url, api_key, question)
-    if output is Format.JSON:
+    if output == "json":
         print_json(_record(update, show_keys))
         return
     made = ago(update.update_time, now)
@@ -146,27 +146,15 @@ def diff(
         return await _one(store, resources_id, after.version - 1 if old is None else old), after
 
     before, after = look(url, api_key, question)
-    changes = list(
-        difflib.unified_diff(
-            list(_lines(before, show_keys=False)),
-            list(_lines(after, show_keys=False)),
-            f"{resources_id} version {before.version}",
-            f"{resources_id} version {after.version}",
-            lineterm="",
-        )
-    )
-    if changes:
-        _print_changes(changes)
-    else:
-        typer.echo("No difference." if before.resources == after.resources else "Only API keys differ.")
-
-
-def _print_changes(changes: Sequence[str]) -> None:
-    screen = console()
-    for line in changes:
+    old_lines, new_lines = ([*_lines(each, show_keys=False)] for each in (before, after))
+    old_name, new_name = (f"{resources_id} version {each.version}" for each in (before, after))
+    screen, line = console(), ""
+    for line in difflib.unified_diff(old_lines, new_lines, old_name, new_name, lineterm=""):
         heading = line.startswith(("+++ ", "--- "))
         style = "bold" if heading else {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
         screen.print(clean(line), style=style)
+    if not line:
+        typer.echo("No difference." if before.resources == after.resources else "Only API keys differ.")
 
 
 def rollback(
@@ -175,7 +163,7 @@ def rollback(
     url: Url = None,
     api_key: ApiKey = None,
     show_keys: Keys = False,
-    output: Output = Format.TABLE,
+    output: Output = "table",
 ) -> None:
     """Store the content of an old version as a new one, which is the latest after. Nothing is lost by it.
 
@@ -184,7 +172,7 @@ def rollback(
       agl resources rollback rs-01a2 3
     """
     update = act(url, api_key, lambda store: store.rollback_resources(resources_id, version))
-    if output is Format.JSON:
+    if output == "json":
         print_json(_record(update, show_keys))
     else:
         typer.echo(f"{resources_id}: version {update.version} now has the content of version {version}")
@@ -215,19 +203,14 @@ def _unknown(resources_id: str) -> NotFound:
 
 def _record(update: ResourcesUpdate, show_keys: bool) -> dict[str, Any]:
     record: dict[str, Any] = plain(update)
-    if not show_keys:
-        record["resources"] = {name: _hide(each) for name, each in record["resources"].items()}
+    for resource in record["resources"].values():
+        if resource.get(_SECRET) is not None and not show_keys:
+            resource[_SECRET] = _HIDDEN
     return record
-
-
-def _hide(resource: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _HIDDEN if name == _SECRET and value is not None else value for name, value in resource.items()}
 
 
 def _lines(update: ResourcesUpdate, show_keys: bool) -> Iterator[str]:
     """The content for reading and comparing: one field in a line, texts line by line."""
-    import json
-
     for name, resource in sorted(_record(update, show_keys)["resources"].items()):
         yield f"{name} ({resource['resource_type']})"
         for field, value in resource.items():

@@ -6,38 +6,42 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
-from agentlightning.cli.options import ApiKey, Format, Limit, Output, Url
-from agentlightning.cli.output import (
-    STATUS_STYLES,
-    Cell,
+from agentlightning.cli.overview import reason_of
+from agentlightning.cli.target import act, clock_of, locate, look, print_page
+from agentlightning.cli.terminal import (
+    ApiKey,
     Column,
+    Limit,
+    Match,
+    Offset,
+    Output,
+    Url,
     ago,
+    count,
     duration,
     one_line,
     plain,
     print_facts,
     print_json,
-    print_rest,
     print_table,
 )
-from agentlightning.cli.overview import clock_of, reason_of
-from agentlightning.cli.target import act, locate, look
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Attempt, AttemptedRollout, Rollout
 from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
-    from agentlightning.cli.output import Cell
-    from agentlightning.types import PaginatedResult, RolloutStatus
+    from agentlightning.types import RolloutStatus
 
 _SHOWN_ATTEMPTS = 20
 _SHOWN_NAMES = 12
 _MANY_SPANS = 5_000
+
+Id = Annotated[str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")]
 
 
 class Status(StrEnum):
@@ -58,15 +62,15 @@ def ls(
     status: Annotated[
         list[Status] | None, typer.Option("--status", "-s", help="Only those in this state; give it several times.")
     ] = None,
-    match: Annotated[str | None, typer.Option(help="Only those whose id has this in it.")] = None,
+    match: Match = None,
     sort: Annotated[
         str | None,
         typer.Option(help="A field to sort by: end_time, priority, … [dim]Default: when they were enqueued.[/dim]"),
     ] = None,
     oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Turn the order around.")] = False,
     limit: Limit = 20,
-    offset: Annotated[int, typer.Option(min=0, help="Pass over so many.")] = 0,
-    output: Output = Format.TABLE,
+    offset: Offset = 0,
+    output: Output = "table",
 ) -> None:
     """List rollouts, the newest first.
 
@@ -77,45 +81,43 @@ def ls(
       agl rollouts ls --sort end_time -n 5
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
-
-    async def question(store: LightningStore) -> tuple[PaginatedResult[Rollout], float]:
-        page = await store.query_rollouts(
+    print_page(
+        url,
+        api_key,
+        output,
+        lambda store: store.query_rollouts(
             status_in=cast("list[RolloutStatus]", [each.value for each in status]) if status else None,
             rollout_id_contains=match,
             sort_by=sort,
             sort_order="asc" if oldest_first else "desc",
             limit=limit,
             offset=offset,
-        )
-        return page, clock_of(await store.statistics())
-
-    page, now = look(url, api_key, question)
-    if output is Format.JSON:
-        print_json(page)
-        return
-    columns = (
-        Column("rollout"),
-        Column("status"),
-        Column("tries", right=True),
-        Column("made", right=True),
-        Column("took", right=True),
-        Column("reason, or input", wide=True),
+        ),
+        lambda now: (
+            Column("rollout", lambda each: each.rollout_id),
+            Column("status", lambda each: each.status),
+            Column("tries", _tries, right=True),
+            Column("made", lambda each: ago(each.start_time, now), right=True),
+            Column("took", _took, right=True),
+            Column("reason, or input", _reason_or_input, wide=True),
+        ),
+        empty="No rollouts.",
     )
-    print_table(columns, [_row(each, now) for each in page], empty="No rollouts.")
-    print_rest(page)
 
 
-def _row(rollout: Rollout, now: float) -> list[Cell | str]:
-    attempt: Attempt | None = getattr(rollout, "attempt", None)
-    failed = rollout.status in ("failed", "cancelled") or (attempt is not None and rollout.status == "requeuing")
-    return [
-        rollout.rollout_id,
-        Cell(rollout.status, STATUS_STYLES.get(rollout.status, "")),
-        str(attempt.sequence_id if attempt else 0),
-        ago(rollout.start_time, now),
-        "" if rollout.end_time is None else duration(rollout.end_time - rollout.start_time),
-        one_line(": ".join(filter(None, reason_of(rollout))) if failed else rollout.input, 80),
-    ]
+def _tries(rollout: Rollout) -> str:
+    return str(rollout.attempt.sequence_id) if isinstance(rollout, AttemptedRollout) else "0"
+
+
+def _took(rollout: Rollout) -> str:
+    return "" if rollout.end_time is None else duration(rollout.end_time - rollout.start_time)
+
+
+def _reason_or_input(rollout: Rollout) -> str:
+    failed = rollout.status in ("failed", "cancelled") or (
+        rollout.status == "requeuing" and isinstance(rollout, AttemptedRollout)
+    )
+    return one_line(": ".join(filter(None, reason_of(rollout))) if failed else rollout.input, 80)
 
 
 # --- One rollout -----------------------------------------------------------------------------------
@@ -130,14 +132,7 @@ class _Told(NamedTuple):
     reward: float | None
 
 
-def show(
-    rollout: Annotated[
-        str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")
-    ],
-    url: Url = None,
-    api_key: ApiKey = None,
-    output: Output = Format.TABLE,
-) -> None:
+def show(rollout: Id, url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
     """Show one rollout: its input, every attempt, why attempts ended, their spans and rewards.
 
     [bold]Examples[/bold]
@@ -150,33 +145,32 @@ def show(
     async def question(store: LightningStore) -> tuple[Rollout, list[_Told], int, float]:
         found = await find_rollout(store, rollout)
         attempts = await store.query_attempts(found.rollout_id, sort_order="desc", limit=_SHOWN_ATTEMPTS)
-        told = [await _told(store, each) for each in reversed(attempts)]
+        told: list[_Told] = []
+        for each in reversed(attempts):
+            page = await store.query_spans(each.rollout_id, each.attempt_id, sort_order="desc", limit=_MANY_SPANS)
+            spans = list(reversed(page.items))
+            told.append(_Told(each, page.total, Counter(span.name for span in spans), find_final_reward(spans)))
         return found, told, attempts.total, clock_of(await store.statistics())
 
     found, told, total, now = look(url, api_key, question)
-    if output is Format.JSON:
-        print_json({"rollout": found, "attempts": [_record(each) for each in told]})
-    else:
-        _print(found, told, total, now)
+    if output == "json":
+        attempts = [
+            {**plain(each.attempt), "spans": each.spans, "span_names": each.names, "reward": each.reward}
+            for each in told
+        ]
+        print_json({"rollout": found, "attempts": attempts})
+        return
+    _print_rollout(found, now)
+    _print_attempts(found, told, total, now)
 
 
-async def _told(store: LightningStore, attempt: Attempt) -> _Told:
-    page = await store.query_spans(attempt.rollout_id, attempt.attempt_id, sort_order="desc", limit=_MANY_SPANS)
-    spans = list(reversed(page.items))
-    return _Told(attempt, page.total, Counter(each.name for each in spans), find_final_reward(spans))
-
-
-def _record(told: _Told) -> dict[str, Any]:
-    return {**plain(told.attempt), "spans": told.spans, "span_names": dict(told.names), "reward": told.reward}
-
-
-def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> None:
+def _print_rollout(rollout: Rollout, now: float) -> None:
     config = rollout.config
     limits = [
-        f"{config.max_attempts} attempts" if config.max_attempts > 1 else "1 attempt",
-        *([f"time limit {duration(config.timeout_seconds)}"] if config.timeout_seconds else []),
-        *([f"silent for {duration(config.unresponsive_seconds)} at most"] if config.unresponsive_seconds else []),
-        *([f"again after {', '.join(config.retry_condition)}"] if config.retry_condition else []),
+        count(config.max_attempts, "attempt"),
+        f"time limit {duration(config.timeout_seconds)}" if config.timeout_seconds else "",
+        f"silent for {duration(config.unresponsive_seconds)} at most" if config.unresponsive_seconds else "",
+        f"again after {', '.join(config.retry_condition)}" if config.retry_condition else "",
     ]
     version = "" if rollout.resources_version is None else f" version {rollout.resources_version}"
     ended = "" if rollout.end_time is None else f", ended {ago(rollout.end_time, now)}"
@@ -188,25 +182,28 @@ def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> N
             "reason": one_line(reason, 2_000),
             "began": f"{ago(rollout.start_time, now)}{ended}",
             "mode": rollout.mode or "",
-            "priority": str(rollout.priority) if rollout.priority else "",
+            "priority": str(rollout.priority or ""),
             "resources": f"{rollout.resources_id}{version}" if rollout.resources_id else "none",
-            "limits": "; ".join(limits),
+            "limits": "; ".join(filter(None, limits)),
             "input": one_line(rollout.input, 2_000),
             "metadata": "" if rollout.metadata is None else one_line(rollout.metadata, 2_000),
         }
     )
     typer.echo()
-    columns = (
-        Column("#", right=True),
-        Column("attempt"),
-        Column("status"),
-        Column("worker", wide=True),
-        Column("took", right=True),
-        Column("spans", right=True),
-        Column("reward", right=True),
-        Column("reason", wide=True),
+
+
+def _print_attempts(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> None:
+    columns: tuple[Column[_Told], ...] = (
+        Column("#", lambda each: str(each.attempt.sequence_id), right=True),
+        Column("attempt", lambda each: each.attempt.attempt_id),
+        Column("status", lambda each: each.attempt.status),
+        Column("worker", lambda each: each.attempt.worker_id or "", wide=True),
+        Column("took", lambda each: duration(max(0.0, (each.attempt.end_time or now) - each.attempt.start_time)), True),
+        Column("spans", lambda each: f"{each.spans:,}", right=True),
+        Column("reward", lambda each: "none" if each.reward is None else f"{each.reward:.4g}", right=True),
+        Column("reason", lambda each: _reason_of_attempt(each.attempt), wide=True),
     )
-    print_table(columns, [_attempt_row(each, now) for each in told], empty="No attempts yet.")
+    print_table(columns, told, empty="No attempts yet.")
     if total > len(told):
         typer.echo(f"the last {len(told)} of {total} attempts", err=True)
     if told and told[-1].names:
@@ -216,20 +213,9 @@ def _print(rollout: Rollout, told: Sequence[_Told], total: int, now: float) -> N
         typer.echo(f"Draw them: agl trace {rollout.rollout_id}")
 
 
-def _attempt_row(told: _Told, now: float) -> list[Cell | str]:
-    attempt = told.attempt
-    end = attempt.end_time if attempt.end_time is not None else now
+def _reason_of_attempt(attempt: Attempt) -> str:
     reason = ": ".join(filter(None, (attempt.reason_code, attempt.reason_message)))
-    return [
-        str(attempt.sequence_id),
-        attempt.attempt_id,
-        Cell(attempt.status, STATUS_STYLES.get(attempt.status, "")),
-        attempt.worker_id or "",
-        duration(max(0.0, end - attempt.start_time)),
-        f"{told.spans:,}",
-        "none" if told.reward is None else f"{told.reward:.4g}",
-        "" if attempt.status == "succeeded" else one_line(reason, 300),
-    ]
+    return "" if attempt.status == "succeeded" else one_line(reason, 300)
 
 
 # --- ``agl rollouts cancel`` and ``prune``: what changes rollouts ---
@@ -265,18 +251,6 @@ def cancel(
         typer.echo(f"{each.rollout_id}  {each.status}")
 
 
-def _parse_age(text: str) -> float:
-    """An age in seconds.
-
-    Raises:
-        typer.BadParameter: the text is none.
-    """
-    match = _AGE.fullmatch(text.strip())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no age; write a number and s, m, h or d, such as 7d")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
 def prune(
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="AGE", help="How long ago they ended: 90m, 12h, 7d.")
@@ -294,11 +268,13 @@ def prune(
       agl rollouts prune --older-than 30d
       agl rollouts prune --older-than 12h --yes
     """
-    seconds = _parse_age(older_than)
+    age = _AGE.fullmatch(older_than.strip())
+    if age is None:
+        raise typer.BadParameter(f"{older_than!r} is no age; write a number and s, m, h or d, such as 7d")
+    seconds = float(age[1]) * _SECONDS[age[2]]
     if not yes:
-        typer.confirm(
-            f"Delete all rollouts in {locate(url, api_key)} that ended more than {older_than} ago?", abort=True
-        )
+        place = locate(url, api_key)
+        typer.confirm(f"Delete all rollouts in {place} that ended more than {older_than} ago?", abort=True)
     deleted = act(url, api_key, lambda store: store.delete_finished_rollouts(older_than_seconds=seconds))
     typer.echo(f"{deleted:,} rollouts deleted")
 
@@ -310,15 +286,22 @@ LATEST = "latest"
 _CANDIDATES = 5
 
 
-async def find_rollout(store: LightningStore, name: str) -> Rollout:
+async def find_rollout(store: LightningStore, name: str, *latest_of: RolloutStatus) -> Rollout:
     """A rollout by its id, by a part of it that no other has, or ``latest``: the one enqueued last.
+
+    Args:
+        store: has the rollouts.
+        name: what the user typed.
+        latest_of: states of which ``latest`` has one; none: any.
 
     Raises:
         NotFound: there is none.
         InvalidValue: there are several.
     """
     if name == LATEST:
-        page = await store.query_rollouts(sort_order="desc", limit=1)
+        page = await store.query_rollouts(status_in=latest_of or None, sort_order="desc", limit=1)
+        if not page.items and latest_of:
+            raise NotFound("nobody has begun to work on any rollout yet; `agl status` says why")
         if not page.items:
             raise NotFound("the store has no rollouts yet")
         return page.items[0]
@@ -332,35 +315,3 @@ async def find_rollout(store: LightningStore, name: str) -> Rollout:
         some = ", ".join(each.rollout_id for each in page.items)
         raise InvalidValue(f"{name!r} is part of {page.total} ids: {some}{', …' if page.total > len(page) else ''}")
     return page.items[0]
-
-
-async def find_begun_rollout(store: LightningStore, name: str) -> Rollout:
-    """``find_rollout``, but ``latest`` is the one enqueued last of those that somebody has begun to work on."""
-    if name != LATEST:
-        return await find_rollout(store, name)
-    page = await store.query_rollouts(
-        status_in=["preparing", "running", "succeeded", "failed", "requeuing"], sort_order="desc", limit=1
-    )
-    if not page.items:
-        raise NotFound("nobody has begun to work on any rollout yet; `agl status` says why")
-    return page.items[0]
-
-
-async def find_attempt(store: LightningStore, rollout: Rollout, name: str) -> Attempt:
-    """An attempt by its id, its number, or ``latest``.
-
-    Raises:
-        NotFound: there is none.
-    """
-    if name == LATEST:
-        if not isinstance(rollout, AttemptedRollout):
-            raise NotFound(f"rollout {rollout.rollout_id} has no attempts yet; it is {rollout.status}")
-        return rollout.attempt
-    attempts = await store.query_attempts(rollout.rollout_id)
-    for each in attempts:
-        if name in (each.attempt_id, str(each.sequence_id)):
-            return each
-    raise NotFound(
-        f"rollout {rollout.rollout_id} has {len(attempts)} attempts, and none is {name!r}; "
-        "give its number or id, or `latest`"
-    )

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
-from agentlightning.cli.options import ApiKey, Format, Output, Url
-from agentlightning.cli.output import (
+from agentlightning.cli.overview import Failures, Overview, explain, gather, last_heard, reason_of
+from agentlightning.cli.target import locate, look, open_store
+from agentlightning.cli.terminal import (
     STATUS_STYLES,
-    Cell,
+    ApiKey,
     Column,
+    Output,
+    Url,
     ago,
     clean,
     console,
@@ -26,16 +30,16 @@ from agentlightning.cli.output import (
     size,
     table,
 )
-from agentlightning.cli.overview import Finding, Overview, explain, gather, last_heard, reason_of
-from agentlightning.cli.target import locate, look, open_view
 from agentlightning.errors import StoreUnavailable
-from agentlightning.types import Worker
 
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
+    from agentlightning.types import Worker
 
 _SILENCE_SECONDS = 3.0
 """Answers come sooner than this; what takes longer is shown as silence."""
+_SHOWN_WORKERS = 12
+_SHOWN_FAILURES = 5
 
 
 def status(
@@ -43,7 +47,7 @@ def status(
     api_key: ApiKey = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl+C.")] = False,
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks, with --watch.")] = 2.0,
-    output: Output = Format.TABLE,
+    output: Output = "table",
 ) -> None:
     """One screen: what goes on, what stands still, and why.
 
@@ -56,34 +60,28 @@ def status(
 
     With --watch and -o json each look is one line of JSON.
     """
-    place = str(locate(url, api_key))
-    if watch:
-        asyncio.run(_watch(url, api_key, place, interval, output))
-        return
-    overview = look(url, api_key, gather)
-    if output is Format.JSON:
-        print_json(record_of(overview, place))
-    else:
-        console().print(screen_of(overview, place), crop=False)
+    place, screen = str(locate(url, api_key)), console()
 
-
-async def _watch(url: str | None, api_key: str | None, place: str, interval: float, output: Format) -> None:
-    """Look until interrupted."""
-    from rich.live import Live
-
-    screen = console()
-    async with open_view(url, api_key) as store:
-        if output is Format.JSON:
-            async for overview, silence in _looks(store, interval):
-                if overview is not None and not silence:
-                    typer.echo(json_text(record_of(overview, place)))
-        elif screen.is_terminal:
-            with Live(console=screen, screen=True, auto_refresh=False) as live:
+    async def go_on() -> None:
+        async with open_store(url, api_key, "look") as store:
+            if output == "json":
                 async for overview, silence in _looks(store, interval):
-                    live.update(_watched(overview, silence, place), refresh=True)
-        else:
-            async for overview, silence in _looks(store, interval):
-                screen.print(_watched(overview, silence, place))
+                    if overview is not None and not silence:
+                        typer.echo(json_text(_record(overview, place)))
+            elif screen.is_terminal:
+                with Live(console=screen, screen=True, auto_refresh=False) as live:
+                    async for overview, silence in _looks(store, interval):
+                        live.update(_watched(overview, silence, place, screen.width), refresh=True)
+            else:
+                async for overview, silence in _looks(store, interval):
+                    screen.print(_watched(overview, silence, place, screen.width))
+
+    if watch:
+        asyncio.run(go_on())
+    elif output == "json":
+        print_json(_record(look(url, api_key, gather), place))
+    else:
+        screen.print(_screen(look(url, api_key, gather), place, screen.width), crop=False)
 
 
 async def _looks(store: LightningStore, interval: float) -> AsyncIterator[tuple[Overview | None, float]]:
@@ -110,171 +108,124 @@ async def _looks(store: LightningStore, interval: float) -> AsyncIterator[tuple[
         await asyncio.sleep(interval)
 
 
-def _watched(overview: Overview | None, silence: float, place: str) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = [screen_of(overview, place)] if overview is not None else [Text(place, style="bold")]
-    if silence:
-        parts += [
-            Text(),
-            Text(f"✗ No answer for {duration(silence)}; trying on. What is above is old.", style="bold red"),
-        ]
-    return Group(*parts)
+def _watched(overview: Overview | None, silence: float, place: str, width: int) -> RenderableType:
+    told = Text(place, style="bold") if overview is None else _screen(overview, place, width)
+    if not silence:
+        return told
+    old = f"✗ No answer for {duration(silence)}; trying on. What is above is old."
+    return Group(told, Text(), Text(old, style="bold red"))
 
 
-# --- What ``agl status`` shows: an overview as one screen, or as a record ---
-
-_SHOWN_WORKERS = 12
-_SHOWN_FAILURES = 5
-
-
-def record_of(overview: Overview, place: str) -> dict[str, Any]:
+def _record(overview: Overview, place: str) -> dict[str, Any]:
     """What `agl status -o json` prints. Times are seconds since the Unix epoch, on the store's clock."""
-    statistics = overview.statistics
+    statistics, host = overview.statistics, overview.statistics.get("host", {})
     oldest = overview.oldest_waiting
     return {
         "store": place,
         "time": overview.now,
-        "version": statistics.get("host", {}).get("version"),
+        "version": host.get("version"),
         "uptime_seconds": statistics.get("uptime"),
         "answer_seconds": overview.answer_seconds,
         "rollouts": statistics.get("rollouts_by_status", {}),
         "attempts": statistics.get("total_attempts", 0),
         "spans": statistics.get("total_spans", 0),
         "span_bytes": statistics.get("total_span_bytes", 0),
-        "disk_free_bytes": statistics.get("host", {}).get("disk_free_bytes"),
-        "oldest_waiting": None
-        if oldest is None
-        else {"rollout_id": oldest.rollout_id, "waits_seconds": max(0.0, overview.now - oldest.start_time)},
-        "ended_per_minute": None if overview.pace is None else overview.pace.per_minute,
+        "disk_free_bytes": host.get("disk_free_bytes"),
+        "oldest_waiting": oldest
+        and {"rollout_id": oldest.rollout_id, "waits_seconds": max(0.0, overview.now - oldest.start_time)},
+        "ended_per_minute": overview.pace and overview.pace.per_minute,
         "workers": [
             {
-                "worker_id": each.worker_id,
-                "status": each.status,
+                **{name: getattr(each, name) for name in ("worker_id", "status", "directive", "current_rollout_id")},
                 "alive": overview.is_alive(each),
-                "directive": each.directive,
                 "last_heard": last_heard(each),
-                "current_rollout_id": each.current_rollout_id,
             }
             for each in overview.workers
         ],
         "failures": [
-            {"reason": each.reason, "count": each.count, "newest": each.newest.rollout_id} for each in overview.failures
+            {"reason": each.reason, "count": each.number, "newest": each.newest.rollout_id}
+            for each in overview.failures
         ],
         "findings": [each._asdict() for each in explain(overview)],
     }
 
 
-# --- As a screen -----------------------------------------------------------------------------------
+# --- The screen ------------------------------------------------------------------------------------
 
 
-def screen_of(overview: Overview, place: str) -> RenderableType:
+def _screen(overview: Overview, place: str, width: int) -> Group:
     """Numbers first, then workers and failures, and at the end, where the eye is, what they mean."""
-    parts: list[RenderableType] = [_headline(overview, place), Text()]
-    parts += [_fact(name, text) for name, text in _facts(overview)]
-    for block in (_workers(overview), _failures(overview)):
-        if block is not None:
-            parts += [Text(), block]
-    parts.append(Text())
-    parts += [line for each in explain(overview) for line in _finding(each)]
-    return Group(*parts)
-
-
-def _headline(overview: Overview, place: str) -> Text:
     statistics = overview.statistics
-    version = statistics.get("host", {}).get("version", "version unknown")
-    more = [statistics.get("name", "store"), version]
+    more = [statistics.get("name", "store"), statistics.get("host", {}).get("version", "version unknown")]
     if place.startswith("http"):
         more.append(f"up {duration(statistics.get('uptime', 0.0))}")
         more.append(f"answers within {duration(overview.answer_seconds)}")
-    return Text.assemble((clean(place), "bold"), ("  " + ", ".join(more), "dim"))
-
-
-def _facts(overview: Overview) -> Iterator[tuple[str, Text]]:
-    statistics = overview.statistics
-    states = ("queuing", "requeuing", "preparing", "running", "succeeded", "failed", "cancelled")
-    counts = [(state, overview.count(state)) for state in states]
-    line = Text(f"{statistics.get('total_rollouts', 0):,}")
-    for state, number in counts:
-        if number:
-            line.append(f"   {number:,} {state}", style=STATUS_STYLES.get(state, ""))
-    yield "rollouts", line
-    if overview.oldest_waiting is not None:
-        oldest = overview.oldest_waiting
-        yield "oldest waiting", Text(f"enqueued {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}")
-    if overview.waiting or overview.running:
-        pace = overview.pace
-        told = f"{pace.per_minute:,.0f} rollouts a minute, within the last {duration(pace.seconds)}" if pace else ""
-        yield "pace", Text(told or "nothing ended within a minute")
-    elif overview.ended:
-        yield "newest end", Text(ago(max(each.end_time or 0.0 for each in overview.ended), overview.now))
-    yield "attempts", Text(f"{statistics.get('total_attempts', 0):,}")
-    spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
-    free = statistics.get("host", {}).get("disk_free_bytes")
-    yield "spans", Text(spans if free is None else f"{spans}   {size(free)} free on the disk")
-
-
-def _fact(name: str, value: Text) -> Text:
-    return Text.assemble((f"{name:<16}", "bold"), value)
-
-
-def _workers(overview: Overview) -> RenderableType | None:
-    if not overview.workers:
-        return None
-    alive = overview.alive
-    silent = [each for each in overview.workers if each not in alive]
-    gone = sum(each.directive is not None for each in silent)
-    columns = (
-        Column("worker"),
-        Column("state"),
-        Column("heard", right=True),
-        Column("works on"),
-        Column("asked to"),
-    )
-    rows: list[list[Cell | str]] = [_worker(each, overview) for each in alive[:_SHOWN_WORKERS]]
-    hidden = len(alive) - len(rows)
-    remarks = [f"{hidden} more alive"] if hidden else []
-    if gone:
-        remarks.append(f"{gone} gone as asked")
-    if len(silent) > gone:
-        remarks.append(f"{len(silent) - gone} silent")
-    parts: list[RenderableType] = [table(columns, rows)] if rows else []
-    if remarks:
-        parts.append(Text(f"{', '.join(remarks)}: `agl workers ls`", style="dim"))
+    parts: list[RenderableType] = [Text.assemble((clean(place), "bold"), ("  " + ", ".join(more), "dim")), Text()]
+    parts += [Text.assemble((f"{name:<16}", "bold"), value) for name, value in _facts(overview)]
+    if overview.workers:
+        parts += [Text(), *_workers(overview, width)]
+    if overview.failures:
+        columns: tuple[Column[Failures], ...] = (
+            Column("failed", lambda each: f"{each.number} of {len(overview.ended)}", right=True),
+            Column("reason", lambda each: each.reason, style="red"),
+            Column("the newest said", _newest_said, wide=True),
+            Column("rollout", lambda each: each.newest.rollout_id),
+        )
+        parts += [Text(), *table(columns, overview.failures[:_SHOWN_FAILURES], width)]
+    parts.append(Text())
+    marks = {"problem": ("✗ ", "bold red"), "warning": ("! ", "yellow"), "note": ("· ", "dim")}
+    for finding in explain(overview):
+        parts.append(Text.assemble(marks[finding.level], clean(finding.text)))
+        if finding.fix:
+            parts.append(Text.assemble("  ", (clean(finding.fix), "dim")))
     return Group(*parts)
 
 
-def _worker(worker: Worker, overview: Overview) -> list[Cell | str]:
+def _newest_said(failures: Failures) -> str:
+    return one_line(reason_of(failures.newest)[1], 60)
+
+
+def _facts(overview: Overview) -> Iterator[tuple[str, Text | str]]:
+    statistics, pace, oldest = overview.statistics, overview.pace, overview.oldest_waiting
+    line = Text(f"{statistics.get('total_rollouts', 0):,}")
+    for state in ("queuing", "requeuing", "preparing", "running", "succeeded", "failed", "cancelled"):
+        if overview.by_status[state]:
+            line.append(f"   {overview.by_status[state]:,} {state}", style=STATUS_STYLES.get(state, ""))
+    yield "rollouts", line
+    if oldest is not None:
+        yield "oldest waiting", f"enqueued {ago(oldest.start_time, overview.now)}   {oldest.rollout_id}"
+    if overview.waiting or overview.running:
+        told = pace and f"{pace.per_minute:,.0f} rollouts a minute, within the last {duration(pace.seconds)}"
+        yield "pace", told or "nothing ended within a minute"
+    elif overview.ended:
+        yield "newest end", ago(max(each.end_time or 0.0 for each in overview.ended), overview.now)
+    yield "attempts", f"{statistics.get('total_attempts', 0):,}"
+    spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
+    free = statistics.get("host", {}).get("disk_free_bytes")
+    yield "spans", spans if free is None else f"{spans}   {size(free)} free on the disk"
+
+
+def worker_columns(now: float) -> list[Column[Worker]]:
+    """What a table shows of workers.
+
+    Args:
+        now: the time on the store's clock.
+    """
     return [
-        worker.worker_id,
-        Cell(worker.status, STATUS_STYLES[worker.status]),
-        ago(last_heard(worker), overview.now),
-        worker.current_rollout_id or "",
-        Cell(worker.directive or "", "yellow"),
+        Column("worker", lambda each: each.worker_id),
+        Column("state", lambda each: each.status),
+        Column("heard", lambda each: ago(last_heard(each), now), right=True),
+        Column("works on", lambda each: each.current_rollout_id or ""),
+        Column("asked to", lambda each: each.directive or "", style="yellow"),
     ]
 
 
-def _failures(overview: Overview) -> RenderableType | None:
-    if not overview.failures:
-        return None
-    columns = (Column("failed", right=True), Column("reason"), Column("the newest said", wide=True), Column("rollout"))
-    return table(
-        columns,
-        [
-            [
-                f"{each.count} of {len(overview.ended)}",
-                Cell(each.reason, "red"),
-                one_line(reason_of(each.newest)[1], 60),
-                each.newest.rollout_id,
-            ]
-            for each in overview.failures[:_SHOWN_FAILURES]
-        ],
-    )
-
-
-def _finding(finding: Finding) -> Iterator[Text]:
-    mark, style = {"problem": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("·", "dim")}[finding.level]
-    yield Text.assemble((f"{mark} ", style), clean(finding.text))
-    if finding.fix:
-        yield Text.assemble("  ", (clean(finding.fix), "dim"))
+def _workers(overview: Overview, width: int) -> Iterator[RenderableType]:
+    alive, silent = overview.alive, [each for each in overview.workers if not overview.is_alive(each)]
+    gone = sum(each.directive is not None for each in silent)
+    counts = {"more alive": len(alive) - _SHOWN_WORKERS, "gone as asked": gone, "silent": len(silent) - gone}
+    if alive:
+        yield from table(worker_columns(overview.now), alive[:_SHOWN_WORKERS], width)
+    remarks = [f"{number} {what}" for what, number in counts.items() if number > 0]
+    if remarks:
+        yield Text(f"{', '.join(remarks)}: `agl workers ls`", style="dim")

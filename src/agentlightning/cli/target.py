@@ -14,15 +14,16 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import psutil
+import typer
 
+from agentlightning.cli.terminal import Column, Format, plain, print_json, print_table
 from agentlightning.errors import (
     AgentLightningError,
     BadRequest,
@@ -36,14 +37,15 @@ from agentlightning.errors import (
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 
 if TYPE_CHECKING:
-    from agentlightning.store.base import LightningStore
+    from agentlightning.store.base import LightningStore, LightningStoreStatistics
+    from agentlightning.types import PaginatedResult
 
 T = TypeVar("T")
+Purpose = Literal["look", "act", "serve"]
 
 DEFAULT_PORT = 4747
 _ANY_ADDRESS = ("", "0.0.0.0", "::", "[::]")
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d{1,5}/?")
-_SERVER_SCHEMES = ("http", "https")
 _PATIENCE_SECONDS = 10.0
 """For how long a command tries, once the server has been seen to answer."""
 
@@ -84,8 +86,12 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
         port = resolve_int_env_var(LightningEnvVar.AGL_SERVER_PORT, fallback=DEFAULT_PORT)
         url = f"http://{'127.0.0.1' if host in _ANY_ADDRESS else host}:{port}"
     scheme, separator, _ = url.partition("://")
-    if separator and scheme.lower() in _SERVER_SCHEMES:
-        return _server(url, api_key)
+    if separator and scheme.lower() in ("http", "https"):
+        from agentlightning.http.routes import parse_address
+
+        address = parse_address(url)
+        key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY) or None
+        return Server(address.root, key)
     if separator:
         raise InvalidValue(f"--url {url!r} is neither a server (http://…, https://…) nor the path of a file")
     if _HOST_AND_PORT.fullmatch(url) and not Path(url).exists():
@@ -93,17 +99,17 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
     return Database(Path(url))
 
 
-def _server(url: str, api_key: str | None) -> Server:
-    from agentlightning.http.routes import parse_address
-
-    address = parse_address(url)
-    key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY, fallback="") or None
-    return Server(address.root, key)
-
-
 @asynccontextmanager
-async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenerator[LightningStore]:
-    """The store that ``--url`` names, for a program that goes on: it rides out a server that is away for a while.
+async def open_store(
+    url: str | None, api_key: str | None = None, purpose: Purpose = "serve"
+) -> AsyncGenerator[LightningStore]:
+    """The store that ``--url`` names.
+
+    Args:
+        url, api_key: as for ``locate``.
+        purpose: ``look``: for reading only; a file may be in use. ``act``: for a change. Both are for somebody who
+            waits at a keyboard: with little patience, and nothing kept on this machine. ``serve``: for a program that
+            goes on, and rides out a server that is away for a while.
 
     Raises:
         InvalidValue: there is no such file, or the URL is none.
@@ -111,96 +117,39 @@ async def open_store(url: str | None, api_key: str | None = None) -> AsyncGenera
         StoreUnavailable: the server cannot be used; the message says why and what to do.
         NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
     """
-    from agentlightning.http.client.client import LightningStoreClient
-
     target = locate(url, api_key)
     if isinstance(target, Server):
-        _check_answers(target)
-        async with LightningStoreClient(target.url, api_key=target.api_key) as client:
+        from agentlightning.http.client.client import LightningStoreClient
+        from agentlightning.http.client.resilience import Resilience
+
+        ask(target)  # is not tried again, so that a wrong address is told at once
+        options: dict[str, Any] = {}
+        if purpose != "serve":
+            options = {"spool_dir": None, "resilience": Resilience(patience_seconds=_PATIENCE_SECONDS)}
+        async with LightningStoreClient(target.url, api_key=target.api_key, **options) as client:
             yield client
-    else:
-        async with _owner(target.path) as store:
-            yield store
+        return
+    from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
 
-
-@asynccontextmanager
-async def open_view(url: str | None, api_key: str | None = None) -> AsyncGenerator[LightningStore]:
-    """The store that ``--url`` names, for reading only; a file may be in use. Raises as ``open_store``."""
-    target = locate(url, api_key)
-    if isinstance(target, Server):
-        async with _served(target) as store:
-            yield store
-    else:
-        from agentlightning.store.sqlite.store import ReadOnlySqliteStore
-
-        _check_exists(target.path)
-        async with ReadOnlySqliteStore(target.path) as store:
-            yield store
-
-
-def look(url: str | None, api_key: str | None, question: Callable[[LightningStore], Awaitable[T]]) -> T:
-    """Put a question to the store that ``--url`` names, and wait for the answer. Raises as ``open_store``."""
-
-    async def run() -> T:
-        async with open_view(url, api_key) as store:
-            return await question(store)
-
-    return asyncio.run(run())
-
-
-def act(url: str | None, api_key: str | None, action: Callable[[LightningStore], Awaitable[T]]) -> T:
-    """Do something to the store that ``--url`` names, and wait for the result. Raises as ``open_store``."""
-
-    async def run() -> T:
-        target = locate(url, api_key)
-        async with _served(target) if isinstance(target, Server) else _owner(target.path) as store:
-            return await action(store)
-
-    return asyncio.run(run())
-
-
-@asynccontextmanager
-async def _served(server: Server) -> AsyncGenerator[LightningStore]:
-    """For somebody who waits at a keyboard: with little patience, and nothing kept on this machine."""
-    from agentlightning.http.client.client import LightningStoreClient
-    from agentlightning.http.client.resilience import Resilience
-
-    _check_answers(server)
-    async with LightningStoreClient(
-        server.url,
-        api_key=server.api_key,
-        spool_dir=None,
-        resilience=Resilience(patience_seconds=_PATIENCE_SECONDS),
-    ) as client:
-        yield client
-
-
-def _check_answers(server: Server) -> None:
-    """One request that is not tried again, so that a wrong address is told at once."""
-    from agentlightning.cli.target import ask
-
-    ask(server)
-
-
-@asynccontextmanager
-async def _owner(path: Path) -> AsyncGenerator[LightningStore]:
-    from agentlightning.store.sqlite.store import SqliteLightningStore
-
-    _check_exists(path)
-    store = SqliteLightningStore(path)
+    _check_exists(target.path)
     try:
-        await store.__aenter__()
+        async with (ReadOnlySqliteStore if purpose == "look" else SqliteLightningStore)(target.path) as store:
+            yield store
     except StoreOwned as error:
-        raise _owned_elsewhere(path) or error from error
-    try:
-        yield store
-    finally:
-        await store.close()
+        raise _owned_elsewhere(target.path) or error from error
+
+
+def _check_exists(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise InvalidValue(f"--url {str(path)!r} is a folder; give the database file in it")
+    nearby = sorted(each.name for each in path.parent.glob("*.db"))
+    hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
+    raise InvalidValue(f"there is no database {str(path)!r}{hint}. Give the path of one, or a server's URL")
 
 
 def _owned_elsewhere(path: Path) -> StoreOwned | None:
-    from agentlightning.cli.target import find_owner
-
     owner = find_owner(path)
     if owner is None:
         return None
@@ -212,21 +161,67 @@ def _owned_elsewhere(path: Path) -> StoreOwned | None:
     return StoreOwned(f"process {owner.pid} ({owner.command}) has {str(path)!r} open, and only one may write; {way}")
 
 
-def _check_exists(path: Path) -> None:
-    if path.is_file():
+def look(
+    url: str | None,
+    api_key: str | None,
+    question: Callable[[LightningStore], Awaitable[T]],
+    purpose: Purpose = "look",
+) -> T:
+    """Put a question to the store that ``--url`` names, and wait for the answer. Raises as ``open_store``."""
+
+    async def run() -> T:
+        async with open_store(url, api_key, purpose) as store:
+            return await question(store)
+
+    return asyncio.run(run())
+
+
+def act(url: str | None, api_key: str | None, action: Callable[[LightningStore], Awaitable[T]]) -> T:
+    """Do something to the store that ``--url`` names, and wait for the result. Raises as ``open_store``."""
+    return look(url, api_key, action, "act")
+
+
+def clock_of(statistics: LightningStoreStatistics) -> float:
+    """The store's wall clock, which ages of its records are counted by; this machine's if it does not tell."""
+    return statistics.get("host", {}).get("time", time.time())
+
+
+def print_page(
+    url: str | None,
+    api_key: str | None,
+    output: Format,
+    query: Callable[[LightningStore], Awaitable[PaginatedResult[T]]],
+    columns: Callable[[float], Sequence[Column[T]]],
+    *,
+    empty: str,
+    record: Callable[[T], Any] | None = None,
+) -> None:
+    """Print a page of records of the store that ``--url`` names. Raises as ``open_store``.
+
+    Args:
+        url, api_key, output: options of the command.
+        query: reads the page.
+        columns: of the table, by the time on the store's clock.
+        empty: what is said instead of a table without rows.
+        record: what JSON has of a record; default: all.
+    """
+
+    async def question(store: LightningStore) -> tuple[PaginatedResult[T], float]:
+        return await query(store), clock_of(await store.statistics())
+
+    page, now = look(url, api_key, question)
+    if output == "json":
+        print_json({**plain(page), "items": [record(each) for each in page]} if record else page)
         return
-    if path.is_dir():
-        raise InvalidValue(f"--url {str(path)!r} is a folder; give the database file in it")
-    nearby = sorted(each.name for each in path.parent.glob("*.db")) if path.parent.is_dir() else []
-    hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
-    raise InvalidValue(f"there is no database {os.fspath(path)!r}{hint}. Give the path of one, or a server's URL")
+    print_table(columns(now), page, empty=empty)
+    if page.offset + len(page) < page.total:
+        typer.echo(f"{len(page):,} of {page.total:,}; more with --limit and --offset", err=True)
 
 
 # --- One question to a server, asked without patience, and what the answer or the silence means ---
 
 _SECONDS = 5.0
 _STATISTICS = "/agl/v1/statistics"
-_OLD_HEALTH = "/v1/agl/health"
 
 
 class Answer(NamedTuple):
@@ -236,11 +231,6 @@ class Answer(NamedTuple):
     round_trip_seconds: float
     asked_at: float
     """This machine's wall clock half-way between question and answer."""
-
-
-class _Reply(NamedTuple):
-    status: int
-    body: bytes
 
 
 def ask(server: Server) -> Answer:
@@ -253,21 +243,15 @@ def ask(server: Server) -> Answer:
         BadRequest: what answers is not a store's server, or one of another version.
     """
     before, started = time.time(), time.monotonic()
-    reply = _get(server, _STATISTICS)
+    status, reply = _get(server, _STATISTICS, _SECONDS)
     seconds = time.monotonic() - started
-    if reply.status != 200:
-        raise _refusal(server, reply)
-    try:
-        statistics = json.loads(reply.body)
-    except ValueError:
-        statistics = None
-    if not isinstance(statistics, dict) or "rollouts_by_status" not in statistics:
-        raise _foreign(server)
-    return Answer(cast("dict[str, Any]", statistics), seconds, before + seconds / 2)
+    if status != 200 or "rollouts_by_status" not in reply:
+        raise _refusal(server, status, str(reply.get("detail") or f"status {status}"))
+    return Answer(reply, seconds, before + seconds / 2)
 
 
-def _refusal(server: Server, reply: _Reply) -> AgentLightningError:
-    match reply.status:
+def _refusal(server: Server, status: int, detail: str) -> AgentLightningError:
+    match status:
         case 401 if server.api_key is None:
             return NotAuthenticated(f"{server} asks for an API key; give --api-key, or set AGL_API_KEY")
         case 401:
@@ -276,48 +260,39 @@ def _refusal(server: Server, reply: _Reply) -> AgentLightningError:
                 "(--api-key goes before one in the URL, and that before AGL_API_KEY)"
             )
         case 403:
-            return NotAllowed(f"{server} refuses requests that come this way: {_detail(reply)}")
-        case 404 if _get(server, _OLD_HEALTH).status == 200:
+            return NotAllowed(f"{server} refuses requests that come this way: {detail}")
+        case 404 if _get(server, "/v1/agl/health", _SECONDS)[0] == 200:
             return BadRequest(
                 f"{server} is the server of another version (it has no {_STATISTICS}); "
                 "install the same version of agentlightning on both sides"
             )
         case 429 | 503 | 507:
-            return StoreUnavailable(f"{server} cannot be used now: {_detail(reply)}")
-        case status if status >= 500:
-            return StoreUnavailable(f"{server} answers with an error ({status}: {_detail(reply)}); its log says why")
+            return StoreUnavailable(f"{server} cannot be used now: {detail}")
+        case _ if status >= 500:
+            return StoreUnavailable(f"{server} answers with an error ({status}: {detail}); its log says why")
         case _:
-            return _foreign(server)
+            return BadRequest(f"what answers at {server} is not the server of a store; check host and port")
 
 
-def _foreign(server: Server) -> BadRequest:
-    return BadRequest(f"what answers at {server} is not the server of a store; check host and port")
-
-
-def _detail(reply: _Reply) -> str:
-    try:
-        problem = json.loads(reply.body)
-    except ValueError:
-        problem = None
-    detail = cast("dict[str, Any]", problem).get("detail") if isinstance(problem, dict) else None
-    return str(detail) if detail else f"status {reply.status}"
-
-
-def _get(server: Server, path: str) -> _Reply:
+def _get(server: Server, path: str, timeout: float) -> tuple[int, dict[str, Any]]:
+    """The status of a reply, and its JSON object; an empty one if it has none."""
     parts = urlsplit(server.url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=_SECONDS)
-    headers = {"Accept": "application/json"}
-    if server.api_key is not None:
-        headers["Authorization"] = f"Bearer {server.api_key}"
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+    key = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
     try:
-        connection.request("GET", parts.path + path, headers=headers)
+        connection.request("GET", parts.path + path, headers={"Accept": "application/json", **key})
         reply = connection.getresponse()
-        return _Reply(reply.status, reply.read())
+        body = reply.read()
     except (OSError, UnicodeError, http.client.HTTPException) as error:
         raise StoreUnreachable(_silence(server, error)) from error
     finally:
         connection.close()
+    try:
+        told = json.loads(body)
+    except ValueError:
+        told = None
+    return reply.status, cast("dict[str, Any]", told) if isinstance(told, dict) else {}
 
 
 def _silence(server: Server, error: Exception) -> str:
@@ -369,26 +344,20 @@ def find_owner(path: Path) -> Owner | None:
 
     The lock itself is not touched: to try it would refuse a store that is opened at that moment.
     """
-    real = Path(os.path.realpath(path))
+    lock = Path(f"{os.path.realpath(path)}-owner")
     try:
-        pid = int(real.with_name(real.name + "-owner").read_text(encoding="ascii"))
-        process = psutil.Process(pid)
+        process = psutil.Process(int(lock.read_text(encoding="ascii")))
         command = " ".join(process.cmdline()) or process.name()
     except (OSError, ValueError, psutil.Error):
         return None
-    if not _has_open(process, real.with_name(real.name + "-owner")):
-        return None
-    return Owner(pid, command if len(command) <= 60 else command[:59] + "…", _servers_of(process))
-
-
-def _has_open(process: psutil.Process, lock: Path) -> bool:
-    """Whether it holds the lock file: the id of a dead owner may have gone to somebody else."""
-    try:
-        return any(each.path == str(lock) for each in process.open_files())
+    try:  # the id of a dead owner may have gone to a process that does not hold the lock
+        if all(each.path != str(lock) for each in process.open_files()):
+            return None
     except psutil.AccessDenied:  # another user's process: what the file says is all that is known
-        return True
+        pass
     except psutil.Error:
-        return False
+        return None
+    return Owner(process.pid, command if len(command) <= 60 else command[:59] + "…", _servers_of(process))
 
 
 def _servers_of(process: psutil.Process) -> tuple[str, ...]:
@@ -397,19 +366,12 @@ def _servers_of(process: psutil.Process) -> tuple[str, ...]:
     except psutil.Error:
         return ()
     places = sorted({("127.0.0.1" if each.ip in ("0.0.0.0", "::") else each.ip, each.port) for each in listening})
-    return tuple(
-        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        for host, port in places
-        if _serves_a_store(host, port)
-    )
+    urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in places]
+    return tuple(url for url in urls if _serves_a_store(url))
 
 
-def _serves_a_store(host: str, port: int) -> bool:
-    connection = HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+def _serves_a_store(url: str) -> bool:
     try:
-        connection.request("GET", "/agl/v1/health/live")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
+        return _get(Server(url, None), "/agl/v1/health/live", _PROBE_SECONDS)[0] == 200
+    except StoreUnreachable:
         return False
-    finally:
-        connection.close()

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from agentlightning.cli.options import ApiKey, ExitCode, Format, Limit, Output, Url
-from agentlightning.cli.output import (
-    STATUS_STYLES,
-    Cell,
+from agentlightning.cli.status import worker_columns
+from agentlightning.cli.target import act, print_page
+from agentlightning.cli.terminal import (
+    ApiKey,
     Column,
-    ago,
+    ExitCode,
+    Limit,
+    Match,
+    Offset,
+    Output,
+    Url,
     duration,
     one_line,
-    print_json,
-    print_rest,
-    print_table,
 )
-from agentlightning.cli.overview import clock_of, last_heard
-from agentlightning.cli.target import act, look
 from agentlightning.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from agentlightning.cli.output import Cell
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import PaginatedResult, Worker, WorkerDirective
+    from agentlightning.types import Worker, WorkerDirective
 
 
 _LOOK_SECONDS = 0.5
+_FOR_PROGRAMS = ("labels", "platform", "process_space", "start_time")
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="Their ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="All workers that the store knows.")]
@@ -44,11 +44,11 @@ Wait = Annotated[
 def ls(
     url: Url = None,
     api_key: ApiKey = None,
-    match: Annotated[str | None, typer.Option(help="Only those whose id has this in it.")] = None,
+    match: Match = None,
     alive: Annotated[bool, typer.Option("--alive", help="Only those that were heard of lately.")] = False,
     limit: Limit = 100,
-    offset: Annotated[int, typer.Option(min=0, help="Pass over so many.")] = 0,
-    output: Output = Format.TABLE,
+    offset: Offset = 0,
+    output: Output = "table",
 ) -> None:
     """List workers and what they do, the newest first.
 
@@ -60,54 +60,39 @@ def ls(
       agl workers ls --match gpu-1 -o json | jq -r '.items[].worker_id'
     """
 
-    async def question(store: LightningStore) -> tuple[PaginatedResult[Worker], float]:
-        page = await store.query_workers(
+    def columns(now: float) -> list[Column[Worker]]:
+        known = worker_columns(now)
+        return [*known[:3], Column("lease", _lease, right=True), *known[3:], Column("says of itself", _told, wide=True)]
+
+    print_page(
+        url,
+        api_key,
+        output,
+        lambda store: store.query_workers(
             status_in=["idle", "busy"] if alive else None,
             worker_id_contains=match,
             sort_order="desc",
             limit=limit,
             offset=offset,
-        )
-        return page, clock_of(await store.statistics())
-
-    page, now = look(url, api_key, question)
-    if output is Format.JSON:
-        print_json(page)
-        return
-    columns = (
-        Column("worker"),
-        Column("state"),
-        Column("heard", right=True),
-        Column("lease", right=True),
-        Column("works on"),
-        Column("asked to"),
-        Column("says of itself", wide=True),
+        ),
+        columns,
+        empty="No workers.",
     )
-    print_table(columns, [_row(each, now) for each in page], empty="No workers.")
-    print_rest(page)
 
 
-def _row(worker: Worker, now: float) -> list[Cell | str]:
-    return [
-        worker.worker_id,
-        Cell(worker.status, STATUS_STYLES[worker.status]),
-        ago(last_heard(worker), now),
-        "" if worker.lease_seconds is None else duration(worker.lease_seconds),
-        worker.current_rollout_id or "",
-        Cell(worker.directive or "", "yellow"),
-        one_line(_told(worker.registration or {}), 100),
-    ]
+def _lease(worker: Worker) -> str:
+    return "" if worker.lease_seconds is None else duration(worker.lease_seconds)
 
 
-_FOR_PROGRAMS = ("platform", "process_space", "start_time")
-
-
-def _told(registration: Mapping[str, Any]) -> str:
+def _told(worker: Worker) -> str:
     """What a worker says of itself, in few words: labels first, and nothing that only programs need."""
-    facts = {name: value for name, value in registration.items() if name not in _FOR_PROGRAMS}
-    labels = facts.pop("labels", None)
-    told = {**(cast("dict[str, Any]", labels) if isinstance(labels, dict) else {"labels": labels}), **facts}
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", {}, []))
+    facts = worker.registration or {}
+    labels = facts.get("labels")
+    told: dict[str, Any] = cast("dict[str, Any]", labels) if isinstance(labels, dict) else {"labels": labels}
+    told = {**told, **{name: value for name, value in facts.items() if name not in _FOR_PROGRAMS}}
+    return one_line(
+        ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", {}, [])), 100
+    )
 
 
 # --- Orders ------------------------------------------------------------------------------------------
@@ -123,7 +108,7 @@ def drain(
       agl workers drain gpu-1-4711-9f2c-0
       agl workers drain --all --wait 600       before the machine goes down
     """
-    _direct("drain", _chosen(workers, every), wait, url, api_key)
+    _direct("drain", "asked to drain", workers, every, wait, url, api_key)
 
 
 def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url = None, api_key: ApiKey = None) -> None:
@@ -134,7 +119,7 @@ def stop(workers: Names = None, every: All = False, wait: Wait = None, url: Url 
       agl workers stop gpu-1-4711-9f2c-0
       agl workers stop --all --wait 60
     """
-    _direct("stop", _chosen(workers, every), wait, url, api_key)
+    _direct("stop", "asked to stop", workers, every, wait, url, api_key)
 
 
 def resume(workers: Names = None, every: All = False, url: Url = None, api_key: ApiKey = None) -> None:
@@ -146,31 +131,28 @@ def resume(workers: Names = None, every: All = False, url: Url = None, api_key: 
 
       agl workers resume --all
     """
-    _direct(None, _chosen(workers, every), None, url, api_key)
-
-
-def _chosen(names: Sequence[str] | None, every: bool) -> Sequence[str] | None:
-    """The workers meant; None: all."""
-    if bool(names) == every:
-        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
-    return None if every else names
+    _direct(None, "free to go on", workers, every, None, url, api_key)
 
 
 def _direct(
     directive: WorkerDirective | None,
+    told: str,
     names: Sequence[str] | None,
+    every: bool,
     wait: float | None,
     url: str | None,
     api_key: str | None,
 ) -> None:
+    if bool(names) == every:
+        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
+
     async def action(store: LightningStore) -> None:
-        directed = await store.direct_workers(directive, worker_ids=names)
-        verb = {"drain": "asked to drain", "stop": "asked to stop", None: "free to go on"}[directive]
+        directed = await store.direct_workers(directive, worker_ids=None if every else names)
         if not directed:
             typer.echo("The store knows no workers.")
         for each in directed:
             holds = f", holds {each.current_rollout_id}" if each.current_rollout_id else ""
-            typer.echo(f"{each.worker_id}  {verb}{holds}")
+            typer.echo(f"{each.worker_id}  {told}{holds}")
         if wait is not None:
             await _wait_until_free(store, [each.worker_id for each in directed], wait)
 

@@ -18,8 +18,8 @@ import pytest
 import typer
 
 from agentlightning import SqliteLightningStore, errors
-from agentlightning.cli.app import COMMANDS, Command, Group, _unwrapped, build
-from agentlightning.cli.options import ExitCode, exit_code
+from agentlightning.cli.app import COMMANDS, Command, Group, _unwrapped, build, exit_code
+from agentlightning.cli.terminal import ExitCode
 from command_line import Done, agl, agl_process, clean_environment
 
 HEAVY = ("aiohttp", "apsw", "asyncio", "fastapi", "jinja2", "msgspec", "opentelemetry", "psutil", "pydantic", "uvicorn")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from agentlightning.cli.target import Database, Server, locate, open_store, open_view
+from agentlightning.cli.target import Database, Purpose, Server, locate, open_store
 from agentlightning.errors import InvalidValue, StoreOwned, StoreUnavailable
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
 
@@ -94,12 +95,12 @@ def test_a_file_that_looks_like_host_and_port_is_a_file(tmp_path: Path, monkeypa
 
 async def test_no_file_is_made_by_looking(tmp_path: Path) -> None:
     (tmp_path / "other.db").touch()
-    for opening in (open_view, open_store):
+    for purpose in get_args(Purpose):
         with pytest.raises(InvalidValue, match=r"no database .*; there are other\.db"):
-            async with opening(str(tmp_path / "store.db")):
+            async with open_store(str(tmp_path / "store.db"), purpose=purpose):
                 pass
     with pytest.raises(InvalidValue, match="is a folder"):
-        async with open_view(str(tmp_path)):
+        async with open_store(str(tmp_path), purpose="look"):
             pass
     assert [each.name for each in tmp_path.iterdir()] == ["other.db"]
 
@@ -108,7 +109,7 @@ async def test_looking_takes_nothing_from_anybody(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with SqliteLightningStore(path) as owner:
         rollout = await owner.enqueue_rollout("task")
-        async with open_view(str(path)) as store:
+        async with open_store(str(path), purpose="look") as store:
             assert isinstance(store, ReadOnlySqliteStore)
             assert await store.get_rollout_by_id(rollout.rollout_id) == rollout
             with pytest.raises(StoreUnavailable, match="reading only"):

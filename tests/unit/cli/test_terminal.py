@@ -7,12 +7,12 @@ import json
 import math
 import re
 from contextlib import redirect_stdout
+from operator import itemgetter
 from typing import Any
 
 import pytest
 
-from agentlightning.cli.output import (
-    Cell,
+from agentlightning.cli.terminal import (
     Column,
     ago,
     clean,
@@ -47,8 +47,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-COLUMNS = (Column("name"), Column("number", right=True), Column("text", wide=True))
-ROWS = [["a", "1", Cell("x" * 300, "red")], ["long name", "12,000", "y"]]
+COLUMNS = (
+    Column("name", itemgetter(0)),
+    Column("number", itemgetter(1), right=True),
+    Column("text", itemgetter(2), wide=True, style="red"),
+)
+ROWS = [["a", "1", "x" * 300], ["long name", "12,000", "y"]]
 
 
 def test_where_there_is_no_terminal_a_table_is_plain_columns_whole() -> None:
@@ -70,7 +74,8 @@ def test_on_a_terminal_a_table_fits_and_has_colours(terminal: None) -> None:
 
 def test_on_a_narrow_terminal_what_is_not_wide_stays_whole(terminal: None) -> None:
     with redirect_stdout(Terminal()) as out:
-        print_table((Column("id"), Column("text", wide=True)), [["i" * 59, "some text"], ["j", ""]], empty="none")
+        columns = (Column("id", itemgetter(0)), Column("text", itemgetter(1), wide=True))
+        print_table(columns, [["i" * 59, "some text"], ["j", ""]], empty="none")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in out.getvalue().splitlines()]
     assert lines == ["id", "i" * 59, "    text  some text", "j"]
 
@@ -87,7 +92,7 @@ def test_empty_facts_are_left_out() -> None:
 def test_stored_text_cannot_command_a_terminal(hostile: str, terminal: None) -> None:
     assert clean(hostile).isprintable()
     with redirect_stdout(Terminal()) as out:
-        print_table((Column("text"),), [[hostile]], empty="")
+        print_table((Column("text", itemgetter(0)),), [[hostile]], empty="")
         print_facts({"text": hostile})
     assert hostile not in out.getvalue()
 
@@ -102,7 +107,7 @@ def test_stored_text_cannot_command_a_terminal_through_json(hostile: str) -> Non
 
 def test_stored_text_is_no_markup(terminal: None) -> None:
     with redirect_stdout(Terminal()) as out:
-        print_table((Column("text"),), [["[red]x[/red] :smile:"]], empty="")
+        print_table((Column("text", itemgetter(0)),), [["[red]x[/red] :smile:"]], empty="")
     assert "[red]x[/red] :smile:" in out.getvalue()
 
 
@@ -142,7 +147,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_ages() -> None:
-    assert ago(None) == "never"
+    assert ago(None, 0.0) == "never"
     assert ago(100.0, 100.5) == "now"
     assert ago(100.0, 99.0) == "now"  # clocks of two machines need not agree
     assert ago(100.0, 130.0) == "30 s ago"

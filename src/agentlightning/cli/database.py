@@ -1,28 +1,67 @@
-"""``agl backup``: a copy of a database, taken while it is used."""
+"""``agl verify``, ``agl backup`` and ``agl restore``: whether records are whole, and copies of a database."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from agentlightning.cli.options import ApiKey, ExitCode, Format, Output, Url
-from agentlightning.cli.output import print_json, size
 from agentlightning.cli.target import Server, locate, look
-from agentlightning.cli.verify import print_report
+from agentlightning.cli.terminal import ApiKey, Column, ExitCode, Output, Url, count, print_json, print_table, size
 from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from agentlightning.store.base import LightningStore
+    from agentlightning.store.sqlite.store import ReadOnlySqliteStore
+    from agentlightning.types import VerificationReport, Violation
+
+
+def verify(url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
+    """Check every record against the rules, and name each one that breaks one.
+
+    Rules are, for example: attempts are numbered without gaps, at most one is live, what has ended never changes,
+    span numbers are unique and increasing, counters are true. Nothing is changed. A file may be in use.
+
+    Exit code 0: all is well. 5: there are violations.
+
+    [bold]Examples[/bold]
+
+      agl verify
+      agl verify --url agentlightning.db
+      agl verify --url backup.db -o json | jq .violations
+    """
+    report = look(url, api_key, lambda store: store.verify())
+    if output == "json":
+        print_json(report)
+    else:
+        _print_report(report, str(locate(url, api_key)))
+    if not report.ok:
+        raise typer.Exit(ExitCode.VIOLATIONS)
+
+
+def _print_report(report: VerificationReport, place: str) -> None:
+    """Print what was looked at, and what is wrong."""
+    looked_at = ", ".join(f"{number:,} {kind}" for kind, number in sorted(report.checked.items()))
+    if report.ok:
+        typer.echo(f"{place}: every rule holds ({looked_at}).")
+        return
+    columns: tuple[Column[Violation], ...] = (
+        Column("rule", lambda each: each.rule, style="red"),
+        Column("record", lambda each: each.record),
+        Column("found", lambda each: each.detail),
+    )
+    print_table(columns, report.violations, empty="")
+    more = "" if report.complete else " There are more than are named here."
+    typer.echo(f"{place}: {count(len(report.violations), 'violation')} ({looked_at}).{more}", err=True)
+    typer.echo("Keep the file as it is, and restore the newest backup that verifies: `agl restore`.", err=True)
 
 
 def backup(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],
     url: Url = None,
     api_key: ApiKey = None,
-    output: Output = Format.TABLE,
+    output: Output = "table",
 ) -> None:
     """Copy a database into a new file, while it is used, and check the copy.
 
@@ -44,26 +83,16 @@ def backup(
             f"a backup is made from the file, not through {source}: on the machine of the server, "
             f"run `agl backup --url DATABASE.db {target}` (it may go on serving)"
         )
-    look(str(source.path), None, lambda store: _copy(store, target))
+    look(str(source), None, lambda store: cast("ReadOnlySqliteStore", store).backup(target))
     report = look(str(target), None, lambda copy: copy.verify())
     number = target.stat().st_size
-    if output is Format.JSON:
+    if output == "json":
         print_json({"backup": str(target), "bytes": number, "verification": report})
     else:
         typer.echo(f"{target}: {size(number)}, a whole copy of {source}")
-        print_report(report, str(target))
+        _print_report(report, str(target))
     if not report.ok:
         raise typer.Exit(ExitCode.VIOLATIONS)
-
-
-async def _copy(store: LightningStore, target: Path) -> None:
-    from agentlightning.store.sqlite.store import ReadOnlySqliteStore
-
-    assert isinstance(store, ReadOnlySqliteStore), "a path opens a file"
-    await store.backup(target)
-
-
-# --- ``agl restore``: a database from a backup ---
 
 
 def restore(

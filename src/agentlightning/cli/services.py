@@ -1,0 +1,260 @@
+"""``agl store``, ``agl proxy`` and ``agl runner``: what goes on until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from agentlightning.cli.target import Database, locate, open_store
+from agentlightning.cli.terminal import ApiKey, LogLevel, Url
+from agentlightning.errors import InvalidValue
+from agentlightning.telemetry.logs import setup_logging
+
+if TYPE_CHECKING:
+    from agentlightning.execution.base import ExecutionEvent
+    from agentlightning.proxy import ModelConfig
+    from agentlightning.store.base import LightningStore
+    from agentlightning.store.engine import EngineStore
+
+
+_serving = partial(typer.Option, rich_help_panel="Serving")
+_access = partial(typer.Option, rich_help_panel="Who may come in")
+_logging = partial(typer.Option, rich_help_panel="Logging")
+_models = partial(typer.Option, rich_help_panel="Models")
+_record = partial(typer.Option, rich_help_panel="The record")
+_what = partial(typer.Option, rich_help_panel="What to run")
+_how = partial(typer.Option, rich_help_panel="How much")
+_whom = partial(typer.Option, rich_help_panel="For whom")
+
+Level = Annotated[LogLevel, typer.Option(case_sensitive=False, help="The least important lines.")]
+_Durability = Literal["full", "process", "none"]
+
+
+def store(
+    host: Annotated[str, _serving(envvar="AGL_SERVER_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, _serving(envvar="AGL_SERVER_PORT", min=0, max=65535, help="0: any that is free.")] = 4747,
+    db: Annotated[str, _serving(help="Database file, made if it is not there; or 'memory'.")] = "agentlightning.db",
+    durability: Annotated[
+        _Durability, _serving(help="What an acknowledged write survives: full: power loss.")
+    ] = "full",
+    api_key: Annotated[str | None, _access(envvar="AGL_API_KEY", help="Secret that every request has to show.")] = None,
+    allowed_host: Annotated[list[str] | None, _access(help="Name under which the server is reached.")] = None,
+    cors_origin: Annotated[list[str] | None, _access(help="Web page that may use the server; '*': all.")] = None,
+    tls_cert: Annotated[Path | None, _access(help="Certificate chain in PEM, for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, _access(help="Its private key in PEM.")] = None,
+    log_level: Annotated[LogLevel, _logging(case_sensitive=False, help="debug logs every request.")] = "info",
+    log_format: Annotated[
+        Literal["console", "json"] | None, _logging(help="Default: console on a terminal, else json.")
+    ] = None,
+    log_file: Annotated[Path | None, _logging(help="Log there, too; rotated when it is large.")] = None,
+) -> None:
+    """Serve the store: queue, attempts, spans, resources.
+
+    Prints one line, 'serving … at URL', when it answers. SIGTERM or Ctrl+C: finishes what it has begun, then ends.
+
+    [bold]Examples[/bold]
+
+      agl store
+      agl store --db runs/today.db --port 0
+      AGL_API_KEY=... agl store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+    """
+    from agentlightning.http.server.server import LightningStoreServer, run_service
+
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("for HTTPS give both --tls-cert and --tls-key, for HTTP neither")
+    setup_logging(log_level, format=log_format, files=log_file)
+    served = _store_of(db, durability)
+    server = LightningStoreServer(
+        served,
+        host,
+        port,
+        cors_origin or None,
+        api_key=api_key,
+        allowed_hosts=allowed_host or (),
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
+    )
+    run_service(server, served, lambda: typer.echo(f"serving {db} at {server.endpoint}"))
+
+
+def _store_of(db: str, durability: _Durability) -> EngineStore:
+    from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
+
+    if db == "memory":
+        return InMemoryLightningStore()
+    scheme, separator, rest = db.partition("://")
+    if separator and scheme != "sqlite":
+        raise InvalidValue(f"--db {db!r} is not possible here; give the path of a file, sqlite://PATH, or memory")
+    return SqliteLightningStore(rest if separator else db, durability)
+
+
+# --- The proxy -----------------------------------------------------------------------------------------
+
+
+def proxy(
+    model: Annotated[
+        list[str] | None, _models("--model", "-m", metavar="NAME=URL", help="A backend; again for more.")
+    ] = None,
+    config: Annotated[Path | None, _models("--config", "-c", help="File with a model_list, .toml or .json.")] = None,
+    upstream_key_env: Annotated[
+        str | None,
+        _models(metavar="VARIABLE", help="Environment variable that has the key for the backends of --model."),
+    ] = None,
+    retries: Annotated[int, _models(min=0, help="How often a call is tried again.")] = 2,
+    url: Url = None,
+    api_key: ApiKey = None,
+    no_record: Annotated[bool, _record("--no-record", help="Pass calls on and record none: no store.")] = False,
+    host: Annotated[str, _serving(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, _serving(min=0, max=65535, help="0: any that is free.")] = 4748,
+    public_url: Annotated[str | None, _serving(help="How agents reach it, if not by host and port.")] = None,
+    proxy_key: Annotated[str | None, _serving(envvar="AGL_PROXY_KEY", help="Secret that agents have to show.")] = None,
+    control_key: Annotated[
+        str | None, _serving(envvar="AGL_PROXY_CONTROL_KEY", help="Secret that opens /control (pause, resume).")
+    ] = None,
+    log_level: Level = "info",
+) -> None:
+    """Serve models under OpenAI's protocol, and record every call of an attempt.
+
+    Agents call URL/rollout/ROLLOUT_ID/attempt/ATTEMPT_ID/v1. Prints one line, 'serving … at URL', when it answers.
+    SIGTERM or Ctrl+C: lets calls end, brings their spans to the store, then ends.
+
+    [bold]Examples[/bold]
+
+      agl proxy --model policy=http://gpu:8000/v1
+      agl proxy --config models.toml --url http://lab:4747 --host 0.0.0.0
+      agl proxy --model policy=http://a:8000/v1 --model policy=http://b:8000/v1 --no-record
+    """
+    from agentlightning.proxy import LLMProxy
+
+    setup_logging(log_level)
+    served = LLMProxy(
+        port,
+        _model_list(model or [], config, upstream_key_env),
+        host=host,
+        num_retries=retries,
+        api_key=proxy_key,
+        control_key=control_key,
+        public_url=public_url,
+    )
+
+    async def serve() -> None:
+        async with AsyncExitStack() as stack:
+            if not no_record:
+                served.set_store(await stack.enter_async_context(open_store(url, api_key)))
+            await served.start()
+            stack.push_async_callback(served.stop)
+            ended = _ended_by_signal()
+            typer.echo(f"serving {', '.join(served.models)} at {served.url}/v1")
+            if proxy_key is None and served.api_key is not None:
+                typer.echo(f"agents have to show the key {served.api_key} (choose one with --proxy-key)")
+            await ended.wait()
+
+    asyncio.run(serve())
+
+
+def _model_list(words: list[str], config: Path | None, upstream_key_env: str | None) -> list[ModelConfig]:
+    from agentlightning.proxy.models import model_of_word, read_model_list
+
+    key = None if upstream_key_env is None else f"os.environ/{upstream_key_env}"
+    models = [model_of_word(word, key) for word in words]
+    if config is not None:
+        models += read_model_list(config)
+    if not models:
+        raise InvalidValue("there is no model to serve; give --model NAME=URL, or --config FILE")
+    return models
+
+
+def _ended_by_signal() -> asyncio.Event:
+    """Is set when a signal comes; a second one ends the process at once."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def end() -> None:
+        ended.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        loop.add_signal_handler(number, end)
+    return ended
+
+
+# --- Runners -------------------------------------------------------------------------------------------
+
+
+def runner(
+    agent: Annotated[
+        str | None, typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent.")
+    ] = None,
+    exec_: Annotated[str | None, _what("--exec", metavar="COMMAND", help="Any program as the agent instead.")] = None,
+    n: Annotated[int, _how("--n", "-n", min=1, help="Runner processes on this machine.")] = 1,
+    concurrency: Annotated[int, _how("--concurrency", "-c", min=1, help="Rollouts at once in each.")] = 1,
+    max_rollouts: Annotated[int | None, _how(min=1, help="Rollouts for each process, then it ends.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    run_id: Annotated[str | None, _whom(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.")] = None,
+    wait: Annotated[float, _whom(min=0, help="Seconds to wait for a server that is not up.")] = 300.0,
+    stay: Annotated[bool, _whom("--stay", help="When a run is over, wait for the next one.")] = False,
+    heartbeat: Annotated[float, _whom(min=0.1, help="Seconds between signs of life; lost after three.")] = 10.0,
+    label: Annotated[
+        list[str] | None, _whom(metavar="NAME=VALUE", help="What operators shall see of these workers.")
+    ] = None,
+    log_level: Level = "info",
+) -> None:
+    """Run agents: claim rollouts from a store, run the agent on each, report how it went.
+
+    It waits for the server, and ends when the run ends, or on Ctrl+C (what is being worked on is finished first; once
+    more: at once). A process that crashes is started again, and its rollout is tried again as the run has it.
+
+    A program gets its task in AGL_TASK, the model in OPENAI_BASE_URL and OPENAI_API_KEY, and says its reward by a
+    POST to AGL_REWARD_URL, in the file AGL_REWARD_FILE, or in the last line of its output.
+
+    [bold]Examples[/bold]
+
+      agl runner my_agent.py:agent --concurrency 16
+      agl runner --exec "node agent.js" --url http://gpu-box:4747 -n 4
+      agl runner --exec 'curl -s -d "$AGL_TASK" http://localhost:9000/solve' --stay
+    """
+    from agentlightning.execution.client_server import ClientServerExecutionStrategy
+    from agentlightning.http.client.client import LightningStoreClient
+    from agentlightning.runner.bundle import RunAgent
+
+    if (agent is None) == (exec_ is None):
+        raise typer.BadParameter("give either MODULE:AGENT or --exec COMMAND")
+    target = locate(url, api_key)
+    if isinstance(target, Database):
+        raise InvalidValue(f"--url {target} is a file; runners need a server: agl store --db {target}")
+    setup_logging(log_level)
+    labels = _labels(label or [])
+    settings = {"concurrency": concurrency, "max_rollouts": max_rollouts, "heartbeat_interval": heartbeat}
+    bundle = RunAgent(agent, exec_, str(Path.cwd()), {**settings, "labels": labels})
+    bundle.make()  # what is wrong with it shall be said here, not by each process
+    ClientServerExecutionStrategy(
+        role="runner",
+        server_url=target.url,
+        n_runners=n,
+        api_key=target.api_key,
+        run_id=run_id,
+        connect_timeout=wait,
+        managed_store=True,
+        stay=stay,
+    ).execute(_elsewhere, bundle, LightningStoreClient(target.url, api_key=target.api_key, spool_dir=None))
+
+
+async def _elsewhere(store: LightningStore, event: ExecutionEvent) -> None:
+    raise RuntimeError("the algorithm runs where the store is; this side has runners only")
+
+
+def _labels(given: list[str]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in given]
+    for name, sign, _ in pairs:
+        if not sign or not name:
+            raise typer.BadParameter(f"{name!r} is no label; write NAME=VALUE", param_hint="--label")
+    return {name: value for name, _, value in pairs}

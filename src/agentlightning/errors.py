@@ -11,7 +11,8 @@ agentlightning 0.3 catch that.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 
 class AgentLightningError(Exception):
@@ -30,6 +31,8 @@ class InvalidValue(AgentLightningError, ValueError):
 
     code = "invalid_value"
     status = 422
+    places: Sequence[Mapping[str, Any]] = ()
+    """Which parts of a request are not valid, and why, where a server has found it."""
 
 
 class InvalidId(InvalidValue):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from agentlightning.http.server.admin import build_operations
+from agentlightning.http.server.admin import Operations
 from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.base import LightningStore
-from agentlightning.telemetry.metrics import RequestMeter
 
 __all__ = ["Answer", "AsgiCalls"]
 
@@ -44,25 +43,9 @@ class AsgiCalls:
     ) -> None:
         limits = limits or ServerLimits()
         access = AccessControl(ApiKey(key) if key else None, AllowedHosts(), AllowedOrigins(cors_allow_origins))
-        self.app = StoreApp(Endpoints(store), access, limits, build_operations(store, limits, lambda: self))
-
-    # What the routes of health and metrics ask for.
-
-    @property
-    def meter(self) -> RequestMeter:
-        return self.app.meter
-
-    @property
-    def load(self) -> Load:
-        return self.app.load
-
-    @property
-    def draining(self) -> bool:
-        return self.app.draining
-
-    @property
-    def open_connections(self) -> int:
-        return 0
+        self.app = StoreApp(Endpoints(store), access, limits)
+        self.app.others = Operations(store, self.app).by_path()
+        self.load: Load = self.app.load
 
     async def call(self, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
         """The reply to one request; ``target``: path and query."""

@@ -9,14 +9,22 @@ from __future__ import annotations
 import http
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal, cast
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter
 
-from agentlightning.errors import AgentLightningError, BadRequest, NotJson, StoreUnavailable, TooLarge, error_classes
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    InvalidValue,
+    NotJson,
+    StoreUnavailable,
+    TooLarge,
+    error_classes,
+)
 from agentlightning.http.routes import Route
 from agentlightning.store.validation import INT64_END, MAX_DEPTH
 from agentlightning.types import PaginatedResult
@@ -106,29 +114,23 @@ class Problem(BaseModel):
     """Which parts of the body or the query are not valid."""
 
 
-def encode_problem(
-    error: AgentLightningError,
-    request_id: str,
-    *,
-    status: int | None = None,
-    errors: Sequence[Mapping[str, Any]] | None = None,
-) -> bytes:
+def encode_problem(error: AgentLightningError, request_id: str, *, status: int | None = None) -> bytes:
     """The body of a reply that refuses a request.
 
     Args:
         error: what its class and message say.
         request_id: names the request in the server's log.
         status: the HTTP status, where it is not that of the class.
-        errors: which parts of the request are not valid.
     """
     status = error.status if status is None else status
+    places = error.places if isinstance(error, InvalidValue) else ()
     problem = Problem(
         title=http.HTTPStatus(status).phrase,
         status=status,
         code=error.code,
         detail=error.message,
         request_id=request_id,
-        errors=None if errors is None else [dict(each) for each in errors],
+        errors=[dict(each) for each in places] or None,
     )
     return problem.model_dump_json(exclude_none=True).encode()
 

@@ -54,15 +54,6 @@ COMPATIBLE = Dialect("/v1/agl", unknown_is_null=True, empty_limit_is_empty=True,
 DIALECTS = (CANONICAL, COMPATIBLE)
 
 
-_health_routes: Mapping[str, Permission | None] = {
-    "/health": None,
-    "/health/live": None,
-    "/health/ready": None,
-    "/health/detail": "read",
-    "/openapi.json": "read",
-}
-
-
 @dataclass(frozen=True, eq=False)
 class Route:
     """One way to call one method of the contract. Everything that is not said here follows from its signature.
@@ -289,14 +280,6 @@ ROUTES: tuple[Route, ...] = (
 CLIENT_ROUTES: Mapping[str, Route] = {route.method: route for route in ROUTES if route.primary}
 """How our client calls each method of the contract."""
 
-
-OTHER_ROUTES: Mapping[str, Permission | None] = {
-    **{dialect.prefix + path: permission for dialect in DIALECTS for path, permission in _health_routes.items()},
-    "/metrics": "read",
-    OTLP_TRACES_PATH: "run",
-}
-"""The permissions of all other paths that a store server answers. None: everybody may, without a key, because it tells
-a probe nothing but that there is a server."""
 
 # --- The address of a server, as people write it ---
 

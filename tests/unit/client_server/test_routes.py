@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from agentlightning.errors import AgentLightningError, NotFound, Overloaded, StoreUnavailable, error_classes
 from agentlightning.http.codec import decode_error, encode_problem
 from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Route
-from agentlightning.http.server.matching import RouteTable
+from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.openapi import openapi_document
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
@@ -54,13 +54,13 @@ def test_all_arguments_of_the_method_travel(route: Route) -> None:
 
 @pytest.mark.parametrize("route", ROUTES, ids=_id)
 def test_a_request_finds_its_own_route(route: Route) -> None:
-    table = RouteTable()
+    table = Endpoints(InMemoryLightningStore())
     path = re.sub(r"{(\w+)}", lambda name: f"x-{name[1]}", route.path)
     for dialect in DIALECTS:
         found = table.find(route.verb, dialect.prefix + path)
         assert found is not None
-        assert (found.bound.route, found.bound.dialect) == (route, dialect)
-        assert list(found.values) == [f"x-{name}" for name in found.bound.names]
+        assert (found.endpoint.route, found.endpoint.dialect) == (route, dialect)
+        assert found.ids == {name: f"x-{name}" for name in re.findall(r"{(\w+)}", route.path)}
 
 
 def test_only_reserved_ids_are_written_out_where_an_id_may_stand() -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.http.codec import decode_strict
-from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_drafts
+from agentlightning.http.server.span_intake import drafts_of, plain_drafts
 from agentlightning.store.arguments import span_drafts
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
@@ -53,7 +53,8 @@ def _by_pydantic(raw: bytes) -> Outcome:
 
 def _taken(raw: bytes) -> Outcome:
     try:
-        return _shown(draft_of_span(raw))
+        [draft] = drafts_of(raw, many=False)
+        return _shown(draft)
     except ValidationError:
         return "ValidationError"
     except AgentLightningError as error:
@@ -150,7 +151,7 @@ def _sooner(span: dict[str, Any], expected: Outcome) -> Outcome:
 
 def test_one_that_is_not_plain_takes_all_of_its_request_the_other_way() -> None:
     odd = {**PLAIN, "span_id": "2" * 16, "extra": [1], "events": [{"name": "e", "attributes": {}}]}
-    drafts = drafts_of_spans(json.dumps({"spans": [PLAIN, odd]}).encode())
+    drafts = drafts_of(json.dumps({"spans": [PLAIN, odd]}).encode(), many=True)
     assert [draft.span_id for draft in drafts] == ["1" * 16, "2" * 16]
     assert json.loads(drafts[1].body)["extra"] == [1]
 
@@ -158,4 +159,4 @@ def test_one_that_is_not_plain_takes_all_of_its_request_the_other_way() -> None:
 @pytest.mark.parametrize("body", [[], {"spans": {}}, {"spans": [5]}, {"spans": [None]}, {}, "spans"])
 def test_what_are_no_spans(body: Any) -> None:
     with pytest.raises(ValidationError):
-        drafts_of_spans(json.dumps(body).encode())
+        drafts_of(json.dumps(body).encode(), many=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
@@ -13,15 +12,14 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from agentlightning.errors import InvalidId, InvalidValue, NotFound, NotJson
-from agentlightning.http.codec import decode_strict, encode_json_value, encode_page_parts, encode_result
-from agentlightning.http.routes import CLIENT_ROUTES, Route
-from agentlightning.http.server.matching import Bound
-from agentlightning.http.server.span_intake import draft_of_span, drafts_of_spans, plain_drafts_of
+from agentlightning.http.codec import decode_strict, encode_page_parts, encode_result
+from agentlightning.http.routes import DIALECTS, ROUTES, Dialect, Route
+from agentlightning.http.server.exchange import Reply
+from agentlightning.http.server.span_intake import drafts_of, plain_drafts_of
 from agentlightning.http.signatures import arguments_of
 from agentlightning.store.base import LightningStore, sequence_ids_of
-from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
-from agentlightning.types import PaginatedResult, Span
+from agentlightning.types import PaginatedResult
 
 DIRECTIVE_HEADER = b"agl-directive"
 """In the reply to a claim of a worker that has been asked to drain or to stop: which of the two."""
@@ -31,161 +29,154 @@ _PLACES_SHOWN = 10
 _INTEGER = re.compile(r"-?[0-9]{1,40}")
 
 
-class Reply(NamedTuple):
-    """What goes back."""
-
-    status: int
-    body: bytes = b""
-    headers: Sequence[tuple[bytes, bytes]] = ()
-    parts: Iterable[bytes] | None = None
-    """The body in parts, where it is large."""
-    content_type: bytes = b"application/json"
-
-
-class InvalidRequest(Exception):
-    """A body or a query that is not as the route wants it.
-
-    Args:
-        error: what is raised on the other side.
-        places: where it is not, and why.
-    """
-
-    def __init__(self, error: InvalidValue, places: list[dict[str, Any]]) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.places = places
-
-
 class Endpoint:
     """Answers one route below one prefix: takes a request apart, and makes a reply of what the store returns.
 
     Args:
-        bound: the route.
+        route, dialect: which.
         store: the store, in the form that is served.
         gives_json: whether its methods return records as JSON, and take encoded spans.
     """
 
-    def __init__(self, bound: Bound, store: Any, *, gives_json: bool) -> None:
-        self.bound = bound
-        self._route = route = bound.route
+    def __init__(self, route: Route, dialect: Dialect, store: Any, *, gives_json: bool) -> None:
+        self.route = route
+        self.dialect = dialect
+        self.label = f"{route.verb} {dialect.prefix}{route.path}"
+        """For metrics and logs."""
+        self.direct = route.verb == "POST" and route.priority != "read"
+        """Whether a small request may be answered without ASGI. Reads are not, because their replies may be large."""
         self._store = store
-        self._gives_json = gives_json
-        self._takes_drafts = gives_json and route.method in _SPAN_METHODS
-        self._has_body = route.body is not None
-        self._has_query = route.query is not None
+        self._keeps_spans = gives_json and route.method in ("add_span", "add_many_spans")
+        self._is_claim = route.method == "dequeue_many_rollouts"
+        self.call = (
+            self._claim if self._is_claim else getattr(store, "add_span_drafts" if self._keeps_spans else route.method)
+        )
+        """Asks the store; its result is for ``reply``."""
+        self._splits_spans = gives_json and route.method == "finish_attempt"
+        self._body = None if route.body is None else TypeAdapter[Any](route.body)
+        self._query = route.query
+        fields = {} if self._query is None else self._query.model_fields
+        kinds = {name: set(_parts_of(field.annotation)) for name, field in fields.items()}
+        self._lists = {name for name, parts in kinds.items() if list in parts}
+        self._integers = {name for name, parts in kinds.items() if int in parts}
 
-    def arguments(self, values: Sequence[str], query: bytes, raw: bytes) -> dict[str, Any]:
-        """The arguments of the store's method.
+    @property
+    def has_body(self) -> bool:
+        """Whether requests have a body."""
+        return self._body is not None
+
+    def arguments(self, ids: Mapping[str, str], query: bytes, raw: bytes) -> dict[str, Any]:
+        """The arguments of ``call``.
 
         Args:
-            values: the arguments in the path.
+            ids: the arguments in the path.
             query: the query string.
             raw: the body.
 
         Raises:
-            InvalidRequest: an argument is missing, or is not valid.
+            InvalidValue: an argument is missing, or is not valid.
             NotJson, TooLarge: the body is not strict JSON.
         """
-        route = self._route
-        arguments: dict[str, Any] = dict(zip(self.bound.names, values, strict=True))
-        if self._has_query:
-            arguments |= _from_query(route, query)
-        if self._has_body and (raw or not route.body_optional):
+        arguments: dict[str, Any] = {**ids}
+        if self._query is not None:
+            arguments |= self._from_query(query)
+        if self._body is not None and (raw or not self.route.body_optional):
             try:
-                if self._takes_drafts:
-                    _SPAN_METHODS[route.method](raw, arguments)
-                else:
-                    arguments |= _from_body(route, raw)
+                self._add_body(arguments, raw)
             except ValidationError as error:
                 raise _invalid(error, "body") from error
-        if self.bound.dialect.empty_limit_is_empty and route.method == "dequeue_many_rollouts":
+        if self._is_claim and self.dialect.empty_limit_is_empty:
             arguments["limit"] = max(arguments.get("limit", 1), 0)
         return arguments
 
     def waits(self, arguments: dict[str, Any]) -> bool:
         """Whether a call with these arguments may wait for something to happen in the store."""
-        name = self._route.wait_argument
+        name = self.route.wait_argument
         if name is None:
             return False
-        seconds = arguments.get(name, arguments_of(self._route.method)[name].default)
+        seconds = arguments.get(name, arguments_of(self.route.method)[name].default)
         return seconds is None or seconds > 0
 
-    async def answer(self, arguments: dict[str, Any]) -> Reply:
-        """Call the store. Raises what its method does."""
-        route = self._route
-        method = route.method
-        if method == "dequeue_many_rollouts":
-            return await self._claim(arguments)
-        if self._takes_drafts and method != "finish_attempt":
-            issued = await self._store.add_span_drafts(arguments["spans"])
-            return Reply(route.status, self._encode_issued(arguments["spans"], issued))
-        result = await getattr(self._store, method)(**arguments)
-        if result is None and route.unknown_is_none:
-            return self._unknown(arguments)
-        if route.sends_sequence_ids:
-            result = sequence_ids_of(arguments["spans"], cast("Sequence[Span]", result))
-        if isinstance(result, PaginatedResult):
-            page = cast("PaginatedResult[Any]", result)
-            if len(page.items) > _STREAMED_ITEMS:
-                return Reply(route.status, parts=encode_page_parts(page))
+    def reply(self, result: Any, arguments: dict[str, Any]) -> Reply:
+        """The reply to a call. Raises ``NotFound`` if the store does not know the id."""
+        route = self.route
+        if route.unknown_is_none and result is None:
+            if self.dialect.unknown_is_null:
+                return Reply(200, b"null")
+            [name] = route.in_path
+            raise NotFound(f"there is no {name.removesuffix('_id')} {arguments[name]!r} in this store")
+        if isinstance(result, Reply):
+            return result
+        if self._keeps_spans:
+            if not route.sends_sequence_ids:  # one span: as it is stored now, unless it was before
+                [draft], [number] = arguments["drafts"], cast("Sequence[int]", result)
+                stored = span_json(draft.rollout_id, draft.attempt_id, number, draft.body) if number else b"null"
+                return Reply(route.status, stored)
+        elif route.sends_sequence_ids:
+            result = sequence_ids_of(arguments["spans"], cast("Sequence[Any]", result))
+        if isinstance(result, PaginatedResult) and len(cast("PaginatedResult[Any]", result).items) > _STREAMED_ITEMS:
+            return Reply(route.status, parts=encode_page_parts(cast("PaginatedResult[Any]", result)))
         return Reply(route.status, encode_result(route, result))
 
-    def _unknown(self, arguments: dict[str, Any]) -> Reply:
-        """The answer about an id that the store does not know."""
-        if self.bound.dialect.unknown_is_null:
-            return Reply(200, b"null")
-        [name] = self.bound.names
-        raise NotFound(f"there is no {name.removesuffix('_id')} {arguments[name]!r} in this store")
-
-    def _encode_issued(self, drafts: Sequence[SpanDraft], issued: Sequence[int]) -> bytes:
-        """The reply to spans that were stored: their sequence ids, or the one span as it is stored now."""
-        if self._route.sends_sequence_ids:
-            return b'{"sequence_ids":%b}' % encode_json_value(issued)
-        if not issued[0]:
-            return b"null"
-        [draft] = drafts
-        return span_json(draft.rollout_id, draft.attempt_id, issued[0], draft.body)
-
-    async def _claim(self, arguments: dict[str, Any]) -> Reply:
+    async def _claim(self, **arguments: Any) -> Any:
         """Claim; the reply to an empty claim says what its worker is asked to do."""
-        route = self._route
-        if arguments.get("limit") == 0 and self.bound.dialect.empty_limit_is_empty:
-            return Reply(route.status, b"[]")
+        if arguments.get("limit") == 0 and self.dialect.empty_limit_is_empty:
+            return []
         began = monotonic()
         claimed = await self._store.dequeue_many_rollouts(**arguments)
         worker_id = arguments.get("worker_id")
         # A worker that is asked to drain or stop is answered before its time is up, so only then it is looked up.
         has_waited = 0 < arguments.get("wait_seconds", 0) <= monotonic() - began
         if claimed or worker_id is None or has_waited:
-            return Reply(route.status, encode_result(route, claimed))
+            return claimed
         worker = await self._store.get_worker_by_id(worker_id)
-        directive = _directive_of(worker)
-        headers = () if directive is None else ((DIRECTIVE_HEADER, directive.encode()),)
-        return Reply(route.status, b"[]", headers)
+        if isinstance(worker, bytes):
+            worker = msgspec.json.decode(worker, type=_Directed)
+        if worker is None or worker.directive is None:
+            return claimed
+        return Reply(self.route.status, b"[]", ((DIRECTIVE_HEADER, worker.directive.encode()),))
 
+    def _add_body(self, arguments: dict[str, Any], raw: bytes) -> None:
+        """Take the arguments from the body. A store that keeps spans as bytes gets them as such."""
+        if self._keeps_spans:
+            arguments["drafts"] = drafts_of(raw, many=self.route.sends_sequence_ids)
+            return
+        decoded = decode_strict(raw)
+        drafts = None
+        if self._splits_spans and isinstance(decoded, dict) and "spans" in decoded:
+            drafts = plain_drafts_of(decoded["spans"])
+            if drafts is not None:
+                del decoded["spans"]
+        assert self._body is not None
+        body = self._body.validate_python(decoded)
+        if self.route.body_argument is not None:
+            arguments[self.route.body_argument] = body
+            return
+        values = body.__dict__
+        for name in body.__pydantic_fields_set__:
+            if name in values:  # a field that the record does not know is elsewhere
+                arguments[name] = values[name]
+        if drafts:
+            arguments["spans"] = drafts
 
-class Endpoints(dict[Bound, Endpoint]):
-    """The endpoints of a store, by route and prefix; each is made when it is first needed.
-
-    Args:
-        store: any store. One that has a form which gives and takes JSON is used in that form.
-    """
-
-    def __init__(self, store: LightningStore) -> None:
-        super().__init__()
-        in_json = store.answering_in_json()
-        self._store: Any = store if in_json is None else in_json
-        self._gives_json = in_json is not None
-
-    def __missing__(self, bound: Bound) -> Endpoint:
-        made = self[bound] = Endpoint(bound, self._store, gives_json=self._gives_json)
-        return made
-
-
-def _directive_of(worker: Any) -> str | None:
-    if isinstance(worker, bytes):
-        return msgspec.json.decode(worker, type=_Directed).directive
-    return None if worker is None else worker.directive
+    def _from_query(self, query: bytes) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        try:
+            pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
+        except ValueError as error:  # UnicodeDecodeError too
+            raise InvalidValue(f"the query string is not URL-encoded UTF-8: {error}") from error
+        for name, value in pairs:
+            if name in self._lists:
+                given.setdefault(name, []).append(value)
+            elif name in given:
+                raise InvalidValue(f"{name[:80]!r} is given twice in the query string; give it once")
+            else:
+                given[name] = int(value) if name in self._integers and _INTEGER.fullmatch(value) else value
+        try:
+            asked = cast(Any, self._query).model_validate(given)
+        except ValidationError as error:
+            raise _invalid(error, "query") from error
+        return {name: getattr(asked, name) for name in asked.model_fields_set}
 
 
 class _Directed(msgspec.Struct):
@@ -194,118 +185,100 @@ class _Directed(msgspec.Struct):
     directive: str | None = None
 
 
-# --- Arguments -------------------------------------------------------------------------------------
+# --- From a verb and a path to a route -------------------------------------------------------------
 
 
-def _from_body(route: Route, raw: bytes) -> dict[str, Any]:
-    body = _body_adapter(route).validate_python(decode_strict(raw))
-    if route.body_argument is not None:
-        return {route.body_argument: body}
-    values = body.__dict__
-    return {name: values[name] for name in body.__pydantic_fields_set__ if name in values}
+class Match(NamedTuple):
+    """What a request leads to."""
+
+    endpoint: Endpoint
+    ids: dict[str, str]
+    """The arguments in the path, in order."""
 
 
-def _from_query(route: Route, query: bytes) -> dict[str, Any]:
-    model, lists, integers = cast(Any, route.query), _fields_of(route, list), _fields_of(route, int)
-    given: dict[str, Any] = {}
-    try:
-        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20_000)
-    except ValueError as error:  # UnicodeDecodeError too
-        raise InvalidValue(f"the query string is not URL-encoded UTF-8: {error}") from error
-    for name, value in pairs:
-        if name in lists:
-            given.setdefault(name, []).append(value)
-        elif name in given:
-            raise InvalidValue(f"{name[:80]!r} is given twice in the query string; give it once")
+_SHAPES: dict[tuple[str, str], Route] = {}
+"""Routes by verb and path; arguments in the path are ``{}``."""
+_HOLES: dict[int, list[tuple[int, ...]]] = {}
+"""Where arguments may stand in a path, by its number of parts; those with the fewest arguments first."""
+for _route in ROUTES:
+    _SHAPES[_route.verb, re.sub(r"{\w+}", "{}", _route.path)] = _route
+    _parts = _route.path.split("/")
+    _places = tuple(number for number, part in enumerate(_parts) if part.startswith("{"))
+    _HOLES[len(_parts)] = sorted({*_HOLES.get(len(_parts), ()), _places}, key=len)
+
+
+class Endpoints:
+    """The endpoints of a store, by verb and path; each is made when it is first needed.
+
+    Args:
+        store: any store. One that has a form which gives and takes JSON is used in that form.
+    """
+
+    def __init__(self, store: LightningStore) -> None:
+        in_json = store.answering_in_json()
+        self._store: Any = store if in_json is None else in_json
+        self._gives_json = in_json is not None
+        self._made: dict[tuple[Route, Dialect], Endpoint] = {}
+        self._whole: dict[tuple[str, str], Match] = {}
+        """What paths without arguments lead to."""
+
+    def find(self, verb: str, path: str) -> Match | None:
+        """What ``verb`` and ``path`` lead to; None if there is no route. One that is written out goes first."""
+        found = self._whole.get((verb, path))
+        if found is not None:
+            return found
+        for dialect in DIALECTS:
+            if path.startswith(dialect.prefix):
+                break
         else:
-            given[name] = int(value) if name in integers and _INTEGER.fullmatch(value) else value
-    try:
-        asked = model.model_validate(given)
-    except ValidationError as error:
-        raise _invalid(error, "query") from error
-    return {name: getattr(asked, name) for name in asked.model_fields_set}
+            return None
+        parts = path[len(dialect.prefix) :].split("/")
+        for holes in _HOLES.get(len(parts), ()):
+            shape = [*parts]
+            for hole in holes:
+                shape[hole] = "{}"
+            route = _SHAPES.get((verb, "/".join(shape)))
+            if route is None or len(route.in_path) != len(holes):  # the path itself may have a part "{}"
+                continue
+            endpoint = self._made.get((route, dialect))
+            if endpoint is None:
+                endpoint = Endpoint(route, dialect, self._store, gives_json=self._gives_json)
+                self._made[route, dialect] = endpoint
+            match = Match(endpoint, dict(zip(route.in_path, [parts[hole] for hole in holes], strict=True)))
+            if not holes:
+                self._whole[verb, path] = match
+            return match
+        return None
 
-
-def _one_span(raw: bytes, arguments: dict[str, Any]) -> None:
-    arguments["spans"] = [draft_of_span(raw)]
-
-
-def _many_spans(raw: bytes, arguments: dict[str, Any]) -> None:
-    arguments["spans"] = drafts_of_spans(raw)
-
-
-def _last_spans(raw: bytes, arguments: dict[str, Any]) -> None:
-    """The arguments of ``finish_attempt``, whose spans stay bytes if all of them are plain."""
-    decoded = decode_strict(raw)
-    drafts: list[SpanDraft] | None = None
-    if isinstance(decoded, dict) and "spans" in decoded:
-        fields = cast("dict[str, Any]", decoded)
-        drafts = plain_drafts_of(fields["spans"])
-        if drafts is not None:
-            del fields["spans"]
-    body = _body_adapter(CLIENT_ROUTES["finish_attempt"]).validate_python(decoded)
-    arguments |= {name: getattr(body, name) for name in body.model_fields_set}
-    if drafts:
-        arguments["spans"] = drafts
-
-
-_SPAN_METHODS: Mapping[str, Callable[[bytes, dict[str, Any]], None]] = {
-    "add_span": _one_span,
-    "add_many_spans": _many_spans,
-    "finish_attempt": _last_spans,
-}
-"""How the bodies with spans are read for a store that keeps spans as bytes."""
+    def verbs(self, path: str) -> Sequence[str]:
+        """The verbs that ``path`` takes; none if there is nothing under it."""
+        return sorted(verb for verb in {route.verb for route in ROUTES} if self.find(verb, path) is not None)
 
 
 # --- What is not valid -----------------------------------------------------------------------------
 
 _KINDS: Mapping[str, type[InvalidValue]] = {
-    "rollout_id": InvalidId,
-    "attempt_id": InvalidId,
-    "worker_id": InvalidId,
-    "resources_id": InvalidId,
-    "request_id": InvalidId,
-    "span_id": InvalidId,
-    "attempt_ids": InvalidId,
-    "worker_ids": InvalidId,
-    "metadata": NotJson,
-    "heartbeat_stats": NotJson,
-    "registration": NotJson,
+    **dict.fromkeys(("rollout_id", "attempt_id", "worker_id", "resources_id", "request_id", "span_id"), InvalidId),
+    **dict.fromkeys(("attempt_ids", "worker_ids"), InvalidId),
+    **dict.fromkeys(("metadata", "heartbeat_stats", "registration"), NotJson),
 }
 """What is wrong with a field of a wrong type, where it is more than a bad value."""
 
 
-def _invalid(error: ValidationError, where: str) -> InvalidRequest:
+def _invalid(error: ValidationError, where: str) -> InvalidValue:
     """What pydantic found, in our words: the first of it as the message, up to ten as a list."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    places = [
-        {"loc": [where, *each["loc"]], "msg": each["msg"][:_MESSAGE_BYTES], "type": each["type"]}
-        for each in found[:_PLACES_SHOWN]
-    ]
+    found = error.errors(include_url=False, include_context=False)
     first = found[0]
     path = ".".join(str(part)[:80] for part in first["loc"])
     kind = next((_KINDS[part] for part in reversed(first["loc"]) if isinstance(part, str) and part in _KINDS), None)
-    if kind is NotJson and (first["type"] in ("missing",) or _is_null(error)):
+    if kind is NotJson and (first["type"] == "missing" or first["input"] is None):
         kind = None
-    message = f"{path or 'the ' + where} is not valid: {first['msg'][:_MESSAGE_BYTES]}"
-    return InvalidRequest((kind or InvalidValue)(message), places)
-
-
-def _is_null(error: ValidationError) -> bool:
-    """Whether the first thing wrong is a null."""
-    return error.errors(include_url=False, include_context=False)[0].get("input") is None
-
-
-@cache
-def _body_adapter(route: Route) -> TypeAdapter[Any]:
-    return TypeAdapter(route.body)
-
-
-@cache
-def _fields_of(route: Route, kind: type[Any]) -> frozenset[str]:
-    """The arguments in the query string that are of this kind."""
-    fields = cast(Any, route.query).model_fields
-    return frozenset(name for name, field in fields.items() if kind in _parts_of(field.annotation))
+    refused = (kind or InvalidValue)(f"{path or 'the ' + where} is not valid: {first['msg'][:_MESSAGE_BYTES]}")
+    refused.places = [
+        {"loc": [where, *each["loc"]], "msg": each["msg"][:_MESSAGE_BYTES], "type": each["type"]}
+        for each in found[:_PLACES_SHOWN]
+    ]
+    return refused
 
 
 def _parts_of(annotation: Any) -> Iterator[Any]:

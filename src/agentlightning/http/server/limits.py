@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, fields
 
-from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded
+from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded, StoreUnavailable
 from agentlightning.http.routes import SHED_ORDER, Priority
-from agentlightning.http.server.endpoints import Reply
-from agentlightning.http.server.exchange import Exchange
-from agentlightning.security.access import ANONYMOUS, KEY_HOLDER, AccessPolicy, AllowAll, Permission, Principal
+from agentlightning.http.server.exchange import Exchange, Reply
+from agentlightning.security.access import ANONYMOUS, KEY_HOLDER, AccessPolicy, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
+from agentlightning.serving.connections import ConnectionBounds
 
 _MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class ServerLimits:
+class ServerLimits(ConnectionBounds):
     """Limits on everything that clients can make a server hold in memory.
 
     Raises:
         InvalidValue: one of them is not positive.
     """
 
-    connections: int = 8192
-    """Open connections in all. A new one beyond is answered by 503 and closed."""
     connections_per_address: int = 4096
-    """Open connections from one address."""
-    header_bytes: int = 64 * 1024
-    """The request line and all headers of one request."""
     header_seconds: float = 10.0
-    """How long a request's headers may take to arrive; and the beginning of TLS."""
     body_bytes: int = 64 * _MIB
     """The body of one request, and what a compressed one may grow to."""
-    body_seconds: float = 30.0
-    """How long a request's body may take to arrive, beyond a second for every 64 KiB of it; and how long a client may
-    take to read what is sent to it, likewise."""
     idle_seconds: float = 75.0
     """How long a connection may stay open between requests."""
     requests: int = 4096
@@ -50,51 +39,72 @@ class ServerLimits:
     """When a request that was refused because of load may be sent again."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if not value > 0:
-                raise InvalidValue(f"{name} {value!r} is not valid; give more than 0")
+                raise InvalidValue(f"{field.name} {value!r} is not valid; give more than 0")
 
 
-_SHARES: Mapping[Priority, float] = MappingProxyType(
-    {priority: 0.5 + 0.5 * place / (len(SHED_ORDER) - 1) for place, priority in enumerate(SHED_ORDER)}
-)
-"""The share of a limit that requests of a priority may fill: half for the first to be shed, all for the last."""
+STOPPING = "the server is stopping; retry at its successor"
 
 
 class Load:
     """The requests that a server works on now. Used by one event loop."""
 
     def __init__(self, limits: ServerLimits) -> None:
-        self._most_requests = {each: limits.requests * share for each, share in _SHARES.items()}
-        self._most_bytes = {each: limits.in_flight_bytes * share for each, share in _SHARES.items()}
+        self.body_bytes = limits.body_bytes
+        """The most bytes that the body of one request may have, unpacked."""
+        # Requests of the priority that is shed first may fill half of a limit, those of the last one all of it.
+        self._most: dict[Priority, tuple[float, float]] = {}
+        for place, priority in enumerate(SHED_ORDER):
+            share = 0.5 + 0.5 * place / (len(SHED_ORDER) - 1)
+            self._most[priority] = limits.requests * share, limits.in_flight_bytes * share
         self.requests = 0
         self.bytes = 0
+        self.draining = False
+        """Whether the server is about to stop, and takes no new requests."""
 
-    def take(self, priority: Priority, size: int) -> None:
-        """Begin to work on a request; ``give_back`` it.
+    def admit(self, exchange: Exchange, priority: Priority) -> None:
+        """Begin to work on a request, until ``give_back``.
 
         Raises:
+            StoreUnavailable: the server is stopping.
+            TooLarge: its body is larger than the server takes.
             Overloaded: there is too much to do for a request of this priority.
         """
-        if self.requests >= self._most_requests[priority] or self.bytes + size > self._most_bytes[priority]:
+        if self.draining:
+            raise StoreUnavailable(STOPPING)
+        size = exchange.declared_size(self.body_bytes) if exchange.body is None else len(exchange.body)
+        most_requests, most_bytes = self._most[priority]
+        if self.requests >= most_requests or self.bytes + size > most_bytes:
             raise Overloaded(
                 f"the server works on {self.requests:,} requests of {self.bytes:,} bytes and accepts no more of "
                 f"priority {priority!r} now; nothing was done, retry later"
             )
+        exchange.priority, exchange.held = priority, size
         self.requests += 1
         self.bytes += size
 
-    def grow(self, priority: Priority, size: int) -> None:
-        """Count more bytes of a request whose size was not declared. Raises as ``take``."""
-        if self.bytes + size > self._most_bytes[priority]:
-            raise Overloaded(f"the bodies of all requests have {self.bytes:,} bytes; retry this one later")
-        self.bytes += size
+    async def body_of(self, exchange: Exchange) -> bytes:
+        """The body of a request that was admitted. Raises as ``Exchange.read_body`` and ``grow``."""
+        return await exchange.read_body(self.body_bytes, lambda size: self.grow(exchange, size))
 
-    def give_back(self, size: int) -> None:
-        """Count a request as done."""
-        self.requests -= 1
-        self.bytes -= size
+    def grow(self, exchange: Exchange, size: int) -> None:
+        """Count a request that was admitted with ``size`` bytes, if that is more than it had. Raises as ``admit``."""
+        more = size - (exchange.held or 0)
+        if more <= 0:
+            return
+        if self.bytes + more > self._most[exchange.priority][1]:
+            raise Overloaded(f"the bodies of all requests have {self.bytes:,} bytes; retry this one later")
+        self.bytes += more
+        exchange.held = size
+
+    def give_back(self, exchange: Exchange) -> None:
+        """Count a request as done. Idempotent."""
+        if exchange.held is not None:
+            self.requests -= 1
+            self.bytes -= exchange.held
+            exchange.held = None
 
 
 # --- Who may send requests: by host name, by web page, by key --------------------------------------
@@ -114,7 +124,7 @@ class AccessControl:
         key: what a request must show; None: nothing.
         hosts: the names the server answers to.
         origins: the web pages it answers.
-        policy: decides whether the caller has the permission of the route.
+        policy: decides whether the caller has the permission of the route; None: it always has.
     """
 
     def __init__(
@@ -123,7 +133,7 @@ class AccessControl:
         self._key = key
         self._hosts = hosts
         self._origins = origins
-        self._policy = policy or AllowAll()
+        self._policy = policy
         self._admitted: dict[tuple[bytes | None, bytes | None], Principal] = {}
         """Host and credentials of callers that were let in before, since comparing keys costs more than looking up."""
 
@@ -153,7 +163,8 @@ class AccessControl:
             raise NotAuthenticated(
                 "this server wants an API key: send 'Authorization: Bearer KEY', or set AGL_API_KEY for our client"
             )
-        self._policy.authorize(principal, permission)
+        if self._policy is not None:
+            self._policy.authorize(principal, permission)
         return None
 
     def _identify(self, host: bytes | None, credentials: bytes | None) -> Principal:
@@ -177,7 +188,11 @@ class AccessControl:
             raise NotAllowed(f"this server does not answer web pages from {page!r}; start it with --cors-origin")
         visible = self._origins.shown_to(origin)
         if visible is not None:
-            exchange.extra_headers += [(b"access-control-allow-origin", visible), (b"vary", b"origin")]
+            exchange.extra_headers = (
+                *exchange.extra_headers,
+                (b"access-control-allow-origin", visible),
+                (b"vary", b"origin"),
+            )
             if exchange.method == "OPTIONS" and b"access-control-request-method" in exchange.headers:
                 return Reply(204, headers=_PREFLIGHT)
         return None

@@ -10,15 +10,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
-from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, NotJson, TooLarge, UnsupportedMedia
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    InvalidValue,
+    NotFound,
+    NotJson,
+    TooLarge,
+    UnsupportedMedia,
+)
 from agentlightning.http.codec import MAX_NODES, decode_strict
+from agentlightning.http.server.exchange import Exchange, Reply
+from agentlightning.http.server.limits import Load
 from agentlightning.semconv import LightningResourceAttributes
 from agentlightning.store.arguments import check_batch
 from agentlightning.store.base import LightningStore
@@ -61,7 +70,7 @@ def check_fields(content: bytes, message: Descriptor, most: int) -> None:
     try:
         _count(content, _shape_of(message, {}), most)
     except LookupError as error:
-        raise _not_whole(message) from error
+        raise NotJson(f"the body is no {message.name}: its fields are not whole") from error
 
 
 def _count(content: bytes, shape: _Shape, most: int) -> None:
@@ -115,10 +124,6 @@ def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:
     return shape
 
 
-def _not_whole(message: Descriptor) -> NotJson:
-    return NotJson(f"the body is no {message.name}: its fields are not whole")
-
-
 # --- Requests and replies ---------------------------------------------------------------------------
 
 PROTOBUF_MEDIA = b"application/x-protobuf"
@@ -133,29 +138,45 @@ _LARGE_BYTES = 256 * 1024
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
-_Resource = tuple[OtelResource, dict[str, Any]]
-"""What made spans, and the attributes of that."""
+async def answer_traces(store: LightningStore, load: Load, exchange: Exchange) -> Reply:
+    """Store the spans of an ``ExportTraceServiceRequest``, and answer in its encoding.
 
-
-class TraceOutcome(NamedTuple):
-    """How many spans of a request were stored, how many were not, and why not."""
-
-    accepted: int
-    rejected: int
-    reasons: Sequence[str]
-
-
-class _Refused(Exception):
-    """A span that cannot be stored, and why."""
-
-
-def inflate(raw: bytes, limit: int) -> bytes:
-    """The content of gzip data.
-
-    Raises:
-        NotJson: it is not gzip data, or not all of it.
-        TooLarge: there are more than ``limit`` bytes in it; no more than those were unpacked.
+    Exporters retry after 429 and 503 with ``Retry-After``, and drop the spans after any other status.
     """
+    media = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    answered_as = media if media in (PROTOBUF_MEDIA, JSON_MEDIA) else JSON_MEDIA
+    try:
+        load.admit(exchange, "span")
+        content = await _content(load, exchange)
+        if len(content) < _LARGE_BYTES:
+            spans, reasons = _spans_in(media, content)
+        else:
+            spans, reasons = await asyncio.to_thread(_spans_in, media, content)
+        await _store(store, spans, reasons)
+    except AgentLightningError as error:
+        headers = [(b"retry-after", b"1")] if error.status in (429, 503, 507) else []
+        status = 400 if error.status == 422 else error.status
+        return Reply(status, encode_refusal(answered_as, error), headers, content_type=answered_as)
+    finally:
+        load.give_back(exchange)
+    return Reply(200, _encode_outcome(answered_as, reasons), content_type=answered_as)
+
+
+async def _content(load: Load, exchange: Exchange) -> bytes:
+    """The body of a request, unpacked."""
+    raw = await load.body_of(exchange)
+    encoding = exchange.headers.get(b"content-encoding", b"identity").lower()
+    if encoding == b"identity":
+        return raw
+    if encoding != b"gzip":
+        raise BadRequest(f"the body is encoded as {encoding[:80].decode('latin-1')!r}; send it as it is, or gzip")
+    content = await asyncio.to_thread(_inflate, raw, load.body_bytes)
+    load.grow(exchange, len(raw) + len(content))
+    return content
+
+
+def _inflate(raw: bytes, limit: int) -> bytes:
+    """The content of gzip data. No more than ``limit`` bytes of it are unpacked."""
     unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
         content = unpacker.decompress(raw, limit + 1)
@@ -168,56 +189,36 @@ def inflate(raw: bytes, limit: int) -> bytes:
     return content
 
 
-async def store_traces(store: LightningStore, media: bytes, content: bytes) -> TraceOutcome:
-    """Store the spans of an ``ExportTraceServiceRequest``.
-
-    Args:
-        store: takes them.
-        media: ``PROTOBUF_MEDIA`` or ``JSON_MEDIA``.
-        content: the request, unpacked.
-
-    Raises:
-        UnsupportedMedia: it is of neither type.
-        NotJson: it is not such a request.
-        TooLarge: it has more fields, or more spans, than are taken at a time.
-        StoreUnavailable: the store takes nothing now; the exporter may send all of it again.
-    """
-    if len(content) < _LARGE_BYTES:
-        spans, reasons = _spans_in(media, content)
-    else:
-        spans, reasons = await asyncio.to_thread(_spans_in, media, content)
-    accepted = await _store(store, spans, reasons)
-    return TraceOutcome(accepted, len(reasons), reasons[:_REASONS_SHOWN])
-
-
 def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
     """The spans of a request, and why others of it are not among them."""
     reasons: list[str] = []
     spans: list[Span] = []
-    groups = _by_resource(_read(media, content))
-    check_batch([each for _, group in groups for each in group], "spans")
-    for resource, group in groups:
-        for each in group:
+    groups = [
+        (group, [span for scope in group.scope_spans for span in scope.spans])
+        for group in _read(media, content).resource_spans
+    ]
+    check_batch([each for _, members in groups for each in members], "spans")
+    for group, members in groups:
+        resource = OtelResource(attributes=_attributes(group.resource.attributes), schema_url=group.schema_url)
+        for each in members:
             try:
                 spans.append(_convert(each, resource))
-            except _Refused as refused:
-                reasons.append(str(refused))
             except (ValidationError, InvalidValue) as error:
                 reasons.append(f"span {each.name[:80]!r} is not valid: {str(error)[:200]}")
     return spans, reasons
 
 
-def encode_outcome(media: bytes, outcome: TraceOutcome) -> bytes:
-    """The ``ExportTraceServiceResponse``, in the encoding of the request."""
+def _encode_outcome(media: bytes, reasons: Sequence[str]) -> bytes:
+    """The ``ExportTraceServiceResponse``: how many spans were not stored, and why."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-    message = "; ".join(outcome.reasons)
+    message = "; ".join(reasons[:_REASONS_SHOWN])
     if media == JSON_MEDIA:
-        partial = {"rejectedSpans": str(outcome.rejected), "errorMessage": message}
-        return json.dumps({"partialSuccess": partial} if outcome.rejected else {}).encode()
+        partial = {"rejectedSpans": str(len(reasons)), "errorMessage": message}
+        return json.dumps({"partialSuccess": partial} if reasons else {}).encode()
     response = ExportTraceServiceResponse()
-    if outcome.rejected:
-        response.partial_success.rejected_spans = outcome.rejected
+    if reasons:
+        response.partial_success.rejected_spans = len(reasons)
         response.partial_success.error_message = message
     return response.SerializeToString()
 
@@ -236,8 +237,8 @@ def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
     return b"\x08" + bytes([code]) + b"\x12" + length + text
 
 
-async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str]) -> int:
-    """Store spans and return how many. When one is refused, divide them by attempt, and then one by one.
+async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str]) -> None:
+    """Store spans. When one is refused, divide them by attempt, and then one by one.
 
     The store takes all spans of a call or none, so a bad span would otherwise take the good ones with it.
     """
@@ -246,14 +247,12 @@ async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str
     except (InvalidValue, NotFound) as error:
         if len(spans) == 1:
             reasons.append(f"span {spans[0].span_id}: {error.message[:200]}")
-            return 0
-    else:
-        return len(spans)
-    groups: dict[tuple[str, str], list[Span]] = {}
-    for span in spans:
-        groups.setdefault((span.rollout_id, span.attempt_id), []).append(span)
-    parts = list(groups.values()) if len(groups) > 1 else [[span] for span in spans]
-    return sum([await _store(store, part, reasons) for part in parts])
+            return
+        groups: dict[tuple[str, str], list[Span]] = {}
+        for span in spans:
+            groups.setdefault((span.rollout_id, span.attempt_id), []).append(span)
+        for part in groups.values() if len(groups) > 1 else [[span] for span in spans]:
+            await _store(store, part, reasons)
 
 
 # --- From OTLP to spans ------------------------------------------------------------------------------
@@ -277,18 +276,6 @@ def _read(media: bytes, content: bytes) -> ExportTraceServiceRequest:
             f"the body is {media[:80].decode('latin-1')!r}; send application/x-protobuf or application/json"
         )
     return request
-
-
-def _by_resource(request: ExportTraceServiceRequest) -> list[tuple[_Resource, list[trace_pb2.Span]]]:
-    return [
-        (_resource(group), [span for scope in group.scope_spans for span in scope.spans])
-        for group in request.resource_spans
-    ]
-
-
-def _resource(group: trace_pb2.ResourceSpans) -> _Resource:
-    attributes = _attributes(group.resource.attributes)
-    return OtelResource(attributes=attributes, schema_url=group.schema_url), attributes
 
 
 def _parse_json(content: bytes, request: Any) -> None:
@@ -318,22 +305,16 @@ def _with_base64_ids(value: Any) -> Any:
     }
 
 
-def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
-    resource, shared = of
+def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
     attributes = _attributes(span.attributes)
-
-    def said(name: str) -> Any:
-        return attributes.get(name, shared.get(name))
-
-    rollout_id, attempt_id, sequence_id = said(_ROLLOUT_ID), said(_ATTEMPT_ID), said(_SEQUENCE_ID)
+    said = {**resource.attributes, **attributes}
+    rollout_id, attempt_id, sequence_id = said.get(_ROLLOUT_ID), said.get(_ATTEMPT_ID), said.get(_SEQUENCE_ID)
     if not isinstance(rollout_id, str) or not isinstance(attempt_id, str):
-        raise _Refused(
-            f"span {span.name[:80]!r} does not name its attempt: set the attributes {_ROLLOUT_ID} and {_ATTEMPT_ID}"
-        )
+        raise InvalidValue(f"it does not name its attempt: set the attributes {_ROLLOUT_ID} and {_ATTEMPT_ID}")
     if sequence_id is not None and (not isinstance(sequence_id, int) or sequence_id < 0):
-        raise _Refused(f"span {span.name[:80]!r} has {_SEQUENCE_ID} {sequence_id!r:.80}; give 0 or more")
+        raise InvalidValue(f"{_SEQUENCE_ID} is {sequence_id!r:.80}; give 0 or more")
     if len(span.trace_id) != 16 or len(span.span_id) != 8:
-        raise _Refused(f"span {span.name[:80]!r} has a trace id or a span id of a wrong length")
+        raise InvalidValue("its trace id or span id has a wrong length")
     return Span(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
@@ -361,9 +342,9 @@ def _convert(span: trace_pb2.Span, of: _Resource) -> Span:
 
 
 def _context(of: trace_pb2.Span | trace_pb2.Span.Link) -> SpanContext:
-    return SpanContext(
-        trace_id=of.trace_id.hex(), span_id=of.span_id.hex(), is_remote=False, trace_state=_state(of.trace_state)
-    )
+    pairs = (part.strip().partition("=") for part in of.trace_state.split(",") if "=" in part)
+    state = {key: value for key, _, value in pairs}
+    return SpanContext(trace_id=of.trace_id.hex(), span_id=of.span_id.hex(), is_remote=False, trace_state=state)
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
@@ -386,9 +367,4 @@ def _value(value: AnyValue) -> Any:
 
 
 def _seconds(nanoseconds: int) -> float | None:
-    return nanoseconds / 1e9 if nanoseconds and math.isfinite(nanoseconds) else None
-
-
-def _state(header: str) -> dict[str, str]:
-    pairs = (part.strip().partition("=") for part in header.split(",") if "=" in part)
-    return {key: value for key, _, value in pairs}
+    return nanoseconds / 1e9 if nanoseconds else None

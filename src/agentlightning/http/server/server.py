@@ -18,21 +18,19 @@ from typing import Any, Self
 from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import OTLP_TRACES_PATH
-from agentlightning.http.server.admin import build_operations
+from agentlightning.http.server.admin import Operations
 from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.connections import DirectConnection
 from agentlightning.http.server.endpoints import Endpoints
-from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
+from agentlightning.http.server.limits import AccessControl, ServerLimits
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving.connections import ConnectionBounds
 from agentlightning.serving.server import ThreadedServer, TlsFiles, allow_many_files
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
-from agentlightning.telemetry.metrics import RequestMeter
 
 _log = logging.getLogger(__name__)
 
@@ -116,8 +114,8 @@ class LightningStoreServer(ForwardingStore):
             None if tls_certificate is None or tls_key is None else TlsFiles(Path(tls_certificate), Path(tls_key))
         )
         self._limits = limits
-        self._listener: ThreadedServer | None = None
-        self._bound: ThreadedServer | None = None
+        self._bound: tuple[ThreadedServer, StoreApp] | None = None
+        """Has the port, and serves while ``app`` is set."""
         self._changing = threading.Lock()
         self._owner = os.getpid()
         self._client: LightningStoreClient | None = None
@@ -128,7 +126,7 @@ class LightningStoreServer(ForwardingStore):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        self.store = self.app = self._listener = self._bound = self._client = None
+        self.store = self.app = self._bound = self._client = None
         self._changing = threading.Lock()
         self._owner = -1
 
@@ -163,14 +161,15 @@ class LightningStoreServer(ForwardingStore):
     def start_blocking(self) -> None:
         """``start``, for a thread without an event loop."""
         with self._changing:
-            if self._listener is not None:
+            if self.app is not None:
                 return
-            listener, self._bound = self._bind(), None
+            listener, app = self._bind()
             try:
                 listener.start()
             except OSError as error:
+                self._bound = None
                 raise StoreUnavailable(str(error)) from error
-            self._listener = listener
+            self.app = app
         _log.info("serving %s at %s", type(self.store).__name__, self.endpoint)
 
     def take_port(self) -> None:
@@ -179,8 +178,7 @@ class LightningStoreServer(ForwardingStore):
         The server does not listen yet: ``start`` does, and ``stop`` releases the port. Raises as ``start``.
         """
         with self._changing:
-            if self._listener is None:
-                self._bound = self._bind()
+            self._bind()
 
     async def stop(self) -> None:
         """Refuse new requests, answer long polls, finish all others and release the port. Idempotent."""
@@ -193,13 +191,11 @@ class LightningStoreServer(ForwardingStore):
         """``stop``, for a thread without an event loop."""
         with self._changing:
             bound, self._bound = self._bound, None
+            was_serving, self.app = self.app is not None, None
             if bound is not None:
-                bound.stop()
-            listener, self._listener = self._listener, None
-            if listener is not None:
-                listener.stop()
-                self.app = None
-                _log.info("stopped serving at %s", self.endpoint)
+                bound[0].stop()
+        if was_serving:
+            _log.info("stopped serving at %s", self.endpoint)
 
     async def run_forever(self) -> None:
         """Serve until this task is cancelled. Raises as ``start``."""
@@ -209,7 +205,7 @@ class LightningStoreServer(ForwardingStore):
         finally:
             await self.stop()
 
-    def _bind(self) -> ThreadedServer:
+    def _bind(self) -> tuple[ThreadedServer, StoreApp]:
         if self._bound is not None:
             return self._bound
         if not self._owned or self.store is None:
@@ -219,39 +215,27 @@ class LightningStoreServer(ForwardingStore):
                 f"other machines can reach {self.host!r}, and there is no API key: set AGL_API_KEY (or api_key=, "
                 f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
             )
-        listener = self._build(self.store)
-        try:
-            self.port = listener.bind()
-        except OSError as error:
-            raise StoreUnavailable(str(error)) from error
-        return listener
-
-    def _build(self, store: LightningStore) -> ThreadedServer:
-        """Wire the parts of a server together."""
-        operations = build_operations(store, self._limits, lambda: serving, self.run_id)
-        app = StoreApp(Endpoints(store), self._access, self._limits, operations)
-        limits = self._limits
+        app = StoreApp(Endpoints(self.store), self._access, self._limits)
+        app.others = Operations(self.store, app, self.run_id).by_path()
         listener = ThreadedServer(
             partial(nullcontext, app),
             self.host,
             self.port,
             name="agl-http",
-            bounds=ConnectionBounds(
-                connections=limits.connections,
-                connections_per_address=limits.connections_per_address,
-                header_bytes=limits.header_bytes,
-                header_seconds=limits.header_seconds,
-                body_seconds=limits.body_seconds,
-            ),
-            connection=partial(DirectConnection, direct=app, retry_after_seconds=limits.retry_after_seconds),
-            drain_seconds=limits.drain_seconds,
+            bounds=self._limits,
+            connection=partial(DirectConnection, app=app, retry_after_seconds=self._limits.retry_after_seconds),
+            drain_seconds=self._limits.drain_seconds,
             on_drain=app.drain,
             tls=self._tls,
-            keepalive_seconds=limits.idle_seconds,
+            keepalive_seconds=self._limits.idle_seconds,
         )
-        serving = _Serving(app, listener)
-        self.app = app
-        return listener
+        app.open_connections = lambda: listener.open_connections
+        try:
+            self.port = listener.bind()
+        except OSError as error:
+            raise StoreUnavailable(str(error)) from error
+        self._bound = listener, app
+        return self._bound
 
     # --- Being a store ---------------------------------------------------------------------------
 
@@ -281,30 +265,6 @@ class LightningStoreServer(ForwardingStore):
             if self._client is None:
                 self._client = LightningStoreClient(self.endpoint, api_key=self._key)
             return self._client
-
-
-class _Serving:
-    """The running server, as health and metrics see it."""
-
-    def __init__(self, app: StoreApp, listener: ThreadedServer) -> None:
-        self._app = app
-        self._listener = listener
-
-    @property
-    def meter(self) -> RequestMeter:
-        return self._app.meter
-
-    @property
-    def load(self) -> Load:
-        return self._app.load
-
-    @property
-    def draining(self) -> bool:
-        return self._app.draining
-
-    @property
-    def open_connections(self) -> int:
-        return self._listener.open_connections
 
 
 # --- A server as a whole process: from the first signal that it answers to the last byte on the ---

@@ -38,49 +38,32 @@ _decode_span = msgspec.json.Decoder(PlainSpan).decode
 _decode_body = msgspec.json.Decoder(_PlainBody).decode
 
 
-def draft_of_span(raw: bytes) -> SpanDraft:
-    """One span. ``raw``: the JSON of a ``Span``.
-
-    Raises:
-        ValidationError: it is no span.
-        InvalidValue: a span that no store would take.
-    """
-    drafts = plain_drafts(raw, many=False)
-    if drafts is not None:
-        return drafts[0]
-    decoded = decode_strict(raw)
-    if len(raw) > _LARGE_BYTES:
-        _check_large(decoded)
-    return span_drafts([Span.model_validate(decoded)])[0]
-
-
-def drafts_of_spans(raw: bytes) -> list[SpanDraft]:
-    """Many spans. ``raw``: the JSON of an object with the list ``spans``. Raises as ``draft_of_span``."""
-    drafts = plain_drafts(raw, many=True)
-    if drafts is not None:
-        return drafts
-    decoded = decode_strict(raw)
-    if type(decoded) is dict:
-        spans = cast("dict[str, Any]", decoded).get("spans")
-        if type(spans) is list:
-            check_batch(cast("list[Any]", spans), "spans")
-    if len(raw) > _LARGE_BYTES:
-        _check_large(decoded)
-    return span_drafts(CLIENT_ROUTES["add_many_spans"].body.model_validate(decoded).spans)
-
-
-def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
-    """The spans of a request, if all of them are plain and the JSON is strict; else None, and pydantic decides.
+def drafts_of(raw: bytes, *, many: bool) -> list[SpanDraft]:
+    """The spans of a request.
 
     Args:
         raw: the JSON of an object with the list ``spans``, or of one ``Span``.
         many: which of the two.
 
     Raises:
-        InvalidId: one of the ids is not valid.
-        TooLarge: there are too many spans, or one of them has too many bytes.
-        NotJson: a key stands twice in one object.
+        ValidationError: it is neither.
+        InvalidValue: there is a span that no store would take, or there are too many.
     """
+    drafts = plain_drafts(raw, many=many)
+    if drafts is not None:
+        return drafts
+    decoded = decode_strict(raw)
+    if many and type(decoded) is dict and type(spans := cast("dict[str, Any]", decoded).get("spans")) is list:
+        check_batch(cast("list[Any]", spans), "spans")
+    if len(raw) > _LARGE_BYTES:
+        _check_large(decoded)
+    if many:
+        return span_drafts(CLIENT_ROUTES["add_many_spans"].body.model_validate(decoded).spans)
+    return span_drafts([Span.model_validate(decoded)])
+
+
+def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
+    """As ``drafts_of``, if all spans are plain and the JSON is strict; else None, and pydantic decides."""
     if b"\\u0000" in raw:
         return None
     check_node_count(raw, "the body")
@@ -88,17 +71,18 @@ def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
         spans = _decode_body(raw).spans if many else [_decode_span(raw)]
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    check_batch(spans, "spans")
+    if many:
+        check_batch(spans, "spans")
     if not all(map(has_plain_values, spans)):
         return None
-    encoded = [encode_plain(span) for span in spans]
+    encoded: list[bytes] = list(map(encode_plain, spans))
     canonical = b'{"spans":[' + b",".join(encoded) + b"]}" if many else encoded[0]
     if canonical != raw:  # else it is what we would write ourselves, and that has no key twice
         check_unique_keys(raw, many + sum(map(count_keys, spans)), "the body")
     return list(map(_draft, spans, encoded))
 
 
-def plain_drafts_of(spans: Any) -> list[SpanDraft] | None:
+def plain_drafts_of(value: Any) -> list[SpanDraft] | None:
     """The spans that a value of strict JSON is, if it is a list of plain ones; else None, and pydantic decides.
 
     Raises:
@@ -106,11 +90,14 @@ def plain_drafts_of(spans: Any) -> list[SpanDraft] | None:
         TooLarge: there are too many spans, or one of them has too many bytes.
     """
     try:
-        plain = msgspec.convert(spans, list[PlainSpan])
+        spans = msgspec.convert(value, list[PlainSpan])
     except msgspec.ValidationError:
         return None
-    check_batch(plain, "spans")
-    return [_draft(span, encode_plain(span)) for span in plain] if all(map(has_plain_values, plain)) else None
+    check_batch(spans, "spans")
+    if not all(map(has_plain_values, spans)):
+        return None
+    encoded: list[bytes] = list(map(encode_plain, spans))
+    return list(map(_draft, spans, encoded))
 
 
 def _draft(span: PlainSpan, encoded: bytes) -> SpanDraft:

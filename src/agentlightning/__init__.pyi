@@ -126,7 +126,7 @@ from agentlightning.execution.shared_memory import (
 )
 from agentlightning.http.client.client import LightningStoreClient as LightningStoreClient
 from agentlightning.http.client.health import ClientMetrics as ClientMetrics, HealthReport as HealthReport
-from agentlightning.http.client.resilience import Resilience as Resilience
+from agentlightning.http.client.retry import Resilience as Resilience
 from agentlightning.http.server.limits import ServerLimits as ServerLimits
 from agentlightning.http.server.server import LightningStoreServer as LightningStoreServer
 from agentlightning.legacy.client import (

@@ -24,7 +24,7 @@ from agentlightning.cli.doctor import check_server
 from agentlightning.cli.target import Server, ask
 from agentlightning.cli.terminal import ExitCode
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.retry import Resilience
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sources import SystemClock
 from agentlightning.types import LLM, AttemptedRollout, ProxyLLM, RolloutConfig

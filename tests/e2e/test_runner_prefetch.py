@@ -18,7 +18,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.retry import Resilience
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.runner import worker_loop
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore

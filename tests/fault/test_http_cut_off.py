@@ -14,7 +14,7 @@ import pytest
 from agentlightning.errors import NotFound, SpoolFull, StoreUnavailable, StoreUnreachable
 from agentlightning.http.client.cache import CachedResources
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.retry import Resilience
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import AttemptedRollout, PromptTemplate, Span

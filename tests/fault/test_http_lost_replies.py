@@ -17,9 +17,9 @@ from typing import TypeVar
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.breaker import BreakerNumbers
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.health import BreakerNumbers
+from agentlightning.http.client.retry import Resilience
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.types import AttemptedRollout, EnqueueRolloutRequest, PromptTemplate, RolloutConfig, Span

@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.retry import Resilience
 from agentlightning.types import Span
 from fresh_process import say
 

@@ -120,7 +120,7 @@ async def open_store(
     target = locate(url, api_key)
     if isinstance(target, Server):
         from agentlightning.http.client.client import LightningStoreClient
-        from agentlightning.http.client.resilience import Resilience
+        from agentlightning.http.client.retry import Resilience
 
         ask(target)  # is not tried again, so that a wrong address is told at once
         options: dict[str, Any] = {}

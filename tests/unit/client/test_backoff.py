@@ -6,18 +6,18 @@ import random
 
 import pytest
 
-from agentlightning.http.client.retry import FixedDelays, FullJitter, retry_after_seconds
+from agentlightning.http.client.retry import fixed_delays, full_jitter, retry_after_seconds
 
 
 def test_the_bound_doubles_up_to_the_cap() -> None:
-    longest = FullJitter(0.2, 30.0, lambda: 1.0)
-    assert [longest.delay(n) for n in (1, 2, 3, 4, 8, 9, 100, 10_000)] == [0.2, 0.4, 0.8, 1.6, 25.6, 30, 30, 30]
+    longest = full_jitter(0.2, 30.0, lambda: 1.0)
+    assert [longest(n) for n in (1, 2, 3, 4, 8, 9, 100, 10_000)] == [0.2, 0.4, 0.8, 1.6, 25.6, 30, 30, 30]
 
 
 def test_jitter_is_full() -> None:
     """Delays fill the whole interval evenly; a back-off without jitter would not."""
-    backoff = FullJitter(1.0, 30.0, random.Random(1).random)
-    delays = [backoff.delay(4) or 0.0 for _ in range(4000)]
+    backoff = full_jitter(1.0, 30.0, random.Random(1).random)
+    delays = [backoff(4) or 0.0 for _ in range(4000)]
     assert 0.0 <= min(delays) < 0.05
     assert 7.95 < max(delays) <= 8.0
     tenths = [sum(n * 0.8 <= each < (n + 1) * 0.8 for each in delays) for n in range(10)]
@@ -25,9 +25,9 @@ def test_jitter_is_full() -> None:
 
 
 def test_fixed_delays_bound_the_number_of_tries() -> None:
-    fixed = FixedDelays((1.0, 2.0, 5.0))
-    assert [fixed.delay(n) for n in (1, 2, 3, 4, 5)] == [1.0, 2.0, 5.0, None, None]
-    assert FixedDelays(()).delay(1) is None
+    fixed = fixed_delays((1.0, 2.0, 5.0))
+    assert [fixed(n) for n in (1, 2, 3, 4, 5)] == [1.0, 2.0, 5.0, None, None]
+    assert fixed_delays(())(1) is None
 
 
 @pytest.mark.parametrize(

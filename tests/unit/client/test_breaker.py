@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.breaker import Breaker, BreakerNumbers, BreakerState, FailureWindow
-from agentlightning.http.client.health import Health
-from agentlightning.http.client.resilience import OneTry
-from agentlightning.http.client.transport import RequestShed, WireRequest
+from agentlightning.http.client.health import BreakerNumbers, BreakerState, FailureWindow, Health
+from agentlightning.http.client.retry import Resilience, make_retrying
+from agentlightning.http.client.transport import WireRequest
 from agentlightning.http.routes import SHED_ORDER, Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies
 from virtual_time import in_virtual_time
@@ -25,24 +24,27 @@ class _Bench:
 
     def __init__(self, numbers: BreakerNumbers = NUMBERS) -> None:
         self.now = 1000.0
-        self.states = [CLOSED]
-        self.breaker = Breaker(numbers, lambda: self.now, lambda: 1.0, lambda _, after: self.states.append(after))
+        self.health = Health("http://s", numbers, lambda: self.now, lambda: 1.0)
+
+    @property
+    def state(self) -> BreakerState:
+        return self.health.breaker
 
     def calls(self, *, ok: int = 0, failed: int = 0) -> None:
         for _ in range(ok):
-            self.breaker.succeeded()
+            self.health.answered(200)
         for _ in range(failed):
-            self.breaker.failed()
+            self.health.unanswered("lost")
 
     def passes(self, priority: Priority = "write") -> bool:
-        return self.breaker.admit(priority) == 0.0
+        return self.health.admit(priority) == 0.0
 
     def passing(self, priority: Priority, of: int = 100) -> int:
         return sum(self.passes(priority) for _ in range(of))
 
     def open(self) -> None:
         self.calls(failed=NUMBERS.min_calls)
-        assert self.breaker.state is OPEN
+        assert self.state is OPEN
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -51,8 +53,8 @@ class _Bench:
         self.open()
         self.wait(NUMBERS.open_seconds)
         assert self.passes("read")
-        self.breaker.succeeded()
-        assert self.breaker.state is RETURNING
+        self.calls(ok=1)
+        assert self.state is RETURNING
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ class _Bench:
 def test_it_opens_at_a_rate_of_failures_among_enough_calls(ok: int, failed: int, opens: bool) -> None:
     bench = _Bench()
     bench.calls(ok=ok, failed=failed)
-    assert (bench.breaker.state is OPEN) is opens
+    assert (bench.state is OPEN) is opens
     assert bench.passes() is not opens
 
 
@@ -71,20 +73,20 @@ def test_old_failures_do_not_count() -> None:
     bench.calls(failed=9)
     bench.wait(NUMBERS.window_seconds + 1)
     bench.calls(failed=9)
-    assert bench.breaker.state is CLOSED
+    assert bench.state is CLOSED
     bench.calls(failed=1)
-    assert bench.breaker.state is OPEN
+    assert bench.state is OPEN
 
 
 def test_nothing_passes_until_the_pause_is_over_and_then_one_probe() -> None:
     bench = _Bench()
     bench.open()
-    assert bench.breaker.admit("write") == pytest.approx(NUMBERS.open_seconds)
+    assert bench.health.admit("write") == pytest.approx(NUMBERS.open_seconds)
     bench.wait(NUMBERS.open_seconds - 0.01)
     assert not bench.passes("read")
     bench.wait(0.01)
     assert [bench.passes("read") for _ in range(5)] == [True, False, False, False, False]
-    assert bench.breaker.state is PROBING
+    assert bench.state is PROBING
 
 
 def test_a_probe_that_fails_makes_the_next_pause_longer() -> None:
@@ -92,10 +94,10 @@ def test_a_probe_that_fails_makes_the_next_pause_longer() -> None:
     bench.open()
     pauses: list[float] = []
     for _ in range(7):
-        pauses.append(bench.breaker.admit("write"))
+        pauses.append(bench.health.admit("write"))
         bench.wait(pauses[-1])
         assert bench.passes("claim")
-        bench.breaker.failed()
+        bench.calls(failed=1)
     assert pauses == pytest.approx([1, 2, 4, 8, 15, 15, 15])
 
 
@@ -105,7 +107,7 @@ def test_a_probe_that_its_caller_gives_up_makes_room_for_another() -> None:
     bench.wait(NUMBERS.open_seconds)
     assert bench.passes()
     assert not bench.passes()
-    bench.breaker.abandoned()
+    bench.health.abandoned()
     assert bench.passes()
 
 
@@ -118,56 +120,68 @@ def test_a_probe_that_takes_long_makes_room_for_another() -> None:
     assert not bench.passes("read")
     bench.wait(0.1)
     assert bench.passes("read")
-    bench.breaker.succeeded()
-    assert bench.breaker.state is RETURNING
+    bench.calls(ok=1)
+    assert bench.state is RETURNING
 
 
-def test_calls_come_back_by_and_by_reads_first() -> None:
+def test_each_success_lets_two_more_calls_through_reads_first() -> None:
     bench = _Bench()
     bench.begin_return()
-    seen: list[tuple[int, int]] = []
-    for _ in range(3):
-        seen.append((bench.passing("read"), bench.passing("span")))
-        bench.wait(NUMBERS.stage_seconds)
-    assert seen == [(10, 0), (25, 10), (50, 25)]
+    assert (bench.passing("span"), bench.passing("read"), bench.passing("read")) == (0, 2, 0)
+    bench.calls(ok=2)
+    assert (bench.passing("span"), bench.passing("read")) == (0, 4)
+    bench.calls(ok=1)
+    bench.wait(NUMBERS.reads_first_seconds)
+    assert (bench.passing("span"), bench.passing("read")) == (2, 0)
+    assert bench.state is RETURNING
+
+
+def test_a_return_goes_on_when_the_calls_that_were_let_through_take_long() -> None:
+    bench = _Bench()
+    bench.begin_return()
+    assert bench.passing("read") == 2
+    bench.wait(2.0)
+    assert bench.passing("span") == 1
+
+
+def test_enough_successes_close_it() -> None:
+    bench = _Bench()
+    assert bench.health.report().breaker_share == 1.0
+    bench.begin_return()
+    for number in range(NUMBERS.trial_calls):
+        assert bench.state is RETURNING
+        assert bench.health.report().breaker_share == number / NUMBERS.trial_calls
+        bench.calls(ok=1)
+    assert bench.state is CLOSED
+    assert bench.health.report().breaker_share == 1.0
     assert (bench.passing("read"), bench.passing("span")) == (100, 100)
-    assert bench.states == [CLOSED, OPEN, PROBING, RETURNING, CLOSED]
 
 
-def test_enough_successes_end_a_stage_before_its_time() -> None:
+@pytest.mark.parametrize(("ok", "failed"), [(2, 1), (4, 2), (7, 3)])
+def test_failures_on_the_way_back_open_it_again(ok: int, failed: int) -> None:
     bench = _Bench()
     bench.begin_return()
-    for share in (0.10, 0.25, 0.50):
-        assert bench.breaker.share == share
-        bench.calls(ok=NUMBERS.stage_calls)
-    assert bench.breaker.state is CLOSED
-    assert bench.breaker.share == 1.0
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_failures_on_the_way_back_open_it_again(stage: int) -> None:
-    bench = _Bench()
-    bench.begin_return()
-    for _ in range(stage):
-        bench.calls(ok=NUMBERS.stage_calls)
-    bench.calls(ok=2, failed=1)
-    assert bench.breaker.state is OPEN
-    assert bench.breaker.admit("write") == pytest.approx(2 * NUMBERS.open_seconds)
+    bench.calls(ok=ok, failed=failed - 1)
+    assert bench.state is RETURNING
+    bench.calls(failed=1)
+    assert bench.state is OPEN
+    assert bench.health.report().breaker_share == 0.0
+    assert bench.health.admit("write") == pytest.approx(2 * NUMBERS.open_seconds)
 
 
 def test_a_single_failure_on_the_way_back_does_not() -> None:
     bench = _Bench()
     bench.begin_return()
     bench.calls(ok=4, failed=1)
-    assert bench.breaker.state is RETURNING
+    assert bench.state is RETURNING
 
 
 def test_pauses_are_short_again_after_a_full_return() -> None:
     bench = _Bench()
     bench.begin_return()
-    bench.calls(ok=3 * NUMBERS.stage_calls)
+    bench.calls(ok=NUMBERS.trial_calls)
     bench.open()
-    assert bench.breaker.admit("write") == pytest.approx(NUMBERS.open_seconds)
+    assert bench.health.admit("write") == pytest.approx(NUMBERS.open_seconds)
 
 
 @pytest.mark.parametrize("vital", ["heartbeat", "completion"])
@@ -176,7 +190,7 @@ def test_vital_calls_pass_out_of_a_budget_of_their_own(vital: Priority) -> None:
     bench.open()
     assert bench.passing(vital) == NUMBERS.vital_burst
     bench.wait(0.25)
-    assert bench.breaker.admit(vital) == pytest.approx(0.25)
+    assert bench.health.admit(vital) == pytest.approx(0.25)
     bench.wait(0.25)
     assert bench.passing(vital) == 1
     bench.wait(3600)
@@ -190,8 +204,8 @@ def test_a_vital_call_that_succeeds_ends_the_pause() -> None:
     bench = _Bench()
     bench.open()
     assert bench.passes("heartbeat")
-    bench.breaker.succeeded()
-    assert bench.breaker.state is RETURNING
+    bench.calls(ok=1)
+    assert bench.state is RETURNING
 
 
 def test_a_vital_call_that_fails_does_not_make_the_pause_longer() -> None:
@@ -199,8 +213,8 @@ def test_a_vital_call_that_fails_does_not_make_the_pause_longer() -> None:
     bench.open()
     for _ in range(5):
         assert bench.passes("heartbeat")
-        bench.breaker.failed()
-    assert bench.breaker.admit("write") == pytest.approx(NUMBERS.open_seconds)
+        bench.calls(failed=1)
+    assert bench.health.admit("write") == pytest.approx(NUMBERS.open_seconds)
 
 
 # --- Around a transport ----------------------------------------------------------------------------
@@ -220,16 +234,27 @@ def test_a_vital_call_that_fails_does_not_make_the_pause_longer() -> None:
 )
 def test_what_counts_as_a_failure(acts: list[Act], opens: bool) -> None:
     async def scene(clock: Callable[[], float]) -> None:
-        breaker = Breaker(NUMBERS, clock, lambda: 1.0, lambda *_: None)
-        guarded = OneTry(ScriptedTransport(acts, clock), breaker, Health("http://s", clock))
+        http = ScriptedTransport(acts, clock)
+        guarded = make_retrying(
+            http,
+            server="http://s",
+            probe=WireRequest("GET", "/health"),
+            numbers=Resilience(),
+            retry_delays=(),
+            monotonic=clock,
+            chance=lambda: 1.0,
+        )
         for _ in range(10):
             with contextlib.suppress(StoreUnreachable):
                 await guarded.send(WireRequest("POST", "/"))
-        assert (breaker.state is OPEN) is opens
+        assert (guarded.health.breaker is OPEN) is opens
+        assert len(http.tries) == 10
         if opens:
-            with pytest.raises(RequestShed) as shed:
-                await guarded.send(WireRequest("POST", "/"))
-            assert shed.value.retry_after_seconds == pytest.approx(NUMBERS.open_seconds)
+            with pytest.raises(StoreUnreachable, match="held back by the circuit breaker, which is open"):
+                await guarded.send(WireRequest("POST", "/", waits_while_shed=False))
+            assert len(http.tries) == 10
+            assert (await guarded.send(WireRequest("POST", "/"))).status == 200
+            assert clock() == pytest.approx(NUMBERS.open_seconds)
 
     in_virtual_time(scene)
 

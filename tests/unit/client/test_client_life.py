@@ -20,7 +20,7 @@ import uvloop
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreClosed, StoreUnreachable
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.client.resilience import Resilience
+from agentlightning.http.client.retry import Resilience
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from served_store import served

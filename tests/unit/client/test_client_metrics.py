@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from agentlightning.http.client.breaker import BreakerState
-from agentlightning.http.client.health import ClientMetrics, HealthReport, SpoolReport
+from agentlightning.http.client.health import BreakerState, ClientMetrics, HealthReport, SpoolReport
 
 
 class _Client:

@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from agentlightning.http.client import claiming
-from agentlightning.http.client.claiming import OpenClaims, ended_early
+from agentlightning.http.client import calls
+from agentlightning.http.client.calls import Caller, Claims, ended_early
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
+from agentlightning.store.sources import TimeOrderedIds
 from served_store import served
 
 SLICE = 0.2
@@ -21,7 +24,7 @@ SLICE = 0.2
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server; and clients that wait for 0.2 s at a time instead of 20."""
-    monkeypatch.setattr(claiming, "LONGEST_SLICE_SECONDS", SLICE)
+    monkeypatch.setattr(calls, "LONGEST_SLICE_SECONDS", SLICE)
     with served(tmp_path / "store.db") as server:
         assert isinstance(server, LightningStoreServer)
         yield server.endpoint
@@ -106,7 +109,8 @@ def test_what_is_early(asked: float, took: float, early: bool) -> None:
 
 
 def test_open_claims_are_kept_by_worker_and_limit() -> None:
-    claims = OpenClaims()
+    no_transport: Any = SimpleNamespace(send=None)
+    claims = Claims(Caller(no_transport, "", TimeOrderedIds(), timeout_seconds=1.0, patience_seconds=1.0))
     claims.keep("w1", 1, "rq-1")
     claims.keep("w1", 1, "rq-2")
     claims.keep("w2", 1, "rq-3")

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.breaker import BreakerNumbers, BreakerState
-from agentlightning.http.client.health import Health, HealthReport
-from agentlightning.http.client.resilience import Prober, Resilience, Resilient, answers_soon, make_resilient
+from agentlightning.http.client.health import BreakerNumbers, BreakerState, Health, HealthReport
+from agentlightning.http.client.retry import Resilience, Retrying, make_retrying
 from agentlightning.http.client.transport import WireRequest
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
@@ -21,15 +20,15 @@ PROBE = WireRequest("GET", "/health", priority="read")
 REQUEST = WireRequest("POST", "/work")
 
 
-def _resilient(acts: Iterable[Act], clock: Clock, numbers: Resilience) -> tuple[ScriptedTransport, Resilient]:
+def _resilient(acts: Iterable[Act], clock: Clock, numbers: Resilience) -> tuple[ScriptedTransport, Retrying]:
     http = ScriptedTransport(acts, clock)
-    return http, make_resilient(
+    return http, make_retrying(
         http, server="http://s", probe=PROBE, numbers=numbers, monotonic=clock, chance=lambda: 0.5
     )
 
 
-def _now(made: Resilient) -> HealthReport:
-    return made.health.report(made.breaker.share, None)
+def _now(made: Retrying) -> HealthReport:
+    return made.health.report()
 
 
 def test_states(caplog: pytest.LogCaptureFixture) -> None:
@@ -39,9 +38,9 @@ def test_states(caplog: pytest.LogCaptureFixture) -> None:
         numbers = Resilience(breaker=BreakerNumbers(min_calls=5), patience_seconds=1000)
         http, made = _resilient([*replies(200), *lost(8)], clock, numbers)
         assert (_now(made).state, _now(made).seconds_since_answer) == ("unknown", None)
-        await made.transport.send(REQUEST)
+        await made.send(REQUEST)
         assert _now(made).state == "healthy"
-        waiting = asyncio.ensure_future(made.transport.send(REQUEST))
+        waiting = asyncio.ensure_future(made.send(REQUEST))
         seen: list[str] = []
         while not waiting.done():
             await asyncio.sleep(0.01)
@@ -49,7 +48,7 @@ def test_states(caplog: pytest.LogCaptureFixture) -> None:
                 seen.append(_now(made).state)
         assert seen == ["degraded", "unreachable", "degraded"]
         for _ in range(40):
-            await made.transport.send(REQUEST)
+            await made.send(REQUEST)
         report = _now(made)
         assert (report.state, report.breaker, report.failures_in_a_row) == ("healthy", BreakerState.CLOSED, 0)
         assert report.seconds_since_answer is not None
@@ -69,12 +68,12 @@ def test_states(caplog: pytest.LogCaptureFixture) -> None:
 def test_probes_as_long_as_somebody_waits() -> None:
     async def scene(clock: Clock) -> None:
         http, made = _resilient([silent(25.0)], clock, Resilience())
-        await made.transport.send(REQUEST)
+        await made.send(REQUEST)
         assert http.tries == [0.0, 10.0, 20.0]
         assert [each.target for each in http.requests] == ["/work", "/health", "/health"]
         await asyncio.sleep(1000)
         assert http.tries == [0.0, 10.0, 20.0], "nobody waits any more"
-        await made.transport.send(REQUEST)
+        await made.send(REQUEST)
         await asyncio.sleep(100)
         assert http.tries[3:] == [1025.0, 1035.0], "once, because there was a request since the last time"
 
@@ -85,9 +84,9 @@ def test_a_probe_that_the_server_sits_on_holds_nobody_up() -> None:
     async def scene(clock: Clock) -> None:
         numbers = Resilience(breaker=BreakerNumbers(min_calls=2, open_seconds=5.0), patience_seconds=60)
         http, made = _resilient([*lost(2), silent(29.0)], clock, numbers)
-        calls = [asyncio.ensure_future(made.transport.send(REQUEST)) for _ in range(2)]
+        calls = [asyncio.ensure_future(made.send(REQUEST)) for _ in range(2)]
         await asyncio.sleep(6.0)
-        assert made.breaker.state is BreakerState.PROBING
+        assert made.health.breaker is BreakerState.PROBING
         await asyncio.wait(calls)
         assert [each.target for each in http.requests][:5] == ["/work"] * 4 + ["/health"]
         assert http.tries[3] < 7, "the one that the server answered at once"
@@ -98,11 +97,10 @@ def test_a_probe_that_the_server_sits_on_holds_nobody_up() -> None:
 
 def test_a_loop_that_was_closed_takes_no_probes_along() -> None:
     now = 0.0
-    http = ScriptedTransport([], lambda: now)
-    prober = Prober(http, PROBE, lambda: True, interval_seconds=10.0, monotonic=lambda: now)
+    http, made = _resilient([], lambda: now, Resilience())
 
     async def use(seconds: float) -> None:
-        prober.note_use()
+        await made.send(REQUEST)
         await asyncio.sleep(seconds)
 
     asyncio.run(use(0.0))
@@ -112,34 +110,39 @@ def test_a_loop_that_was_closed_takes_no_probes_along() -> None:
         await use(15.0)
 
     in_virtual_time(scene)
-    assert [each.target for each in http.requests] == ["/health"]
+    assert [each.target for each in http.requests] == ["/work", "/work", "/health"]
 
 
 def test_the_gate_of_a_retry() -> None:
     async def scene(clock: Clock) -> None:
-        http = ScriptedTransport([*lost(2), *replies(503)], clock)
-        assert await answers_soon(http, PROBE, (0.1, 0.2, 0.5))
-        assert http.tries == pytest.approx([0.0, 0.1, 0.3, 0.8])
-        http = ScriptedTransport(lost(4), clock)
-        assert not await answers_soon(http, PROBE, (0.1, 0.2, 0.5))
+        acts = [*lost(3), *replies(503)]
+        http = ScriptedTransport(acts, clock)
+        made = _asking_first(http, clock, retry_delays=(1.0,))
+        assert (await made.send(REQUEST)).status == 200
+        assert http.tries == pytest.approx([0.0, 0.0, 0.1, 0.3, 0.8, 1.8])
+        assert [each.target for each in http.requests] == ["/work"] + ["/health"] * 4 + ["/work"]
 
     in_virtual_time(scene)
+
+
+def _asking_first(http: ScriptedTransport, clock: Clock, retry_delays: tuple[float, ...]) -> Retrying:
+    return make_retrying(
+        http,
+        server="http://s",
+        probe=PROBE,
+        numbers=Resilience(),
+        retry_delays=retry_delays,
+        health_retry_delays=(0.1, 0.2, 0.5),
+        monotonic=clock,
+    )
 
 
 def test_0_3_style_retries_end_early_when_the_server_is_gone() -> None:
     async def scene(clock: Clock) -> None:
         http = ScriptedTransport(lost(100), clock)
-        made = make_resilient(
-            http,
-            server="http://s",
-            probe=PROBE,
-            numbers=Resilience(),
-            retry_delays=(1.0, 2.0, 5.0),
-            health_retry_delays=(0.1, 0.2, 0.5),
-            monotonic=clock,
-        )
+        made = _asking_first(http, clock, retry_delays=(1.0, 2.0, 5.0))
         with pytest.raises(StoreUnreachable):
-            await made.transport.send(REQUEST)
+            await made.send(REQUEST)
         assert [each.target for each in http.requests] == ["/work"] + ["/health"] * 4
         assert clock() == pytest.approx(0.8)
 
@@ -147,8 +150,8 @@ def test_0_3_style_retries_end_early_when_the_server_is_gone() -> None:
 
 
 def test_cached_resources_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    health = Health("http://s", lambda: 0.0)
+    health = Health("http://s", BreakerNumbers(), lambda: 0.0, lambda: 0.5)
     for age in (5.0, 6.0, None, 7.0):
         health.cached_resources(age)
-        assert health.report(1.0, None).cached_resources_age_seconds == age
+        assert health.report().cached_resources_age_seconds == age
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.retry import Backoff, FixedDelays, FullJitter, RetryBudget, Retrying
-from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest
+from agentlightning.http.client.health import BreakerNumbers, BreakerState, Health
+from agentlightning.http.client.retry import Backoff, RetryBudget, Retrying, fixed_delays, full_jitter
+from agentlightning.http.client.transport import Transport, WireRequest
+from agentlightning.http.routes import Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
 
@@ -18,8 +20,15 @@ Clock = Callable[[], float]
 REQUEST = WireRequest("POST", "/agl/v1/rollouts?secret=1", b"{}", patience_seconds=100.0)
 
 
-class _Watcher:
-    def __init__(self) -> None:
+PROBE = WireRequest("GET", "/health", priority="read")
+NEVER_OPENS = BreakerNumbers(min_calls=2**62)
+
+
+class _Watcher(Health):
+    """Notes what it hears."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__("http://server", NEVER_OPENS, clock, lambda: 1.0)
         self.retries: list[tuple[str, float]] = []
         self.given_up: list[str] = []
 
@@ -36,19 +45,19 @@ def _retrying(
     *,
     backoff: Backoff | None = None,
     budget: RetryBudget | None = None,
-    watcher: _Watcher | None = None,
-    answers: Callable[[], int] = lambda: 0,
-    gate: Callable[[], Awaitable[bool]] | None = None,
+    health: Health | None = None,
+    ask_first: Sequence[float] | None = None,
 ) -> Retrying:
     return Retrying(
         inner,
+        health or _Watcher(clock),
+        PROBE,
         server="http://server",
-        backoff=backoff or FullJitter(0.2, 30.0, lambda: 1.0),
+        backoff=backoff or full_jitter(0.2, 30.0, lambda: 1.0),
         budget=budget or RetryBudget(ratio=1, per_second=1000, capacity=1000, monotonic=clock),
         monotonic=clock,
-        watcher=watcher or _Watcher(),
-        answers=answers,
-        gate=gate,
+        probe_interval_seconds=1e9,
+        ask_first=ask_first,
     )
 
 
@@ -82,9 +91,9 @@ def test_answers_are_not_asked_for_again(status: int) -> None:
 
 def test_waits_are_those_of_the_backoff() -> None:
     async def scene(clock: Clock) -> None:
-        watcher = _Watcher()
+        watcher = _Watcher(clock)
         inner = ScriptedTransport([*lost(3), *replies(503)], clock)
-        assert (await _retrying(inner, clock, watcher=watcher).send(REQUEST)).status == 200
+        assert (await _retrying(inner, clock, health=watcher).send(REQUEST)).status == 200
         assert inner.tries == pytest.approx([0.0, 0.2, 0.6, 1.4, 3.0])
         assert [delay for _, delay in watcher.retries] == pytest.approx([0.2, 0.4, 0.8, 1.6])
         assert [why for why, _ in watcher.retries] == ["the connection was reset"] * 3 + ["status 503"]
@@ -105,10 +114,10 @@ def test_retry_after_is_the_least_that_is_waited() -> None:
 
 def test_a_server_that_is_gone_is_given_up_when_the_patience_has_run_out() -> None:
     async def scene(clock: Clock) -> None:
-        watcher = _Watcher()
+        watcher = _Watcher(clock)
         inner = ScriptedTransport(lost(1000), clock)
         with pytest.raises(StoreUnreachable) as caught:
-            await _retrying(inner, clock, watcher=watcher).send(REQUEST)
+            await _retrying(inner, clock, health=watcher).send(REQUEST)
         assert 60 < clock() <= 100, "it did not stop early, nor late"
         assert "http://server did not answer POST /agl/v1/rollouts (" in caught.value.message
         assert "secret" not in caught.value.message
@@ -139,10 +148,13 @@ def test_a_try_ends_with_the_patience() -> None:
     async def scene(clock: Clock) -> None:
         inner = ScriptedTransport([silent(90), *lost()], clock)
         await _retrying(inner, clock).send(REQUEST)
-        assert inner.requests[0].timeout_seconds == 30.0
-        inner = ScriptedTransport(lost(3, seconds=29.0), clock)
-        await _retrying(inner, clock).send(REQUEST)
-        assert inner.requests[-1].timeout_seconds == pytest.approx(100 - 3 * 29 - 1.4)
+        assert inner.tries == pytest.approx([0.0, 30.2, 30.6])
+        began = clock()
+        inner = ScriptedTransport([*lost(3, seconds=29.0), silent(29.0)], clock)
+        with pytest.raises(StoreUnreachable, match=r"no reply to POST .* within 11\.6 s"):
+            await _retrying(inner, clock).send(REQUEST)
+        assert inner.tries[-1] - began == pytest.approx(3 * 29 + 1.4)
+        assert clock() - began == pytest.approx(100.0)
 
     _run(scene)
 
@@ -160,7 +172,7 @@ def test_fixed_delays() -> None:
     async def scene(clock: Clock) -> None:
         inner = ScriptedTransport(lost(10), clock)
         with pytest.raises(StoreUnreachable, match="4 tries in 8"):
-            await _retrying(inner, clock, backoff=FixedDelays((1.0, 2.0, 5.0))).send(REQUEST)
+            await _retrying(inner, clock, backoff=fixed_delays((1.0, 2.0, 5.0))).send(REQUEST)
         assert inner.tries == pytest.approx([0.0, 1.0, 3.0, 8.0])
 
     _run(scene)
@@ -168,17 +180,10 @@ def test_fixed_delays() -> None:
 
 def test_no_retry_while_the_server_does_not_say_that_it_is_well() -> None:
     async def scene(clock: Clock) -> None:
-        asked: list[float] = []
-
-        async def gate() -> bool:
-            asked.append(clock())
-            return len(asked) == 1
-
-        inner = ScriptedTransport(lost(10), clock)
-        with pytest.raises(StoreUnreachable):
-            await _retrying(inner, clock, gate=gate).send(REQUEST)
-        assert len(inner.tries) == 2
-        assert len(asked) == 2
+        inner = ScriptedTransport([*lost(), *replies(200), *lost(10)], clock)
+        with pytest.raises(StoreUnreachable, match="2 tries"):
+            await _retrying(inner, clock, ask_first=()).send(REQUEST)
+        assert inner.requests == [REQUEST, PROBE, REQUEST, PROBE]
 
     _run(scene)
 
@@ -191,8 +196,10 @@ def test_no_retry_while_the_server_does_not_say_that_it_is_well() -> None:
 def test_a_wait_ends_with_the_outage(act: Act, others_are_answered: bool, second_try: tuple[float, float]) -> None:
     async def scene(clock: Clock) -> None:
         inner = ScriptedTransport([act], clock)
-        answers = lambda: int(others_are_answered and clock() >= 7.0)  # noqa: E731
-        retrying = _retrying(inner, clock, backoff=FixedDelays([20.0]), answers=answers)
+        health = _Watcher(clock)
+        if others_are_answered:
+            asyncio.get_running_loop().call_later(7.0, health.answered, 200)
+        retrying = _retrying(inner, clock, backoff=fixed_delays([20.0]), health=health)
         assert (await retrying.send(REQUEST)).status == 200
         assert second_try[0] <= inner.tries[1] <= second_try[1]
 
@@ -247,7 +254,7 @@ def test_a_budget_that_is_used_up_delays_and_refuses_nobody() -> None:
         budget = RetryBudget(ratio=0.0, per_second=2.0, capacity=1.0, monotonic=clock)
         inner = ScriptedTransport(lost(4), clock)
         assert (
-            await _retrying(inner, clock, backoff=FixedDelays([0.0] * 9), budget=budget).send(REQUEST)
+            await _retrying(inner, clock, backoff=fixed_delays([0.0] * 9), budget=budget).send(REQUEST)
         ).status == 200
         assert inner.tries == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.5])
 
@@ -257,19 +264,17 @@ def test_a_budget_that_is_used_up_delays_and_refuses_nobody() -> None:
 # --- The breaker's word ----------------------------------------------------------------------------
 
 
-class _Shedding:
+class _Shedding(Health):
     """Holds requests back until a moment."""
 
     def __init__(self, until: float, clock: Clock) -> None:
-        self._until = until
+        super().__init__("http://server", NEVER_OPENS, clock, lambda: 1.0)
+        self.breaker = BreakerState.OPEN
+        self._shed_until = until
         self._clock = clock
-        self.asked: list[float] = []
 
-    async def send(self, request: WireRequest) -> WireReply:
-        self.asked.append(self._clock())
-        if self._clock() < self._until:
-            raise RequestShed("held back", 2.0)
-        return WireReply(200, {}, b"")
+    def admit(self, priority: Priority) -> float:
+        return 2.0 if self._clock() < self._shed_until else 0.0
 
 
 @pytest.mark.parametrize("until", [9.0, 99.0])
@@ -277,7 +282,9 @@ def test_a_request_that_is_held_back_waits(until: float) -> None:
     async def scene(clock: Clock) -> None:
         shedding = _Shedding(until, clock)
         budget = RetryBudget(ratio=0, per_second=0.001, capacity=0, monotonic=clock)
-        assert (await _retrying(shedding, clock, budget=budget, backoff=FixedDelays(())).send(REQUEST)).status == 200
+        inner = ScriptedTransport([], clock)
+        retrying = _retrying(inner, clock, health=shedding, budget=budget, backoff=fixed_delays(()))
+        assert (await retrying.send(REQUEST)).status == 200
         assert until <= clock() < until + 2.0
 
     _run(scene)
@@ -288,7 +295,7 @@ def test_how_long_a_request_may_be_held_back(waits: bool, gives_up_after: float)
     async def scene(clock: Clock) -> None:
         request = REQUEST._replace(waits_while_shed=waits)
         with pytest.raises(StoreUnreachable, match=r"0 tries in .* held back"):
-            await _retrying(_Shedding(1e9, clock), clock).send(request)
+            await _retrying(ScriptedTransport([], clock), clock, health=_Shedding(1e9, clock)).send(request)
         assert clock() == gives_up_after
 
     _run(scene)

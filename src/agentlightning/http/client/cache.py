@@ -30,43 +30,30 @@ def state_folder(chosen: str | Path | None | Unset, address: ServerAddress) -> P
     """The folder for one server; None if nothing is to be kept.
 
     Args:
-        chosen: the folder for all servers; ``UNSET``: ``AGL_SPOOL_DIR``, else one in the user's home (XDG Base
-            Directory Specification, ``XDG_STATE_HOME``).
+        chosen: the folder for all servers; ``UNSET``: ``AGL_SPOOL_DIR``, else ``default_folder``.
         address: the server.
     """
     if chosen is None:
         return None
-    if chosen is UNSET:
-        set_to = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR)
-        base = Path(set_to) if set_to else default_folder()
-    else:
-        base = Path(chosen)
-    return base / f"{address.name}-{hashlib.blake2b(address.root.encode(), digest_size=4).hexdigest()}"
-
-
-def forget_old_servers(folder: Path) -> None:
-    """Remove the folders of other servers that were not used for a week and in which no span waits or was refused.
-
-    Args:
-        folder: that of the server in use; those beside it are looked at.
-    """
-    with contextlib.suppress(OSError):  # another process may be doing the same
-        for other in folder.parent.iterdir():
-            if other != folder and (other / "resources").is_dir() and _is_old_and_empty(other):
-                shutil.rmtree(other)
-
-
-def _is_old_and_empty(folder: Path) -> bool:
-    if {each.name for each in folder.iterdir()} != {"resources"}:
-        return False
-    newest = max((each.stat().st_mtime for each in [folder, *folder.rglob("*")]), default=0.0)
-    return time.time() - newest > _FORGET_AFTER_SECONDS
+    base = resolve_str_env_var(LightningEnvVar.AGL_SPOOL_DIR) or default_folder() if chosen is UNSET else chosen
+    return Path(base) / f"{address.name}-{hashlib.blake2b(address.root.encode(), digest_size=4).hexdigest()}"
 
 
 def default_folder() -> Path:
     """The folder for all servers, in the user's home (XDG Base Directory Specification, ``XDG_STATE_HOME``)."""
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning" / "spool"
+
+
+def _forget_old_servers(folder: Path) -> None:
+    """Remove the folders beside this one that were not used for a week and in which no span waits or was refused."""
+    with contextlib.suppress(OSError):  # another process may be doing the same
+        for other in folder.parent.iterdir():
+            if other == folder or not other.is_dir() or {each.name for each in other.iterdir()} != {"resources"}:
+                continue
+            newest = max(each.stat().st_mtime for each in [other, *other.rglob("*")])
+            if time.time() - newest > _FORGET_AFTER_SECONDS:
+                shutil.rmtree(other)
 
 
 _logger = logging.getLogger(__name__)
@@ -172,12 +159,9 @@ class ResourceCache:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        self._drop_oldest()
-        if not self._kept:
-            forget_old_servers(self._folder.parent)
-
-    def _drop_oldest(self) -> None:
         files = sorted(self._folder.glob("*.json"), key=lambda each: each.stat().st_mtime)
         for each in files[: max(len(files) - _MAX_FILES, 0)]:
             each.unlink(missing_ok=True)
             self._kept.pop(each, None)
+        if not self._kept:
+            _forget_old_servers(self._folder.parent)

@@ -8,7 +8,13 @@ path. Everything else is left to the server, which refuses it with the same erro
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import logging
+import math
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import NoneType
@@ -17,7 +23,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from agentlightning.errors import InvalidValue, NotFound
+from agentlightning.errors import InvalidValue, NotFound, StaleAttempt, StoreUnavailable
 from agentlightning.http.client.transport import Transport, WireReply, WireRequest
 from agentlightning.http.codec import decode_error, decode_reply
 from agentlightning.http.routes import CLIENT_ROUTES
@@ -40,10 +46,18 @@ from agentlightning.store.validation import (
     reason_of,
     shown,
 )
-from agentlightning.types import EnqueueRolloutRequest
+from agentlightning.types import AttemptedRollout, EnqueueRolloutRequest, Rollout
 
 _encode = msgspec.json.Encoder().encode
 _raw = msgspec.Raw
+
+_logger = logging.getLogger(__name__)
+
+_DIRECTIVE_HEADER = "Agl-Directive"
+_MOST_UNANSWERED = 1000
+LONGEST_SLICE_SECONDS = 20.0
+"""How long one request may wait for something to happen; longer waits are made of several, which a proxy between does
+not give up."""
 
 Encoder = Callable[[Any], Any]
 """Checks the value of an argument and returns what msgspec is to encode."""
@@ -63,11 +77,12 @@ class Caller:
     def __init__(
         self, transport: Transport, prefix: str, ids: IdSource, *, timeout_seconds: float, patience_seconds: float
     ) -> None:
-        self._transport = transport
         self.send = transport.send
         """Brings the server's reply to a request, whatever its status."""
-        self._prefix = prefix
+        self.mint = ids.mint
+        """Makes a new id with this prefix."""
         self._ids = ids
+        self._prefix = prefix
         self.timeout_seconds = timeout_seconds
         self.patience_seconds = patience_seconds
 
@@ -85,24 +100,16 @@ class Caller:
         """
         plan = plan_of(method)
         request = self.request(plan, arguments)
-        return plan.result(await self._transport.send(request._replace(**limits) if limits else request))
+        return plan.result(await self.send(request._replace(**limits) if limits else request))
 
     async def post(self, method: str, body: bytes, **limits: Any) -> Any:
         """As ``call``, with a body that is encoded already and no other arguments."""
         plan = plan_of(method)
+        route = plan.route
         request = WireRequest(
-            "POST",
-            self._prefix + plan.path,
-            body,
-            plan.route.priority,
-            self.timeout_seconds,
-            self.patience_seconds,
+            "POST", self._prefix + route.path, body, route.priority, self.timeout_seconds, self.patience_seconds
         )
-        return plan.result(await self._transport.send(request._replace(**limits) if limits else request))
-
-    def mint(self, prefix: str) -> str:
-        """A new id."""
-        return self._ids.mint(prefix)
+        return plan.result(await self.send(request._replace(**limits) if limits else request))
 
     def request(self, plan: Plan, arguments: Mapping[str, Any]) -> WireRequest:
         """The request for a call. Raises ``InvalidValue`` if an argument is not valid."""
@@ -132,8 +139,7 @@ class Plan:
     """
 
     def __init__(self, method: str) -> None:
-        self.route = route = CLIENT_ROUTES[method]
-        self.path = route.path
+        self.route = CLIENT_ROUTES[method]
         self.is_query = method.startswith("query_")
         self._signature = inspect.signature(getattr(LightningStore, method))
         arguments = arguments_of(method)
@@ -158,13 +164,15 @@ class Plan:
             if value is not field.default:
                 places[field.place][name] = field.encode(value)
         route = self.route
-        if route.renamed:
-            self._translate(route.renamed, arguments, places["body"])
+        for old, new in (route.renamed or {}).items():  # what was given under an old name goes under the new one
+            if arguments.get(old) is not None:
+                either(new, arguments.get(new), old, arguments[old])
+                places["body"][new] = places["body"].pop(old)
         for name, prefix in (route.mints or {}).items():
             place = places[self.fields[name].place]
             if name not in place and arguments.get(route.minted_unless or "") is None:
                 place[name] = ids.mint(prefix)
-        target = self.path.format_map(places["path"]) if places["path"] else self.path
+        target = route.path.format_map(places["path"]) if places["path"] else route.path
         if places["query"]:
             target = f"{target}?{urlencode(places['query'])}"
         for content in places["content"].values():
@@ -193,13 +201,6 @@ class Plan:
             place = "body" if route.verb == "POST" and route.body_argument is None else "query"
         return _Field(argument.default, _encoder_of(route.method, argument), place)
 
-    def _translate(self, renamed: Mapping[str, str], arguments: Mapping[str, Any], body: dict[str, Any]) -> None:
-        """Move what was given under an old name to the new one."""
-        for old, new in renamed.items():
-            if arguments.get(old) is not None:
-                either(new, arguments.get(new), old, arguments[old])
-                body[new] = body.pop(old)
-
 
 @cache
 def plan_of(method: str) -> Plan:
@@ -216,11 +217,11 @@ def _encoder_of(method: str, argument: Argument) -> Encoder:
     parts = {argument.annotation, *get_args(argument.annotation)}
     encode = _BY_NAME.get(name)
     if method == "dequeue_many_rollouts" and name == "limit":
-        encode = _claim_limit
+        encode = _checked(check_claim_limit)
     elif encode is None:
         is_filter = method.startswith("query_") and argument.keyword_only
         encode = _encoder_by_type(name, parts, is_id=name.endswith("_id") and not is_filter)
-    return _or_none(encode) if NoneType in parts else encode
+    return encode if NoneType not in parts else lambda value: None if value is None else encode(value)
 
 
 def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
@@ -230,11 +231,10 @@ def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
     if is_id:
         return lambda value: value if value in literals else check_id(value, name)
     if literals and str not in parts:
-        return lambda value: _one_of(value, literals, name)
+        return _checked(check_one_of, literals, name)
     if lists:
         [item] = get_args(lists[0])
-        allowed = get_args(item) if get_origin(item) is Literal else None
-        return lambda value: _strings(value, name.removesuffix("_in"), allowed)
+        return lambda value: _strings(value, name.removesuffix("_in"), get_args(item) or None)
     if float in parts:
         return lambda value: check_finite(value, name)
     if int in parts:
@@ -244,13 +244,12 @@ def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
     return lambda value: _raw(encode_json(value, name))
 
 
-def _or_none(encode: Encoder) -> Encoder:
-    return lambda value: None if value is None else encode(value)
+def _checked(check: Callable[..., object], *more: Any) -> Encoder:
+    def encode(value: Any) -> Any:
+        check(value, *more)
+        return value
 
-
-def _one_of(value: Any, allowed: Sequence[str], what: str) -> Any:
-    check_one_of(value, allowed, what)
-    return value
+    return encode
 
 
 def _strings(value: Any, what: str, allowed: Sequence[str] | None) -> Any:
@@ -266,17 +265,10 @@ def _integer(value: Any, what: str) -> int:
     return value
 
 
-def _claim_limit(value: Any) -> int:
-    check_claim_limit(value)
-    return value
-
-
-def _ids(what: str) -> Encoder:
-    def encode(value: Any) -> list[str]:
-        check_batch(value, f"{what}s")
-        return [check_id(each, what) for each in value]
-
-    return encode
+def _check_ids(value: Any, what: str) -> None:
+    check_batch(value, f"{what}s")
+    for each in value:
+        check_id(each, what)
 
 
 def _config(value: Any) -> Any:
@@ -285,29 +277,19 @@ def _config(value: Any) -> Any:
     return encode_policy(value)
 
 
-def _reason_code(value: Any) -> Any:
-    reason_of(value, None, "")
-    return value
-
-
-def _rollouts(value: Any) -> Any:
-    check_batch(value, "rollouts")
-    return value
-
-
 _BY_NAME: Mapping[str, Encoder] = {
-    "attempt_ids": _ids("attempt_id"),
-    "worker_ids": _ids("worker_id"),
+    "attempt_ids": _checked(_check_ids, "attempt_id"),
+    "worker_ids": _checked(_check_ids, "worker_id"),
     "config": _config,
     "heartbeat_stats": lambda value: _raw(encode_required(value, "heartbeat_stats")),
     "registration": lambda value: _raw(encode_required(value, "registration")),
     "metadata": lambda value: _raw(encode_object(value, "metadata") or b"null"),
     "message": lambda value: check_text(value, "message"),
-    "reason_code": _reason_code,
+    "reason_code": _checked(reason_of, None, ""),
     "reason_message": lambda value: check_text(value, "reason_message"),
     "resources": encode_resources,
     "rollout_attempt_ids": check_pairs,
-    "rollouts": _rollouts,
+    "rollouts": _checked(check_batch, "rollouts"),
     "spans": lambda value: value,  # encoded by the caller, who may have to put them on the disk instead
 }
 
@@ -329,3 +311,116 @@ def _new_rollout(request: Any, ids: IdSource) -> dict[str, Any]:
         if value is not None and value != 0:
             item[name] = fields[name].encode(value)
     return item
+
+
+# --- Calls that wait on the server ----------------------------------------------------------------
+
+
+def ended_early(slice_seconds: float, took_seconds: float) -> bool:
+    """Whether the server answered before the time that it may wait was over: then it had a reason."""
+    return took_seconds < 0.9 * slice_seconds
+
+
+async def wait_in_slices(caller: Caller, rollout_ids: Sequence[str], timeout: float | None) -> list[Rollout]:
+    """``wait_for_rollouts`` over HTTP. Each request asks only for the rollouts that have not ended yet."""
+    ids: list[str] = _strings(rollout_ids, "rollout_id", None)
+    ends_at = math.inf if timeout is None else time.monotonic() + check_finite(timeout, "timeout")
+    ended: dict[str, Rollout] = {}
+    while True:
+        asked_at = time.monotonic()
+        slice_seconds = min(max(ends_at - asked_at, 0.0), LONGEST_SLICE_SECONDS)
+        found: list[Rollout] = await caller.call(
+            "wait_for_rollouts",
+            {"rollout_ids": [each for each in ids if each not in ended], "timeout": slice_seconds},
+            timeout_seconds=caller.timeout_seconds + slice_seconds,
+            long_poll=slice_seconds > 0,
+        )
+        ended.update((rollout.rollout_id, rollout) for rollout in found)
+        now = time.monotonic()
+        # The server waits no longer than it must: if it did not wait, the missing ones are unknown to it.
+        if len(ended) == len(ids) or now >= ends_at or ended_early(slice_seconds, now - asked_at):
+            return [ended[each] for each in ids if each in ended]
+
+
+class Claims:
+    """Claims rollouts. Safe from any thread.
+
+    A claim whose reply is lost is repeated under its ``request_id`` by the next claim of the same worker, because the
+    server holds rollouts for it. A claim that the client gave an id itself is confirmed at once, because its caller
+    does not know that claims with an id have to be.
+
+    Args:
+        caller: makes the calls.
+    """
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._lock = threading.Lock()
+        self._unanswered: dict[tuple[str | None, int], deque[str]] = {}
+
+    async def claim(
+        self, limit: int, worker_id: str | None, request_id: str, wait_seconds: float
+    ) -> Sequence[AttemptedRollout]:
+        """Claim under this id, waiting in slices; ends early if the server says that there is a reason."""
+        plan = plan_of("dequeue_many_rollouts")
+        arguments = {"limit": limit, "worker_id": worker_id, "request_id": request_id}
+        ends_at = time.monotonic() + max(check_finite(wait_seconds, "wait_seconds"), 0.0)
+        while True:
+            asked_at = time.monotonic()
+            left = max(ends_at - asked_at, 0.0)
+            slice_seconds = min(left, LONGEST_SLICE_SECONDS)
+            request = self._caller.request(plan, {**arguments, "wait_seconds": slice_seconds})
+            if slice_seconds > 0:
+                request = request._replace(timeout_seconds=request.timeout_seconds + slice_seconds, long_poll=True)
+            reply = await self._caller.send(request)
+            claimed: list[AttemptedRollout] = plan.result(reply)
+            # A claim that is replaced, or whose worker is asked to drain or stop, is answered before its time.
+            if claimed or slice_seconds >= left or _DIRECTIVE_HEADER in reply.headers:
+                return claimed
+            if ended_early(slice_seconds, time.monotonic() - asked_at):
+                return claimed
+
+    async def claim_and_confirm(
+        self, limit: int, worker_id: str | None, wait_seconds: float
+    ) -> Sequence[AttemptedRollout]:
+        """Claim for a caller who gives no id: under one that was made up, or that had no answer before."""
+        request_id = self.take(worker_id, limit) or self._caller.mint("rq-")
+        answered = False
+        try:
+            claimed = await self.claim(limit, worker_id, request_id, wait_seconds)
+            confirmed = await self.confirm_all(claimed)
+            answered = True
+        except InvalidValue:
+            answered = True  # and will be refused again
+            raise
+        finally:
+            if not answered:
+                self.keep(worker_id, limit, request_id)
+        return confirmed
+
+    def take(self, worker_id: str | None, limit: int) -> str | None:
+        """The id of a claim like this one that had no answer; it is the caller's now."""
+        with self._lock:
+            waiting = self._unanswered.get((worker_id, limit))
+            return waiting.popleft() if waiting else None
+
+    def keep(self, worker_id: str | None, limit: int, request_id: str) -> None:
+        """A claim had no answer. Of very many, the oldest are let go: the server hands their rollouts out again."""
+        with self._lock:
+            self._unanswered.setdefault((worker_id, limit), deque(maxlen=_MOST_UNANSWERED)).append(request_id)
+
+    async def confirm_all(self, claimed: Sequence[AttemptedRollout]) -> list[AttemptedRollout]:
+        """Tell the server that the reply to a claim has arrived; without those that were handed out again meanwhile."""
+        confirmed = await asyncio.gather(*map(self._confirm, claimed))
+        return [each for each in confirmed if each is not None]
+
+    async def _confirm(self, claim: AttemptedRollout) -> AttemptedRollout | None:
+        ids = {"rollout_id": claim.rollout_id, "attempt_id": claim.attempt.attempt_id}
+        try:
+            claim.attempt = await self._caller.call("update_attempt", ids)
+        except (NotFound, StaleAttempt):
+            return None  # the reply came so late that the rollout was handed out again
+        except StoreUnavailable as error:
+            # It is the caller's, and its next sign of life confirms it; without one it is handed out again.
+            _logger.debug("claim %s could not be confirmed: %s", claim.attempt.attempt_id, error.message)
+        return claim

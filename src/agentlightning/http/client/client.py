@@ -1,7 +1,7 @@
 """``LightningStoreClient``: the contract of a store, kept by a server somewhere else.
 
 The methods check their arguments as the store itself does and leave paths, verbs and the reading of replies to the
-table of routes. Whatever may go wrong on the way is dealt with below (``resilience``), and is safe to repeat,
+table of routes. Whatever may go wrong on the way is dealt with below (``retry``), and is safe to repeat,
 because every write carries ids that were made up before it was first sent.
 """
 
@@ -11,15 +11,15 @@ import os
 import ssl
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.cache import ResourceCache, state_folder
-from agentlightning.http.client.calls import Caller, plan_of
-from agentlightning.http.client.claiming import Claims, wait_in_slices
+from agentlightning.http.client.calls import Caller, Claims, plan_of, wait_in_slices
 from agentlightning.http.client.health import HealthReport
-from agentlightning.http.client.resilience import Resilience, make_resilient
+from agentlightning.http.client.retry import Resilience, make_retrying
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
 from agentlightning.http.client.transport import HttpTransport, WireRequest
@@ -52,8 +52,11 @@ def _call(name: str) -> Callable[..., Any]:
         plan = plan_of(name)
         arguments = plan.bind(args, kwargs)
         request = self._caller.request(plan, arguments)
-        if plan.route.priority == "completion":
-            await self._settle(arguments)
+        if plan.route.priority == "completion" and arguments.get("status") in _TERMINAL:
+            # Spans that wait on the disk go first: otherwise an algorithm that waits for the end would read an attempt
+            # without its last rewards.
+            attempt_id = arguments.get("attempt_id", "latest")
+            await self._spans.settle(arguments["rollout_id"], None if attempt_id == "latest" else attempt_id)
         return plan.result(await self._caller.send(request))
 
     return call
@@ -109,67 +112,60 @@ class LightningStoreClient(DerivedStore):
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._inherited: list[object] = []
-        self._assemble(**self._arguments)
+        self._assemble(self._arguments)
         client = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _begin_anew(client()))
 
-    def _assemble(
-        self,
-        server_address: str,
-        *,
-        api_key: str | None,
-        request_timeout: float,
-        connection_timeout: float,
-        retry_delays: Sequence[float] | None,
-        health_retry_delays: Sequence[float] | None,
-        resilience: Resilience,
-        spool_dir: str | Path | None | Unset,
-        spool_max_bytes: int,
-        max_connections: int,
-        tls_ca_file: str | Path | None,
-    ) -> None:
-        """Wire the parts together; none of them does anything yet."""
-        address = parse_address(server_address)
-        key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+    def _assemble(self, given: dict[str, Any]) -> None:
+        """Wire the parts together, by the arguments of the constructor; none of them does anything yet."""
+        address = parse_address(given["server_address"])
+        key = given["api_key"] or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+        resilience: Resilience = given["resilience"]
+        timeout, connect, ca_file = given["request_timeout"], given["connection_timeout"], given["tls_ca_file"]
         self.server_address_root = address.root
         """Where the server is, without a prefix."""
         self.server_address = address.root + COMPATIBLE.prefix
         """Where clients of 0.3 find the routes."""
-        headers = {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})}
-        tls = None if tls_ca_file is None else ssl.create_default_context(cafile=str(tls_ca_file))
         self._http = HttpTransport(
             address.root,
-            headers,
-            connect_seconds=connection_timeout,
-            max_connections=max_connections,
-            ssl_context=tls,
+            {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})},
+            connect_seconds=connect,
+            max_connections=given["max_connections"],
+            ssl_context=None if ca_file is None else ssl.create_default_context(cafile=str(ca_file)),
         )
-        self._calls, self._health, self._breaker = make_resilient(
+        probe_seconds = min(connect, timeout)
+        probe = WireRequest("GET", f"{address.dialect.prefix}/health", None, "read", probe_seconds, probe_seconds)
+        self._transport = make_retrying(
             self._http,
             server=address.root,
-            probe=_health_probe(address.dialect.prefix, min(connection_timeout, request_timeout)),
+            probe=probe,
             numbers=resilience,
-            retry_delays=retry_delays,
-            health_retry_delays=health_retry_delays,
+            retry_delays=given["retry_delays"],
+            health_retry_delays=given["health_retry_delays"],
         )
         self._ids = TimeOrderedIds()
-        seconds = {"timeout_seconds": request_timeout, "patience_seconds": resilience.patience_seconds}
-        self._caller = caller = Caller(self._calls, address.dialect.prefix, self._ids, **seconds)
-        folder = state_folder(spool_dir, address)
-        spools = None if folder is None else SpoolFolder(folder, spool_max_bytes)
-        self._spans = SpanDelivery(caller, spools, resilience.spool_after_seconds)
-        self._claims = Claims(caller)
+        self._caller = Caller(
+            self._transport,
+            address.dialect.prefix,
+            self._ids,
+            timeout_seconds=timeout,
+            patience_seconds=resilience.patience_seconds,
+        )
+        folder = state_folder(given["spool_dir"], address)
+        spools = None if folder is None else SpoolFolder(folder, given["spool_max_bytes"])
+        self._spans = SpanDelivery(self._caller, spools, resilience.spool_after_seconds)
+        self._claims = Claims(self._caller)
         self._cache = None if folder is None else ResourceCache(folder / "resources")
         self._cache_after_seconds = resilience.cache_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self._arguments)
+        return partial(type(self), **self._arguments), ()
 
     def leave_to_parent(self) -> None:
         """Begin anew, in a forked child; called by itself there."""
         self._spans.abandon()
         self._inherited += [self._http, self._spans]
-        self._assemble(**self._arguments)
+        self._assemble(self._arguments)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.server_address_root!r})"
@@ -188,7 +184,7 @@ class LightningStoreClient(DerivedStore):
                 next client on this machine.
         """
         await self._spans.close(grace_seconds)
-        self._calls.interrupt()
+        self._transport.interrupt()
         await self._http.close()
 
     @property
@@ -198,7 +194,7 @@ class LightningStoreClient(DerivedStore):
     @property
     def health(self) -> HealthReport:
         """How this client and the server get on."""
-        return self._health.report(self._breaker.share, self._spans.report())
+        return self._transport.health.report(self._spans.report())
 
     def otlp_traces_endpoint(self) -> str:
         """URL that takes spans by OTLP/HTTP."""
@@ -317,28 +313,15 @@ class LightningStoreClient(DerivedStore):
             cached = cache.read(resources_id, version) if cache is not None and kept else None
             if cached is None:
                 raise
-            self._health.cached_resources(cached.age_seconds)
+            self._transport.health.cached_resources(cached.age_seconds)
             return cached
         if cache is not None:
-            self._health.cached_resources(None)
+            self._transport.health.cached_resources(None)
             if found is not None:
                 cache.keep(found, resources_id, version)
             elif kept:
                 cache.forget(resources_id, version)
         return found
-
-    async def _settle(self, arguments: dict[str, Any]) -> None:
-        """Deliver spans that wait on the disk before their attempt or rollout is reported as ended.
-
-        Otherwise an algorithm that waits for the end would read an attempt without its last rewards.
-        """
-        if arguments.get("status") in _TERMINAL:
-            attempt_id = arguments.get("attempt_id", "latest")
-            await self._spans.settle(arguments["rollout_id"], None if attempt_id == "latest" else attempt_id)
-
-
-def _rebuild(kind: type[LightningStoreClient], arguments: dict[str, Any]) -> LightningStoreClient:
-    return kind(**arguments)
 
 
 def _begin_anew(client: LightningStoreClient | None) -> None:
@@ -346,7 +329,3 @@ def _begin_anew(client: LightningStoreClient | None) -> None:
     held by threads that are not here, so all parts are made again."""
     if client is not None:
         client.leave_to_parent()
-
-
-def _health_probe(prefix: str, seconds: float) -> WireRequest:
-    return WireRequest("GET", f"{prefix}/health", priority="read", timeout_seconds=seconds, patience_seconds=seconds)

@@ -1,15 +1,27 @@
-"""What a client knows of its server: from its calls, from probes, and from the breaker's decisions."""
+"""What a client knows of its server, and the circuit breaker that follows from it.
+
+closed → open: too large a share of the calls in a sliding window failed.
+open → probing: the pause is over; one call is let through.
+probing → open (a longer pause) or returning, as that call ends.
+returning → open, if too many of the trial calls fail; or closed, after enough successes. Each success lets two more
+calls through, as in the slow start of TCP (RFC 5681, section 3.1). At first these are reads only, so that the calls
+which matter least find out how the server is.
+Vital calls (heartbeats, completions, aborts) pass in every state, out of a small budget of their own; one that
+succeeds ends the pause.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
-from agentlightning.http.client.breaker import BreakerState
-from agentlightning.http.client.transport import TROUBLE, WireRequest
+from agentlightning.http.client.transport import WireRequest
+from agentlightning.http.routes import Priority
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -21,23 +33,61 @@ HealthState = Literal["unknown", "healthy", "degraded", "unreachable"]
 ``unreachable``: the breaker is open, or several calls in a row failed."""
 
 _UNREACHABLE_AFTER = 3
+_TROUBLE = frozenset({500, 502, 503, 504})
+"""What a server in trouble answers. 429 and 507 come from a server that is well and says what it lacks."""
+_VITAL: frozenset[Priority] = frozenset({"heartbeat", "completion"})
+_SLOTS = 10
+_TRIAL_MIN_CALLS = 3
+_ASK_AGAIN_SECONDS = 0.1
+_PROBE_SECONDS = 2.0
+"""A call that probes may be one that the server sits on; after this time another one may find out sooner."""
+
+
+class BreakerState(StrEnum):
+    """Whether calls pass."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    PROBING = "probing"
+    RETURNING = "returning"
+
+
+class BreakerNumbers(NamedTuple):
+    """When the breaker opens and how it closes again."""
+
+    failure_rate: float = 0.30
+    """The share of failed calls at which it opens."""
+    window_seconds: float = 10.0
+    """The calls that count."""
+    min_calls: int = 10
+    """With fewer calls in the window it stays closed."""
+    open_seconds: float = 1.0
+    """The first pause; it doubles each time the server turns out not to be well."""
+    max_open_seconds: float = 15.0
+    reads_first_seconds: float = 1.0
+    """How long only reads are let through after a probe has succeeded."""
+    trial_calls: int = 10
+    """Successful calls after the probe that close it."""
+    vital_per_second: float = 2.0
+    """Vital calls that pass while it is not closed."""
+    vital_burst: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class SpoolReport:
     """Spans that wait on this machine's disk. Counts are of this client."""
 
-    waiting_spans: int
-    waiting_bytes: int
-    spooled: int
+    waiting_spans: int = 0
+    waiting_bytes: int = 0
+    spooled: int = 0
     """Spans that were written to the disk."""
-    delivered: int
+    delivered: int = 0
     """Spans that the server has taken from it, those of dead runners included."""
-    refused: int
+    refused: int = 0
     """Spans that the server refused for good; they are in the quarantine file."""
-    pushed_back: int
+    pushed_back: int = 0
     """Calls that had to wait, or failed, because there was no room."""
-    adopted: int
+    adopted: int = 0
     """Spools of dead processes that were taken over."""
 
 
@@ -48,7 +98,8 @@ class HealthReport:
     state: HealthState
     breaker: BreakerState
     breaker_share: float
-    """The share of reads that the breaker lets through; other calls follow one stage behind."""
+    """0 while the breaker holds calls back, 1 while it is closed; in between, the share of the trial calls that have
+    succeeded."""
     seconds_since_answer: float | None
     """Since any reply of the server. None: there was none."""
     failures_in_a_row: int
@@ -68,54 +119,188 @@ class HealthReport:
     """None: this client has no spool, or has not needed it yet."""
 
 
+class FailureWindow:
+    """Counts of calls and failures over a sliding window, kept in ten slots of it.
+
+    Args:
+        seconds: the length of the window.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._slot_seconds = seconds / _SLOTS
+        self._slots: deque[list[int]] = deque(maxlen=_SLOTS)
+
+    def add(self, now: float, *, ok: bool) -> None:
+        """A call ended at ``now``, monotonic seconds."""
+        number = int(now / self._slot_seconds)
+        if not self._slots or self._slots[-1][0] != number:
+            self._slots.append([number, 0, 0])
+        slot = self._slots[-1]
+        slot[1] += 1
+        slot[2] += not ok
+
+    def totals(self, now: float) -> tuple[int, int]:
+        """(calls, failures) in the window that ends at ``now``."""
+        oldest = int(now / self._slot_seconds) - _SLOTS
+        recent = [slot for slot in self._slots if slot[0] > oldest]
+        return sum(slot[1] for slot in recent), sum(slot[2] for slot in recent)
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._slots.clear()
+
+
 class Health:
-    """Gathers what happens. Safe from any thread.
+    """Gathers what happens, and decides which calls pass. Safe from any thread; never waits.
 
     Args:
         server: the server's address, for log lines.
+        numbers: when the breaker opens and how it closes.
         monotonic: seconds since some moment.
+        random: a number from 0 up to 1, to spread the ends of pauses.
     """
 
-    def __init__(self, server: str, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, server: str, numbers: BreakerNumbers, monotonic: Callable[[], float], random: Callable[[], float]
+    ) -> None:
         self._server = server
+        self._numbers = numbers
         self._monotonic = monotonic
+        self._random = random
         self._lock = threading.Lock()
-        self._breaker = BreakerState.CLOSED
+        self.breaker = BreakerState.CLOSED
+        """The state after the last call."""
+        self.well_answered = 0
+        """How many tries brought a reply that does not show the server to be in trouble."""
+        self._window = FailureWindow(numbers.window_seconds)
+        self._pauses = 0
+        self._until = 0.0
+        self._permits = 0
+        self._renew_at = 0.0
+        self._successes = 0
+        self._vital_tokens = numbers.vital_burst
+        self._vital_at = 0.0
         self._answered_at: float | None = None
         self._failing_since: float | None = None
         self._in_a_row = 0
         self._last_failure: str | None = None
         self._calls = 0
         self._failures = 0
-        self._well_answered = 0
         self._retries = 0
         self._given_up = 0
         self._cached_resources_age: float | None = None
 
+    # --- Which calls pass ------------------------------------------------------------------------
+
+    def admit(self, priority: Priority) -> float:
+        """0 if a call may pass: then tell how it ended. Otherwise the seconds after which to ask again."""
+        with self._lock:
+            now = self._monotonic()
+            if self.breaker is BreakerState.CLOSED:
+                return 0.0
+            if priority in _VITAL:
+                return self._admit_vital(now)
+            if self.breaker is BreakerState.OPEN:
+                if now < self._until:
+                    return self._until - now
+                self._permits = 1
+                self._enter(BreakerState.PROBING)
+            if now >= self._renew_at:
+                self._permits = max(self._permits, 1)
+            only_reads = self.breaker is BreakerState.RETURNING and now < self._until
+            if self._permits < 1 or (only_reads and priority != "read"):
+                return _ASK_AGAIN_SECONDS * (0.5 + self._random())
+            self._permits -= 1
+            self._renew_at = now + _PROBE_SECONDS
+            return 0.0
+
+    def abandoned(self) -> None:
+        """A call that was let through was given up by its caller; it says nothing about the server."""
+        with self._lock:
+            self._permits += 1
+
+    def _admit_vital(self, now: float) -> float:
+        numbers = self._numbers
+        earned = (now - self._vital_at) * numbers.vital_per_second
+        self._vital_tokens = min(numbers.vital_burst, self._vital_tokens + earned)
+        self._vital_at = now
+        if self._vital_tokens < 1:
+            return (1 - self._vital_tokens) / numbers.vital_per_second
+        self._vital_tokens -= 1
+        return 0.0
+
+    def _recover(self, now: float) -> None:
+        """A call has succeeded, and the breaker is not closed."""
+        if self.breaker is not BreakerState.RETURNING:
+            self._until = now + self._numbers.reads_first_seconds
+            self._window.clear()
+            self._permits = self._successes = 0
+            self._enter(BreakerState.RETURNING)
+        else:
+            self._successes += 1
+        self._permits += 2
+        if self._successes >= self._numbers.trial_calls:
+            self._pauses = 0
+            self._enter(BreakerState.CLOSED)
+
+    def _open_if_needed(self, now: float) -> None:
+        """A call has failed."""
+        numbers = self._numbers
+        if self.breaker is not BreakerState.PROBING:
+            calls, failures = self._window.totals(now)
+            enough = numbers.min_calls if self.breaker is BreakerState.CLOSED else _TRIAL_MIN_CALLS
+            if self.breaker is BreakerState.OPEN or calls < enough or failures < calls * numbers.failure_rate:
+                return
+        pause = min(numbers.max_open_seconds, numbers.open_seconds * 2.0 ** min(self._pauses, 60))
+        self._pauses += 1
+        self._until = now + pause * (0.75 + 0.25 * self._random())
+        if self.breaker is BreakerState.CLOSED:
+            self._vital_tokens, self._vital_at = numbers.vital_burst, now
+        self._enter(BreakerState.OPEN)
+
+    def _enter(self, state: BreakerState) -> None:
+        before, self.breaker = self.breaker, state
+        if state is BreakerState.OPEN and before is BreakerState.CLOSED:
+            _logger.warning("too many calls to %s fail; they are held back until it is well", self._server)
+        elif state is BreakerState.CLOSED:
+            _logger.info("%s is well again; all calls pass", self._server)
+        else:
+            _logger.debug("circuit breaker for %s: %s, then %s", self._server, before, state)
+
+    # --- What happens ----------------------------------------------------------------------------
+
     def answered(self, status: int) -> None:
         """A try brought a reply."""
         with self._lock:
-            now = self._monotonic()
-            self._calls += 1
-            self._answered_at = now
-            if status in TROUBLE:
+            now = self._answered_at = self._monotonic()
+            if status in _TROUBLE:
                 self._fail(now, f"status {status}")
                 return
+            self._calls += 1
             self._in_a_row = 0
-            self._well_answered += 1
+            self.well_answered += 1
+            self._window.add(now, ok=True)
             since, self._failing_since = self._failing_since, None
-        if since is not None:
-            _logger.info("%s answers again, after %.1f s", self._server, now - since)
-
-    def answers(self) -> int:
-        """How many tries brought a reply that does not show the server to be in trouble."""
-        return self._well_answered
+            if since is not None:
+                _logger.info("%s answers again, after %.1f s", self._server, now - since)
+            if self.breaker is not BreakerState.CLOSED:
+                self._recover(now)
 
     def unanswered(self, why: str) -> None:
         """A try brought none."""
         with self._lock:
-            self._calls += 1
             self._fail(self._monotonic(), why)
+
+    def _fail(self, now: float, why: str) -> None:
+        self._calls += 1
+        self._failures += 1
+        self._in_a_row += 1
+        self._last_failure = why
+        self._window.add(now, ok=False)
+        if self._failing_since is None:
+            self._failing_since = now
+            _logger.warning("%s does not answer as it should: %s", self._server, why)
+        self._open_if_needed(now)
 
     def retried(self, request: WireRequest, why: str, delay_seconds: float) -> None:
         """A request is sent again after this delay."""
@@ -131,16 +316,6 @@ class Health:
             self._given_up += 1
         _logger.debug("%s %s to %s was given up: %s", request.method, request.target, self._server, why)
 
-    def breaker_changed(self, before: BreakerState, after: BreakerState) -> None:
-        """The breaker is in another state."""
-        self._breaker = after
-        if after is BreakerState.OPEN and before is BreakerState.CLOSED:
-            _logger.warning("too many calls to %s fail; they are held back until it is well", self._server)
-        elif after is BreakerState.CLOSED:
-            _logger.info("%s is well again; all calls pass", self._server)
-        else:
-            _logger.debug("circuit breaker for %s: %s, then %s", self._server, before, after)
-
     def cached_resources(self, age_seconds: float | None) -> None:
         """Resources were read from the disk, where they have this age; or from the server (None)."""
         if age_seconds is not None and self._cached_resources_age is None:
@@ -149,15 +324,17 @@ class Health:
             )
         self._cached_resources_age = age_seconds
 
-    def report(self, breaker_share: float, spool: SpoolReport | None) -> HealthReport:
-        """Everything known now. Arguments: what breaker and spool say of themselves."""
+    def report(self, spool: SpoolReport | None = None) -> HealthReport:
+        """Everything known now, with what the spool says of itself."""
         with self._lock:
-            now = self._monotonic()
+            share = float(self.breaker is BreakerState.CLOSED)
+            if self.breaker is BreakerState.RETURNING:
+                share = self._successes / self._numbers.trial_calls
             return HealthReport(
                 state=self._state(),
-                breaker=self._breaker,
-                breaker_share=breaker_share,
-                seconds_since_answer=None if self._answered_at is None else now - self._answered_at,
+                breaker=self.breaker,
+                breaker_share=share,
+                seconds_since_answer=None if self._answered_at is None else self._monotonic() - self._answered_at,
                 failures_in_a_row=self._in_a_row,
                 last_failure=self._last_failure,
                 calls=self._calls,
@@ -171,34 +348,9 @@ class Health:
     def _state(self) -> HealthState:
         if self._calls == 0:
             return "unknown"
-        if self._breaker in (BreakerState.OPEN, BreakerState.PROBING) or self._in_a_row >= _UNREACHABLE_AFTER:
+        if self.breaker in (BreakerState.OPEN, BreakerState.PROBING) or self._in_a_row >= _UNREACHABLE_AFTER:
             return "unreachable"
-        if self._in_a_row or self._breaker is BreakerState.RETURNING:
-            return "degraded"
-        return "healthy"
-
-    def _fail(self, now: float, why: str) -> None:
-        self._failures += 1
-        self._in_a_row += 1
-        self._last_failure = why
-        if self._failing_since is None:
-            self._failing_since = now
-            _logger.warning("%s does not answer as it should: %s", self._server, why)
-
-
-_COUNTERS: Sequence[tuple[str, str]] = (
-    ("calls", "Tries that were sent."),
-    ("failures", "Tries without a reply, or with one that shows the server to be in trouble."),
-    ("retries", "Requests that were sent again."),
-    ("given_up", "Requests that failed and were not sent again."),
-)
-_SPOOL_COUNTERS: Sequence[tuple[str, str]] = (
-    ("spooled", "Spans that were written to the disk because the server was out of reach."),
-    ("delivered", "Spans that the server has taken from the disk."),
-    ("refused", "Spans that the server refused for good."),
-    ("pushed_back", "Calls that found no room on the disk."),
-    ("adopted", "Spools of dead processes that were taken over."),
-)
+        return "degraded" if self._in_a_row or self.breaker is BreakerState.RETURNING else "healthy"
 
 
 class KnowsHealth(Protocol):
@@ -225,34 +377,37 @@ class ClientMetrics:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         report = self._client.health
-        state = GaugeMetricFamily("agl_client_state", "1 for the state that the server is in.", labels=["state"])
-        for each in get_args(HealthState):
-            state.add_metric([each], float(report.state == each))
-        yield state
-        breaker = GaugeMetricFamily("agl_client_breaker", "1 for the state of the circuit breaker.", labels=["state"])
-        for each in BreakerState:
-            breaker.add_metric([each.value], float(report.breaker is each))
-        yield breaker
-        yield GaugeMetricFamily("agl_client_breaker_share", "Share of reads let through.", value=report.breaker_share)
-        if report.seconds_since_answer is not None:
-            yield GaugeMetricFamily(
-                "agl_client_seconds_since_answer", "Since any reply of the server.", value=report.seconds_since_answer
-            )
-        if report.cached_resources_age_seconds is not None:
-            yield GaugeMetricFamily(
-                "agl_client_cached_resources_age_seconds",
+        spool = report.spool or SpoolReport()
+        for name, text, states, present in (
+            ("state", "1 for the state that the server is in.", get_args(HealthState), report.state),
+            ("breaker", "1 for the state of the circuit breaker.", BreakerState, report.breaker),
+        ):
+            metric = GaugeMetricFamily(f"agl_client_{name}", text, labels=["state"])
+            for each in states:
+                metric.add_metric([str(each)], float(each == present))
+            yield metric
+        for name, value, text in (
+            ("breaker_share", report.breaker_share, "0: calls are held back; 1: all pass; between: recovery."),
+            ("seconds_since_answer", report.seconds_since_answer, "Since any reply of the server."),
+            (
+                "cached_resources_age_seconds",
+                report.cached_resources_age_seconds,
                 "Age of the resources that were last read from the disk; missing while they come from the server.",
-                value=report.cached_resources_age_seconds,
-            )
-        for name, text in _COUNTERS:
-            yield CounterMetricFamily(f"agl_client_{name}", text, value=getattr(report, name))
-        spool = report.spool
-        yield GaugeMetricFamily(
-            "agl_client_spool_spans", "Spans that wait on the disk.", value=0 if spool is None else spool.waiting_spans
-        )
-        yield GaugeMetricFamily(
-            "agl_client_spool_bytes", "What they take there.", value=0 if spool is None else spool.waiting_bytes
-        )
-        for name, text in _SPOOL_COUNTERS:
-            value = 0 if spool is None else getattr(spool, name)
-            yield CounterMetricFamily(f"agl_client_spool_{name}", text, value=value)
+            ),
+            ("spool_spans", spool.waiting_spans, "Spans that wait on the disk."),
+            ("spool_bytes", spool.waiting_bytes, "What they take there."),
+        ):
+            if value is not None:
+                yield GaugeMetricFamily(f"agl_client_{name}", text, value=value)
+        for name, value, text in (
+            ("calls", report.calls, "Tries that were sent."),
+            ("failures", report.failures, "Tries without a reply, or with one that shows the server to be in trouble."),
+            ("retries", report.retries, "Requests that were sent again."),
+            ("given_up", report.given_up, "Requests that failed and were not sent again."),
+            ("spool_spooled", spool.spooled, "Spans that went to the disk because the server was out of reach."),
+            ("spool_delivered", spool.delivered, "Spans that the server has taken from the disk."),
+            ("spool_refused", spool.refused, "Spans that the server refused for good."),
+            ("spool_pushed_back", spool.pushed_back, "Calls that found no room on the disk."),
+            ("spool_adopted", spool.adopted, "Spools of dead processes that were taken over."),
+        ):
+            yield CounterMetricFamily(f"agl_client_{name}", text, value=value)

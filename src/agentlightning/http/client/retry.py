@@ -1,4 +1,4 @@
-"""Sending again what may have been lost.
+"""How hard a client tries: sending again what may have been lost.
 
 Every request of the client is repeatable (its ids are minted before it is first sent), so a reply that
 does not come, and a status that says "not now", lead to the same bytes being sent again.
@@ -8,13 +8,62 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from agentlightning.errors import StoreClosed, StoreUnreachable
-from agentlightning.http.client.transport import RequestShed, Transport, WireReply, WireRequest, is_transient
+from agentlightning.http.client.health import BreakerNumbers, BreakerState, Health
+from agentlightning.http.client.transport import Transport, WireReply, WireRequest
+
+Backoff = Callable[[int], float | None]
+"""Seconds to wait after a number of failed tries; None: there shall be no other."""
+
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
+_LONGEST_RETRY_AFTER = 3600.0
+_INTERNAL_ERROR_TRIES = 4
+"""How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a
+passing one, but nothing is gained by insisting."""
+_LOOK_UP_SECONDS = 1.0
+"""How often a call that waits looks whether the server has answered another one meanwhile."""
+
+
+class Resilience(NamedTuple):
+    """How hard a client tries. All times are in seconds."""
+
+    patience_seconds: float = 120.0
+    """How long a call goes on trying before it raises ``StoreUnreachable``."""
+    backoff_base_seconds: float = 0.2
+    """The most that is waited before the first retry; doubles with each further one."""
+    backoff_cap_seconds: float = 30.0
+    retry_ratio: float = 0.2
+    """Retries that each call earns, for all calls together."""
+    retries_per_second: float = 10.0
+    """Retries that time earns."""
+    retries_saved: float = 100.0
+    """The most retries that are saved up."""
+    breaker: BreakerNumbers = BreakerNumbers()
+    probe_interval_seconds: float = 10.0
+    spool_after_seconds: float = 5.0
+    """How long spans are tried to be sent before they are written to the disk."""
+    cache_after_seconds: float = 5.0
+    """How long the server is asked for resources before the copy on the disk is taken."""
+
+
+def full_jitter(base_seconds: float, cap_seconds: float, random: Callable[[], float]) -> Backoff:
+    """Exponential back-off with full jitter: a random time up to ``base * 2 ** n``, at most ``cap``.
+
+    Spreading over the whole interval is what keeps many clients from returning together (M. Brooker,
+    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
+    """
+    return lambda failed_tries: random() * min(cap_seconds, base_seconds * 2.0 ** min(failed_tries - 1, 60))
+
+
+def fixed_delays(delays: Sequence[float]) -> Backoff:
+    """The delays that a caller lists, and no more tries than they allow."""
+    return lambda failed_tries: delays[failed_tries - 1] if failed_tries <= len(delays) else None
 
 
 class RetryBudget:
@@ -28,6 +77,8 @@ class RetryBudget:
     """
 
     def __init__(self, *, ratio: float, per_second: float, capacity: float, monotonic: Callable[[], float]) -> None:
+        self.first_tries = 0
+        """To be counted up by whoever makes one."""
         self._ratio = ratio
         self._per_second = per_second
         self._capacity = capacity
@@ -36,72 +87,19 @@ class RetryBudget:
         self._tokens = capacity
         self._at = monotonic()
 
-    def earn(self) -> None:
-        """A first try is made."""
-        with self._lock:
-            self._tokens = min(self._capacity, self._tokens + self._ratio)
-
     def spend(self) -> float:
         """Take a token for a retry; returns the seconds to wait until it is there."""
         with self._lock:
             now = self._monotonic()
-            self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._per_second)
-            self._at = now
-            self._tokens -= 1
+            earned = (now - self._at) * self._per_second + self.first_tries * self._ratio
+            self._at, self.first_tries = now, 0
+            self._tokens = min(self._capacity, self._tokens + earned) - 1
             return max(0.0, -self._tokens / self._per_second)
 
     def refund(self) -> None:
         """A token that was taken is not used after all."""
         with self._lock:
             self._tokens = min(self._capacity, self._tokens + 1)
-
-
-_LONGEST_RETRY_AFTER = 3600.0
-
-
-class Backoff(Protocol):
-    """Says how long to wait after a number of failed tries."""
-
-    def delay(self, failed_tries: int) -> float | None:
-        """Seconds before the next try; None: there shall be none."""
-        ...
-
-
-class FullJitter:
-    """Exponential back-off with full jitter: a random time up to ``base * 2 ** n``, at most ``cap``.
-
-    Spreading over the whole interval is what keeps many clients from returning together (M. Brooker,
-    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
-
-    Args:
-        base_seconds: the most that is waited before the second try.
-        cap_seconds: the most that is waited before any try.
-        random: a number from 0 up to 1.
-    """
-
-    def __init__(self, base_seconds: float, cap_seconds: float, random: Callable[[], float]) -> None:
-        self._base = base_seconds
-        self._cap = cap_seconds
-        self._random = random
-
-    def delay(self, failed_tries: int) -> float | None:
-        """Seconds before the next try; never None."""
-        return self._random() * min(self._cap, self._base * 2.0 ** min(failed_tries - 1, 60))
-
-
-class FixedDelays:
-    """The delays that a caller lists, and no more tries than they allow.
-
-    Args:
-        delays: seconds before the second, third, … try.
-    """
-
-    def __init__(self, delays: Sequence[float]) -> None:
-        self._delays = tuple(delays)
-
-    def delay(self, failed_tries: int) -> float | None:
-        """Seconds before the next try; None after the last of the delays."""
-        return self._delays[failed_tries - 1] if failed_tries <= len(self._delays) else None
 
 
 def retry_after_seconds(value: str | None, wall: Callable[[], float] = time.time) -> float | None:
@@ -117,30 +115,10 @@ def retry_after_seconds(value: str | None, wall: Callable[[], float] = time.time
     if text.isascii() and text.isdigit():
         return min(float(text[:9]), _LONGEST_RETRY_AFTER)
     try:
-        moment = email.utils.parsedate_to_datetime(text)
-        seconds = moment.timestamp() - wall()
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - wall()
     except (ValueError, OverflowError):
         return None
     return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)
-
-
-_INTERNAL_ERROR_TRIES = 4
-"""How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a
-passing one, but nothing is gained by insisting."""
-_LOOK_UP_SECONDS = 1.0
-"""How often a call that waits looks whether the server has answered another one meanwhile."""
-
-
-class RetryWatcher(Protocol):
-    """Hears of what the retries do."""
-
-    def retried(self, request: WireRequest, why: str, delay_seconds: float) -> None:
-        """A request is sent again after this delay."""
-        ...
-
-    def gave_up(self, request: WireRequest, why: str) -> None:
-        """A request is not sent again."""
-        ...
 
 
 class Retrying:
@@ -148,49 +126,52 @@ class Retrying:
 
     Statuses of 4xx are answers, apart from 408, 425 and 429. ``Retry-After`` is a lower bound for the next delay.
     Time that the circuit breaker holds a request back counts against the patience, not against the budget. A call that
-    waits because nobody answered goes on as soon as the server has answered any other, a probe for example: otherwise
-    an outage would last longer for those who have waited for long, and a server that comes and goes would be missed.
+    waits because nobody answered goes on as soon as the server has answered any other: otherwise an outage would last
+    longer for those who have waited for long, and a server that comes and goes would be missed. So that somebody does
+    ask, the server's health is asked for at intervals while requests are under way; a probe is the least important of
+    all requests, and so the first that the breaker lets through again.
 
     Args:
-        inner: makes one try.
+        inner: sends a request once; is cancelled when its time is up.
+        health: says what passes, and hears what happens.
+        probe: asks for the server's health.
         server: the server's address, for messages.
         backoff: the delays between tries.
         budget: bounds the retries of all requests together.
         monotonic: seconds since some moment.
-        watcher: hears of retries.
-        answers: how many calls the server has answered; any number that grows with each.
-        gate: asked before each retry whether the server is there at all; if not, the request is given up.
-        on_use: called at each request.
+        probe_interval_seconds: from one probe to the next.
+        ask_first: where given, a retry is made only if the server says that it is well, asked at once and again after
+            each of these delays in seconds.
     """
 
     def __init__(
         self,
         inner: Transport,
+        health: Health,
+        probe: WireRequest,
         *,
         server: str,
         backoff: Backoff,
         budget: RetryBudget,
-        monotonic: Callable[[], float],
-        watcher: RetryWatcher,
-        answers: Callable[[], int],
-        gate: Callable[[], Awaitable[bool]] | None = None,
-        on_use: Callable[[], None] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        probe_interval_seconds: float = 10.0,
+        ask_first: Sequence[float] | None = None,
     ) -> None:
+        self.health = health
         self._inner = inner
+        self._probe = probe
         self._server = server
         self._backoff = backoff
         self._budget = budget
         self._monotonic = monotonic
-        self._watcher = watcher
-        self._answers = answers
-        self._gate = gate
-        self._on_use = on_use
+        self._probe_interval = probe_interval_seconds
+        self._ask_first = ask_first
         self._under_way: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a request is under way."""
-        return bool(self._under_way)
+        self._lock = threading.Lock()
+        self._used = False
+        self._overdue = float("-inf")
+        """When the timer of the probes must have fired, had its event loop not been closed."""
+        self._probing: asyncio.Task[None] | None = None
 
     async def send(self, request: WireRequest) -> WireReply:
         """The server's answer, or the last "not now" when the patience has run out.
@@ -203,12 +184,13 @@ class Retrying:
         try:
             async with scope:
                 self._under_way[scope] = asyncio.get_running_loop()
-                if self._on_use is not None:
-                    self._on_use()
-                self._budget.earn()
                 started = self._monotonic()
-                outcome = await self._try(request, started + request.patience_seconds)
-                if type(outcome) is WireReply and not is_transient(outcome.status):
+                self._used = True
+                if started > self._overdue:
+                    self._arm(started)
+                self._budget.first_tries += 1
+                outcome = await self._try(request, request.patience_seconds)
+                if isinstance(outcome, WireReply) and outcome.status < 400:
                     return outcome
                 return await self._try_again(request, started, outcome)
         except TimeoutError as error:
@@ -228,75 +210,173 @@ class Retrying:
         if scope in self._under_way:
             scope.reschedule(asyncio.get_running_loop().time())
 
-    async def _try(self, request: WireRequest, deadline: float) -> WireReply | StoreUnreachable | RequestShed:
-        """What came of one try, whose timeout ends with the caller's patience."""
-        remaining = max(deadline - self._monotonic(), 0.001)
-        if remaining < request.timeout_seconds:
-            request = request._replace(timeout_seconds=remaining)
+    # --- One try ---------------------------------------------------------------------------------
+
+    async def _try(
+        self, request: WireRequest, patience: float, *, guarded: bool = True
+    ) -> WireReply | StoreUnreachable | float:
+        """What came of one try, of which the health is told; the seconds to wait if the breaker held it back."""
+        health = self.health
+        if guarded and health.breaker is not BreakerState.CLOSED:
+            wait = health.admit(request.priority)
+            if wait > 0:
+                return wait
+        seconds = min(request.timeout_seconds, max(patience, 0.001))
         try:
-            return await self._inner.send(request)
-        except (StoreUnreachable, RequestShed) as error:
-            return error
+            async with asyncio.timeout(seconds):
+                reply = await self._inner.send(request)
+        except StoreUnreachable as error:
+            lost = error
+        except TimeoutError:
+            lost = StoreUnreachable(f"no reply to {request.method} {request.target} within {seconds:g} s")
+        except BaseException:  # the caller gave up, which says nothing about the server
+            health.abandoned()
+            raise
+        else:
+            health.answered(reply.status)
+            return reply
+        health.unanswered(lost.message)
+        return lost
 
     async def _try_again(
-        self, request: WireRequest, started: float, outcome: WireReply | StoreUnreachable | RequestShed
+        self, request: WireRequest, started: float, outcome: WireReply | StoreUnreachable | float
     ) -> WireReply:
         """Go on after a first try that was no answer."""
         deadline = started + request.patience_seconds
         failed = 0
-        while not (isinstance(outcome, WireReply) and not is_transient(outcome.status)):
-            if isinstance(outcome, RequestShed):
-                remaining = deadline - self._monotonic()
-                if remaining <= 0 or not request.waits_while_shed:
-                    raise self._unreachable(request, failed, started, outcome) from outcome
-                await asyncio.sleep(min(outcome.retry_after_seconds, remaining))
+        while _may_change(outcome) or not isinstance(outcome, WireReply):
+            left = deadline - self._monotonic()
+            if isinstance(outcome, int | float):
+                if left <= 0 or not request.waits_while_shed:
+                    why = f"held back by the circuit breaker, which is {self.health.breaker}"
+                    raise self._unreachable(request, failed, started, why)
+                await asyncio.sleep(min(outcome, left))
             else:
                 failed += 1
-                reply = outcome if isinstance(outcome, WireReply) else None
-                why = str(outcome) if isinstance(outcome, StoreUnreachable) else f"status {outcome.status}"
-                delay = await self._delay(request, failed, reply, deadline)
+                why = outcome.message if isinstance(outcome, StoreUnreachable) else f"status {outcome.status}"
+                delay = await self._delay(failed, outcome, deadline)
                 if delay is None:
-                    self._watcher.gave_up(request, why)
+                    self.health.gave_up(request, why)
                     if isinstance(outcome, WireReply):
                         return outcome
-                    raise self._unreachable(request, failed, started, outcome) from outcome
-                self._watcher.retried(request, why, delay)
-                await self._pause(delay, until_answer=reply is None)
-            outcome = await self._try(request, deadline)
+                    raise self._unreachable(request, failed, started, why) from outcome
+                self.health.retried(request, why, delay)
+                await self._pause(delay, until_answer=isinstance(outcome, StoreUnreachable))
+            outcome = await self._try(request, deadline - self._monotonic())
         return outcome
 
-    async def _pause(self, seconds: float, until_answer: bool) -> None:
-        """Wait before the next try; no longer than until the server answers somebody, if that is what is missing."""
-        ends_at = self._monotonic() + seconds
-        answered = self._answers()
-        while (left := ends_at - self._monotonic()) > 0:
-            await asyncio.sleep(min(left, _LOOK_UP_SECONDS))
-            if until_answer and self._answers() != answered:
-                return
-
-    async def _delay(self, request: WireRequest, failed: int, reply: WireReply | None, deadline: float) -> float | None:
+    async def _delay(self, failed: int, outcome: WireReply | StoreUnreachable, deadline: float) -> float | None:
         """Seconds before the next try; None if there shall be none."""
-        if reply is not None and reply.status == 500 and failed >= _INTERNAL_ERROR_TRIES:
-            return None
-        delay = self._backoff.delay(failed)
-        if delay is None:
+        reply = outcome if isinstance(outcome, WireReply) else None
+        delay = self._backoff(failed)
+        if delay is None or (reply is not None and reply.status == 500 and failed >= _INTERNAL_ERROR_TRIES):
             return None
         asked = None if reply is None else retry_after_seconds(reply.headers.get("Retry-After"))
         if asked is not None:
             delay += asked  # on top, so that those who were told the same moment do not all come at it
         delay = max(delay, self._budget.spend())
-        if self._monotonic() + delay >= deadline or (self._gate is not None and not await self._gate()):
+        if self._monotonic() + delay >= deadline or not await self._is_there():
             self._budget.refund()
             return None
         return delay
 
-    def _unreachable(
-        self, request: WireRequest, failed: int, started: float, last: StoreUnreachable | RequestShed
-    ) -> StoreUnreachable:
+    async def _pause(self, seconds: float, until_answer: bool) -> None:
+        """Wait before the next try; no longer than until the server answers somebody, if that is what is missing."""
+        ends_at = self._monotonic() + seconds
+        answered = self.health.well_answered
+        while (left := ends_at - self._monotonic()) > 0:
+            await asyncio.sleep(min(left, _LOOK_UP_SECONDS))
+            if until_answer and self.health.well_answered != answered:
+                return
+
+    def _unreachable(self, request: WireRequest, failed: int, started: float, last: str) -> StoreUnreachable:
         seconds = self._monotonic() - started
         tries = "1 try" if failed == 1 else f"{failed} tries"
         return StoreUnreachable(
             f"{self._server} did not answer {request.method} {request.target.partition('?')[0]} "
-            f"({tries} in {seconds:.1f} s; the last: {last.message}). Check that the server runs and that the address "
+            f"({tries} in {seconds:.1f} s; the last: {last}). Check that the server runs and that the address "
             "is right. Whether it did what was asked is unknown; a repeat with the same ids is safe"
         )
+
+    # --- Probes ----------------------------------------------------------------------------------
+
+    async def _is_there(self) -> bool:
+        """Whether the server says that it is well, where that has to be asked; also while the breaker is open."""
+        if self._ask_first is None:
+            return True
+        for delay in (0.0, *self._ask_first):
+            await asyncio.sleep(delay)
+            reply = await self._try(self._probe, self._probe.timeout_seconds, guarded=False)
+            if isinstance(reply, WireReply) and reply.status == 200:
+                return True
+        return False
+
+    def _arm(self, now: float) -> None:
+        """Have a probe sent after the interval, by the running event loop."""
+        with self._lock:
+            if now > self._overdue:  # else another thread was first
+                # A closed event loop takes its timers along, so one that is long overdue will never fire.
+                self._overdue = now + 2 * self._probe_interval
+                asyncio.get_running_loop().call_later(self._probe_interval, self._tick)
+
+    def _tick(self) -> None:
+        self._overdue = float("-inf")
+        if not self._used and not self._under_way:
+            return
+        self._used = False
+        self._arm(self._monotonic())
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.get_running_loop().create_task(self._ask())
+
+    async def _ask(self) -> None:
+        await self._try(self._probe, self._probe.timeout_seconds)
+
+
+def _may_change(outcome: WireReply | StoreUnreachable | float) -> bool:
+    """Whether the same request may get another answer later. 501 and 505 say that it never will."""
+    if not isinstance(outcome, WireReply):
+        return True
+    status = outcome.status
+    return status in _TRANSIENT or 507 < status < 600
+
+
+def make_retrying(
+    http: Transport,
+    *,
+    server: str,
+    probe: WireRequest,
+    numbers: Resilience,
+    retry_delays: Sequence[float] | None = None,
+    health_retry_delays: Sequence[float] | None = None,
+    monotonic: Callable[[], float] = time.monotonic,
+    chance: Callable[[], float] = random.random,
+) -> Retrying:
+    """Wrap a transport that makes one try.
+
+    Args:
+        http: sends requests.
+        server: its address, for messages.
+        probe: asks for the server's health.
+        numbers: how hard to try.
+        retry_delays: waits between tries that replace the exponential ones, and bound their number.
+        health_retry_delays: see ``ask_first`` of ``Retrying``.
+        monotonic: seconds since some moment.
+        chance: a number from 0 up to 1.
+    """
+    backoff = full_jitter(numbers.backoff_base_seconds, numbers.backoff_cap_seconds, chance)
+    return Retrying(
+        http,
+        Health(server, numbers.breaker, monotonic, chance),
+        probe,
+        server=server,
+        backoff=backoff if retry_delays is None else fixed_delays(retry_delays),
+        budget=RetryBudget(
+            ratio=numbers.retry_ratio,
+            per_second=numbers.retries_per_second,
+            capacity=numbers.retries_saved,
+            monotonic=monotonic,
+        ),
+        monotonic=monotonic,
+        probe_interval_seconds=numbers.probe_interval_seconds,
+        ask_first=health_retry_delays,
+    )

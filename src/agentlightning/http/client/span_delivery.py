@@ -1,7 +1,9 @@
 """How spans get from a client to the server: at once, or by way of this machine's disk.
 
 While anything waits on the disk, what comes after it goes there too, so that the spans of an attempt arrive
-in their order. A span is accepted when the server has it, or the disk.
+in their order. A span is accepted when the server has it, or the disk. A thread takes spans from the disk to the
+server. It has an event loop of its own, so that spans go on being delivered whatever becomes of the loops of the
+client's callers, and lives only as long as there is something to deliver.
 """
 
 from __future__ import annotations
@@ -18,18 +20,24 @@ from typing import Any
 
 import msgspec
 
-from agentlightning.errors import SpoolFull, StoreClosed, StoreUnavailable, StoreUnreachable
+from agentlightning.errors import AgentLightningError, SpoolFull, StoreClosed, StoreUnavailable, StoreUnreachable
 from agentlightning.http.client.calls import Caller
 from agentlightning.http.client.health import SpoolReport
 from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
-from agentlightning.http.client.spool_sender import SpoolSender
+from agentlightning.store.refusals import is_refusal, send_apart
 
 _logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 """A request is full when it has this many bytes; a server takes four times as many."""
 _CHUNK_SPANS = 2048
+_SPOOLED_SPANS = 512
+_SPOOLED_BYTES = 2 * 1024 * 1024
 _LOOK_AGAIN_SECONDS = 1.0
+_PAUSES = (0.5, 1.0, 2.0, 5.0)
+"""Seconds between rounds in which the server could not be reached; each round has its own retries."""
+_INTERNAL_ERROR_ROUNDS = 3
+"""After so many rounds in which one span alone makes the server fail, it counts as refused."""
 
 _Attempt = tuple[str, str]
 
@@ -46,15 +54,18 @@ class SpanDelivery:
     def __init__(self, caller: Caller, folder: SpoolFolder | None, spool_after_seconds: float) -> None:
         self._caller = caller
         self._folder = folder
-        self._spool_after_seconds = spool_after_seconds
-        self._sender = None if folder is None else SpoolSender(folder, self._send_waiting, self._delivered)
+        self._limits = {} if folder is None else {"patience_seconds": spool_after_seconds, "waits_while_shed": False}
         self._lock = threading.Lock()
         self._own: Spool | None = None
+        self._adopted: list[Spool] = []
         self._waiting: deque[_Attempt] = deque()
         self._by_attempt: Counter[_Attempt] = Counter()
         self._progress: list[Future[None]] = []
-        self._looked_for_orphans = False
+        self._orphans_unknown = folder is not None
         self._counts = Counter[str]()
+        self._thread: threading.Thread | None = None
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+        self._stopping = False
 
     async def add(self, encoded: Sequence[bytes], attempts: Sequence[_Attempt]) -> list[int | None]:
         """Hand over spans.
@@ -71,13 +82,16 @@ class SpanDelivery:
             AgentLightningError: the server refused them.
         """
         issued: list[int | None] = []
-        self.look_for_orphans()
+        if self._orphans_unknown:
+            self.look_for_orphans()
         deadline = time.monotonic() + self._caller.patience_seconds
         pushed_back = False
         while len(issued) < len(encoded):
             if not self._waiting:
                 try:
-                    await self._send_chunks(encoded, issued)
+                    while len(issued) < len(encoded):
+                        chunk = encoded[len(issued) : _end_of_chunk(encoded, len(issued))]
+                        issued += await self._caller.post("add_many_spans", _body(chunk), **self._limits)
                     break
                 except StoreUnavailable as error:
                     if self._folder is None:
@@ -88,13 +102,12 @@ class SpanDelivery:
                 await asyncio.to_thread(self._write, rest, attempts[len(issued) :])
                 issued += [None] * len(rest)
             except SpoolFull:
-                if not pushed_back:
-                    pushed_back = True
-                    self._count("pushed_back")
-                left = deadline - time.monotonic()
-                if left <= 0:
+                with self._lock:
+                    self._counts["pushed_back"] += not pushed_back
+                pushed_back = True
+                await self._wait_for_progress(deadline)
+                if time.monotonic() >= deadline:
                     raise
-                await self._wait_for_progress(min(left, _LOOK_AGAIN_SECONDS))
         return issued
 
     async def send_with(self, method: str, arguments: Mapping[str, Any], encoded: Sequence[bytes]) -> Any | None:
@@ -103,16 +116,11 @@ class SpanDelivery:
         That is so when other spans wait on the disk, when these are too large for one request, or when the server is
         out of reach: spans in memory would be lost with the process while the call is tried again and again.
         """
-        if self._waiting or len(encoded) > _CHUNK_SPANS or sum(map(len, encoded)) > _CHUNK_BYTES:
+        if self._waiting or _end_of_chunk(encoded, 0) < len(encoded):
             return None
-        patience = self._caller.patience_seconds if self._folder is None else self._spool_after_seconds
         try:
-            return await self._caller.call(
-                method,
-                {**arguments, "spans": list(map(msgspec.Raw, encoded))},
-                patience_seconds=patience,
-                waits_while_shed=self._folder is None,
-            )
+            spans = list(map(msgspec.Raw, encoded))
+            return await self._caller.call(method, {**arguments, "spans": spans}, **self._limits)
         except StoreUnavailable as error:
             if self._folder is None or isinstance(error, StoreClosed):
                 raise
@@ -126,79 +134,71 @@ class SpanDelivery:
             StoreUnreachable: it still has not got them when the caller's patience has run out.
         """
         deadline = time.monotonic() + self._caller.patience_seconds
-        while waiting := self._count_waiting(rollout_id, attempt_id):
-            left = deadline - time.monotonic()
-            if left <= 0:
+        while self._waiting:
+            with self._lock:
+                waiting = sum(
+                    number
+                    for (rollout, attempt), number in self._by_attempt.items()
+                    if rollout == rollout_id and attempt_id in (None, attempt)
+                )
+            if not waiting:
+                return
+            if time.monotonic() >= deadline:
                 raise StoreUnreachable(
                     f"{waiting} spans of rollout {rollout_id} still wait on this machine's disk for the server, and "
                     "must arrive before their attempt ends. Try again when the server is back"
                 )
-            await self._wait_for_progress(min(left, _LOOK_AGAIN_SECONDS))
+            await self._wait_for_progress(deadline)
 
     def look_for_orphans(self) -> None:
         """The first time it is called: take over the spools of dead processes on this machine."""
-        if self._looked_for_orphans or self._folder is None or self._sender is None:
-            return
-        self._looked_for_orphans = True
-        if self._folder.orphans_exist():
-            self._sender.watch(self._own)
+        if self._orphans_unknown and self._folder is not None:
+            self._orphans_unknown = False
+            if self._folder.orphans_exist():
+                with self._lock:
+                    self._start()
 
     def report(self) -> SpoolReport | None:
         """What waits, and what became of what had to wait; None if nothing ever had to."""
         with self._lock:
-            own = self._own
-            adopted = 0 if self._sender is None else self._sender.adopted
-            if own is None and not adopted and not self._counts:
+            if self._own is None and not self._counts:
                 return None
-            return SpoolReport(
-                waiting_spans=len(self._waiting),
-                waiting_bytes=0 if own is None else own.waiting_bytes,
-                spooled=self._counts["spooled"],
-                delivered=self._counts["delivered"],
-                refused=self._counts["refused"],
-                pushed_back=self._counts["pushed_back"],
-                adopted=adopted,
-            )
+            waiting_bytes = 0 if self._own is None else self._own.waiting_bytes
+            return SpoolReport(waiting_spans=len(self._waiting), waiting_bytes=waiting_bytes, **self._counts)
 
     async def close(self, grace_seconds: float) -> None:
         """Deliver what can be delivered in so many seconds; the rest stays on the disk. Idempotent."""
-        if self._sender is None:
-            return
-        await self._sender.stop(grace_seconds if self._waiting else 0.0)
+        thread = self._thread
+        if thread is not None:
+            await asyncio.to_thread(thread.join, grace_seconds if self._waiting else 0.0)
+            with self._lock:
+                self._stopping = True
+                running = self._running
+            if running is not None:
+                loop, task = running
+                with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+            await asyncio.to_thread(thread.join)
         with self._lock:
-            own, self._own = self._own, None
-            left = len(self._waiting)
+            if self._waiting and self._own is not None:
+                left, folder = len(self._waiting), self._own.folder
+                _logger.warning("%d spans stay in %s; the next client on this machine delivers them", left, folder)
+            for each in [*self._adopted, *filter(None, [self._own])]:
+                each.close()
+            self._own, self._adopted = None, []
             self._waiting.clear()
             self._by_attempt.clear()
-            self._looked_for_orphans = False
-        if own is not None:
-            if left:
-                _logger.warning("%d spans stay in %s; the next client on this machine delivers them", left, own.folder)
-            own.close()
+            self._orphans_unknown = self._folder is not None
+            self._stopping = False
 
-    async def _send_chunks(self, encoded: Sequence[bytes], issued: list[int | None]) -> None:
-        """Send spans in as few requests as their size allows; ``issued`` grows with each."""
-        patience = self._caller.patience_seconds if self._folder is None else self._spool_after_seconds
-        while len(issued) < len(encoded):
-            end, size = len(issued), 0
-            most = min(len(encoded), end + _CHUNK_SPANS)
-            while end < most and (size == 0 or size + len(encoded[end]) <= _CHUNK_BYTES):
-                size += len(encoded[end])
-                end += 1
-            issued += await self._caller.post(
-                "add_many_spans",
-                _body(encoded[len(issued) : end]),
-                patience_seconds=patience,
-                waits_while_shed=self._folder is None,
-            )
-
-    async def _send_waiting(self, spans: Sequence[bytes]) -> object:
-        return await self._caller.post("add_many_spans", _body(spans), patience_seconds=self._caller.timeout_seconds)
+    def abandon(self) -> None:
+        """In a forked child: what waits is the parent's. Close the descriptors and touch nothing else."""
+        for each in [*self._adopted, *filter(None, [self._own])]:
+            each.abandon()
 
     def _write(self, encoded: Sequence[bytes], attempts: Sequence[_Attempt]) -> None:
         """Put spans on the disk, behind all that wait there."""
         assert self._folder is not None
-        assert self._sender is not None
         with self._lock:
             own = self._own = self._own or self._folder.create()
             self._folder.check_room(own, sum(map(len, encoded)))
@@ -208,7 +208,97 @@ class SpanDelivery:
             self._waiting.extend(attempts)
             self._by_attempt.update(attempts)
             self._counts["spooled"] += len(attempts)
-        self._sender.watch(own)
+            self._start()
+
+    async def _wait_for_progress(self, deadline: float) -> None:
+        woken = Future[None]()
+        with self._lock:
+            self._progress.append(woken)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(deadline - time.monotonic(), _LOOK_AGAIN_SECONDS)):
+                await asyncio.wrap_future(woken)
+
+    # --- In the thread ---------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="agl-spool", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._deliver_all())
+        except asyncio.CancelledError:
+            pass
+        except Exception:
+            _logger.exception("delivering spans has ended; they stay on the disk")
+        finally:
+            with self._lock:
+                self._running = None
+                if self._thread is threading.current_thread():
+                    self._thread = None
+
+    async def _deliver_all(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        assert self._folder is not None
+        with self._lock:
+            if self._stopping:
+                return
+            self._running = (asyncio.get_running_loop(), task)
+        found = self._folder.adopt()
+        if found:
+            with self._lock:
+                self._adopted += found
+                self._counts["adopted"] += len(found)
+            _logger.info("%d spools of dead processes were taken over", len(found))
+        while (spool := self._next()) is not None:
+            await self._deliver(spool, self._folder)
+
+    def _next(self) -> Spool | None:
+        """A spool with something in it; if there is none, the thread ends, and nobody believes it to be there."""
+        with self._lock:
+            for each in [each for each in self._adopted if each.empty]:
+                each.close()
+                self._adopted.remove(each)
+            if self._own is not None and not self._own.empty:
+                return self._own
+            if not self._adopted:
+                self._thread = None
+                return None
+            return self._adopted[0]
+
+    async def _deliver(self, spool: Spool, folder: SpoolFolder) -> None:
+        """Send what the spool holds now, and put away what the server refuses for good."""
+        failed_rounds = 0
+        refused: list[tuple[bytes, AgentLightningError]] = []
+
+        async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> None:
+            if not is_refusal(error) and failed_rounds + 1 < _INTERNAL_ERROR_ROUNDS:
+                raise error
+            refused.append((spans[0], error))
+
+        while True:
+            refused.clear()
+            try:
+                batch = spool.next_batch(_SPOOLED_SPANS, _SPOOLED_BYTES)
+                if batch is None:
+                    return
+                await send_apart(batch.spans, self._send_waiting, put_away, is_refusal=_may_be_refusal)
+                for span, error in refused:
+                    folder.quarantine(span, error)
+                    _logger.error("a span was refused for good, and put into %s: %s", folder.quarantine_file, error)
+            except (AgentLightningError, OSError) as error:
+                _logger.debug("spans wait in %s: %s", spool.folder, error)
+                await asyncio.sleep(_PAUSES[min(failed_rounds, len(_PAUSES) - 1)])
+                failed_rounds += 1
+                continue
+            failed_rounds = 0
+            spool.acknowledge(batch)
+            self._delivered(spool, batch, len(refused))
+
+    async def _send_waiting(self, spans: Sequence[bytes]) -> object:
+        return await self._caller.post("add_many_spans", _body(spans), patience_seconds=self._caller.timeout_seconds)
 
     def _delivered(self, spool: Spool, batch: Batch, refused: int) -> None:
         with self._lock:
@@ -226,32 +316,20 @@ class SpanDelivery:
             if each.set_running_or_notify_cancel():
                 each.set_result(None)
 
-    def _count_waiting(self, rollout_id: str, attempt_id: str | None) -> int:
-        if not self._waiting:
-            return 0
-        with self._lock:
-            if attempt_id is not None:
-                return self._by_attempt[rollout_id, attempt_id]
-            return sum(number for (rollout, _), number in self._by_attempt.items() if rollout == rollout_id)
 
-    async def _wait_for_progress(self, seconds: float) -> None:
-        woken = Future[None]()
-        with self._lock:
-            self._progress.append(woken)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.wrap_future(woken)
+def _may_be_refusal(error: AgentLightningError) -> bool:
+    """Also an internal error may be about one of the spans."""
+    return is_refusal(error) or type(error) is AgentLightningError
 
-    def _count(self, what: str) -> None:
-        with self._lock:
-            self._counts[what] += 1
 
-    def abandon(self) -> None:
-        """In a forked child: what waits is the parent's. Close the descriptors and touch nothing else."""
-        if self._own is not None:
-            self._own.abandon()
-        if self._sender is not None:
-            self._sender.abandon()
+def _end_of_chunk(encoded: Sequence[bytes], start: int) -> int:
+    """Behind the last of the spans that go into one request; at least one does."""
+    end, size = start, 0
+    most = min(len(encoded), start + _CHUNK_SPANS)
+    while end < most and (size == 0 or size + len(encoded[end]) <= _CHUNK_BYTES):
+        size += len(encoded[end])
+        end += 1
+    return end
 
 
 def _body(spans: Sequence[bytes]) -> bytes:

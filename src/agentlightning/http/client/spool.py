@@ -12,8 +12,8 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,9 @@ from zlib import crc32
 
 from agentlightning.errors import AgentLightningError, SpoolFull
 
-_MARK = b"\xa9sp\n"
-_HEAD = struct.Struct("<4sII")
-HEAD_BYTES = _HEAD.size
+_RECORD = re.compile(rb"([0-9a-f]{8}) ([^\n]*)\n")
+"""A checksum (CRC-32) and a span, on a line of its own."""
+HEAD_BYTES = 10
 """What a record takes beside its content."""
 
 
@@ -40,31 +40,19 @@ class Record(NamedTuple):
 
 
 def encode_record(content: bytes) -> bytes:
-    """A record with this content."""
-    return _HEAD.pack(_MARK, len(content), crc32(content)) + content
+    """A record with this content, which has no line feed."""
+    return b"%08x %b\n" % (crc32(content), content)
 
 
 def read_records(data: bytes, start: int = 0) -> Iterator[Record]:
     """The whole and undamaged records in ``data``, from ``start`` on."""
     position = searched_from = start
-    while (found := data.find(_MARK, searched_from)) >= 0:
-        content = _content_at(data, found)
-        if content is None:
-            searched_from = found + 1
-            continue
-        end = found + HEAD_BYTES + len(content)
-        yield Record(content, end, found - position)
-        position = searched_from = end
-
-
-def _content_at(data: bytes, position: int) -> bytes | None:
-    """The content of the record that begins here; None if it is torn or damaged."""
-    begin = position + HEAD_BYTES
-    if begin > len(data):
-        return None
-    _, length, checksum = _HEAD.unpack_from(data, position)
-    content = data[begin : begin + length]
-    return content if len(content) == length and crc32(content) == checksum else None
+    while (found := _RECORD.search(data, searched_from)) is not None:
+        if crc32(found[2]) == int(found[1], 16):
+            yield Record(found[2], found.end(), found.start() - position)
+            position = searched_from = found.end()
+        else:
+            searched_from = found.start() + 1
 
 
 _logger = logging.getLogger(__name__)
@@ -106,15 +94,17 @@ class Spool:
         self._lock = threading.RLock()
         self._writing: int | None = None
         self._size = 0
-        self._segments = _segments_in(folder)
+        self._segments = sorted(int(each.stem) for each in folder.glob("*.seg") if each.stem.isdigit())
         self._read = _read_cursor(folder, self._segments)
-        self._end = self._end_of_last()
+        """How far the server has them."""
+        last = [_Place(each, _size_of(self._path(each))) for each in self._segments[-1:]]
+        self._end = max([self._read, *last])
 
     @classmethod
     def take(cls, folder: Path) -> Self | None:
         """The spool in ``folder``, if it is there and no living process holds it."""
         try:
-            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handle = _private(folder / _LOCK, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             return None
         try:
@@ -152,11 +142,15 @@ class Spool:
         data = b"".join([encode_record(each) for each in spans])
         with self._lock:
             try:
-                handle = self._segment_to_write()
-                _write_all(handle, data)
+                handle, rest = self._segment_to_write(), memoryview(data)
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
                 os.fsync(handle)
             except OSError as error:
-                self._cut_off()
+                if self._writing is not None:  # take back what was written in part; else it is torn and passed over
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._writing, self._size)
+                self._stop_writing()
                 raise SpoolFull(
                     f"{len(spans)} spans could not be written to {self.folder}: {error}. They are still yours to keep; "
                     "make room on the disk, or set AGL_SPOOL_DIR to a folder on another one"
@@ -213,58 +207,40 @@ class Spool:
             return self._writing
         self._stop_writing()
         number = self._segments[-1] + 1 if self._segments else self._read.segment + 1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._writing = os.open(self._path(number), flags, 0o600)
+        self._writing = _private(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         self._segments.append(number)
         self._size = 0
-        _sync_folder(self.folder)
+        entry = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(entry)  # else a power loss could take the name of the new file
+        finally:
+            os.close(entry)
         return self._writing
-
-    def _cut_off(self) -> None:
-        """Take back what an append has written in part. If even that fails, the rest is torn and passed over."""
-        if self._writing is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._writing, self._size)
-        self._stop_writing()
 
     def _stop_writing(self) -> None:
         if self._writing is not None:
             os.close(self._writing)
             self._writing = None
 
-    def _end_of_last(self) -> _Place:
-        if not self._segments:
-            return self._read
-        last = self._segments[-1]
-        return max(self._read, _Place(last, _size_of(self._path(last))))
-
     def _read_from(self, start: _Place, max_spans: int, max_bytes: int) -> Batch:
         """Spans of one segment; none if there is no whole record left in it."""
         path = self._path(start.segment)
         last = start.segment == self._end.segment
-        size = self._end.offset if last else _size_of(path)
-        wanted = max_bytes
-        while True:
-            try:
-                with path.open("rb") as file:
-                    file.seek(start.offset)
-                    data = file.read(min(wanted, size - start.offset))
-            except FileNotFoundError:
-                data = b""
-            batch = _records_of(data, start, max_spans)
-            reached_end = start.offset + len(data) >= size
-            if batch.spans or reached_end:
-                break
-            wanted *= 4  # one record is larger than a batch
-        if batch.spans:
-            return batch
-        lost = len(data)
-        if lost:
-            _logger.warning("%d bytes at the end of %s are no whole record: torn by a crash, or damaged", lost, path)
-        return Batch([], self._end if last else _Place(self._next_segment(start.segment), 0), lost)
-
-    def _next_segment(self, segment: int) -> int:
-        return next((each for each in self._segments if each > segment), self._end.segment)
+        size = (self._end.offset if last else _size_of(path)) - start.offset
+        batch, data = Batch([], start, 0), b""
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(start.offset)
+            for wanted in (min(max_bytes, size), size):  # all, if one record is larger than a batch
+                data += file.read(wanted - len(data))
+                batch = _records_of(data, start, max_spans)
+                if batch.spans:
+                    return batch
+        if data:
+            _logger.warning(
+                "%d bytes at the end of %s are no whole record: torn by a crash, or damaged", len(data), path
+            )
+        following = next((each for each in self._segments if each > start.segment), self._end.segment)
+        return Batch([], self._end if last else _Place(following, 0), len(data))
 
     def _move_to(self, place: _Place) -> None:
         """Reading goes on here; segments before it are deleted, and so is the last one when it is done with."""
@@ -276,7 +252,12 @@ class Spool:
         ]
         try:
             # First the cursor: it may point to what is gone, but never before what is still there and was read.
-            _write_cursor(self.folder, place)
+            # In one write of fixed length, so that a kill leaves the old text or the new one.
+            cursor = _private(self.folder / _CURSOR, os.O_WRONLY | os.O_CREAT)
+            try:
+                os.pwrite(cursor, f"{place.segment:010d} {place.offset:012d}\n".encode(), 0)
+            finally:
+                os.close(cursor)
             for each in done:
                 self._path(each).unlink(missing_ok=True)
                 self._segments.remove(each)
@@ -295,10 +276,6 @@ def _records_of(data: bytes, start: _Place, max_spans: int) -> Batch:
     return Batch(spans, _Place(start.segment, end), damaged)
 
 
-def _segments_in(folder: Path) -> list[int]:
-    return sorted(int(each.stem) for each in folder.glob("*.seg") if each.stem.isdigit())
-
-
 def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -306,18 +283,9 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _private(path: str | Path, flags: int) -> int:
+    """Open a file that only its owner can read, and that children do not inherit."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
@@ -329,15 +297,6 @@ def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
         return beginning
     possible = segment not in segments or offset <= _size_of(folder / f"{segment:08d}.seg")
     return max(beginning, _Place(segment, offset)) if possible else beginning
-
-
-def _write_cursor(folder: Path, place: _Place) -> None:
-    """In one write of fixed length, so that a kill leaves the old text or the new one."""
-    handle = os.open(folder / _CURSOR, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(handle, f"{place.segment:010d} {place.offset:012d}\n".encode(), 0)
-    finally:
-        os.close(handle)
 
 
 _COUNT_AGAIN_SECONDS = 1.0
@@ -366,7 +325,7 @@ class SpoolFolder:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._others_bytes = 0
-        self._counted_at: float | None = None
+        self._counted_at = float("-inf")
 
     @property
     def quarantine_file(self) -> Path:
@@ -411,7 +370,13 @@ class SpoolFolder:
 
     def check_room(self, own: Spool, more_bytes: int) -> None:
         """Raise ``SpoolFull`` unless so many more bytes may be written to this process's spool."""
-        used = own.waiting_bytes + self._bytes_of_others(own)
+        with self._lock:
+            now = self._monotonic()
+            if now - self._counted_at >= _COUNT_AGAIN_SECONDS:
+                self._counted_at = now
+                others = (each for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder)
+                self._others_bytes = sum(map(_size_of, others))
+            used = own.waiting_bytes + self._others_bytes
         if used + more_bytes > self._max_bytes:
             raise SpoolFull(
                 f"{used:,} bytes of spans wait in {self.root} for the server, and {self._max_bytes:,} are allowed; "
@@ -421,20 +386,7 @@ class SpoolFolder:
     def quarantine(self, span: bytes, error: AgentLightningError) -> None:
         """Put away a span that the server refuses for good, with the reason."""
         line = {"time": self._wall(), "code": error.code, "message": error.message, "span": json.loads(span)}
-        handle = os.open(self.quarantine_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(handle, json.dumps(line).encode() + b"\n")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _bytes_of_others(self, own: Spool) -> int:
-        """What the other spools take, counted about once a second."""
-        with self._lock:
-            now = self._monotonic()
-            if self._counted_at is None or now - self._counted_at >= _COUNT_AGAIN_SECONDS:
-                self._counted_at = now
-                self._others_bytes = sum(
-                    _size_of(each) for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder
-                )
-            return self._others_bytes
+        with open(self.quarantine_file, "ab", opener=_private) as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,8 +1,7 @@
 """The seam between what a client wants to say and how it gets there.
 
-Everything that makes a client sturdy (retries, the circuit breaker, timeouts, health) is a
-`Transport` around another `Transport`; the innermost one speaks HTTP. Each can be tested alone,
-with a transport of the test's own inside.
+What makes a client sturdy (retries, the circuit breaker, timeouts) is a `Transport` around another one, which speaks
+HTTP. Each can be tested alone, with a transport of the test's own inside.
 """
 
 from __future__ import annotations
@@ -57,34 +56,8 @@ class Transport(Protocol):
 
         Raises:
             StoreUnreachable: there was none. Whether the server did what was asked is unknown.
-            RequestShed: it was held back (only between a breaker and the retries around it).
         """
         ...
-
-
-class RequestShed(Exception):
-    """The circuit breaker held a request back; nothing was sent. Retries turn it into ``StoreUnreachable``.
-
-    Args:
-        message: why.
-        retry_after_seconds: when to ask the breaker again.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
-        super().__init__(message)
-        self.message = message
-        self.retry_after_seconds = retry_after_seconds
-
-
-TROUBLE = frozenset({500, 502, 503, 504})
-"""What a server in trouble answers. 429 and 507 come from a server that is well and says what it lacks."""
-
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
-
-
-def is_transient(status: int) -> bool:
-    """Whether the same request may get another answer later. 501 and 505 say that it never will."""
-    return status in _TRANSIENT or (status > 507 and status < 600)
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -93,7 +66,6 @@ _UNBOUNDED = nullcontext()
 
 
 class _Session(NamedTuple):
-    loop: asyncio.AbstractEventLoop
     session: aiohttp.ClientSession
     polls: asyncio.Semaphore
     """Long polls hold a connection for long; these are the ones that they may hold."""
@@ -125,7 +97,7 @@ class HttpTransport:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
         self._connect_seconds = connect_seconds
         self._max_connections = max_connections
-        self._ssl = ssl_context
+        self._ssl: ssl.SSLContext | bool = True if ssl_context is None else ssl_context
         self._lock = threading.Lock()
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._urls: dict[str, URL] = {}
@@ -162,10 +134,20 @@ class HttpTransport:
     async def close(self) -> None:
         """Close all sessions, also those of other event loops. Later requests open new ones; idempotent."""
         with self._lock:
-            sessions = list(self._sessions.values())
-            self._sessions.clear()
-        for each in sessions:
-            await _close(each)
+            sessions = self._sessions
+            self._sessions = {}
+        for loop, each in sessions.items():
+            if loop is asyncio.get_running_loop():
+                await each.lifetime.aclose()
+            elif loop.is_running():
+                ending = asyncio.run_coroutine_threadsafe(_end(each), loop)
+                try:
+                    async with asyncio.timeout(5):
+                        await asyncio.wrap_future(ending)
+                except TimeoutError:  # that loop is busy or ended meanwhile; then its own end closes the session
+                    ending.cancel()
+            else:
+                _let_go(each.session)
 
     def _url(self, target: str) -> URL:
         """The URL of a target. Those without ids and query are few, so they are parsed once and kept."""
@@ -176,22 +158,20 @@ class HttpTransport:
 
     async def _open(self) -> _Session:
         loop = asyncio.get_running_loop()
-        lifetime = self._lifetime()
+        lifetime = self._lifetime(loop)
         session = await anext(lifetime)  # does not suspend, so no other task of this loop comes between
+        polls = asyncio.Semaphore(max(1, self._max_connections * 3 // 4))
         with self._lock:
             closed = [self._sessions.pop(other) for other in list(self._sessions) if other.is_closed()]
-            polls = asyncio.Semaphore(max(1, self._max_connections * 3 // 4))
-            opened = self._sessions[loop] = _Session(loop, session, polls, lifetime)
+            opened = self._sessions[loop] = _Session(session, polls, lifetime)
         for each in closed:
-            _let_go(each)
+            _let_go(each.session)
         return opened
 
-    async def _lifetime(self) -> AsyncGenerator[aiohttp.ClientSession, None]:
-        connector = aiohttp.TCPConnector(
-            limit=self._max_connections, ssl=True if self._ssl is None else self._ssl, ttl_dns_cache=30
-        )
+    async def _lifetime(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[aiohttp.ClientSession, None]:
+        """A session that an event loop closes when it ends, as it does with all asynchronous generators."""
         session = aiohttp.ClientSession(
-            connector=connector,
+            connector=aiohttp.TCPConnector(limit=self._max_connections, ssl=self._ssl, ttl_dns_cache=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=self._timeout,
@@ -201,37 +181,22 @@ class HttpTransport:
             yield session
         finally:
             with self._lock:
-                known = self._sessions.get(asyncio.get_running_loop())
+                known = self._sessions.get(loop)
                 if known is not None and known.session is session:
-                    del self._sessions[known.loop]
+                    del self._sessions[loop]
             await session.close()
 
 
-async def _close(each: _Session) -> None:
-    if each.loop is asyncio.get_running_loop():
-        await each.lifetime.aclose()
-    elif each.loop.is_running():
-        ending = asyncio.run_coroutine_threadsafe(_end(each.lifetime), each.loop)
-        try:
-            async with asyncio.timeout(5):
-                await asyncio.wrap_future(ending)
-        except TimeoutError:  # that loop is busy or ended meanwhile; then its own end closes the session
-            ending.cancel()
-    else:
-        _let_go(each)
+async def _end(each: _Session) -> None:
+    await each.lifetime.aclose()
 
 
-async def _end(lifetime: AsyncGenerator[aiohttp.ClientSession, None]) -> None:
-    await lifetime.aclose()
-
-
-def _let_go(each: _Session) -> None:
+def _let_go(session: aiohttp.ClientSession) -> None:
     """Close the session of a loop that does not run, and may never run again."""
-    connector = each.session.connector
-    each.session.detach()
-    if connector is None:
+    pools = cast("Any", session.connector)
+    session.detach()
+    if pools is None:
         return
-    pools = cast("Any", connector)
     idle = [protocol for pool in pools._conns.values() for protocol, _ in pool]
     for protocol in [*idle, *pools._acquired]:
         transport = protocol.transport

@@ -171,7 +171,7 @@ def fork_while_locked(path: str) -> None:
     asyncio.run(prepare())
     core, files = store._core, store._backend
     assert isinstance(files, SqliteBackend)
-    locks = [core._alarm._state.condition, core._finishes._lock, core._claims._lock, files._opening]
+    locks = [core._alarm._condition, core.finishes._lock, core.claims._lock, files._opening]
     assert files._writer is not None
     locks += [files._writer._lock, files._writer._turn]
     locked, forked = threading.Event(), threading.Event()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
-from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import (
     Backend,
     Deadline,
@@ -22,8 +21,8 @@ from agentlightning.store.backend import (
     Transaction,
     Waiting,
 )
-from agentlightning.store.sweep import Alarm, Deadlines, sweep
-from agentlightning.store.waits import ClaimTicket, ClaimWaiters, FinishWaiters, FinishWatch
+from agentlightning.store.sweep import Alarm, sweep
+from agentlightning.store.waits import ClaimWaiters, FinishWaiters
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -39,20 +38,16 @@ class Core:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.finishes = FinishWaiters()
+        self.claims = ClaimWaiters()
         self._alarm = Alarm(backend.lease_now, self._ring)
-        self._deadlines = Deadlines(backend.lease_now, self._alarm.set)
-        self._finishes = FinishWaiters()
-        self._claims = ClaimWaiters()
-        self._open = False
-        self._closed = False
-        self._no_more_waiting: AgentLightningError | None = None
-        self._claims_held = False
+        self._usable = False
 
     def open(self) -> None:
-        """Take possession of the data; idempotent. Raises as ``Backend.open``."""
-        if not self._open or self._closed:
+        """Take possession of the data; idempotent. Raises as ``Backend.open``, also in a forked child."""
+        if not self._usable or self.backend.forked:
             self.backend.open(self._take_in)
-            self._open = True
+            self._usable = True
 
     async def close(self) -> None:
         """Finish the accepted operations; callers that still wait get ``StoreClosed``. Idempotent.
@@ -61,16 +56,15 @@ class Core:
         """
         if self.backend.forked:
             return
-        self._closed = True
+        self._usable = False
         self._end_waiting(StoreClosed("the store was closed while this call waited"))
         await asyncio.to_thread(self._alarm.close)
         await self.backend.close()
 
     async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run an operation that writes, after sweeping everything that is due. That may take several transactions."""
-        if not self._open or self._closed:
-            self.open()
-        if not self._deadlines.passed():
+        self.open()
+        if not self._something_is_due():
             return await self.backend.write(operation)
         more_is_due = True
 
@@ -99,7 +93,7 @@ class Core:
         """
         self.open()
         try:
-            while self._deadlines.passed() and not self.backend.stopped:
+            while self._something_is_due() and not self.backend.stopped:
                 await self.backend.write(sweep)
             if save_touched and not self.backend.stopped:
                 await self.backend.write(lambda tx: tx.save_touched())
@@ -109,114 +103,12 @@ class Core:
             pass
         return await self.backend.read(operation, rows=rows)
 
-    # --- Waiting ---------------------------------------------------------------------------------
-
-    def hold_claims(self) -> None:
-        """Hand out nothing until ``release_claims``: claims find the queue empty."""
-        self._claims_held = True
-
-    @property
-    def claims_held(self) -> bool:
-        """Whether nothing is handed out now."""
-        return self._claims_held
-
-    def release_claims(self) -> None:
-        """Hand out rollouts again, and wake the claims that wait. Idempotent."""
-        if self._claims_held:
-            self._claims_held = False
-            self._claims.wake_all()
-
-    async def claim_or_wait(
-        self,
-        claim: Callable[[], Awaitable[Sequence[T] | None]],
-        worker_id: str | None,
-        request_id: str | None,
-        wait_seconds: float,
-    ) -> Sequence[T]:
-        """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
-
-        If ``claim`` returns None, its worker must not claim: the result is empty, without a wait.
-        """
-        self._check_process()
-
-        async def claim_unless_held() -> Sequence[T] | None:
-            return () if self._claims_held else await claim()
-
-        clock = asyncio.get_running_loop().time
-        until = clock() + wait_seconds
-        while True:
-            if until - clock() <= 0:
-                return await claim_unless_held() or []
-            ticket = self._claims.join(worker_id, request_id)
-            will_look = False
-            try:
-                claimed = await claim_unless_held()
-                if claimed is None:
-                    self._claims.wake(1)  # this ticket may have been woken for a rollout that another worker can take
-                    return []
-                if claimed or ticket.replaced:
-                    return claimed
-                called = await self._wait_turn(ticket, until - clock())
-                if ticket.replaced or not called:
-                    return []
-                will_look = True
-            finally:
-                self._claims.leave(ticket, will_look=will_look)
-
-    async def _wait_turn(self, ticket: ClaimTicket, seconds: float) -> bool:
-        """Wait until this ticket is woken; returns whether that happened in time."""
-        self._check_waiting()
-        return await ticket.signal.wait(seconds)
-
-    def watch(self, rollout_ids: Sequence[str]) -> FinishWatch:
-        """Record which of these rollouts end from now on, until ``unwatch``."""
-        self._check_process()
-        return self._finishes.watch(rollout_ids)
-
-    def _check_process(self) -> None:
-        """Raise in a forked child, before it takes a lock that another thread may have held at the fork."""
-        if self.backend.forked:
-            self.backend.open(self._take_in)  # raises
-
-    def keep_for_waiters(self, deleted: Sequence[Change]) -> None:
-        """Give deleted rollouts to those who wait for them: they have ended, and cannot be read any more."""
-        self._finishes.deleted(deleted)
-
-    def unwatch(self, watch: FinishWatch) -> None:
-        """Forget a watch."""
-        self._finishes.unwatch(watch)
-
-    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> None:
-        """Do not wait for these rollouts: they had ended before, or are unknown."""
-        self._finishes.settle(watch, rollout_ids)
-
-    async def next_ends(self, watch: FinishWatch, until: float | None) -> set[str]:
-        """Wait until watched rollouts have ended: the last of them, or enough to read them together.
-
-        Args:
-            until: the time of the event loop at which the wait ends; None: no limit.
-
-        Returns:
-            Those that have ended since the last call; none if the time is up.
-        """
-        seconds = None if until is None else until - asyncio.get_running_loop().time()
-        if watch.pending and (seconds is None or seconds > 0):
-            self._check_waiting()
-            await watch.signal.wait(seconds)
-        return self._finishes.take(watch)
+    def _something_is_due(self) -> bool:
+        return self.backend.lease_now() >= self._alarm.next
 
     def _end_waiting(self, error: AgentLightningError) -> None:
-        """Raise ``error`` in every caller that waits, now and from now on."""
-        self._no_more_waiting = error
-        self._finishes.close(error)
-        self._claims.close(error)
-
-    def _check_waiting(self) -> None:
-        error = self._no_more_waiting
-        if error is not None:
-            raise type(error)(error.message) from error
-
-    # --- Events ----------------------------------------------------------------------------------
+        self.finishes.close(error)
+        self.claims.close(error)
 
     def _take_in(self, events: list[Event]) -> None:
         """Handle the events of committed transactions. Called in the order of the commits, from any thread."""
@@ -224,17 +116,17 @@ class Core:
         for event in events:
             match event:
                 case Finished(rollout_id):
-                    self._finishes.finished(rollout_id)
+                    self.finishes.finished(rollout_id)
                 case Waiting(rollouts):
                     waiting += rollouts
                 case Deadline() | Swept():
-                    self._deadlines.note(event)
+                    self._alarm.note(event)
                 case Directed(worker_ids):
-                    self._claims.wake_workers(worker_ids)
+                    self.claims.wake_workers(worker_ids)
                 case Stopped(error):
                     self._end_waiting(error)
         if waiting:
-            self._claims.wake(waiting)
+            self.claims.wake(waiting)
 
     def _ring(self) -> None:
         """A deadline has passed and no call has swept: sweep, so that the callers that wait are woken."""
@@ -247,5 +139,5 @@ class Core:
             _log.exception("a sweep failed; it is tried again in %g s", _RETRY_SWEEP_SECONDS)
             self._alarm.set(self.backend.lease_now() + _RETRY_SWEEP_SECONDS)
         else:
-            if self._deadlines.passed() and self._deadlines.next < math.inf:
-                self._alarm.set(self._deadlines.next)
+            if self._something_is_due() and self._alarm.next < math.inf:
+                self._alarm.set(self._alarm.next)

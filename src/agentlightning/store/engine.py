@@ -107,7 +107,7 @@ class EngineStore(ReadingStore):
         For a run that is taken up again: what its earlier start left in the queue may not be claimed before its
         algorithm is there to answer for it. Heartbeats and reports are taken meanwhile.
         """
-        self._core.hold_claims()
+        self._core.claims.held = True
 
     def answering_in_json(self) -> Any:
         """This store as a second object, whose methods return each record as its JSON, in bytes.
@@ -133,7 +133,7 @@ class EngineStore(ReadingStore):
         check_batch(rollouts, "rollouts")
         drafts = [draft_of(request, self._ids) for request in rollouts]
         done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
-        self._core.release_claims()
+        self._core.claims.release()
         return [self._shown.rollout_view(*each) for each in done]
 
     async def start_rollout(
@@ -175,7 +175,8 @@ class EngineStore(ReadingStore):
             claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, wanted, self._mint_attempt_id))
             return None if claimed is None else [self._shown.attempted_view(*pair) for pair in claimed]
 
-        return await self._core.claim_or_wait(claim, worker_id, request_id, wait_seconds)
+        self._core.open()
+        return await self._core.claims.claim_or_wait(claim, worker_id, request_id, wait_seconds)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None
@@ -258,7 +259,7 @@ class EngineStore(ReadingStore):
         check_spans_of(spans, rollout_id, attempt_id)
         check_claim_limit(claim_limit, least=0, what="claim_limit")
         wanted = self._claim_request(claim_limit, worker_id, request_id)
-        claim = wanted if claim_limit and not self._core.claims_held else None
+        claim = wanted if claim_limit and not self._core.claims.held else None
         done = await self._core.write(
             lambda tx: attempt_ops.finish(tx, rollout_id, attempt_id, drafts, said, claim, self._mint_attempt_id)
         )
@@ -280,7 +281,7 @@ class EngineStore(ReadingStore):
         deleted = 0
         while True:
             gone, more = await self._core.write(lambda tx: rollout_ops.delete_slice(tx, tx.now().wall - age))
-            self._core.keep_for_waiters(gone)
+            self._core.finishes.deleted(gone)
             deleted += len(gone)
             if not more:
                 return deleted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import cache
@@ -143,17 +142,9 @@ class ReadingStore(LightningStore):
             raise InvalidValue("rollout_ids is None; give the ids of the rollouts to wait for")
         ids: tuple[str, ...] = tuple(dict.fromkeys(wanted.value))
         seconds = None if timeout is None else max(check_finite(timeout, "timeout"), 0.0)
-        self._core.release_claims()
-        watch = self._core.watch(ids)
-        try:
-            rows = await self._rollouts(ids)
-            self._core.settle(watch, set(ids) - {each for each, (rollout, _) in rows.items() if not rollout.final})
-            until = None if seconds is None else asyncio.get_running_loop().time() + seconds
-            while ended := await self._core.next_ends(watch, until):
-                rows |= await self._rollouts(ended)
-            rows |= watch.deleted
-        finally:
-            self._core.unwatch(watch)
+        self._core.open()
+        self._core.claims.release()
+        rows = await self._core.finishes.wait(ids, self._rollouts, seconds)
         return [self._shown.rollout_view(*rows[each]) for each in ids if each in rows and rows[each].rollout.final]
 
     async def _rollouts(self, rollout_ids: Collection[str]) -> dict[str, Change]:

@@ -11,6 +11,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from types import MethodType
 
 from msgspec.structs import replace
 
@@ -59,22 +60,27 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
     await save_worker(tx, worker, after)
 
 
-class Deadlines:
-    """The next moment, on the lease clock, at which something may expire; possibly early, never late.
+class Alarm:
+    """The next moment at which something may expire, and a thread that rings when it has passed.
+
+    The moment is possibly early, never late. The thread starts with the first deadline, and ends with ``close``, or
+    when nobody holds the object of ``ring`` any more.
 
     Args:
         lease_now: reads the lease clock, in seconds.
-        alarm: called each time the next deadline changes.
+        ring: called after a deadline has passed; it should sweep, which sets the next one.
     """
 
-    def __init__(self, lease_now: Callable[[], float], alarm: Callable[[float], None]) -> None:
-        self._lease_now = lease_now
-        self._alarm = alarm
+    def __init__(self, lease_now: Callable[[], float], ring: MethodType) -> None:
         self.next = -math.inf
-
-    def passed(self) -> bool:
-        """Whether there may be something to sweep."""
-        return self._lease_now() >= self.next
+        # Weak references: the thread must not keep a store alive that nobody uses any more.
+        self._lease_now = weakref.WeakMethod(lease_now)
+        self._ring = weakref.WeakMethod(ring)
+        self._owner = weakref.ref(ring.__self__)
+        self._condition = threading.Condition()
+        self._rings_at = math.inf
+        self._closed = False
+        self._thread: threading.Thread | None = None
 
     def note(self, event: Deadline | Swept) -> None:
         """Handle an event of a committed transaction. Events come in the order of the commits."""
@@ -85,80 +91,54 @@ class Deadlines:
                 following = math.inf if at is None else at
         if following != self.next:
             self.next = following
-            self._alarm(following)
+            self.set(following)
 
-
-class Alarm:
-    """A thread that calls back when a deadline has passed. It starts with the first deadline.
-
-    Args:
-        lease_now: reads the lease clock, in seconds.
-        ring: called after a deadline has passed; it should sweep, which sets the next one.
-    """
-
-    def __init__(self, lease_now: Callable[[], float], ring: Callable[[], None]) -> None:
-        # Weak references: the thread must not keep a store alive that nobody uses any more.
-        self._state = _AlarmState(weakref.WeakMethod(lease_now), weakref.WeakMethod(ring))
-        self._thread: threading.Thread | None = None
-
-    def set(self, deadline: float) -> None:
+    def set(self, moment: float) -> None:
         """Ring at this moment of the lease clock, and no longer at the one set before."""
-        with self._state.condition:
-            self._state.deadline = deadline
-            if self._thread is None and deadline < math.inf and not self._state.closed:
+        with self._condition:
+            self._rings_at = moment
+            if self._thread is None and moment < math.inf and not self._closed:
                 self._start()
             else:
-                self._state.condition.notify()
+                self._condition.notify()
+
+    def close(self) -> None:
+        """Never ring again; idempotent."""
+        self._end()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def _start(self) -> None:
-        thread = threading.Thread(target=_watch, args=(self._state,), name="agl-sweep", daemon=True)
+        thread = threading.Thread(target=self._run, name="agl-sweep", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more threads; the next deadline tries again
             _log.warning("expired attempts are found only when the store is used: %s", error)
             return
         self._thread = thread
-        weakref.finalize(self, self._state.close).atexit = False
+        weakref.finalize(self._owner(), self._end).atexit = False
 
-    def close(self) -> None:
-        """Never ring again; idempotent."""
-        self._state.close()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+    def _end(self) -> None:
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
 
+    def _left(self) -> float:
+        """Seconds until it rings; 0 if there is no clock any more."""
+        lease_now = self._lease_now()
+        return 0.0 if lease_now is None else self._rings_at - lease_now()
 
-class _AlarmState:
-    def __init__(
-        self, lease_now: weakref.WeakMethod[Callable[[], float]], ring: weakref.WeakMethod[Callable[[], None]]
-    ) -> None:
-        self.lease_now = lease_now
-        self.ring = ring
-        self.condition = threading.Condition()
-        self.deadline = math.inf
-        self.closed = False
-
-    def left(self) -> float:
-        """Seconds until the deadline; 0 if there is no clock any more."""
-        lease_now = self.lease_now()
-        return 0.0 if lease_now is None else self.deadline - lease_now()
-
-    def close(self) -> None:
-        with self.condition:
-            self.closed = True
-            self.condition.notify()
-
-
-def _watch(state: _AlarmState) -> None:
-    while True:
-        with state.condition:
-            while not state.closed and (left := state.left()) > 0:
-                state.condition.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
-            if state.closed:
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._closed and (left := self._left()) > 0:
+                    self._condition.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
+                if self._closed:
+                    return
+                self._rings_at = math.inf
+            ring = self._ring()
+            if ring is None:
                 return
-            state.deadline = math.inf
-        ring = state.ring()
-        if ring is None:
-            return
-        ring()
-        del ring
+            ring()
+            del ring

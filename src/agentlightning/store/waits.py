@@ -1,207 +1,253 @@
-"""Callers that wait for a change in the store. Events wake them; nothing polls."""
+"""Callers that wait for a change in the store. Events wake them; nothing polls. Safe to use from any thread."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle.rollouts import Change
+
+T = TypeVar("T")
 
 _READ_AT_ONCE = 64
 """A caller that waits for many rollouts reads them in batches of this size, so that little is left at the last end."""
 
 
-class _Signal:
-    """A one-shot flag that any thread may raise and one loop waits for."""
+class _Caller:
+    """One caller, in its event loop. Any thread may wake it, once."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[bool] = self._loop.create_future()
+        self._woken = self._loop.create_future()
+        self._error: AgentLightningError | None = None
 
-    def raise_flag(self, error: AgentLightningError | None = None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._settle, error)
-        except RuntimeError:  # the loop was closed, and with it the caller
-            return
+    def wake(self, error: AgentLightningError | None = None) -> None:
+        """End its wait; with ``error``, which is raised there, if there is one."""
+        with suppress(RuntimeError):  # the loop was closed, and with it the caller
+            self._loop.call_soon_threadsafe(self._wake, error)
 
-    async def wait(self, timeout: float | None) -> bool:
-        """Wait until the flag is raised or the time is up; returns whether it was raised. May be called once."""
-        end = None if timeout is None else self._loop.call_later(timeout, self._give_up)
+    def _wake(self, error: AgentLightningError | None) -> None:
+        if not self._woken.done():
+            self._error = error
+            self._woken.set_result(None)
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait to be woken, at most for so long; returns whether that happened."""
+        await asyncio.wait((self._woken,), timeout=seconds)
+        if self._error is not None:
+            raise self._error
+        return self._woken.done()
+
+
+class _Waiters:
+    """Callers that wait, until the store has stopped or closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: set[_Caller] = set()
+        self._error: AgentLightningError | None = None
+
+    async def _wait(self, caller: _Caller, seconds: float | None) -> bool:
+        with self._lock:
+            if self._error is not None:
+                raise type(self._error)(self._error.message) from self._error
+            self._waiting.add(caller)
         try:
-            return await self._future
+            return await caller.wait(seconds)
         finally:
-            if end is not None:
-                end.cancel()
+            with self._lock:
+                self._waiting.discard(caller)
 
-    def _give_up(self) -> None:
-        if not self._future.done():
-            self._future.set_result(False)
-
-    def _settle(self, error: AgentLightningError | None) -> None:
-        if self._future.done():
-            return
-        if error is None:
-            self._future.set_result(True)
-        else:
-            self._future.set_exception(error)
+    def close(self, error: AgentLightningError) -> None:
+        """Raise ``error`` in every caller that waits, now and from now on."""
+        with self._lock:
+            self._error = error
+            for caller in self._waiting:
+                caller.wake(error)
 
 
-class FinishWatch:
+class _Watch:
     """One caller that waits for rollouts to end."""
 
-    def __init__(self, rollout_ids: Iterable[str]) -> None:
+    def __init__(self, rollout_ids: Collection[str]) -> None:
         self.rollout_ids = frozenset(rollout_ids)
-        self.pending = set(self.rollout_ids)
+        self.pending = set(rollout_ids)
         self.ended: set[str] = set()
         """Rollouts that have ended and that the caller has not read yet."""
         self.deleted: dict[str, Change] = {}
         """Rollouts that ended and were deleted while this caller waited for others."""
-        self.signal = _Signal()
+        self.caller = _Caller()
 
 
-class FinishWaiters:
-    """The callers that wait for rollouts to end, by rollout. Safe to use from any thread."""
+class FinishWaiters(_Waiters):
+    """The callers that wait for rollouts to end, by rollout."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._watches: dict[str, list[FinishWatch]] = {}
-        self._all: set[FinishWatch] = set()
+        super().__init__()
+        self._watches: dict[str, list[_Watch]] = {}
 
-    def watch(self, rollout_ids: Iterable[str]) -> FinishWatch:
-        """Record which of these rollouts end from now on.
+    async def wait(
+        self,
+        rollout_ids: Collection[str],
+        read: Callable[[Collection[str]], Awaitable[dict[str, Change]]],
+        seconds: float | None,
+    ) -> dict[str, Change]:
+        """Wait until these rollouts have ended, or the time is up; returns what is known of them, by id.
 
-        The caller reads the store after this, and then calls ``settle`` with the rollouts that have ended already. In
-        this order no end is missed between the read and the wait.
+        Args:
+            rollout_ids: no id twice.
+            read: looks rollouts up in the store.
+            seconds: how long to wait at most; None: without a limit.
         """
-        watch = FinishWatch(rollout_ids)
+        clock = asyncio.get_running_loop().time
+        until = None if seconds is None else clock() + seconds
+        watch = _Watch(rollout_ids)
         with self._lock:
-            self._all.add(watch)
-            for rollout_id in watch.pending:
+            for rollout_id in rollout_ids:
                 self._watches.setdefault(rollout_id, []).append(watch)
-        return watch
-
-    def settle(self, watch: FinishWatch, rollout_ids: Iterable[str]) -> None:
-        """Note that a caller need not wait for these rollouts."""
-        with self._lock:
-            watch.pending.difference_update(rollout_ids)
-
-    def take(self, watch: FinishWatch) -> set[str]:
-        """The rollouts that have ended since the last call; the caller reads them now."""
-        with self._lock:
-            ended, watch.ended, watch.signal = watch.ended, set(), _Signal()
-            return ended
+        try:
+            rows = await read(rollout_ids)  # after the caller has joined, so that no end is missed in between
+            with self._lock:
+                watch.pending.intersection_update(each for each, (rollout, _) in rows.items() if not rollout.final)
+            while True:
+                left = None if until is None else until - clock()
+                if watch.pending and (left is None or left > 0):
+                    await self._wait(watch.caller, left)
+                with self._lock:
+                    ended, watch.ended, watch.caller = watch.ended, set(), _Caller()
+                if not ended:
+                    return rows | watch.deleted
+                rows |= await read(ended)
+        finally:
+            self._forget(watch)
 
     def finished(self, rollout_id: str) -> None:
         """A rollout has ended: wake the callers for which it was the last, or that have many to read by now."""
         with self._lock:
-            for watch in self._watches.pop(rollout_id, ()):
+            for watch in self._watches.get(rollout_id, ()):
                 watch.pending.discard(rollout_id)
                 watch.ended.add(rollout_id)
                 if not watch.pending or len(watch.ended) == _READ_AT_ONCE:
-                    watch.signal.raise_flag()
+                    watch.caller.wake()
 
     def deleted(self, rollouts: Sequence[Change]) -> None:
-        """Ended rollouts were deleted: keep each for the callers that have yet to read it."""
+        """Ended rollouts were deleted, and cannot be read any more: keep each for those who have yet to read it."""
         with self._lock:
             for each in rollouts:
-                for watch in self._all:
-                    if each.rollout.rollout_id in watch.rollout_ids:
-                        watch.deleted[each.rollout.rollout_id] = each
+                for watch in self._watches.get(each.rollout.rollout_id, ()):
+                    watch.deleted[each.rollout.rollout_id] = each
 
-    def unwatch(self, watch: FinishWatch) -> None:
-        """Forget a caller that no longer waits."""
+    def _forget(self, watch: _Watch) -> None:
         with self._lock:
-            self._all.discard(watch)
             for rollout_id in watch.rollout_ids:
-                others = [each for each in self._watches.get(rollout_id, ()) if each is not watch]
-                if others:
-                    self._watches[rollout_id] = others
-                else:
-                    self._watches.pop(rollout_id, None)
-
-    def close(self, error: AgentLightningError) -> None:
-        """The store has stopped or closed: raise ``error`` in every caller that waits."""
-        with self._lock:
-            for watches in self._watches.values():
-                for watch in watches:
-                    watch.signal.raise_flag(error)
-            self._watches.clear()
+                watches = self._watches[rollout_id]
+                watches.remove(watch)
+                if not watches:
+                    del self._watches[rollout_id]
 
 
-class ClaimTicket:
+class _Ticket(_Caller):
     """The place in line of one caller that waits for a claimable rollout."""
 
-    def __init__(self, worker_id: str | None = None) -> None:
+    def __init__(self, worker_id: str | None, request_id: str | None) -> None:
+        super().__init__()
         self.worker_id = worker_id
-        self.signal = _Signal()
-        self.woken = False
+        self.request_id = request_id
+        self.called = False
         self.replaced = False
 
 
-class ClaimWaiters:
-    """The callers that wait for claimable rollouts, in the order of arrival. Safe to use from any thread."""
+class ClaimWaiters(_Waiters):
+    """The callers that wait for claimable rollouts, in the order of arrival."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tickets: OrderedDict[ClaimTicket, str | None] = OrderedDict()
-        self._by_request: dict[str, ClaimTicket] = {}
+        super().__init__()
+        self._line: dict[_Ticket, None] = {}
+        self._by_request: dict[str, _Ticket] = {}
+        self.held = False
+        """Whether nothing is handed out: claims find the queue empty."""
 
-    def join(self, worker_id: str | None, request_id: str | None) -> ClaimTicket:
-        """Add a caller to the line; it must look at the queue after this. Replaces a ticket of the same request."""
-        ticket = ClaimTicket(worker_id)
+    def release(self) -> None:
+        """Hand out rollouts again, and wake the claims that wait. Idempotent."""
+        if self.held:
+            self.held = False
+            self.wake(len(self._line))
+
+    async def claim_or_wait(
+        self,
+        claim: Callable[[], Awaitable[Sequence[T] | None]],
+        worker_id: str | None,
+        request_id: str | None,
+        seconds: float,
+    ) -> Sequence[T]:
+        """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
+
+        If ``claim`` returns None, its worker must not claim: the result is empty, without a wait.
+        """
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        while clock() < until:
+            ticket = self._join(worker_id, request_id)
+            will_look = False
+            try:
+                claimed = () if self.held else await claim()
+                if claimed is None:
+                    self.wake(1)  # this ticket may have been called for a rollout that another worker can take
+                    return []
+                if claimed or ticket.replaced:
+                    return claimed
+                called = await self._wait(ticket, until - clock())
+                if ticket.replaced or not called:
+                    return []
+                will_look = True
+            finally:
+                self._leave(ticket, will_look=will_look)
+        return [] if self.held else await claim() or []
+
+    def wake(self, count: int) -> None:
+        """Wake one caller for each of ``count`` rollouts that have become claimable."""
+        with self._lock:
+            self._call_next(count)
+
+    def wake_workers(self, worker_ids: Collection[str]) -> None:
+        """Wake the callers that claim for these workers, because a directive for them has changed."""
+        with self._lock:
+            for ticket in [each for each in self._line if each.worker_id in worker_ids]:
+                self._forget(ticket)
+                ticket.wake()
+
+    def _join(self, worker_id: str | None, request_id: str | None) -> _Ticket:
+        """Add a caller to the line, which looks at the queue after this. Replaces a ticket of the same request."""
+        ticket = _Ticket(worker_id, request_id)
         with self._lock:
             if request_id is not None:
                 older = self._by_request.get(request_id)
                 if older is not None:
                     older.replaced = True
                     self._forget(older)
-                    older.signal.raise_flag()
+                    older.wake()
                 self._by_request[request_id] = ticket
-            self._tickets[ticket] = request_id
+            self._line[ticket] = None
         return ticket
 
-    def leave(self, ticket: ClaimTicket, *, will_look: bool) -> None:
-        """Leave the line. If this caller was woken but will not look at the queue, the next one is woken instead."""
+    def _leave(self, ticket: _Ticket, *, will_look: bool) -> None:
+        """Leave the line. If this caller was called but will not look at the queue, the next one is called instead."""
         with self._lock:
             self._forget(ticket)
-            if ticket.woken and not will_look:
-                self._wake(1)
+            if ticket.called and not will_look:
+                self._call_next(1)
 
-    def wake(self, count: int) -> None:
-        """Wake one caller for each of ``count`` rollouts that have become claimable."""
-        with self._lock:
-            self._wake(count)
-
-    def wake_all(self) -> None:
-        """Wake all callers, because the number of claimable rollouts is not known."""
-        with self._lock:
-            self._wake(len(self._tickets))
-
-    def wake_workers(self, worker_ids: Collection[str]) -> None:
-        """Wake the callers that claim for these workers, because a directive for them has changed."""
-        with self._lock:
-            for ticket in [each for each in self._tickets if each.worker_id in worker_ids]:
-                self._forget(ticket)
-                ticket.signal.raise_flag()
-
-    def close(self, error: AgentLightningError) -> None:
-        """The store has stopped or closed: raise ``error`` in every caller that waits."""
-        with self._lock:
-            for ticket in self._tickets:
-                ticket.signal.raise_flag(error)
-            self._tickets.clear()
-            self._by_request.clear()
-
-    def _wake(self, count: int) -> None:
-        for ticket in list(self._tickets)[:count]:
+    def _call_next(self, count: int) -> None:
+        for ticket in list(self._line)[:count]:
             self._forget(ticket)
-            ticket.woken = True
-            ticket.signal.raise_flag()
+            ticket.called = True
+            ticket.wake()
 
-    def _forget(self, ticket: ClaimTicket) -> None:
-        request_id = self._tickets.pop(ticket, None)
-        if request_id is not None and self._by_request.get(request_id) is ticket:
-            del self._by_request[request_id]
+    def _forget(self, ticket: _Ticket) -> None:
+        self._line.pop(ticket, None)
+        if ticket.request_id is not None and self._by_request.get(ticket.request_id) is ticket:
+            del self._by_request[ticket.request_id]

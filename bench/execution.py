@@ -26,7 +26,7 @@ from agentlightning import (
     OtelTracer,
     Rollout,
 )
-from agentlightning.execution.shipping import StartMethod
+from agentlightning.execution.child import StartMethod
 from agentlightning.store.base import LightningStore
 
 METHODS: tuple[StartMethod, ...] = ("fork", "forkserver", "spawn")

@@ -16,7 +16,7 @@ import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
-from agentlightning.execution.abort import abort, abort_stages
+from agentlightning.execution.abort import Abort, AbortStage, ProcessEnd, abort_stages
 from agentlightning.execution.process_tree import ProcessInfo, snapshot
 
 GRACEFUL, TERMINATE = 0.6, 0.5
@@ -68,10 +68,16 @@ def test_a_process_that_survives_is_seen() -> None:
         def living() -> list[ProcessInfo]:
             return [each for each in [snapshot().get(stubborn.pid)] if each is not None]
 
+        def apply(stages: tuple[AbortStage, ...]) -> list[ProcessEnd]:
+            abort = Abort(living, {stubborn.pid: "stubborn"}, lambda: None)
+            for seconds in abort.steps(stages):
+                time.sleep(seconds)
+            return abort.ends
+
         stages = abort_stages(0.05, 0.05)
-        [ending] = abort(stages[:2], living, {stubborn.pid: "stubborn"}, lambda: None)
+        [ending] = apply(stages[:2])
         assert (ending.pid, ending.stage) == (stubborn.pid, None)
-        [ending] = abort(stages, living, {stubborn.pid: "stubborn"}, lambda: None)
+        [ending] = apply(stages)
         assert ending.stage is not None
         assert ending.stage.name == "SIGTERM"
 

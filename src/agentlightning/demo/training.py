@@ -23,7 +23,7 @@ from agentlightning.execution.client_server import ClientServerExecutionStrategy
 from agentlightning.lifecycle import reasons
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.runner.agent import LitAgentRunner
-from agentlightning.runner.identity import process_space
+from agentlightning.runner.heartbeat import process_space
 from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.trainer.progress import SilentView, Snapshot, TableView, duration, render, workers_line

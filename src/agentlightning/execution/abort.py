@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
@@ -105,8 +105,7 @@ class SignalHandlers:
 
 # --- The four stages -------------------------------------------------------------------------------------------------
 
-_FIRST_POLL_SECONDS = 0.02
-_MAX_POLL_SECONDS = 0.2
+_FIRST_POLL_SECONDS, _MAX_POLL_SECONDS = 0.02, 0.2
 
 
 class AbortStage(NamedTuple):
@@ -144,111 +143,88 @@ class ProcessEnd(NamedTuple):
     """Since the abort began."""
 
 
-def abort(
-    stages: tuple[AbortStage, ...],
-    living: Callable[[], list[ProcessInfo]],
-    names: Mapping[int, str],
-    stop: Callable[[], None],
-    *,
-    hurry: Callable[[], bool] = lambda: False,
-    pause: Callable[[float], object] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
-) -> list[ProcessEnd]:
-    """End all processes of a run; blocks until they have ended, or every stage has had its time.
+class Abort:
+    """Ends all processes of a run.
 
     Args:
-        stages: what is done, in this order.
         living: returns the processes of the run that have not ended.
         names: of the processes that see the stop event, by number.
         stop: sets the stop event.
         hurry: whether to go to the last stage at once.
-        pause: waits for so many seconds, or less.
-        clock: monotonic, in seconds.
-
-    Returns:
-        How each process ended, in the order in which they ended.
     """
-    progress = _AbortProgress(living, names, clock)
-    for stage in stages:
-        is_last = stage is stages[-1]
-        if hurry() and not is_last:
-            continue
-        left = progress.update()
-        if not left:
-            break
-        progress.stage = stage
-        if not stage.signals:
-            stop()
-        progress.apply(stage, left, hurry=(lambda: False) if is_last else hurry, pause=pause)
-    for survivor in progress.update():
-        progress.note(survivor, None)
-    return progress.ends
-
-
-class _AbortProgress:
-    """Which processes are left, and in which stage the others have ended."""
 
     def __init__(
-        self, living: Callable[[], list[ProcessInfo]], names: Mapping[int, str], clock: Callable[[], float]
+        self,
+        living: Callable[[], list[ProcessInfo]],
+        names: Mapping[int, str],
+        stop: Callable[[], None],
+        hurry: Callable[[], bool] = lambda: False,
     ) -> None:
         self._living = living
         self._names = names
-        self._clock = clock
-        self._began = clock()
+        self._stop = stop
+        self._hurry = hurry
+        self._began = time.monotonic()
         self._known: dict[tuple[int, float], ProcessInfo] = {}
-        self.stage: AbortStage | None = None
+        self._stage: AbortStage | None = None
         """The last stage that was applied."""
         self.ends: list[ProcessEnd] = []
+        """How each process ended, in the order in which they ended."""
 
-    def apply(
-        self,
-        stage: AbortStage,
-        left: list[ProcessInfo],
-        *,
-        hurry: Callable[[], bool],
-        pause: Callable[[float], object],
-    ) -> None:
+    def steps(self, stages: tuple[AbortStage, ...]) -> Iterator[float]:
+        """Apply the stages, until no process is left or each had its time; yields how long to wait before going on."""
+        for stage in stages:
+            is_last = stage is stages[-1]
+            if self._hurry() and not is_last:
+                continue
+            if not self._left():
+                break
+            self._stage = stage
+            if not stage.signals:
+                self._stop()
+            yield from self._apply(stage, is_last)
+        for survivor in self._left():
+            self._note(survivor, None)
+
+    def _apply(self, stage: AbortStage, is_last: bool) -> Iterator[float]:
         """Send the signals of a stage, and wait until its time is over or nobody is left."""
-        until = self._clock() + stage.seconds
+        until = time.monotonic() + stage.seconds
         poll_seconds = _FIRST_POLL_SECONDS
         signalled: set[tuple[int, float]] = set()
-        while left and self._clock() < until and not hurry():
+        # Looked up in each round, because a process may have started another one since.
+        while (left := self._left()) and time.monotonic() < until and (is_last or not self._hurry()):
             if not stage.signals and not any(each.pid in self._names for each in left):
                 return  # the processes that are left do not know of the stop event, so waiting is useless
-            # Again in each round, because a process may have started another one since.
             for process in left:
                 if (process.pid, process.started) not in signalled:
                     signalled.add((process.pid, process.started))
                     for number in stage.signals:
                         send_signal(process, number)
-            pause(min(poll_seconds, max(until - self._clock(), 0.0)))
+            yield max(min(poll_seconds, until - time.monotonic()), 0.0)
             poll_seconds = min(poll_seconds * 1.5, _MAX_POLL_SECONDS)
-            left = self.update()
 
-    def update(self) -> list[ProcessInfo]:
-        """Return the processes that are left, and note the end of the others."""
+    def _left(self) -> list[ProcessInfo]:
+        """The processes that are left; the end of the others is noted."""
         left = {(each.pid, each.started): each for each in self._living()}
-        if self.stage is not None:
+        if self._stage is not None:
             for key in self._known.keys() - left.keys():
-                self.note(self._known[key], self.stage)
+                self._note(self._known[key], self._stage)
         self._known = left
         return list(left.values())
 
-    def note(self, process: ProcessInfo, stage: AbortStage | None) -> None:
-        """Record how a process ended; None: it has not."""
+    def _note(self, process: ProcessInfo, stage: AbortStage | None) -> None:
         name = self._names.get(process.pid)
         if name is None:
             owner = self._names.get(process.session) or self._names.get(process.parent) or "a process of this run"
             name = f"{process.name}, left behind by {owner}"
-        self.ends.append(ProcessEnd(process.pid, name, stage, self._clock() - self._began))
+        self.ends.append(ProcessEnd(process.pid, name, stage, time.monotonic() - self._began))
 
-
-def log_ends(ends: list[ProcessEnd]) -> None:
-    """Log for each process what ended it."""
-    for pid, name, stage, seconds in ends:
-        if stage is None:
-            _log.error("%s (pid %d) is still there after %.1f s, in spite of every signal", name, pid, seconds)
-        elif stage.signals:
-            _log.warning("%s (pid %d) was ended by %s, stage %d, %.1f s", name, pid, stage.name, stage.number, seconds)
-        else:
-            _log.info("%s (pid %d) ended after %s, stage 1, %.1f s", name, pid, stage.name, seconds)
+    def log_ends(self) -> None:
+        """Log for each process what ended it."""
+        for pid, name, stage, seconds in self.ends:
+            if stage is None:
+                _log.error("%s (pid %d) is still there after %.1f s, in spite of every signal", name, pid, seconds)
+                continue
+            level = logging.WARNING if stage.signals else logging.INFO
+            how = "was ended by" if stage.signals else "ended after"
+            _log.log(level, "%s (pid %d) %s %s, stage %d, %.1f s", name, pid, how, stage.name, stage.number, seconds)

@@ -10,11 +10,12 @@ from multiprocessing import synchronize
 from multiprocessing.context import BaseContext
 from typing import ClassVar, Protocol
 
+from agentlightning.runner.base import StopEvent
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
 from agentlightning.store.base import LightningStore
 
 
-class ExecutionEvent(Protocol):
+class ExecutionEvent(StopEvent, Protocol):
     """A flag that one side sets and the other sees."""
 
     def set(self) -> None:
@@ -23,14 +24,6 @@ class ExecutionEvent(Protocol):
 
     def clear(self) -> None:
         """Clear the flag."""
-        ...
-
-    def is_set(self) -> bool:
-        """Whether the flag is set."""
-        ...
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block the calling thread until the flag is set, or for ``timeout`` seconds; return whether it is set."""
         ...
 
 
@@ -105,6 +98,15 @@ def prepare_store(algorithm: AlgorithmBundle, store: LightningStore) -> None:
     prepare = getattr(algorithm, "prepare", None)
     if prepare is not None:
         asyncio.run(prepare(store))
+
+
+async def cancel_all_tasks() -> None:
+    """Cancel all other tasks of this loop and wait for them, then finish its generators."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 def resolve_managed_store_flag(value: bool | None) -> bool:

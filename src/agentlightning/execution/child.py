@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
+import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from types import FunctionType, MethodType
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
+
+from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ThreadingEvent
 from agentlightning.execution.process_tree import Cgroup, die_with_parent
-from agentlightning.execution.quotas import CrashCounter, Quotas, RestartPolicy, exhausted
-from agentlightning.execution.shipping import unpack
+from agentlightning.execution.quotas import CrashCounter, Quotas, exhausted
+
+_log = logging.getLogger(__name__)
+
+ProcessJob = Callable[[str, ThreadingEvent, Mapping[str, Any]], str]
+"""What the processes of a run do. It gets the name of its slot, the stop event, soon after which it ends, and plain
+values; it returns in one word how it ended."""
 
 # --- Messages between the supervisor and a launcher ------------------------------------------------------------------
 
@@ -27,10 +40,6 @@ class StartProcess(NamedTuple):
 
     slot: str
     """The slot that the process fills: for a runner, its worker id."""
-    generation: int
-    """1 for the first process of a slot, then counted up."""
-    job: str
-    """Which of the launcher's jobs it does."""
     arguments: Mapping[str, Any]
     """Plain values for the job."""
     environment: Mapping[str, str]
@@ -42,15 +51,8 @@ class StartProcess(NamedTuple):
     """Whether that group limits its memory."""
 
 
-class SetStopEvent(NamedTuple):
-    """Command: set the stop event of every process."""
-
-
-class CloseLauncher(NamedTuple):
-    """Command: end all processes that are left, then the launcher."""
-
-
-LauncherCommand = StartProcess | SetStopEvent | CloseLauncher
+LauncherCommand = StartProcess | Literal["stop", "close"]
+"""``stop`` sets the stop event of every process; ``close`` ends all processes that are left, then the launcher."""
 
 
 class ProcessResult(NamedTuple):
@@ -65,58 +67,21 @@ class ProcessResult(NamedTuple):
     """Which resource was used up, if that is why it failed."""
 
 
-class ProcessStarted(NamedTuple):
-    """Event: the process runs. Its number is 0 if it could not be made; then ``ProcessExited`` follows."""
+class ProcessEvent(NamedTuple):
+    """What the launcher reports of a process."""
 
     slot: str
-    generation: int
+    what: Literal["started", "ready", "exited"]
+    """``ready``: it has loaded its job and begins with it."""
     pid: int
-
-
-class ProcessReady(NamedTuple):
-    """Event: the process has loaded its job and begins with it."""
-
-    slot: str
-    generation: int
-
-
-class ProcessExited(NamedTuple):
-    """Event: the process has ended."""
-
-    slot: str
-    generation: int
-    pid: int
-    code: int
-    """As in ``subprocess``: negative for a signal."""
-    result: ProcessResult | None
+    """0: it could not be made."""
+    code: int = 0
+    """Of one that has exited, as in ``subprocess``: negative for a signal."""
+    result: ProcessResult | None = None
     """None: it ended before it could report one."""
 
 
-LauncherEvent = ProcessStarted | ProcessReady | ProcessExited
-
-
-class ProcessJob(Protocol):
-    """What a process does."""
-
-    def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
-        """Do the job, and end soon after ``event`` is set; return how it ended in one word."""
-        ...
-
-
-class ChildPipes(NamedTuple):
-    """The child's ends of the two pipes between it and the launcher."""
-
-    control: int
-    """To read from."""
-    report: int
-    """To write to."""
-
-
 # --- Slots -----------------------------------------------------------------------------------------------------------
-
-SlotState = Literal["starting", "running", "waiting", "ended", "given up"]
-"""``waiting``: its process crashed, and the next one starts soon. ``ended``: its process has ended without a crash, or
-is not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -137,38 +102,31 @@ class Crash:
 
 @dataclass
 class Slot:
-    """A place that one process after another fills (its *generations*).
-
-    A process that crashes is replaced by the next one, until the restart policy gives the slot up.
+    """A place that one process after another fills: one that crashes is replaced, until the restarts are used up.
 
     Args:
-        name: of the slot; for a runner, its worker id.
-        job: which job is done here.
-        arguments: plain values for the job.
-        restart: when a process that crashes is replaced; None: never.
-        quotas: limits of each process.
-        environment: added to that of each process.
+        start: the command that fills it.
+        restarts: when a process that crashes is replaced; None: never.
     """
 
-    name: str
-    job: str
-    arguments: Mapping[str, Any]
-    restart: RestartPolicy | None
-    quotas: Quotas | None = None
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    start: StartProcess
+    restarts: CrashCounter | None
     cgroup: Cgroup | None = None
-    state: SlotState = "ended"
-    generation: int = 0
-    ready: bool = False
-    """Whether the process of this generation has begun with its job."""
+    state: Literal["starting", "running", "waiting", "ended", "given up"] = "ended"
+    """``waiting``: its process crashed, and the next one starts soon. ``ended``: its process has ended without a crash,
+    or is not needed any more."""
     pid: int = 0
     began: float = 0.0
     result: ProcessResult | None = None
     """Of the last process."""
     crash: Crash | None = None
     """The last one."""
-    _crashes: CrashCounter | None = None
     _memory_kills: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of a runner's slot: the worker id."""
+        return self.start.slot
 
     @property
     def is_live(self) -> bool:
@@ -176,57 +134,134 @@ class Slot:
         return self.state in ("starting", "running", "waiting")
 
     def next_start(self, now: float) -> StartProcess:
-        """Begin the next generation; return the command for the launcher."""
-        self.generation += 1
-        self.state, self.ready, self.pid, self.began, self.result = "starting", False, 0, now, None
-        limited = False
-        if self.cgroup is not None and self.quotas is not None and self.quotas.memory_bytes is not None:
-            limited = self.cgroup.limit_memory(self.quotas.memory_bytes)
-        cgroup = None if self.cgroup is None else str(self.cgroup.path)
-        return StartProcess(
-            self.name, self.generation, self.job, self.arguments, self.environment, self.quotas, cgroup, limited
-        )
+        """Begin the next process; return the command for the launcher."""
+        self.state, self.pid, self.began, self.result = "starting", 0, now, None
+        if self.cgroup is None:
+            return self.start
+        most = None if self.start.quotas is None else self.start.quotas.memory_bytes
+        limited = most is not None and self.cgroup.limit_memory(most)
+        return self.start._replace(cgroup=str(self.cgroup.path), memory_is_limited=limited)
 
-    def end(self, exited: ProcessExited, allowed_exit_codes: frozenset[int]) -> Crash | None:
+    def end(self, exited: ProcessEvent, allowed_exit_codes: frozenset[int]) -> Crash | None:
         """Note the end of a process; return how it crashed, or None if it did not."""
         self.state, self.result = "ended", exited.result
+        result = exited.result or ProcessResult("")
         kills = 0 if self.cgroup is None else self.cgroup.memory_kills()
         new_kills, self._memory_kills = kills - self._memory_kills, kills
-        failed = exited.result is not None and exited.result.status == "failed"
-        if exited.code in allowed_exit_codes and not failed:
+        if exited.code in allowed_exit_codes and result.status != "failed":
             return None
-        used_up = exhausted(self.quotas, exited.code, memory_kills=new_kills)
-        if used_up is None and exited.result is not None and exited.result.exhausted:
-            used_up = exited.result.exhausted
-        self.crash = Crash(
-            slot=self.name,
-            pid=exited.pid,
-            what=_describe(exited, used_up),
-            traceback=exited.result.traceback if exited.result else "",
-            exhausted=used_up is not None,
-        )
+        used_up = exhausted(self.start.quotas, exited.code, memory_kills=new_kills) or result.exhausted
+        what = _describe(exited, result)
+        what = f"{what}, having used up {used_up}" if used_up else what
+        self.crash = Crash(self.name, exited.pid, what, result.traceback, bool(used_up))
         return self.crash
 
-    def restart_delay(self, now: float) -> float | None:
-        """Seconds from a crash until the next start; None: there is none."""
-        if self.restart is None:
-            return None
-        self._crashes = self._crashes or CrashCounter(self.restart)
-        return self._crashes.crashed(now - self.began, now)
 
-
-def _describe(exited: ProcessExited, used_up: str | None) -> str:
+def _describe(exited: ProcessEvent, result: ProcessResult) -> str:
     if exited.code < 0 and exited.pid:
         try:
             name = signal.Signals(-exited.code).name
         except ValueError:  # a real-time signal
             name = f"signal {-exited.code}"
-        how = f"was killed by {name}"
-    elif exited.result is not None and exited.result.status == "failed":
-        how = f"failed: {exited.result.error}"
-    else:
-        how = f"ended with exit code {exited.code}"
-    return how if used_up is None else f"{how}, having used up {used_up}"
+        return f"was killed by {name}"
+    return f"failed: {result.error}" if result.status == "failed" else f"ended with exit code {exited.code}"
+
+
+# --- How a job gets into a process: by a fork, or packed and sent to a new interpreter --------------------------------
+# Packed with cloudpickle, because pickle itself refuses closures, lambdas and what a script or a notebook defines.
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
+
+_MAX_PATH = 300
+"""Characters of the path to an object that cannot be packed; objects may refer to each other in circles."""
+
+
+def choose_start_method(requested: StartMethod | None, what: str, job: object) -> StartMethod:
+    """How processes are started: as requested; else ``fork`` from a process with one thread, else ``forkserver``.
+
+    If there are more threads and the job, which ``what`` names, cannot be pickled, the method is ``fork`` nevertheless,
+    with a warning.
+    """
+    if requested is not None:
+        return requested
+    try:  # threads that Python does not know count too
+        threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
+    except OSError:
+        threads = threading.active_count()
+    if threads == 1:
+        return "fork"
+    try:
+        pack(what, job)
+    except InvalidValue as error:
+        _log.warning("forking a process that has threads, which may block the new one for ever, because %s", error)
+        return "fork"
+    return "forkserver"
+
+
+def pack(what: str, value: object) -> bytes:
+    """``value`` as bytes; ``what`` names it in an error message.
+
+    Raises:
+        InvalidValue: something in it cannot be packed; the message names it and the alternatives.
+    """
+    try:
+        return cloudpickle.dumps(value)  # pyright: ignore[reportUnknownMemberType]
+    except Exception as error:  # the objects' own code runs here, and may raise anything
+        path, culprit = _find_culprit(value)
+        raise InvalidValue(
+            f"{what}{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be sent to another "
+            f"process: {error}. Make it where it is used (in the agent's rollout, or when it is first asked for); or "
+            "use start_method='fork', which needs no pickling; or strategy 'shm', which has no other processes"
+        ) from error
+
+
+def unpack(what: str, data: bytes) -> Any:
+    """The object that was packed. Raises what its modules raise when they are imported here; ``what`` names it."""
+    try:
+        return pickle.loads(data)
+    except ModuleNotFoundError as error:
+        error.add_note(f"{what} was defined in a module that cannot be imported in this process")
+        raise
+
+
+def _find_culprit(value: object) -> tuple[str, object]:
+    """The object that cannot be packed, and the path to it from ``value``."""
+    visited: list[object] = []
+
+    class Recorder(cloudpickle.Pickler):
+        # Called with each object before that is packed. The last one is the culprit.
+        persistent_id = staticmethod(visited.append)  # pyright: ignore[reportAssignmentType]
+
+    with contextlib.suppress(Exception):
+        Recorder(io.BytesIO()).dump(value)  # pyright: ignore[reportUnknownMemberType]
+    culprit = part = visited[-1]
+    path = ""
+    while part is not value:
+        # The first one that refers to it: later ones are what an object on the path was taken apart into.
+        found = next(((step, owner) for owner in visited if (step := _step(owner, part)) is not None), None)
+        if found is None or len(path) > _MAX_PATH:
+            return f" … {path}", culprit
+        path, part = f"{found[0]}{path}", found[1]
+    return path, culprit
+
+
+def _step(owner: object, part: object) -> str | None:
+    """How code writes the way from an object to a part of it; None: it does not refer to it."""
+    references: Iterable[tuple[str, object]] = ()
+    match owner:
+        case MethodType():
+            references = [(".__self__", owner.__self__)]
+        case FunctionType():
+            cells = zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True)
+            references = [(f" → {name}", cell.cell_contents) for name, cell in cells]
+            references += [(f" → {each}", owner.__globals__.get(each)) for each in owner.__code__.co_names]
+        case Mapping():
+            references = ((f"[{key!r}]", item) for key, item in cast("Mapping[object, object]", owner).items())
+        case list() | tuple() | set() | frozenset():
+            references = ((f"[{number}]", item) for number, item in enumerate(cast("list[object]", owner)))
+        case _:
+            references = ((f".{name}", item) for name, item in getattr(owner, "__dict__", {}).items())
+    return next((step for step, item in references if item is part), None)
 
 
 # --- The life of a child ---------------------------------------------------------------------------------------------
@@ -234,31 +269,32 @@ def _describe(exited: ProcessExited, used_up: str | None) -> str:
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 STOP = b"S"
-"""What the launcher writes into a control pipe to set the stop event. End of file: the launcher has died."""
+"""What the launcher sends to set the stop event. The end of the connection: the launcher has died."""
 READY = b"ready"
-"""The first line in a report pipe; the next line, if any, is the ``ProcessResult``."""
+"""The first line that a child sends; the next one, if any, is its ``ProcessResult`` as JSON."""
+_MAX_CHARACTERS = 40_000
+"""Of the traceback that is reported, and of its last line."""
 
-_MAX_REPORT_BYTES = 60_000
-"""A report must fit into the pipe's buffer (64 KiB), because the launcher may be too busy to read it."""
 
-
-def run_child(start: StartProcess, job: ProcessJob | bytes, pipes: ChildPipes, launcher_pid: int) -> NoReturn:
+def run_child(start: StartProcess, side: str, job: ProcessJob | bytes, channel: int, launcher_pid: int) -> NoReturn:
     """Do a job, then end this process without unwinding anything that existed before the fork.
 
     Args:
         start: what to do.
+        side: whose job it is, for messages.
         job: the job itself, or packed. It is unpacked only after the quotas apply, because the modules that it imports
             run code of their own.
-        pipes: to the launcher.
+        channel: descriptor of the socket to the launcher.
         launcher_pid: number of the launcher's process.
     """
+    connection = socket.socket(fileno=channel)
     code = EXIT_FAILED
     try:
         _settle(start, launcher_pid)
         event = ThreadingEvent()
-        threading.Thread(target=_watch_control, args=(pipes.control, event), name="agl-control", daemon=True).start()
-        do_job: ProcessJob = unpack(f"the {start.job}'s side", job) if isinstance(job, bytes) else job
-        _report(pipes.report, READY)
+        threading.Thread(target=_watch_launcher, args=(connection, event), name="agl-control", daemon=True).start()
+        do_job: ProcessJob = unpack(side, job) if isinstance(job, bytes) else job
+        _report(connection, READY)
         result = ProcessResult(do_job(start.slot, event, start.arguments))
         code = 0
     except KeyboardInterrupt:
@@ -268,8 +304,10 @@ def run_child(start: StartProcess, job: ProcessJob | bytes, pipes: ChildPipes, l
         code = request.code if isinstance(request.code, int) else EXIT_FAILED if request.code else 0
         result = ProcessResult("done" if code == 0 else "failed", f"SystemExit: {request.code}")
     except BaseException as error:  # noqa: BLE001 - the boundary of the process: reported to its parent
-        result = _failure(error)
-    _report(pipes.report, _encode(result))
+        last_line = _shortened(traceback.format_exception_only(error)[-1].strip())
+        text = _shortened("".join(traceback.format_exception(error)))
+        result = ProcessResult("failed", last_line, text, "its memory" if isinstance(error, MemoryError) else "")
+    _report(connection, json.dumps(result).encode())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -277,21 +315,9 @@ def run_child(start: StartProcess, job: ProcessJob | bytes, pipes: ChildPipes, l
     os._exit(code)
 
 
-def _failure(error: BaseException) -> ProcessResult:
-    last_line = traceback.format_exception_only(error)[-1].strip()
-    exhausted = "its memory" if isinstance(error, MemoryError) else ""
-    return ProcessResult("failed", last_line, "".join(traceback.format_exception(error)), exhausted)
-
-
-def _encode(result: ProcessResult) -> bytes:
-    """The result as one line; the middle of a traceback that is too long is left out."""
-    encoded = json.dumps(result).encode()
-    keep = len(result.traceback)
-    while len(encoded) > _MAX_REPORT_BYTES and keep:
-        keep //= 2
-        shorter = f"{result.traceback[: keep // 2]}\n…\n{result.traceback[-(keep // 2) :]}" if keep > 1 else ""
-        encoded = json.dumps(result._replace(error=result.error[:1000], traceback=shorter)).encode()
-    return encoded
+def _shortened(text: str) -> str:
+    half = _MAX_CHARACTERS // 2
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def _settle(start: StartProcess, launcher_pid: int) -> None:
@@ -319,15 +345,16 @@ def _settle(start: StartProcess, launcher_pid: int) -> None:
         start.quotas.apply(memory_is_limited=start.memory_is_limited)
 
 
-def _watch_control(control: int, event: ThreadingEvent) -> None:
+def _watch_launcher(connection: socket.socket, event: ThreadingEvent) -> None:
     """Set the stop event when the launcher asks for it; kill this process group when the launcher has died."""
-    while received := os.read(control, 64):
-        if STOP in received:
-            event.set()
+    with contextlib.suppress(OSError):
+        while received := connection.recv(64):
+            if STOP in received:
+                event.set()
     # On Linux the kernel has sent SIGKILL already (`die_with_parent`); elsewhere the end of the pipe is the only sign.
     os.killpg(0, signal.SIGKILL)
 
 
-def _report(pipe: int, line: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, BlockingIOError):  # the launcher has died, so this process ends soon too
-        os.write(pipe, line + b"\n")
+def _report(connection: socket.socket, line: bytes) -> None:
+    with contextlib.suppress(OSError):  # the launcher has died, so this process ends soon too
+        connection.sendall(line + b"\n")

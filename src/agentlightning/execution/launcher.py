@@ -26,30 +26,24 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import IO, Any, NamedTuple, NoReturn
 
-from agentlightning.execution.abort import abort, abort_stages
+from agentlightning.execution.abort import Abort, abort_stages
 from agentlightning.execution.child import (
     READY,
     STOP,
-    ChildPipes,
-    CloseLauncher,
     LauncherCommand,
-    LauncherEvent,
-    ProcessExited,
+    ProcessEvent,
     ProcessJob,
-    ProcessReady,
     ProcessResult,
-    ProcessStarted,
-    SetStopEvent,
+    StartMethod,
     StartProcess,
+    pack,
     run_child,
 )
 from agentlightning.execution.process_tree import Cgroup, ProcessTree, adopt_orphans
-from agentlightning.execution.shipping import StartMethod, pack
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +56,10 @@ class LauncherOrders(NamedTuple):
 
     supervisor: int
     """Number of the supervisor's process."""
-    jobs: Mapping[str, ProcessJob | bytes]
-    """What processes do, by name: as objects, or packed."""
+    side: str
+    """Whose job its processes do, for messages."""
+    job: ProcessJob | bytes
+    """The job, or packed."""
     method: StartMethod
     """``fork`` and ``forkserver``: processes are forks of the launcher; ``spawn``: each is a new interpreter."""
     mark: str
@@ -73,17 +69,29 @@ class LauncherOrders(NamedTuple):
 
 
 class Launcher:
-    """The launcher as its supervisor sees it.
+    """The launcher as its supervisor sees it. This starts it.
 
     Args:
-        connection: to it.
-        pid: its number.
+        orders: what it is started with; the job is packed here if it is to be sent to a new interpreter.
+
+    Raises:
+        InvalidValue: the job cannot be sent to another process; the message names it and the alternatives.
     """
 
-    def __init__(self, connection: Connection, pid: int) -> None:
-        self._connection = connection
-        self.pid = pid
-        self._closed = False
+    def __init__(self, orders: LauncherOrders) -> None:
+        if orders.method != "fork":
+            orders = orders._replace(job=pack(orders.side, orders.job))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            if orders.method == "fork":
+                self.pid = _fork(ours, theirs, orders)
+            else:
+                with _letter(theirs.fileno(), orders) as letter:
+                    passed = (theirs.fileno(), letter.fileno())
+                    process = subprocess.Popen(_command(letter), pass_fds=passed, start_new_session=True)
+                process.returncode = 0  # `close` waits for it; without this Popen would warn that it still runs
+                self.pid = process.pid
+        self._connection = Connection(ours.detach())
 
     def fileno(self) -> int:
         """A file that is readable when ``receive`` has something to return."""
@@ -91,12 +99,12 @@ class Launcher:
 
     def send(self, command: LauncherCommand) -> None:
         """Send a command. If the launcher has died nothing happens; ``receive`` reports that."""
-        with contextlib.suppress(BrokenPipeError, ConnectionError):
+        with contextlib.suppress(ConnectionError):
             self._connection.send(command)
 
-    def receive(self) -> list[LauncherEvent] | None:
+    def receive(self) -> list[ProcessEvent] | None:
         """The events since the last call; None: the launcher has died."""
-        events: list[LauncherEvent] = []
+        events: list[ProcessEvent] = []
         try:
             while self._connection.poll():
                 events.append(self._connection.recv())
@@ -105,11 +113,8 @@ class Launcher:
         return events
 
     def close(self) -> None:
-        """End all processes that are left, and the launcher; blocks. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self.send(CloseLauncher())
+        """End all processes that are left, and the launcher; blocks."""
+        self.send("close")
         until = time.monotonic() + _CLOSE_SECONDS
         while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
             if time.monotonic() > until:
@@ -121,34 +126,7 @@ class Launcher:
         self._connection.close()
 
 
-def open_launcher(
-    jobs: Mapping[str, ProcessJob], method: StartMethod, mark: str, cgroup: Cgroup | None = None
-) -> Launcher:
-    """Start a launcher that can do these jobs.
-
-    Args:
-        jobs: what its processes will do, by name.
-        method: how it starts them.
-        mark: of the processes of the run.
-        cgroup: of the run.
-
-    Raises:
-        InvalidValue: a job cannot be sent to another process; the message names it and the alternatives.
-    """
-    if method == "fork":
-        return _fork_launcher(LauncherOrders(os.getpid(), jobs, method, mark, cgroup))
-    packed = {name: pack(f"the {name}'s side", job) for name, job in jobs.items()}
-    ours, theirs = socket.socketpair()
-    with theirs, _letter(theirs.fileno(), LauncherOrders(os.getpid(), packed, method, mark, cgroup)) as letter:
-        process = subprocess.Popen(
-            _command(letter), pass_fds=(theirs.fileno(), letter.fileno()), start_new_session=True
-        )
-    process.returncode = 0  # `close` waits for it by number; without this Popen would warn that it still runs
-    return Launcher(Connection(ours.detach()), process.pid)
-
-
-def _fork_launcher(orders: LauncherOrders) -> Launcher:
-    ours, theirs = socket.socketpair()
+def _fork(ours: socket.socket, theirs: socket.socket, orders: LauncherOrders) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()  # or both processes would write what is in the buffer
@@ -161,8 +139,7 @@ def _fork_launcher(orders: LauncherOrders) -> Launcher:
         os.setsid()
         ours.close()
         _be_launcher(Connection(theirs.detach()), orders)
-    theirs.close()
-    return Launcher(Connection(ours.detach()), pid)
+    return pid
 
 
 # --- New interpreters: a launcher (spawn, forkserver) or a child (spawn). They get an open file with their orders. ----
@@ -200,10 +177,6 @@ def main() -> None:
     _be_launcher(Connection(connection), orders)
 
 
-def _do_nothing(*_: object) -> None:
-    return
-
-
 def _be_launcher(connection: Connection, orders: LauncherOrders) -> NoReturn:
     """Be the launcher, and end this process with it."""
     code = 1
@@ -221,7 +194,10 @@ _GRACE_SECONDS = 1.0
 _TERMINATE_SECONDS = 0.75
 """For each stage of the abort when the supervisor has died: everything is over within 4 seconds."""
 _MAX_READ_BYTES = 1 << 20
-_SUPERVISOR_DIED = "supervisor"
+
+
+def _do_nothing(*_: object) -> None:
+    return
 
 
 @dataclass
@@ -229,20 +205,11 @@ class _RunningProcess:
     """A process that the launcher has started and not yet collected."""
 
     slot: str
-    generation: int
     pid: int
-    control: int
-    report: int
-    received: bytearray = field(default_factory=bytearray)
-    ready: bool = False
-
-    def lines(self) -> list[bytes]:
-        """The complete lines of its report; one that was cut off by the end of the process is not complete."""
-        return bytes(self.received).split(b"\n")[:-1]
-
-    def result(self) -> ProcessResult | None:
-        """How its job ended, if it has reported that."""
-        return next((ProcessResult(*json.loads(line)) for line in self.lines() if line != READY), None)
+    channel: socket.socket
+    received: bytes = b""
+    """The beginning of a line."""
+    result: ProcessResult | None = None
 
 
 class LauncherProcess:
@@ -263,7 +230,7 @@ class LauncherProcess:
         self._closing = False
 
     def run(self) -> None:
-        """Obey the supervisor until it sends ``CloseLauncher`` or dies; then end every process of the run."""
+        """Obey the supervisor until it sends ``close`` or dies; then end every process of the run."""
         adopt_orphans()
         gc.freeze()  # a later collection would write to objects, and so copy pages that forked children share
         for end in (self._wake_read, self._wake_write):
@@ -273,102 +240,86 @@ class LauncherProcess:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl+C
         signal.signal(signal.SIGTERM, self._close)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        self._selector.register(self._connection, selectors.EVENT_READ)
-        self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._watch_supervisor()
-        try:
-            while not self._closing:
-                self._step(None)
-        except (EOFError, ConnectionError):  # the supervisor has died
-            pass
-        self._end_all()
-
-    def _watch_supervisor(self) -> None:
-        """Notice the supervisor's death by a pidfd.
-
-        The end of the connection alone would not do: other children of the supervisor may hold its end open.
-        """
-        try:
+        self._selector.register(self._connection, selectors.EVENT_READ, self._obey)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake)
+        # The end of the connection alone does not show that the supervisor died: its other children may hold it open.
+        with contextlib.suppress(AttributeError, OSError):  # not Linux; or it has died already
             watch = os.pidfd_open(self._orders.supervisor)
-        except (AttributeError, OSError):  # not Linux; or the supervisor has died already
-            watch = None
-        if watch is not None:
-            self._selector.register(watch, selectors.EVENT_READ, data=_SUPERVISOR_DIED)
+            self._selector.register(watch, selectors.EVENT_READ, self._close)
         if os.getppid() != self._orders.supervisor:
-            self._closing = True
-
-    def _close(self, *_: object) -> None:
-        self._closing = True
+            self._close()
+        while not self._closing:
+            self._step(None)
+        self._end_all()
 
     def _step(self, seconds: float | None) -> None:
         """Wait for something to happen, at most so long, and handle it."""
         for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._connection:
-                while not self._closing and self._connection.poll():
-                    self._obey(self._connection.recv())
-            elif key.fileobj == self._wake_read:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_read, _MAX_READ_BYTES)
-            elif key.data == _SUPERVISOR_DIED:
-                self._closing = True
+            if isinstance(key.data, _RunningProcess):
+                self._read(key.data)
             else:
-                self._read_report(self._running[key.data])
+                key.data()
         self._collect()
 
-    def _obey(self, command: LauncherCommand) -> None:
-        match command:
-            case StartProcess():
-                self._start(command)
-            case SetStopEvent():
-                self._set_stop_events()
-            case CloseLauncher():
-                self._closing = True
+    def _close(self, *_: object) -> None:
+        self._closing = True
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, _MAX_READ_BYTES)
+
+    def _obey(self) -> None:
+        try:
+            while not self._closing and self._connection.poll():
+                command: LauncherCommand = self._connection.recv()
+                if isinstance(command, StartProcess):
+                    self._start(command)
+                elif command == "stop":
+                    self._set_stop_events()
+                else:
+                    self._close()
+        except (EOFError, ConnectionError):  # the supervisor has died
+            self._close()
 
     def _set_stop_events(self) -> None:
         for process in self._running.values():
-            with contextlib.suppress(BrokenPipeError, BlockingIOError):
-                os.write(process.control, STOP)
+            with contextlib.suppress(OSError):  # it has just ended, or has many of them already
+                process.channel.send(STOP)
 
     def _start(self, start: StartProcess) -> None:
-        control_read, control = os.pipe()
-        report, report_write = os.pipe()
-        for end in (control, report, report_write):
-            os.set_blocking(end, False)
-        pipes = ChildPipes(control_read, report_write)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         try:
-            pid = self._spawn(start, pipes) if self._orders.method == "spawn" else self._fork(start, pipes)
+            with theirs:
+                spawned = self._orders.method == "spawn"
+                pid = self._spawn(start, theirs) if spawned else self._fork(start, ours, theirs)
         except OSError as error:  # no memory, or too many processes: the supervisor may try again later
-            for end in (control, report, *pipes):
-                os.close(end)
+            ours.close()
             result = ProcessResult("failed", f"it could not be started: {error}")
-            self._send(ProcessStarted(start.slot, start.generation, 0))
-            self._send(ProcessExited(start.slot, start.generation, 0, -1, result))
+            self._send(ProcessEvent(start.slot, "exited", 0, -1, result))
             return
-        for end in pipes:
-            os.close(end)
-        self._running[pid] = _RunningProcess(start.slot, start.generation, pid, control, report)
+        self._running[pid] = process = _RunningProcess(start.slot, pid, ours)
         self._tree.add_session(pid)
-        self._selector.register(report, selectors.EVENT_READ, data=pid)
-        self._send(ProcessStarted(start.slot, start.generation, pid))
+        self._selector.register(ours, selectors.EVENT_READ, process)
+        self._send(ProcessEvent(start.slot, "started", pid))
 
-    def _fork(self, start: StartProcess, pipes: ChildPipes) -> int:
+    def _fork(self, start: StartProcess, ours: socket.socket, theirs: socket.socket) -> int:
         launcher = os.getpid()
         pid = os.fork()
         if pid == 0:
-            # The child must not hold the launcher's ends of pipes open, or nobody would see the end of the launcher.
+            # The child must not hold the launcher's ends open, or nobody would see the end of the launcher.
             self._selector.close()
             self._connection.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
-            for process in self._running.values():
-                os.close(process.control)
-                os.close(process.report)
-            run_child(start, self._orders.jobs[start.job], pipes, launcher)
+            for channel in (ours, *(process.channel for process in self._running.values())):
+                channel.close()
+            run_child(start, self._orders.side, self._orders.job, theirs.detach(), launcher)
         return pid
 
-    def _spawn(self, start: StartProcess, pipes: ChildPipes) -> int:
-        with _letter(start, self._orders.jobs[start.job], pipes, os.getpid()) as letter:
-            passed = (*pipes, letter.fileno())
+    def _spawn(self, start: StartProcess, theirs: socket.socket) -> int:
+        with _letter(start, self._orders.side, self._orders.job, theirs.fileno(), os.getpid()) as letter:
+            passed = (theirs.fileno(), letter.fileno())
             for end in passed:
                 os.set_inheritable(end, True)  # only for a moment: there is no other thread that could pass them on
             try:
@@ -377,62 +328,58 @@ class LauncherProcess:
                 for end in passed:
                     os.set_inheritable(end, False)
 
-    def _read_report(self, process: _RunningProcess) -> None:
+    def _read(self, process: _RunningProcess) -> None:
         try:
-            received = os.read(process.report, _MAX_READ_BYTES)
+            received = process.channel.recv(_MAX_READ_BYTES)
         except BlockingIOError:
             return
-        process.received += received
+        except OSError:
+            received = b""
         if not received:
-            self._selector.unregister(process.report)
-        if not process.ready and READY in process.lines():
-            process.ready = True
-            self._send(ProcessReady(process.slot, process.generation))
+            self._selector.unregister(process.channel)
+        *lines, process.received = (process.received + received).split(b"\n")
+        for line in lines:
+            if line == READY:
+                self._send(ProcessEvent(process.slot, "ready", process.pid))
+            else:
+                process.result = ProcessResult(*json.loads(line))
 
     def _collect(self) -> None:
         """Collect all processes that have ended, also adopted orphans, which would stay zombies otherwise."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            process = self._running.pop(pid, None)
-            if process is None:
-                continue
-            # Read once more, but not to the end: a program that the process started may hold the pipe open.
-            if process.report in self._selector.get_map():
-                self._read_report(process)
-            if process.report in self._selector.get_map():
-                self._selector.unregister(process.report)
-            os.close(process.report)
-            os.close(process.control)
-            code = os.waitstatus_to_exitcode(status)
-            self._send(ProcessExited(process.slot, process.generation, pid, code, process.result()))
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                process = self._running.pop(ended[0], None)
+                if process is None:
+                    continue
+                # Read once more, but not to the end: a program that the process started may hold the socket open.
+                if process.channel in self._selector.get_map():
+                    self._read(process)
+                if process.channel in self._selector.get_map():
+                    self._selector.unregister(process.channel)
+                process.channel.close()
+                code = os.waitstatus_to_exitcode(ended[1])
+                self._send(ProcessEvent(process.slot, "exited", process.pid, code, process.result))
 
-    def _send(self, event: LauncherEvent) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionError):  # noticed where the connection is read
+    def _send(self, event: ProcessEvent) -> None:
+        with contextlib.suppress(ConnectionError):  # noticed where the connection is read
             self._connection.send(event)
 
     def _end_all(self) -> None:
         """Leave nothing of the run behind."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        for key in [each for each in self._selector.get_map().values() if each.data == _SUPERVISOR_DIED]:
+        for key in [each for each in self._selector.get_map().values() if each.data in (self._close, self._obey)]:
             self._selector.unregister(key.fileobj)
-        self._selector.unregister(self._connection)
         names = {pid: process.slot for pid, process in self._running.items()}
-        stages = abort_stages(_GRACE_SECONDS, _TERMINATE_SECONDS)
-        abort(stages, self._tree.living, names, self._set_stop_events, pause=self._step_for)
+        steps = Abort(self._tree.living, names, self._set_stop_events).steps(
+            abort_stages(_GRACE_SECONDS, _TERMINATE_SECONDS)
+        )
+        for seconds in steps:  # go on collecting processes, while the abort waits for their end
+            until = time.monotonic() + seconds
+            while (left := until - time.monotonic()) > 0:
+                self._step(left)
         if self._orders.cgroup is not None:
             self._orders.cgroup.remove()
-
-    def _step_for(self, seconds: float) -> None:
-        """Go on collecting processes for so long, while an abort waits for their end."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            self._step(left)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -16,7 +17,7 @@ from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound
 from agentlightning.execution.child import Slot
 from agentlightning.http.routes import CANONICAL, parse_address
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Worker, WorkerDirective
+from agentlightning.types import WorkerDirective
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.1, 2.0
-_LOG_SECONDS = (1.0, 5.0, 10.0, 20.0, 30.0)
+_LOG_SECONDS = (1.0, 5.0, 10.0, 20.0)
 """When the first countdowns are logged, in seconds since the beginning; then every 30 seconds."""
 
 
@@ -43,9 +44,8 @@ async def join_server(
     api_key: str | None,
     run_id: str | None,
     limit_seconds: float,
-    stopped: Callable[[], bool] = lambda: False,
     reason_to_wait: Callable[[JoinedServer], Awaitable[str | None]] | None = None,
-) -> JoinedServer | None:
+) -> JoinedServer:
     """Wait until the server answers and is ready; a countdown is logged as a warning.
 
     Args:
@@ -53,11 +53,10 @@ async def join_server(
         api_key: the key; None: that of the URL, if it has one.
         run_id: the run that the server must serve; None: any.
         limit_seconds: how long to wait; may be infinite.
-        stopped: whether to give up without an error.
         reason_to_wait: returns why a server that is ready shall not be joined yet; None: it may be joined.
 
     Returns:
-        The server that has been joined; None: ``stopped``.
+        The server that has been joined.
 
     Raises:
         WrongServer: it serves another run, does not take the key, or has a certificate that is not trusted.
@@ -66,10 +65,12 @@ async def join_server(
     address = parse_address(url)
     key = api_key or address.api_key
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    began, pause, logged = time.monotonic(), _FIRST_PAUSE_SECONDS, 0
+    began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+    log_at = itertools.chain(_LOG_SECONDS, itertools.count(30.0, 30.0))
+    next_log = next(log_at)
     timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-        while not stopped():
+        while True:
             answer = await _probe(session, address.root, run_id, key)
             if isinstance(answer, JoinedServer):
                 problem = None if reason_to_wait is None else await reason_to_wait(answer)
@@ -83,13 +84,12 @@ async def join_server(
                     f"no server to join at {address.root} within {limit_seconds:g} s: {problem}. Start the algorithm "
                     "there, or correct server_host and server_port (AGL_SERVER_HOST, AGL_SERVER_PORT)"
                 )
-            if waited >= _next_log_seconds(logged):
-                logged += 1
+            if waited >= next_log:
+                next_log = next(log_at)
                 left = "no limit" if limit_seconds == math.inf else f"{limit_seconds - waited:.0f} s left"
                 _log.warning("waiting for %s: %s; %s", address.root, problem, left)
             await asyncio.sleep(min(pause, max(limit_seconds - waited, 0.0)))
             pause = min(pause * 1.5, _MAX_PAUSE_SECONDS)
-    return None
 
 
 async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> JoinedServer | str:
@@ -126,14 +126,14 @@ async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, 
     return JoinedServer(detail.get("run_id"), detail.get("instance")) if status == "ready" else f"it is {status}"
 
 
-def _next_log_seconds(logged: int) -> float:
-    return _LOG_SECONDS[logged] if logged < len(_LOG_SECONDS) else 30.0 * (logged - len(_LOG_SECONDS) + 2)
-
-
 # --- Leaving: workers on other machines are asked through the store, and waited for -----------------------------------
 
 _FIRST_POLL_SECONDS, _MAX_POLL_SECONDS = 0.05, 0.5
 _DEREGISTER_SECONDS = 2.0
+_UNSERVED_POLL_SECONDS = 1.0
+_UNSERVED_POLLS = 3
+"""How often in a row rollouts must be found waiting without a worker before the run fails: a worker on another machine
+may just be about to register."""
 
 
 async def ask_workers_to_leave(store: LightningStore, directive: WorkerDirective, seconds: float) -> list[str]:
@@ -148,7 +148,8 @@ async def ask_workers_to_leave(store: LightningStore, directive: WorkerDirective
     await store.direct_workers(directive)
     until, pause = time.monotonic() + seconds, _FIRST_POLL_SECONDS
     while True:
-        present = await _workers_with_lease(store)
+        workers = await store.query_workers(status_in=["idle", "busy"])
+        present = [worker for worker in workers if worker.lease_seconds is not None]
         late = [worker.worker_id for worker in present if worker.directive != directive]
         if late:
             await store.direct_workers(directive, worker_ids=late)
@@ -172,28 +173,64 @@ async def deregister_worker(store: LightningStore, worker_id: str, error: BaseEx
     message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
     message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
     reason_code = "resource_exhausted" if isinstance(error, MemoryError) else None
+    problem = await report_lost(store, worker_id, message, reason_code, _DEREGISTER_SECONDS)
+    if problem is not None:
+        _log.debug("%s could not deregister: %s", worker_id, problem)
+
+
+async def report_lost(
+    store: LightningStore, worker_id: str, message: str, reason_code: str | None, seconds: float
+) -> Exception | None:
+    """Report that a worker is gone; return why the store could not be told within so many seconds."""
     try:
-        async with asyncio.timeout(_DEREGISTER_SECONDS):
+        async with asyncio.timeout(seconds):
             await store.report_worker_lost(worker_id, message=message, reason_code=reason_code)
     except NotFound:
-        return  # it had not registered
-    except (TimeoutError, AgentLightningError, NotImplementedError) as problem:
-        _log.debug("%s could not deregister: %s", worker_id, problem)
+        return None  # it had not registered, so it held nothing
+    except (TimeoutError, AgentLightningError, NotImplementedError) as error:
+        return error
+    return None
+
+
+async def find_directive(store: LightningStore, worker_id: str, seconds: float) -> WorkerDirective | None:
+    """What a worker is asked to do, if anything. Raises ``TimeoutError``, and what the store raises."""
+    async with asyncio.timeout(seconds):
+        worker = await store.get_worker_by_id(worker_id)
+    return None if worker is None else worker.directive
 
 
 async def unserved_rollouts(store: LightningStore) -> int:
     """How many rollouts wait while no worker is there to claim them; 0 if there is one."""
-    statistics = await store.statistics()
-    by_status = statistics.get("rollouts_by_status", {})
-    waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
+    waiting = await waiting_rollouts(store)
     if not waiting or (await store.query_workers(status_in=["idle", "busy"], limit=1)).items:
         return 0
     return waiting
 
 
-async def _workers_with_lease(store: LightningStore) -> Collection[Worker]:
-    workers = await store.query_workers(status_in=["idle", "busy"])
-    return [worker for worker in workers if worker.lease_seconds is not None]
+async def waiting_rollouts(store: LightningStore) -> int:
+    """How many rollouts wait to be claimed."""
+    by_status = (await store.statistics()).get("rollouts_by_status", {})
+    return by_status.get("queuing", 0) + by_status.get("requeuing", 0)
+
+
+async def failure_when_unserved(count: Callable[[], Awaitable[int]]) -> ExecutionFailed:
+    """Wait until rollouts wait that nobody will run: ``count`` returns how many, and never changes.
+
+    It is called after the last runner of this run has ended.
+    """
+    polls, waiting = 0, 0
+    while polls < _UNSERVED_POLLS or not waiting:
+        await asyncio.sleep(_UNSERVED_POLL_SECONDS)
+        try:
+            before, waiting = waiting, await count()
+        except AgentLightningError as error:
+            _log.debug("cannot tell whether rollouts wait: %s", error)
+            continue
+        polls = polls + 1 if waiting == before else 1
+    return ExecutionFailed(
+        f"all runners of this run have ended, and {waiting} rollouts wait without a worker; "
+        "increase max_rollouts, or leave it out, or use more runners"
+    )
 
 
 # --- Coming back, on a machine that stays for the next run ------------------------------------------------------------
@@ -214,12 +251,10 @@ async def may_rejoin(store: LightningStore, slots: Sequence[Slot]) -> list[str]:
 
     A run that ends never takes its request back; an operator may, by ``agl resume``.
     """
+    names = [slot.name for slot in slots]
     try:
-        async with asyncio.timeout(_REJOIN_REQUEST_SECONDS):
-            workers = await asyncio.gather(*(store.get_worker_by_id(slot.name) for slot in slots))
+        found = await asyncio.gather(*(find_directive(store, name, _REJOIN_REQUEST_SECONDS) for name in names))
     except (TimeoutError, AgentLightningError, NotImplementedError) as error:
         _log.debug("cannot tell which workers are asked to leave: %s", error)
         return []
-    return [
-        slot.name for slot, worker in zip(slots, workers, strict=True) if worker is None or worker.directive is None
-    ]
+    return [name for name, directive in zip(names, found, strict=True) if directive is None]

@@ -13,6 +13,7 @@ control groups are often not available in containers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -74,24 +75,17 @@ def send_signal(process: ProcessInfo, number: signal.Signals) -> None:
     The signal never reaches another process that has got the same number since: a pidfd keeps referring to one process,
     and the start time is compared while it is open (pidfd_open(2)).
     """
-    try:
-        handle = os.pidfd_open(process.pid)
-    except AttributeError:  # not Linux
-        try:
+    with contextlib.suppress(OSError):
+        if not hasattr(os, "pidfd_open"):  # not Linux
             os.kill(process.pid, number)
-        except (ProcessLookupError, PermissionError):
             return
-        return
-    except OSError:
-        return
-    try:
-        now = _read_stat(process.pid)
-        if now is not None and now.started == process.started:
-            signal.pidfd_send_signal(handle, number)
-    except (ProcessLookupError, PermissionError):
-        return
-    finally:
-        os.close(handle)
+        handle = os.pidfd_open(process.pid)
+        try:
+            now = _read_stat(process.pid)
+            if now is not None and now.started == process.started:
+                signal.pidfd_send_signal(handle, number)
+        finally:
+            os.close(handle)
 
 
 class ProcessTree:
@@ -245,14 +239,12 @@ def make_cgroup(name: str) -> Cgroup | None:
         (path / "cgroup.procs").read_text()  # fails in a subtree of type "threaded", which cannot hold processes
     except OSError as error:
         _log.debug("no control group for this run: %s", error)
-        if path.is_dir():
+        with contextlib.suppress(OSError):
             path.rmdir()
         return None
     for directory in (parent, path):  # a group has the memory controller only if every group above it passes it on
-        try:
+        with contextlib.suppress(OSError):
             (directory / "cgroup.subtree_control").write_text("+memory")
-        except OSError as error:
-            _log.debug("no memory controller below %s: %s", directory, error)
     return Cgroup(path)
 
 
@@ -277,24 +269,22 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def adopt_orphans() -> bool:
-    """Make this process the parent of every descendant whose own parent ends; return whether the system can."""
-    return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def adopt_orphans() -> None:
+    """Make this process the parent of every descendant whose own parent ends."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(parent: int) -> bool:
-    """Let the kernel kill this process as soon as ``parent`` ends; return whether the system can.
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process as soon as ``parent`` ends.
 
     The kernel watches the *thread* that made this process, not the whole parent. So the parent must have one thread, or
     this process would die when the thread ends. That is why only the launcher starts processes.
     """
-    armed = _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the kernel was asked, so no signal will come
         os.kill(os.getpid(), signal.SIGKILL)
-    return armed
 
 
-def _prctl(option: int, argument: int) -> bool:
-    if sys.platform != "linux":
-        return False
-    return ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0) == 0
+def _prctl(option: int, argument: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)

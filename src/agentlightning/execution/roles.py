@@ -1,208 +1,311 @@
-"""The two kinds of run of ``ClientServerExecutionStrategy``: with the algorithm here, or with runners only."""
+"""The two kinds of run of ``ClientServerExecutionStrategy``: with the algorithm here, or with runners only.
+
+The order of a run matters. The launcher comes first, while this process has as few threads as possible; then the
+server, so that its port is known; then the processes. At the end, workers on other machines are asked to leave while
+the processes here are stopped. The server stops last, because workers that leave have results to report.
+
+The main thread runs one side of the run, or waits. A thread of its own has the loop in which everything else happens.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
-import threading
-import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed
-from agentlightning.execution.base import AlgorithmBundle, RunnerBundle
-from agentlightning.execution.child import ProcessJob, Slot
+from agentlightning.execution.abort import SignalHandlers, abort_stages
+from agentlightning.execution.base import AlgorithmBundle, RunnerBundle, ThreadingEvent, prepare_store
+from agentlightning.execution.child import Slot
 from agentlightning.execution.membership import (
     JoinedServer,
+    ask_workers_to_leave,
+    failure_when_unserved,
     join_server,
     left_slots,
     may_rejoin,
     unserved_rollouts,
 )
-from agentlightning.execution.run import (
-    AlgorithmJob,
-    ClientServerRun,
-    RunnerJob,
-    RunSettings,
-    RunShutdown,
-    StoreAddress,
-    run_runner,
-)
+from agentlightning.execution.run import LoopThread, RunSettings, SideJob
 from agentlightning.execution.supervisor import Supervisor
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.settings import LightningEnvVar
 from agentlightning.store.base import LightningStore
+from agentlightning.types import WorkerDirective
 
 _log = logging.getLogger(__name__)
 
-_UNSERVED_POLL_SECONDS = 1.0
-_UNSERVED_POLLS = 3
-"""How often in a row rollouts must be found waiting without a worker before the run fails: a worker on another machine
-may just be about to register."""
 _ALGORITHM = "algorithm"
+
+
+class ClientServerRun:
+    """One call of ``ClientServerExecutionStrategy.execute``.
+
+    Args:
+        settings: the arguments of the strategy.
+        store: what the run works on.
+    """
+
+    def __init__(self, settings: RunSettings, store: LightningStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._unserved = None if settings.managed_store else store
+        self._thread = LoopThread("agl-supervisor")
+        self._signals = SignalHandlers(self._interrupted)
+        self._supervisor: Supervisor | None = None
+        self._failure: ExecutionFailed | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._guests: LightningStore | None = None
+        """By which workers on other machines learn of the end; None: there are none."""
+
+    def _interrupted(self) -> None:
+        """Called in the main thread at the first signal."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _running(self, side: str, job: SideJob | None) -> Generator[None, None, None]:
+        """Be ready to start processes and to handle signals; raise why the run ended early, if it did, at the end.
+
+        Args:
+            side: which side runs in other processes here.
+            job: what they do; None: there are none.
+        """
+        if job is not None:
+            self._supervisor = Supervisor(side, job, self._settings.start_method)
+        self._thread.start()
+        try:
+            with self._signals:
+                yield
+        finally:
+            self._thread.close()
+            if self._supervisor is not None:
+                self._supervisor.close()
+        self._signals.check()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _end(self, directive: WorkerDirective) -> None:
+        """End the processes here in four stages, and meanwhile ask workers on other machines to leave.
+
+        Returns when that is over. Only the first call counts.
+
+        Args:
+            directive: ``drain`` lets workers elsewhere finish what they hold; ``stop`` does not.
+        """
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_processes(directive))
+        await asyncio.shield(self._ending)
+
+    async def _end_processes(self, directive: WorkerDirective) -> None:
+        graceful, terminate = self._settings.graceful_timeout, self._settings.terminate_timeout
+        leaving = asyncio.create_task(self._send_away(directive, graceful))
+        if self._supervisor is not None:
+            await self._supervisor.abort(abort_stages(graceful, terminate), self._signals.is_hurried)
+        left = await leaving
+        if left and directive == "drain":
+            left = await self._send_away("stop", terminate)
+        if left:
+            _log.warning("these workers have not left: %s; they will find the server gone", ", ".join(sorted(left)))
+
+    async def _send_away(self, directive: WorkerDirective, seconds: float) -> list[str]:
+        """Ask workers on other machines to leave; return who has not. In a hurry nobody is waited for."""
+        if self._guests is None or self._signals.is_hurried():
+            return []
+        asking = asyncio.create_task(ask_workers_to_leave(self._guests, directive, seconds))
+        try:
+            while not asking.done() and not self._signals.is_hurried():
+                await asyncio.wait([asking], timeout=0.05)
+            return asking.result() if asking.done() else []
+        except (AgentLightningError, NotImplementedError, TimeoutError) as error:
+            _log.warning("workers on other machines could not be asked to leave: %s", error)
+            return []
+        finally:
+            asking.cancel()
+
+
+# --- With the algorithm ----------------------------------------------------------------------------------------------
 
 
 class AlgorithmRun(ClientServerRun):
     """A run whose algorithm is on this machine: with runners here too, or only on other machines.
 
-    Args:
-        settings: the arguments of the strategy.
-        store: what the run works on.
-        main: which side runs in this thread; the other side runs in processes of its own.
+    One side runs in the main thread; the other one, if it is here, in processes of its own.
     """
 
-    def __init__(
-        self, settings: RunSettings, store: LightningStore, main: Literal["algorithm", "runner"] = "algorithm"
-    ) -> None:
+    def __init__(self, settings: RunSettings, store: LightningStore) -> None:
         super().__init__(settings, store)
-        self._main_side = main
-        self._algorithm_over = threading.Event()
-        self._watches: list[asyncio.Task[None]] = []
-        self._shutdown: RunShutdown | None = None
+        self._event = ThreadingEvent()
+        self._main_task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None] | None = None
+        self._main_over = asyncio.Event()
+        self._main_end_requested = False
+        self._algorithm_over = asyncio.Event()
 
-    def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle | None) -> None:
-        """Run the algorithm, and the runners if they are here. Raises as ``ExecutionStrategy.execute``.
+    def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle) -> None:
+        """Run both sides, or the algorithm alone. Raises as ``ExecutionStrategy.execute``."""
+        settings = self._settings
+        runner_job = SideJob(runner, self._unserved)
+        runner_is_main = settings.main_process == "runner"
+        job = SideJob(algorithm, self._unserved) if runner_is_main else runner_job
+        side = "algorithm" if runner_is_main else "runner"
+        with self._running(side, job if settings.role == "both" else None), self._served(algorithm) as served:
+            store, url, run_id = served
+            try:
+                if runner_is_main:
+                    self._run_here(runner_job, store, url, run_id)
+                else:
+                    if self._supervisor is not None:
+                        self._begin(settings.runner_slots(url, run_id), store)
+                    self._run_main(algorithm(store, self._event))
+                self._thread.begin(self._end("drain"))
+            finally:
+                self._event.set()
+                self._thread.call(self._end("stop"))
 
-        Args:
-            algorithm: the algorithm's side.
-            runner: the runners' side; None: there are no runners on this machine.
-        """
-        supervisor = None
-        if runner is not None:
-            job: ProcessJob = RunnerJob(runner, self._unserved)
-            if self._main_side == "runner":
-                job = AlgorithmJob(algorithm, self._unserved)
-            supervisor = Supervisor({self._other_side: job}, self._settings.start_method, self._thread)
-        self._shutdown = self._make_shutdown(supervisor)
-        if supervisor is not None:
-            supervisor.open()
-        try:
-            with self._signals, self._served(algorithm) as address:
-                self._shutdown.store = address.store if self._settings.managed_store else None
-                try:
-                    self._run_sides(supervisor, address, algorithm, runner)
-                    self._shutdown.begin("drain")
-                finally:
-                    self._event.set()
-                    self._shutdown.begin("stop")
-                    self._shutdown.finish()
-        finally:
-            if supervisor is not None:
-                supervisor.close()
-            self._thread.close()
-        self._conclude()
-
-    @property
-    def _other_side(self) -> str:
-        return "runner" if self._main_side == "algorithm" else _ALGORITHM
-
-    def _run_sides(
-        self,
-        supervisor: Supervisor | None,
-        address: StoreAddress,
-        algorithm: AlgorithmBundle,
-        runner: RunnerBundle | None,
-    ) -> None:
-        store, settings = address.store, self._settings
-        assert store is not None
-        algorithm_is_main = self._main_side == "algorithm"
-        if supervisor is not None:
-            slots = settings.runner_slots(address)
-            if not algorithm_is_main:
-                slots = [Slot(_ALGORITHM, _ALGORITHM, address.arguments(), None, None, settings.environment())]
-            supervisor.begin(
-                slots,
-                allowed_exit_codes=settings.allowed_exit_codes,
-                store=store if algorithm_is_main else None,
-                on_over=lambda reason: self._other_side_over(reason, store),
-            )
-        if algorithm_is_main or runner is None:
-            self._run_main(algorithm(store, self._event))
+    @contextmanager
+    def _served(self, algorithm: AlgorithmBundle) -> Generator[tuple[LightningStore, str, str | None], None, None]:
+        """The store, its URL and the id of the run, for the length of the block; the algorithm's side gets it first."""
+        settings = self._settings
+        prepare_store(algorithm, self._store)
+        if self._unserved is not None:
+            yield self._store, "", None
             return
-        name = settings.worker_names[0]
-        outside = StoreAddress(url=address.url, api_key=address.api_key, run_id=address.run_id)
-        with _worker_name(name):
-            self._run_main(run_runner(runner, outside if address.url else address, name, 0, self._event))
-        self._wait_for_algorithm(store)
+        # Imported late, because a machine that only has runners does not need the server's framework.
+        from agentlightning.http.server.server import LightningStoreServer
 
-    def _wait_for_algorithm(self, store: LightningStore) -> None:
-        """Wait for the end of the algorithm after the runner here has ended; others may work on other machines."""
-        if not self._algorithm_over.is_set():
-            self._thread.loop.call_soon_threadsafe(self._watch_unserved, store)
-        while not self._algorithm_over.wait(0.1):
-            if self._signals.number is not None:
-                return
+        run_id = settings.run_id or f"run-{secrets.token_hex(6)}"
+        server = LightningStoreServer(
+            self._store, settings.server_host, settings.server_port, api_key=settings.api_key, run_id=run_id
+        )
+        server.start_blocking()
+        try:
+            _log.info("run %s is served at %s", run_id, server.endpoint)
+            self._guests = server
+            yield server, server.endpoint, run_id
+        finally:
+            server.stop_blocking()
 
-    def _other_side_over(self, reason: ExecutionFailed | None, store: LightningStore) -> None:
-        """Called in the supervisor's loop when no process of the other side will run any more."""
-        if reason is not None:
-            self._fail(reason)
-        elif self._main_side == "runner":
-            self._algorithm_over.set()
-            self._event.set()
-            self._main.end(delay_seconds=self._settings.graceful_timeout)
-            if self._shutdown is not None:
-                self._shutdown.begin("drain")
-        else:
-            self._watch_unserved(store)
+    def _begin(self, slots: list[Slot], store: LightningStore) -> None:
+        """Start the processes of the other side."""
+        assert self._supervisor is not None
+        told = None if self._settings.main_process == "runner" else store
+        codes = self._settings.allowed_exit_codes
+        self._thread.call(self._supervisor.begin(slots, allowed_exit_codes=codes, store=told))
+        self._thread.begin(self._watch_processes(self._supervisor, store))
+
+    def _run_here(self, job: SideJob, store: LightningStore, url: str, run_id: str | None) -> None:
+        """Run the one runner in this thread, and the algorithm in a process of its own."""
+        settings = self._settings
+        self._begin([Slot(settings.start_of(_ALGORITHM, url, run_id, None), None)], store)
+        start = settings.start_of(settings.worker_names()[0], url, run_id, 0)
+        with _environment(start.environment):
+            self._run_main(job.run(start.slot, self._event, url=url, run_id=run_id, index=0))
+        if not self._algorithm_over.is_set():  # runners may work on other machines
+            self._thread.begin(self._fail_when_unserved(store))
+            self._thread.call(self._algorithm_over.wait())
+
+    # --- The side in the main thread ---------------------------------------------------------------------------------
+
+    def _run_main(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run one side in this thread. How it ends does not matter if it was asked to, or if the run has failed."""
+
+        async def run() -> None:
+            self._main_task = asyncio.get_running_loop(), asyncio.current_task()
+            if not self._main_end_requested:
+                await work
+
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            ended = self._main_end_requested and isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+            if not ended and self._signals.number is None and self._failure is None:
+                raise
+            _log.debug("the side of the run in this process ended with %r", error)
+        finally:
+            work.close()
+            self._main_task = None
+            self._thread.loop.call_soon_threadsafe(self._main_over.set)
+
+    def _end_main(self, delay_seconds: float = 0.0) -> None:
+        """Ask the side in the main thread to end, after so many seconds, in which it may end by itself."""
+        if not self._main_end_requested:
+            self._main_end_requested = True
+            self._thread.begin(self._press_main(delay_seconds))
+
+    async def _press_main(self, delay_seconds: float) -> None:
+        """Cancel the side in the main thread, then interrupt that thread, until it ends."""
+        wait_seconds, interrupt = delay_seconds, False
+        while not await self._main_ends_within(wait_seconds) and (running := self._main_task):
+            if interrupt:
+                _log.warning("what runs in the main thread does not end within %g s; interrupting it", wait_seconds)
+                self._signals.interrupt_main_thread()
+            loop, task = running
+            if task is not None and not interrupt:
+                with contextlib.suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(task.cancel)
+            wait_seconds, interrupt = self._settings.graceful_timeout, True
+
+    async def _main_ends_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._main_over.wait()
+        return self._main_over.is_set()
+
+    # --- What ends the run early -------------------------------------------------------------------------------------
+
+    def _interrupted(self) -> None:
+        """Any thread may call."""
+        self._event.set()
+        # A runner gets time to finish what it holds. An algorithm is cancelled at once; it decides itself how long it
+        # keeps its services up for runners (`ExecutionStrategy.linger_seconds`).
+        self._end_main(self._settings.graceful_timeout if self._settings.main_process == "runner" else 0.0)
+        self._thread.loop.call_soon_threadsafe(self._algorithm_over.set)
+        self._thread.begin(self._end("stop"))
 
     def _fail(self, reason: ExecutionFailed) -> None:
         self._failure = self._failure or reason
         self._interrupted()
 
-    def _interrupted(self) -> None:
-        self._algorithm_over.set()
-        self._event.set()
-        # A runner gets time to finish what it holds. An algorithm is cancelled at once; it decides itself how long it
-        # keeps its services up for runners (`ExecutionStrategy.linger_seconds`).
-        self._main.end(delay_seconds=self._settings.graceful_timeout if self._main_side == "runner" else 0.0)
-        if self._shutdown is not None:
-            self._shutdown.begin("stop")
+    async def _watch_processes(self, supervisor: Supervisor, store: LightningStore) -> None:
+        """Wait until no process of the other side will run any more."""
+        await supervisor.over.wait()
+        if supervisor.failure is not None:
+            self._fail(supervisor.failure)
+        elif self._settings.main_process == "runner":
+            self._event.set()
+            self._end_main(self._settings.graceful_timeout)
+            self._algorithm_over.set()
+            await self._end("drain")
+        else:
+            await self._fail_when_unserved(store)
 
-    def _watch_unserved(self, store: LightningStore) -> None:
-        self._watches.append(asyncio.get_running_loop().create_task(self._fail_if_unserved(store)))
-
-    async def _fail_if_unserved(self, store: LightningStore) -> None:
+    async def _fail_when_unserved(self, store: LightningStore) -> None:
         """Fail the run when rollouts wait and no worker is left; the algorithm would wait for them for ever."""
-        polls, waiting = 0, 0
-        while polls < _UNSERVED_POLLS:
-            await asyncio.sleep(_UNSERVED_POLL_SECONDS)
-            try:
-                waiting = await unserved_rollouts(store)
-            except AgentLightningError as error:
-                _log.debug("cannot tell whether rollouts wait: %s", error)
-                continue
-            polls = polls + 1 if waiting else 0
-        self._fail(
-            ExecutionFailed(
-                f"all runners of this run have ended, and {waiting} rollouts wait without a worker; "
-                "increase max_rollouts, or leave it out, or use more runners"
-            )
-        )
+        self._fail(await failure_when_unserved(lambda: unserved_rollouts(store)))
 
 
 @contextmanager
-def _worker_name(name: str) -> Generator[None, None, None]:
-    """Let a runner in this process find its worker id in the environment, as runners in other processes do."""
-    variable = LightningEnvVar.AGL_WORKER_NAME.value
-    before = os.environ.get(variable)
-    os.environ[variable] = name
+def _environment(variables: Mapping[str, str]) -> Generator[None, None, None]:
+    """Let a runner in this process find its worker id and the key in the environment, as in other processes."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # --- Only runners ----------------------------------------------------------------------------------------------------
 
-_CHANGE_POLL_SECONDS = 0.1
 _REJOIN_POLL_SECONDS = 1.0
 """Between two questions whether workers that have left may come back."""
 _NO_SERVER = JoinedServer(run_id=None, instance=None)
@@ -212,114 +315,83 @@ ReasonToWait = Callable[[JoinedServer], Awaitable[str | None]]
 
 
 class RunnerHostRun(ClientServerRun):
-    """A run of which only the runners are on this machine. They wait for a server, and may come back for the next run.
+    """A run of which only the runners are on this machine. They wait for a server, and may stay for the next run."""
 
-    Args:
-        settings: the arguments of the strategy.
-        store: used if the store is not served.
-    """
-
-    def __init__(self, settings: RunSettings, store: LightningStore) -> None:
-        super().__init__(settings, store)
-        self._changed = threading.Event()
-        self._shutdown: RunShutdown | None = None
-        self._server: JoinedServer | None = None
-        """The server that the runners work, or worked, for."""
-        self._join_was_logged = False
-        self._joining: Future[JoinedServer | None] | None = None
+    _server: JoinedServer | None = None
+    """The server that the runners work, or worked, for."""
+    _join_was_logged = False
+    _work: Future[None] | None = None
 
     def execute(self, runner: RunnerBundle) -> None:
         """Run the runners. Raises as ``ExecutionStrategy.execute``."""
-        job = RunnerJob(runner, self._unserved)
-        supervisor = Supervisor({"runner": job}, self._settings.start_method, self._thread)
-        self._shutdown = self._make_shutdown(supervisor)
-        supervisor.open()
-        try:
-            with self._signals:
-                try:
-                    if self._join(self._settings.connect_timeout):
-                        with self._reporting_store() as store:
-                            self._work_for_runs(supervisor, store)
-                    self._signals.conclude()
-                finally:
-                    self._shutdown.begin("stop")
-                    self._shutdown.finish()
-        finally:
-            supervisor.close()
-            self._thread.close()
-        self._conclude()
+        with self._running("runner", SideJob(runner, self._unserved)):
+            try:
+                if self._signals.number is None:
+                    self._work = self._thread.begin(self._host())
+                    with contextlib.suppress(CancelledError):
+                        self._thread.wait(self._work)
+                self._signals.conclude()
+            finally:
+                self._thread.call(self._end("stop"))
 
-    def _work_for_runs(self, supervisor: Supervisor, store: LightningStore) -> None:
-        """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped."""
-        settings = self._settings
-        slots = settings.runner_slots(StoreAddress(store=self._unserved, url=settings.url, run_id=settings.run_id))
-        supervisor.begin(
-            slots,
-            allowed_exit_codes=settings.allowed_exit_codes,
-            store=store,
-            on_over=self._all_over,
-            on_ready=self._all_ready,
-        )
-        asked = 0.0
-        while not self._stopped():
-            self._changed.wait(_CHANGE_POLL_SECONDS)
-            self._changed.clear()
-            over, left = supervisor.over, left_slots(slots)
-            if over and not (settings.stay and left):
+    def _interrupted(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+    async def _host(self) -> None:
+        await self._join(self._settings.connect_timeout)
+        if self._unserved is not None:
+            await self._work_for_runs(self._unserved)
+            return
+        async with LightningStoreClient(self._settings.url, api_key=self._settings.api_key) as store:
+            await self._work_for_runs(store)
+
+    async def _work_for_runs(self, store: LightningStore) -> None:
+        """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped.
+
+        Args:
+            store: is told which workers are dead.
+        """
+        settings, supervisor = self._settings, self._supervisor
+        assert supervisor is not None
+        slots = settings.runner_slots(settings.url, settings.run_id)
+        codes = settings.allowed_exit_codes
+        await supervisor.begin(slots, allowed_exit_codes=codes, store=store, on_ready=self._all_ready)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REJOIN_POLL_SECONDS if settings.stay else None):
+                    await supervisor.over.wait()
+            left = left_slots(slots)
+            if supervisor.over.is_set() and not (settings.stay and left and supervisor.failure is None):
                 if len(left) == len(slots) and all(slot.result and slot.result.status == "gone" for slot in left):
                     self._failure = ExecutionFailed(f"the server at {settings.url} cannot be reached any more")
+                self._failure = supervisor.failure or self._failure
                 return
-            if over:
-                supervisor.begin_again(self._wait_to_rejoin(store, slots))
-            elif settings.stay and left and time.monotonic() - asked >= _REJOIN_POLL_SECONDS:
-                supervisor.begin_again(self._thread.call(may_rejoin(store, left)))
-                asked = time.monotonic()
+            if supervisor.over.is_set():
+                supervisor.begin_again(await self._wait_to_rejoin(store, slots))
+            elif left:
+                supervisor.begin_again(await may_rejoin(store, left))
 
-    @contextmanager
-    def _reporting_store(self) -> Generator[LightningStore, None, None]:
-        """The store by which the supervisor reports that a worker is dead."""
-        if self._unserved is not None:
-            yield self._unserved
-            return
-        client = LightningStoreClient(self._settings.url, api_key=self._settings.api_key)
-        try:
-            yield client
-        finally:
-            self._thread.call(client.close())
-
-    def _join(self, limit_seconds: float, reason_to_wait: ReasonToWait | None = None) -> bool:
-        """Wait for the server, and until there is no reason to wait; False: stopped. Raises as ``join_server``."""
+    async def _join(self, limit_seconds: float, reason_to_wait: ReasonToWait | None = None) -> None:
+        """Wait for the server, and until there is no reason to wait. Raises as ``join_server``."""
         settings = self._settings
-        if self._unserved is not None:
-            joining = self._wait_without_server(reason_to_wait)
-        else:
-            joining = join_server(
+        joined = _NO_SERVER
+        if self._unserved is None:
+            joined = await join_server(
                 settings.url,
                 api_key=settings.api_key,
                 run_id=settings.run_id,
                 limit_seconds=limit_seconds,
-                stopped=self._stopped,
                 reason_to_wait=reason_to_wait,
             )
-        self._joining = self._thread.begin(joining)
-        try:
-            joined = self._joining.result()
-        except CancelledError:
-            return False
-        if joined is not None:
-            self._join_was_logged = self._join_was_logged and joined == self._server
-            self._server = joined
-        return joined is not None
+        else:
+            while reason_to_wait is not None and await reason_to_wait(_NO_SERVER) is not None:  # noqa: ASYNC110
+                await asyncio.sleep(_REJOIN_POLL_SECONDS)
+        self._join_was_logged = self._join_was_logged and joined == self._server
+        self._server = joined
 
-    async def _wait_without_server(self, reason_to_wait: ReasonToWait | None) -> JoinedServer | None:
-        while not self._stopped():
-            if reason_to_wait is None or await reason_to_wait(_NO_SERVER) is None:
-                return _NO_SERVER
-            await asyncio.sleep(_REJOIN_POLL_SECONDS)
-        return None
-
-    def _wait_to_rejoin(self, store: LightningStore, slots: Sequence[Slot]) -> list[str]:
-        """Wait for another server, or until this one lets workers come back; return their names, none if stopped.
+    async def _wait_to_rejoin(self, store: LightningStore, slots: Sequence[Slot]) -> list[str]:
+        """Wait for another server, or until this one lets workers come back; return their names.
 
         A run that ends goes on answering for a while, and would only send its workers away again.
         """
@@ -331,25 +403,12 @@ class RunnerHostRun(ClientServerRun):
             names[:] = [slot.name for slot in slots] if server != self._server else await may_rejoin(store, left)
             return None if names else "it has asked these workers to leave, and nobody has resumed them"
 
-        return names if self._join(math.inf, reason_to_wait) else []
-
-    def _stopped(self) -> bool:
-        return self._failure is not None or self._signals.number is not None
+        await self._join(math.inf, reason_to_wait)
+        return names
 
     def _all_ready(self) -> None:
         if not self._join_was_logged and self._server is not None:
             self._join_was_logged = True
             what = f"run {self._server.run_id}" if self._server.run_id else "the store"
             where = "" if self._unserved is not None else f" at {self._settings.url}"
-            _log.info("joined %s%s; runners ready: %d", what, where, len(self._settings.worker_names))
-
-    def _all_over(self, reason: ExecutionFailed | None) -> None:
-        self._failure = reason
-        self._changed.set()
-
-    def _interrupted(self) -> None:
-        self._changed.set()
-        if self._joining is not None:
-            self._joining.cancel()
-        if self._shutdown is not None:
-            self._shutdown.begin("stop")
+            _log.info("joined %s%s; runners ready: %d", what, where, self._settings.n_runners)

@@ -1,429 +1,320 @@
-"""The parts of which every run of ``ClientServerExecutionStrategy`` is made; ``roles`` puts them together.
-
-The order of a run matters. The launcher comes first, while this process has as few threads as possible; then the
-server, so that its port is known; then the processes. At the end, workers on other machines are asked to leave while
-the processes here are stopped. The server stops last, because workers that leave have results to report.
-"""
+"""Parts of a run of ``ClientServerExecutionStrategy``: its settings, its two sides, and the thread that steers it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import os
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from agentlightning.errors import AgentLightningError, ExecutionFailed, StoreUnavailable, StoreUnreachable
-from agentlightning.execution.abort import SignalHandlers, abort_stages
+from agentlightning.errors import (
+    ExecutionFailed,
+    InvalidValue,
+    StoreUnavailable,
+    StoreUnreachable,
+    WrongServer,
+)
 from agentlightning.execution.base import (
     AlgorithmBundle,
     ExecutionEvent,
     RunnerBundle,
     ThreadingEvent,
-    prepare_store,
+    cancel_all_tasks,
+    resolve_managed_store_flag,
 )
-from agentlightning.execution.child import Slot
-from agentlightning.execution.membership import ask_workers_to_leave, deregister_worker, join_server
-from agentlightning.execution.quotas import Quotas, RestartPolicy
-from agentlightning.execution.shipping import StartMethod
-from agentlightning.execution.supervisor import LoopThread, Supervisor
+from agentlightning.execution.child import Slot, StartMethod, StartProcess
+from agentlightning.execution.membership import deregister_worker, find_directive, join_server
+from agentlightning.execution.quotas import CrashCounter, Quotas, RestartPolicy
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+from agentlightning.http.routes import parse_address
+from agentlightning.runner.heartbeat import host_part
+from agentlightning.security.hosts import is_loopback
+from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 from agentlightning.store.base import LightningStore
-from agentlightning.types import WorkerDirective
 
-_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+Role = Literal["algorithm", "runner", "both"]
+MainProcess = Literal["algorithm", "runner"]
+
+_DEFAULT_HOST = "localhost"
+_DEFAULT_PORT = 4747
+
+
+class RunSettings:
+    """The arguments of ``ClientServerExecutionStrategy``, which describes them; environment variables fill them in.
+
+    Raises:
+        InvalidValue: an argument, or an environment variable, is not valid; or the store would be served to
+            other machines without an API key. (It is a ``ValueError``, too.)
+    """
+
+    def __init__(
+        self,
+        role: Role | None = None,
+        server_host: str | None = None,
+        server_port: int | None = None,
+        n_runners: int = 1,
+        graceful_timeout: float = 10.0,
+        terminate_timeout: float = 10.0,
+        main_process: MainProcess = "algorithm",
+        managed_store: bool | None = None,
+        allowed_exit_codes: Iterable[int] = (0, -15),
+        *,
+        start_method: StartMethod | None = None,
+        restarts: RestartPolicy | None = None,
+        quotas: Quotas | None = None,
+        api_key: str | None = None,
+        run_id: str | None = None,
+        server_url: str | None = None,
+        connect_timeout: float = 300.0,
+        stay: bool = False,
+    ) -> None:
+        self.role: Role = cast("Role", resolve_str_env_var(LightningEnvVar.AGL_CURRENT_ROLE, role, fallback="both"))
+        self.server_host = resolve_str_env_var(LightningEnvVar.AGL_SERVER_HOST, server_host, fallback=_DEFAULT_HOST)
+        self.server_port = resolve_int_env_var(LightningEnvVar.AGL_SERVER_PORT, server_port, fallback=_DEFAULT_PORT)
+        self.n_runners = n_runners
+        self.graceful_timeout = graceful_timeout
+        self.terminate_timeout = terminate_timeout
+        self.main_process: MainProcess = main_process
+        self.managed_store = resolve_managed_store_flag(managed_store)
+        self.allowed_exit_codes = frozenset(allowed_exit_codes)
+        self.start_method: StartMethod | None = start_method
+        self.restarts = RestartPolicy() if restarts is None else restarts
+        self.quotas = quotas
+        self.run_id = resolve_str_env_var(LightningEnvVar.AGL_RUN_ID, run_id)
+        server = None if server_url is None else parse_address(server_url)
+        self.server_url = None if server is None else server.root
+        self.connect_timeout = connect_timeout
+        self.stay = stay
+        self.api_key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key or (server and server.api_key))
+        self._check()
+
+    def _check(self) -> None:
+        if self.role not in get_args(Role):
+            raise InvalidValue(f"role {self.role!r} is not one of {', '.join(get_args(Role))} (AGL_CURRENT_ROLE)")
+        port = self.server_port
+        is_any = port == 0 and self.role == "runner" and self.server_url is None
+        if type(port) is not int or not 0 <= port <= 65535 or is_any:
+            raise InvalidValue(f"server_port {port!r} is not a port that can be used (AGL_SERVER_PORT)")
+        if self.server_url is not None and self.role != "runner":
+            raise InvalidValue(
+                f"server_url {self.server_url!r} names a server elsewhere, but role {self.role!r} serves the store "
+                "itself; give server_host and server_port"
+            )
+        if self.n_runners < 1:
+            raise InvalidValue(f"n_runners {self.n_runners} is not valid; give at least 1")
+        if self.graceful_timeout < 0 or self.terminate_timeout < 0 or self.connect_timeout < 0:
+            raise InvalidValue("graceful_timeout, terminate_timeout and connect_timeout are seconds: give 0 or more")
+        if self.main_process not in get_args(MainProcess):
+            raise InvalidValue(f"main_process {self.main_process!r} is neither 'algorithm' nor 'runner'")
+        if self.main_process == "runner" and (self.role != "both" or self.n_runners != 1):
+            raise InvalidValue(
+                "main_process='runner' keeps the one runner of role 'both' in this process: it needs role='both' and "
+                f"n_runners=1, and they are {self.role!r} and {self.n_runners}"
+            )
+        if self.start_method is not None and self.start_method not in get_args(StartMethod):
+            raise InvalidValue(f"start_method {self.start_method!r} is not one of {', '.join(get_args(StartMethod))}")
+        serves = self.role != "runner" and self.managed_store
+        if serves and not is_loopback(self.server_host) and not self.api_key:
+            raise InvalidValue(
+                f"server_host {self.server_host!r} lets other machines reach the store, and there is no API key: "
+                "anybody who finds the port could read and change everything. Either set a key, in AGL_API_KEY or "
+                "api_key=, here and on the machines of the runners (this command makes one: "
+                "python -c 'import secrets; print(secrets.token_urlsafe(32))'); "
+                "or serve this machine only, with server_host='localhost'"
+            )
+
+    @property
+    def url(self) -> str:
+        """Of a server on another machine."""
+        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
+        return self.server_url or f"http://{host}:{self.server_port}"
+
+    def worker_names(self) -> list[str]:
+        """New worker ids, unique across machines, processes and calls; each belongs to one runner, also a new one."""
+        prefix = f"{host_part()}-{os.getpid()}-{secrets.token_hex(4)}"
+        return [f"{prefix}-{index}" for index in range(self.n_runners)]
+
+    def runner_slots(self, url: str, run_id: str | None) -> list[Slot]:
+        """The slots of the runners on this machine; for ``url`` and ``run_id`` see ``SideJob.run``."""
+        starts = [self.start_of(name, url, run_id, index) for index, name in enumerate(self.worker_names())]
+        return [Slot(start, CrashCounter(self.restarts)) for start in starts]
+
+    def start_of(self, name: str, url: str, run_id: str | None, index: int | None) -> StartProcess:
+        """The command for the process of a side: of the runner with this index, or None: of the algorithm.
+
+        The key goes by the environment, which few can read.
+        """
+        given = {
+            LightningEnvVar.AGL_API_KEY.value: self.api_key,
+            LightningEnvVar.AGL_WORKER_NAME.value: None if index is None else name,
+        }
+        environment = {variable: value for variable, value in given.items() if value is not None}
+        quotas = None if index is None else self.quotas
+        return StartProcess(name, {"url": url, "run_id": run_id, "index": index}, environment, quotas)
+
 
 # --- What the processes of a run do: one side of it, with a store ----------------------------------------------------
 
 _JOIN_SECONDS = 30.0
 """How long a new process waits for a server that has answered before; it may be restarting."""
 _DIRECTIVE_SECONDS = 2.0
+_KNOWN_POLL_SECONDS, _KNOWN_POLLS = 1.0, 30
 
 
 @dataclass(frozen=True)
-class StoreAddress:
-    """Where a side of the run finds the store.
+class SideJob:
+    """One side of the run. It is an object, not a closure, so that it can be pickled by name.
 
     Args:
-        store: the store itself, where it is not served.
-        url: of the server; used if there is no ``store``.
-        api_key: for the server.
-        run_id: the run that the server must serve; None: any.
+        bundle: the side.
+        store: what it works on, where that is not served.
     """
 
-    store: LightningStore | None = None
-    url: str = ""
-    api_key: str | None = None
-    run_id: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """What is sent to a process as plain values. The key goes by the environment, which few can read."""
-        return {"url": self.url, "run_id": self.run_id}
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[LightningStore, None]:
-        """The store, for the length of the block. Raises as ``join_server``."""
-        if self.store is not None:
-            yield self.store
-            return
-        await join_server(self.url, api_key=self.api_key, run_id=self.run_id, limit_seconds=_JOIN_SECONDS)
-        client = LightningStoreClient(self.url, api_key=self.api_key)
-        try:
-            yield client
-        finally:
-            await client.close()
-
-
-def _address(store: LightningStore | None, arguments: Mapping[str, Any]) -> StoreAddress:
-    key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
-    return StoreAddress(store=store, url=arguments["url"], api_key=key, run_id=arguments["run_id"])
-
-
-async def run_runner(bundle: RunnerBundle, address: StoreAddress, name: str, index: int, event: ExecutionEvent) -> str:
-    """Run one runner to its end, and deregister its worker.
-
-    Returns:
-        ``drain`` or ``stop``, if that is what the worker has been asked to do; ``gone``, if the server cannot be
-        reached any more; else ``done``.
-    """
-    async with address.open() as store:
-        try:
-            await bundle(store, index, event)
-            status = await _leave_reason(store, name)
-        except StoreUnreachable:
-            return "gone"
-        except BaseException as error:
-            await deregister_worker(store, name, error)
-            raise
-        await deregister_worker(store, name)
-        return status
-
-
-async def _leave_reason(store: LightningStore, name: str) -> str:
-    try:
-        async with asyncio.timeout(_DIRECTIVE_SECONDS):
-            worker = await store.get_worker_by_id(name)
-    except (TimeoutError, StoreUnavailable):
-        return "gone"
-    return "done" if worker is None or worker.directive is None else worker.directive
-
-
-@dataclass(frozen=True)
-class RunnerJob:
-    """One runner in a process of its own. It is an object, not a closure, so that it can be pickled by name.
-
-    Args:
-        bundle: the runner's side.
-        store: where it is not served.
-    """
-
-    bundle: RunnerBundle
+    bundle: AlgorithmBundle | RunnerBundle
     store: LightningStore | None = None
 
     def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
-        """Run it. ``arguments``: its ``index``, and where the store is."""
-        address = _address(self.store, arguments)
-        return asyncio.run(run_runner(self.bundle, address, slot, arguments["index"], event))
+        """Run it in a process of its own; see ``RunSettings.start_of`` and ``run``."""
+        return asyncio.run(self.run(slot, event, **arguments))
 
-
-@dataclass(frozen=True)
-class AlgorithmJob:
-    """The algorithm in a process of its own.
-
-    Args:
-        bundle: the algorithm's side.
-        store: where it is not served.
-    """
-
-    bundle: AlgorithmBundle
-    store: LightningStore | None = None
-
-    def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
-        """Run it. ``arguments``: where the store is."""
-
-        async def run() -> None:
-            async with _address(self.store, arguments).open() as store:
-                await self.bundle(store, event)
-
-        asyncio.run(run())
-        return "done"
-
-
-# --- The side of a run that stays in the main thread -----------------------------------------------------------------
-
-
-class MainThreadSide:
-    """Runs one coroutine in the thread that calls ``run``, and lets other threads end it.
-
-    Args:
-        graceful_timeout: seconds that it gets to end after it was cancelled, and after each interrupt.
-        interrupt: raises ``KeyboardInterrupt`` in that thread.
-    """
-
-    def __init__(self, graceful_timeout: float, interrupt: Callable[[], None]) -> None:
-        self._graceful_timeout = graceful_timeout
-        self._interrupt = interrupt
-        self._lock = threading.Lock()
-        self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
-        self._end_requested = False
-        self._done = threading.Event()
-        self._escalation: threading.Thread | None = None
-
-    def run(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run the coroutine to its end. Raises what it raises; nothing if it was asked to end, and did."""
-        try:
-            with asyncio.Runner() as runner:
-                runner.run(self._run(work))
-        except (asyncio.CancelledError, KeyboardInterrupt):
-            if not self._end_requested:
-                raise
-        finally:
-            work.close()
-            self._done.set()
-            if self._escalation is not None:
-                self._escalation.join()
-
-    def end(self, *, delay_seconds: float = 0.0) -> None:
-        """Ask it to end: cancel it, then interrupt the thread until it ends. Any thread may call; idempotent.
+    async def run(self, name: str, event: ExecutionEvent, *, url: str, run_id: str | None, index: int | None) -> str:
+        """Run it to its end, and deregister the worker of a runner.
 
         Args:
-            delay_seconds: how long to wait before, because it may end by itself.
+            name: of a runner's worker.
+            event: the stop event.
+            url: of the server, where the store is served.
+            run_id: the run that it must serve; None: any.
+            index: of the runner; None: it is the algorithm.
+
+        Returns:
+            ``drain`` or ``stop``, if that is what the worker has been asked to do; ``gone``, if the server cannot be
+            reached any more; else ``done``.
         """
-        with self._lock:
-            if self._end_requested or self._done.is_set():
-                return
-            self._end_requested = True
-            self._escalation = threading.Thread(
-                target=self._escalate, args=(delay_seconds,), name="agl-main-side", daemon=True
-            )
-            self._escalation.start()
-
-    async def _run(self, work: Coroutine[Any, Any, object]) -> None:
-        async def task_body() -> None:
-            await work
-
-        task = asyncio.create_task(task_body())
-        self._task = (asyncio.get_running_loop(), task)
-        try:
-            await task
-        finally:
-            self._task = None
-
-    def _escalate(self, delay_seconds: float) -> None:
-        if self._done.wait(delay_seconds):
-            return
-        while not self._done.wait(0.01):  # until it has begun and can be cancelled
-            running = self._task
-            if running is not None:
-                loop, task = running
-                with contextlib.suppress(RuntimeError):  # it has just ended
-                    loop.call_soon_threadsafe(task.cancel)
-                break
-        while not self._done.wait(self._graceful_timeout):
-            _log.warning(
-                "what runs in the main thread does not end within %g s; interrupting it", self._graceful_timeout
-            )
-            self._interrupt()
-
-
-# --- The end of a run ------------------------------------------------------------------------------------------------
-
-
-class RunShutdown:
-    """Ends the processes here in four stages, and meanwhile asks workers on other machines to leave.
-
-    Args:
-        thread: where calls of the store run.
-        graceful_timeout: seconds of the first stage, which workers on other machines get to leave, too.
-        terminate_timeout: seconds of each other stage; workers that were asked to drain get as long again to stop.
-        hurry: whether to go to the last stage at once, and wait for no other machine.
-        supervisor: of the processes here; None: there are none.
-    """
-
-    def __init__(
-        self,
-        thread: LoopThread,
-        graceful_timeout: float,
-        terminate_timeout: float,
-        hurry: Callable[[], bool],
-        supervisor: Supervisor | None,
-    ) -> None:
-        self._thread = thread
-        self._graceful_timeout = graceful_timeout
-        self._terminate_timeout = terminate_timeout
-        self._hurry = hurry
-        self._supervisor = supervisor
-        self._lock = threading.Lock()
-        self._work: threading.Thread | None = None
-        self.store: LightningStore | None = None
-        """By which workers on other machines learn of the end; None: there are none."""
-
-    def begin(self, directive: WorkerDirective) -> None:
-        """Begin the shutdown and return at once. Any thread may call; only the first call counts.
-
-        Args:
-            directive: ``drain`` lets workers finish what they hold; ``stop`` does not.
-        """
-        with self._lock:
-            if self._work is None:
-                self._work = threading.Thread(target=self._run, args=(directive,), name="agl-shutdown", daemon=True)
-                self._work.start()
-
-    def finish(self) -> None:
-        """Wait until it is over. It must have begun."""
-        assert self._work is not None
-        while self._work.is_alive():
-            self._work.join(0.1)  # not longer, because Python runs signal handlers only between two calls
-
-    def _run(self, directive: WorkerDirective) -> None:
-        leaving = self._ask(directive, self._graceful_timeout)
-        if self._supervisor is not None:
-            self._supervisor.abort(abort_stages(self._graceful_timeout, self._terminate_timeout), self._hurry)
-        left = self._wait(leaving)
-        if left and directive == "drain":
-            left = self._wait(self._ask("stop", self._terminate_timeout))
-        if left:
-            _log.warning("these workers have not left: %s; they will find the server gone", ", ".join(sorted(left)))
-
-    def _ask(self, directive: WorkerDirective, seconds: float) -> Future[list[str]] | None:
-        if self.store is None or self._hurry():
-            return None
-        return self._thread.begin(ask_workers_to_leave(self.store, directive, seconds))
-
-    def _wait(self, leaving: Future[list[str]] | None) -> list[str]:
-        """The workers that have not left when their time is over; none if somebody is in a hurry."""
-        while leaving is not None and not self._hurry():
+        key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+        join = partial(join_server, url, api_key=key, run_id=run_id, limit_seconds=_JOIN_SECONDS)
+        async with contextlib.AsyncExitStack() as stack:
+            store = self.store
+            if store is None:
+                try:
+                    await join()
+                except ExecutionFailed:
+                    return "gone"
+                store = await stack.enter_async_context(LightningStoreClient(url, api_key=key))
+            if index is None:
+                await cast("AlgorithmBundle", self.bundle)(store, event)
+                return "done"
             try:
-                return leaving.result(0.05)
-            except TimeoutError:
-                if leaving.done():
-                    _log.warning("the store did not accept in time that workers shall leave")
-                    return []
-            except (AgentLightningError, NotImplementedError) as error:
-                _log.warning("workers on other machines could not be asked to leave: %s", error)
-                return []
-        if leaving is not None:
-            leaving.cancel()
-        return []
+                watched = _while_served(store, name, join) if self.store is None else contextlib.nullcontext()
+                async with watched:
+                    await cast("RunnerBundle", self.bundle)(store, index, event)
+            except StoreUnreachable:
+                return "gone"
+            except BaseException as error:
+                await deregister_worker(store, name, error)
+                raise
+            try:
+                status = await find_directive(store, name, _DIRECTIVE_SECONDS) or "done"
+            except (TimeoutError, StoreUnavailable):
+                status = "gone"
+            await deregister_worker(store, name)
+            return status
 
 
-# --- What all runs have in common ------------------------------------------------------------------------------------
+@asynccontextmanager
+async def _while_served(
+    store: LightningStore, name: str, join: Callable[[], Awaitable[object]]
+) -> AsyncGenerator[None, None]:
+    """Cancel the block if the server goes before it knows the worker: then the run has ended without this worker.
+
+    A worker that the server knows is asked to leave when the run ends, and may wait for a server that restarts.
+
+    Raises:
+        StoreUnreachable: the block was cancelled.
+    """
+    limit = asyncio.timeout(None)
+
+    async def watch() -> None:
+        for _ in range(_KNOWN_POLLS):
+            await asyncio.sleep(_KNOWN_POLL_SECONDS)
+            with contextlib.suppress(TimeoutError, StoreUnavailable, NotImplementedError):
+                try:
+                    await join()
+                except (ExecutionFailed, WrongServer):
+                    limit.reschedule(asyncio.get_running_loop().time())
+                    return
+                async with asyncio.timeout(_DIRECTIVE_SECONDS):
+                    if await store.get_worker_by_id(name) is not None:
+                        return
+
+    watching = asyncio.create_task(watch())
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise StoreUnreachable("the server has gone before it knew this worker") from error
+    finally:
+        watching.cancel()
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """The arguments of ``ClientServerExecutionStrategy``, checked."""
-
-    host: str
-    port: int
-    server_url: str | None
-    worker_names: tuple[str, ...]
-    graceful_timeout: float
-    terminate_timeout: float
-    managed_store: bool
-    allowed_exit_codes: frozenset[int]
-    start_method: StartMethod | None
-    restarts: RestartPolicy
-    quotas: Quotas | None
-    api_key: str | None
-    run_id: str | None
-    connect_timeout: float
-    stay: bool
-
-    @property
-    def url(self) -> str:
-        """Of a server on another machine."""
-        if self.server_url is not None:
-            return self.server_url
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
-
-    def environment(self, worker_name: str | None = None) -> dict[str, str]:
-        """What a process gets in addition to the environment of this one."""
-        given = {LightningEnvVar.AGL_API_KEY.value: self.api_key, LightningEnvVar.AGL_WORKER_NAME.value: worker_name}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def runner_slots(self, address: StoreAddress) -> list[Slot]:
-        """The slots of the runners on this machine."""
-        return [
-            Slot(
-                name=name,
-                job="runner",
-                arguments={**address.arguments(), "index": index},
-                restart=self.restarts,
-                quotas=self.quotas,
-                environment=self.environment(name),
-            )
-            for index, name in enumerate(self.worker_names)
-        ]
+# --- The thread that steers a run ------------------------------------------------------------------------------------
 
 
-class ClientServerRun:
-    """One call of ``ClientServerExecutionStrategy.execute``.
+class LoopThread:
+    """An event loop in a thread of its own.
+
+    The supervisor and calls of the store run there, because the main thread runs one side of the run, which may block.
 
     Args:
-        settings: the arguments of the strategy.
-        store: what the run works on.
+        name: of the thread.
     """
 
-    def __init__(self, settings: RunSettings, store: LightningStore) -> None:
-        self._settings = settings
-        self._store = store
-        self._unserved = None if settings.managed_store else store
-        self._thread = LoopThread("agl-supervisor")
-        self._signals = SignalHandlers(self._interrupted)
-        self._main = MainThreadSide(settings.graceful_timeout, self._signals.interrupt_main_thread)
-        self._event = ThreadingEvent()
-        self._failure: ExecutionFailed | None = None
+    loop: asyncio.AbstractEventLoop
+    _thread: threading.Thread
 
-    def _make_shutdown(self, supervisor: Supervisor | None) -> RunShutdown:
-        settings = self._settings
-        return RunShutdown(
-            self._thread, settings.graceful_timeout, settings.terminate_timeout, self._signals.is_hurried, supervisor
-        )
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-    def _interrupted(self) -> None:
-        """Called in the main thread at the first signal."""
-        raise NotImplementedError
+    def start(self) -> None:
+        """Start the thread. Only before can this process be forked safely."""
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=self._name, daemon=True)
+        self._thread.start()
 
-    @contextmanager
-    def _served(self, algorithm: AlgorithmBundle) -> Generator[StoreAddress, None, None]:
-        """The store as both sides get it, for the length of the block. The algorithm's side gets it first."""
-        settings = self._settings
-        prepare_store(algorithm, self._store)
-        if self._unserved is not None:
-            yield StoreAddress(store=self._store)
-            return
-        # Imported late, because a machine that only has runners does not need the server's framework.
-        from agentlightning.http.server.server import LightningStoreServer
+    def begin(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Start a coroutine in the loop; other threads get its result from the future."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-        run_id = settings.run_id or f"run-{secrets.token_hex(6)}"
-        server = LightningStoreServer(
-            self._store, settings.host, settings.port, api_key=settings.api_key, run_id=run_id
-        )
-        server.start_blocking()
+    def call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the loop and wait for it. Raises what it raises."""
+        return self.wait(self.begin(work))
+
+    def wait(self, future: Future[_T]) -> _T:
+        """Wait for something that ``begin`` has started. Raises what it raises."""
         try:
-            _log.info("run %s is served at %s", run_id, server.endpoint)
-            yield StoreAddress(store=server, url=server.endpoint, api_key=settings.api_key, run_id=run_id)
-        finally:
-            server.stop_blocking()
+            while not future.done():
+                wait([future], 0.1)  # not longer, because Python runs signal handlers only between two calls
+            return future.result()
+        finally:  # also after an interrupt of this thread: the coroutine must not run on
+            future.cancel()
 
-    def _run_main(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run one side in this thread. After a signal, or a failure of the other side, how it ends does not matter."""
-        try:
-            self._main.run(work)
-        except BaseException as error:
-            if self._signals.number is None and self._failure is None:
-                raise
-            _log.debug("the side of the run in this process ended with %r", error)
-
-    def _conclude(self) -> None:
-        """Raise ``Interrupted`` or the failure of the run, if there was one."""
-        self._signals.check()
-        if self._failure is not None:
-            raise self._failure
+    def close(self) -> None:
+        """Cancel what runs, and end the thread."""
+        self.begin(cancel_all_tasks()).result()
+        self.begin(self.loop.shutdown_default_executor()).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()

@@ -10,28 +10,29 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from agentlightning.errors import ExecutionFailed, InvalidValue
 from agentlightning.execution.abort import SignalHandlers
 from agentlightning.execution.base import (
     LINGER_SHARE,
     AlgorithmBundle,
-    ExecutionEvent,
     ExecutionStrategy,
     RunnerBundle,
     ThreadingEvent,
+    cancel_all_tasks,
     prepare_store,
     resolve_managed_store_flag,
 )
+from agentlightning.execution.membership import failure_when_unserved, waiting_rollouts
 from agentlightning.store.base import LightningStore
 
 _log = logging.getLogger(__name__)
 
 _JOIN_POLL_SECONDS = 0.1
-_UNSERVED_POLL_SECONDS = 1.0
-_UNSERVED_POLLS = 3
-"""How often in a row the same rollouts must be found waiting after the last runner has ended before the run fails."""
+
+_Side = Callable[[], Coroutine[Any, Any, None]]
+"""The algorithm or one runner."""
 
 
 class SharedMemoryExecutionStrategy(ExecutionStrategy):
@@ -84,44 +85,11 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
         self.managed_store = resolve_managed_store_flag(managed_store)
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
-        run = _ThreadedRun(store, self)
-        runners = [_Side(f"runner {index}", partial(runner, store, index)) for index in range(self.n_runners)]
-        sides = [_Side("algorithm", partial(algorithm, store)), *runners]
-        if self.main_thread == "runner":
-            sides.reverse()
-        with SignalHandlers(run.event.set, run.hurry) as signals:
-            prepare_store(algorithm, store)
-            threads = [
-                threading.Thread(target=run.run_side, args=(side,), name=f"agl-{side.name}", daemon=True)
-                for side in sides[1:]
-            ]
-            for thread in threads:
-                thread.start()
-            run.run_side(sides[0], self.join_timeout)
-            run.event.set()
-            self._join(threads)
-            signals.check()
-        if run.failure is not None:
-            raise run.failure
+        _ThreadedRun(store, self).execute(algorithm, runner)
 
     def linger_seconds(self) -> float:
         """A part of ``graceful_delay``."""
         return LINGER_SHARE * self.graceful_delay
-
-    def _join(self, threads: list[threading.Thread]) -> None:
-        until = time.monotonic() + self.graceful_delay + self.join_timeout
-        for thread in threads:
-            while thread.is_alive() and time.monotonic() < until:
-                thread.join(_JOIN_POLL_SECONDS)  # not longer, because Python runs signal handlers only between calls
-            if thread.is_alive():
-                _log.warning("%s blocks and does not end; its thread is abandoned", thread.name)
-
-
-class _Side(NamedTuple):
-    """The algorithm or one runner."""
-
-    name: str
-    work: Callable[[ExecutionEvent], Coroutine[Any, Any, None]]
 
 
 class _ThreadedRun:
@@ -133,8 +101,8 @@ class _ThreadedRun:
     """
 
     def __init__(self, store: LightningStore, limits: SharedMemoryExecutionStrategy) -> None:
-        self.event = ThreadingEvent()
-        self.failure: BaseException | None = None
+        self._event = ThreadingEvent()
+        self._failure: BaseException | None = None
         """What the first side that failed raised."""
         self._store = store
         self._limits = limits
@@ -143,16 +111,49 @@ class _ThreadedRun:
         self._hurry = False
         self._main_thread_is_busy = False
 
-    def hurry(self) -> None:
+    def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle) -> None:
+        """Run both sides. Raises as ``ExecutionStrategy.execute``."""
+        limits = self._limits
+        sides: list[tuple[str, _Side]] = [
+            ("algorithm", partial(algorithm, self._store, self._event)),
+            *(
+                (f"runner {index}", partial(runner, self._store, index, self._event))
+                for index in range(limits.n_runners)
+            ),
+        ]
+        if limits.main_thread == "runner":
+            sides.reverse()
+        with SignalHandlers(self._event.set, self._interrupt) as signals:
+            prepare_store(algorithm, self._store)
+            threads = [
+                threading.Thread(target=self._run_side, args=side, name=f"agl-{side[0]}", daemon=True)
+                for side in sides[1:]
+            ]
+            for thread in threads:
+                thread.start()
+            self._run_side(*sides[0], limits.join_timeout)
+            self._event.set()
+            until = time.monotonic() + limits.graceful_delay + limits.join_timeout
+            for thread in threads:
+                while thread.is_alive() and time.monotonic() < until:
+                    thread.join(_JOIN_POLL_SECONDS)  # not longer: Python runs signal handlers only between calls
+                if thread.is_alive():
+                    _log.warning("%s blocks and does not end; its thread is abandoned", thread.name)
+            signals.check()
+        if self._failure is not None:
+            raise self._failure
+
+    def _interrupt(self) -> None:
         """Cancel at once, whatever ``graceful_delay`` is, and interrupt a side that blocks the main thread."""
         self._hurry = True
         if self._main_thread_is_busy:
             raise KeyboardInterrupt
 
-    def run_side(self, side: _Side, join_timeout: float = math.inf) -> None:
+    def _run_side(self, name: str, side: _Side, join_timeout: float = math.inf) -> None:
         """Run one side to its end, in this thread. What it raises stops the others, and is kept.
 
         Args:
+            name: of the side.
             side: what to run.
             join_timeout: seconds after which a side that was cancelled and goes on nevertheless is abandoned.
         """
@@ -162,29 +163,32 @@ class _ThreadedRun:
         is_main = threading.current_thread() is threading.main_thread()
         try:
             self._main_thread_is_busy |= is_main
-            loop.run_until_complete(self._watch(side.name, task, join_timeout))
+            loop.run_until_complete(self._watch(name, task, join_timeout))
         except BaseException as error:  # noqa: BLE001 - the boundary of a side: raised by `execute`
-            self._fail(side.name, error)
+            with self._lock:
+                first, self._failure = self._failure is None, self._failure or error
+            if not first:
+                _log.error("%s failed, too", name, exc_info=error)
+            self._event.set()
         finally:
             self._main_thread_is_busy &= not is_main
             asyncio.set_event_loop(None)
-            if side.name == "algorithm":
-                self.event.set()
+            if name == "algorithm":
+                self._event.set()
         if task.done() or self._hurry:
-            loop.run_until_complete(_cancel_other_tasks())
-            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(cancel_all_tasks())
             loop.close()
 
     async def _work(self, side: _Side) -> None:
         try:
-            await side.work(self.event)
+            await side()
         except KeyboardInterrupt:
-            if not self._hurry:  # else `hurry` has raised it, and it has done its work
+            if not self._hurry:  # else `_interrupt` has raised it, and it has done its work
                 raise
 
     async def _watch(self, name: str, task: asyncio.Task[None], join_timeout: float) -> None:
         """Wait for the end of a side, and cancel it some time after the stop event."""
-        await self._wait(task, lambda: self.event.is_set())
+        await self._wait(task, self._event.is_set)
         await self._wait(task, lambda: self._hurry, self._limits.graceful_delay)
         if not task.done():
             task.cancel()
@@ -193,45 +197,18 @@ class _ThreadedRun:
             raise ExecutionFailed(f"{name} was cancelled and goes on nevertheless; it is abandoned")
         with contextlib.suppress(asyncio.CancelledError):
             task.result()
-        if name != "algorithm":
-            await self._runner_ended()
+        if name == "algorithm":
+            return
+        with self._lock:
+            self._runners_left -= 1
+        if self._runners_left == 0:  # the last one stays, to fail a run whose algorithm would wait for ever
+            failure = asyncio.create_task(failure_when_unserved(partial(waiting_rollouts, self._store)))
+            await self._wait(failure, self._event.is_set)
+            if failure.done():
+                raise failure.result()
 
-    async def _wait(self, task: asyncio.Future[None], met: Callable[[], bool], seconds: float = math.inf) -> None:
+    async def _wait(self, task: asyncio.Future[Any], met: Callable[[], bool], seconds: float = math.inf) -> None:
         """Wait until the task is done, or the condition is met, or the time is up."""
         until = time.monotonic() + seconds
         while not task.done() and not met() and time.monotonic() < until:
             await asyncio.wait([task], timeout=self._limits.poll_interval)
-
-    async def _runner_ended(self) -> None:
-        """Count the end of a runner. The last one stays, to fail a run whose algorithm would wait for ever."""
-        with self._lock:
-            self._runners_left -= 1
-            last = self._runners_left == 0
-        polls, before = 0, -1
-        while last and not self.event.is_set():
-            await asyncio.sleep(self._limits.poll_interval if polls == 0 else _UNSERVED_POLL_SECONDS)
-            by_status = (await self._store.statistics()).get("rollouts_by_status", {})
-            waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
-            polls = polls + 1 if waiting and waiting == before else 1
-            before = waiting
-            if polls > _UNSERVED_POLLS and waiting:
-                raise ExecutionFailed(
-                    f"all runners have ended, and {waiting} rollouts wait that nobody will run; "
-                    "increase max_rollouts, or leave it out"
-                )
-
-    def _fail(self, name: str, error: BaseException) -> None:
-        with self._lock:
-            first = self.failure is None
-            if first:
-                self.failure = error
-        if not first:
-            _log.error("%s failed, too", name, exc_info=error)
-        self.event.set()
-
-
-async def _cancel_other_tasks() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

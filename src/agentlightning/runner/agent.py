@@ -8,11 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import Hook, LitAgent
-from agentlightning.runner.attempt import ABORTED, AttemptOutcome, AttemptParts, AttemptRun, RolloutResources
-from agentlightning.runner.base import Runner, StopEvent, StopWatch
+from agentlightning.runner.attempt import AttemptParts, AttemptRun, RolloutResources
+from agentlightning.runner.base import Runner, StopEvent, stop_watch
 from agentlightning.runner.calling import AgentThreads
-from agentlightning.runner.heartbeat import Heartbeat, HeartbeatSettings
-from agentlightning.runner.identity import registration, worker_name
+from agentlightning.runner.heartbeat import Heartbeat, worker_name
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
@@ -111,15 +110,16 @@ class LitAgentRunner(Runner[T]):
             hook.init_worker(worker_id)
         threads = AgentThreads(f"agent-{worker_id}")
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
-        settings = HeartbeatSettings(
+        self._heartbeat = Heartbeat(
+            store,
+            self._worker_name,
             interval_seconds=self._beat_every,
             jitter_seconds=self._jitter,
             lease_seconds=self._lease_seconds,
             include_gpu=self._include_gpu,
             in_thread=self._in_thread,
-            registration=registration(self._labels),
+            labels=self._labels,
         )
-        self._heartbeat = Heartbeat(store, self._worker_name, settings)
         self._heartbeat.start()
 
     def teardown_worker(self, worker_id: int, *args: Any, **kwargs: Any) -> None:
@@ -194,8 +194,8 @@ class LitAgentRunner(Runner[T]):
         """
         parts, heartbeat = self._in_worker()
         heartbeat.start_in_loop()
-        with StopWatch(event) as watch:
-            await WorkerLoop(parts, heartbeat, self.get_worker_id(), self._worker_settings, watch.stopped).work()
+        with stop_watch(event) as stopped:
+            await WorkerLoop(parts, heartbeat, self.get_worker_id(), self._worker_settings, stopped).work()
 
     async def step(
         self,
@@ -218,10 +218,10 @@ class LitAgentRunner(Runner[T]):
         rollout = await store.start_rollout(input, mode, resources_id, worker_id=self.get_worker_id())
         heartbeat.begin(rollout)
         run = AttemptRun(parts, rollout)
-        with StopWatch(event) as watch:
-            giving_up = asyncio.create_task(watch.stopped.wait())
-            aborted = AttemptOutcome("failed", ABORTED, "the event given to step was set")
-            giving_up.add_done_callback(lambda task: task.cancelled() or run.give_up(aborted))
+        with stop_watch(event) as stopped:
+            giving_up = asyncio.create_task(stopped.wait())
+            message = "the event given to step was set"
+            giving_up.add_done_callback(lambda task: task.cancelled() or run.give_up(message))
             try:
                 outcome = await run.work()
                 await run.report(outcome)

@@ -8,14 +8,14 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final, NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple, cast
 
 from agentlightning.emitter.emit import emit_exception
 from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound, StoreClosed
-from agentlightning.lifecycle.reasons import RESOURCE_EXHAUSTED
 from agentlightning.litagent.litagent import Hook, LitAgent
-from agentlightning.runner.calling import AgentThreads, as_reward, as_spans, call_agent, without_runner_frames
+from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.logs import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
@@ -23,22 +23,17 @@ from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.tracer.sender import DeferredTrace
 from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
 from agentlightning.types.attributes import full_qualified_name
-from agentlightning.types.plain_spans import SpanOrPlain
 
-AGENT_ERROR: Final = "agent_error"
-"""The agent raised an exception."""
-BAD_RESULT: Final = "bad_result"
-"""The agent returned neither a reward nor spans."""
-MISSING_RESOURCES: Final = "missing_resources"
-"""The resources that the rollout was enqueued with are not in the store."""
-TRACE_NOT_STORED: Final = "trace_not_stored"
-"""The agent finished, but the store did not accept its spans."""
-RUNNER_ERROR: Final = "runner_error"
-"""The runner itself failed, which is a bug; its log has the traceback."""
-ABORTED: Final = "aborted"
-"""The runner was told to stop."""
-TIMEOUT: Final = "timeout"
-"""The attempt took longer than the rollout's ``timeout_seconds``."""
+ReasonCode = Literal[
+    "agent_error",  # the agent raised an exception
+    "resource_exhausted",  # the agent got no more memory, which is not its mistake
+    "bad_result",  # the agent returned neither a reward nor spans
+    "missing_resources",  # the resources that the rollout was enqueued with are not in the store
+    "trace_not_stored",  # the agent finished, but the store did not accept its spans
+    "runner_error",  # the runner itself failed, which is a bug; its log has the traceback
+    "aborted",  # the runner was told to stop
+    "timeout",  # the attempt took longer than the rollout's `timeout_seconds`
+]
 
 REPORT_RETRY_SECONDS = 5.0
 REPORT_TRIES = 24
@@ -55,14 +50,11 @@ _logger = logging.getLogger(__name__)
 class AttemptOutcome(NamedTuple):
     """What is reported about an attempt."""
 
-    status: AttemptEnd
-    reason_code: str | None = None
+    status: AttemptEnd = "succeeded"
+    reason_code: ReasonCode | None = None
     reason_message: str | None = None
     error: BaseException | None = None
     """The exception that ended it, for ``LitAgentRunner.step``."""
-
-
-SUCCEEDED: Final = AttemptOutcome("succeeded")
 
 
 class AttemptParts(NamedTuple):
@@ -96,14 +88,14 @@ class AttemptRun:
         self._own_spans: list[Span] = []
         """Spans that the tracer does not have: those that the agent returned."""
 
-    def give_up(self, outcome: AttemptOutcome) -> bool:
-        """Cancel the agent and report ``outcome`` instead; an agent that has already finished is left alone.
+    def give_up(self, message: str, status: AttemptEnd = "failed", code: ReasonCode = "aborted") -> bool:
+        """Cancel the agent and report this outcome instead; an agent that has already finished is left alone.
 
         Returns whether the attempt is given up by this call.
         """
         if self._task is None or self._ending or self._given_up is not None:
             return False
-        self._given_up = outcome
+        self._given_up = AttemptOutcome(status, code, message)
         self._task.cancel()
         return True
 
@@ -111,24 +103,28 @@ class AttemptRun:
         """Run the agent and the hooks. Every failure becomes the outcome; only a cancellation by others is raised."""
         self._task = asyncio.current_task()
         CURRENT.set(WorkContext(ids={"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt_id}))
-        timer = self._start_timer()
+        timer, seconds = None, self.rollout.config.timeout_seconds
+        if seconds is not None:
+            message = f"not finished within {seconds:g} s"
+            timer = asyncio.get_running_loop().call_later(seconds, self.give_up, message, "timeout", "timeout")
         try:
             outcome = await self._prepare_and_trace()
         except asyncio.CancelledError:
-            if self._given_up is None:
+            if self._given_up is None or self._task is None:
                 raise
-            if self._task is not None:
-                self._task.uncancel()
+            self._task.uncancel()
             outcome = self._given_up
         except Exception as error:  # the boundary of an attempt: whatever failed, the rollout must reach an end
             _logger.exception("attempt %s could not be carried out", self.attempt_id)
-            outcome = failed(RUNNER_ERROR, error)
+            outcome = failed("runner_error", error)
         finally:
             if timer is not None:
                 timer.cancel()
         self._ending = True
         if self._parts.hooks:
-            await self._call_hooks("on_rollout_end", spans=self._all_spans(outcome))
+            known = self._parts.tracer.get_last_trace() if outcome.status == "succeeded" else ()
+            own = self._own_spans if outcome.status == "succeeded" else ()
+            await self._call_hooks("on_rollout_end", spans=[*known, *own])
         self._call_agent_hook("on_rollout_end", self.rollout)
         return outcome
 
@@ -148,7 +144,7 @@ class AttemptRun:
             outcome = await self._send_spans(outcome)
         failures = 0
         while True:
-            spans = self._unsent()
+            spans = [] if self._trace is None else [*self._trace.unsent(), *self._own_spans]
             try:
                 finished = await self._parts.store.finish_attempt(
                     self.rollout.rollout_id,
@@ -180,13 +176,6 @@ class AttemptRun:
                 _logger.warning("attempt %s ended %s, not reported yet: %s", self.attempt_id, outcome.status, error)
                 await asyncio.sleep(REPORT_RETRY_SECONDS)
 
-    def _start_timer(self) -> asyncio.TimerHandle | None:
-        seconds = self.rollout.config.timeout_seconds
-        if seconds is None:
-            return None
-        outcome = AttemptOutcome("timeout", TIMEOUT, f"not finished within {seconds:g} s")
-        return asyncio.get_running_loop().call_later(seconds, self.give_up, outcome)
-
     # --- The agent's work ------------------------------------------------------------------------
 
     async def _prepare_and_trace(self) -> AttemptOutcome:
@@ -194,17 +183,17 @@ class AttemptRun:
         try:
             resources = await parts.resources.find(rollout)
         except AgentLightningError as error:
-            return failed(MISSING_RESOURCES, error)
+            return failed("missing_resources", error)
         if resources is None:
             version = "" if rollout.resources_version is None else f" version {rollout.resources_version}"
             message = f"resources {rollout.resources_id!r}{version} are not in the store"
-            return AttemptOutcome("failed", MISSING_RESOURCES, message, NotFound(message))
+            return AttemptOutcome("failed", "missing_resources", message, NotFound(message))
         await self._call_hooks("on_rollout_start")
         self._call_agent_hook("on_rollout_start")
         try:
             return await self._call_in_trace(resources)
         except AgentLightningError as error:  # raised at the end of the trace: the store did not accept its spans
-            return failed(TRACE_NOT_STORED, error)
+            return failed("trace_not_stored", error)
 
     async def _call_in_trace(self, resources: NamedResources) -> AttemptOutcome:
         """Call the agent in a trace of its own.
@@ -236,28 +225,23 @@ class AttemptRun:
     async def _call_agent(self, resources: NamedResources) -> tuple[AttemptOutcome, Any]:
         parts = self._parts
         try:
-            return SUCCEEDED, await call_agent(parts.agent, parts.threads, resources, self.rollout)
+            return AttemptOutcome(), await call_agent(parts.agent, parts.threads, resources, self.rollout)
         except asyncio.CancelledError as error:
             if self._given_up is not None or (self._task is not None and self._task.cancelling() > 0):
                 raise
-            return failed(AGENT_ERROR, error), None  # the agent cancelled something of its own
+            return failed("agent_error", error), None  # the agent cancelled something of its own
         except Exception as error:
-            _logger.warning(
-                "rollout %s, attempt %s: the agent failed",
-                self.rollout.rollout_id,
-                self.attempt_id,
-                exc_info=without_runner_frames(error),
-            )
-            # Memory that the machine does not have is not the agent's mistake.
-            return failed(RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else AGENT_ERROR, error), None
+            ids = self.rollout.rollout_id, self.attempt_id
+            shown = without_runner_frames(error)
+            _logger.warning("rollout %s, attempt %s: the agent failed", *ids, exc_info=shown)
+            return failed("resource_exhausted" if isinstance(error, MemoryError) else "agent_error", error), None
 
     def _accept_result(self, result: Any) -> AttemptOutcome:
         """Turn what the agent returned into spans."""
         tracer = self._parts.tracer
         try:
-            reward = as_reward(result)
-            if reward is not None:
-                span = emit_reward(reward, propagate=tracer.records)
+            if isinstance(result, Real):  # any kind of number, also numpy's
+                span = emit_reward(cast("float", result), propagate=tracer.records)
                 if not tracer.records:
                     self._own_spans = as_spans([span], self.rollout)
             elif result is not None:
@@ -266,14 +250,10 @@ class AttemptRun:
                 self._own_spans = [span for span in as_spans(result, self.rollout) if span.span_id not in known]
         except Exception as error:  # noqa: BLE001 - the returned object is of a class that we do not know
             _logger.warning("rollout %s, attempt %s: %s", self.rollout.rollout_id, self.attempt_id, error)
-            return failed(BAD_RESULT, error)
-        return SUCCEEDED
+            return failed("bad_result", error)
+        return AttemptOutcome()
 
     # --- Spans that travel with the report -------------------------------------------------------
-
-    def _unsent(self) -> list[SpanOrPlain]:
-        """The spans that the store does not have yet: those of the trace first, then those that the agent returned."""
-        return [] if self._trace is None else [*self._trace.unsent(), *self._own_spans]
 
     def _spans_stored(self) -> None:
         if self._trace is not None:
@@ -289,13 +269,10 @@ class AttemptRun:
             if self._own_spans:
                 await self._parts.store.add_many_spans(self._own_spans)
         except AgentLightningError as error:
-            return failed(TRACE_NOT_STORED, error)
+            return failed("trace_not_stored", error)
         return outcome
 
     # --- Hooks -----------------------------------------------------------------------------------
-
-    def _all_spans(self, outcome: AttemptOutcome) -> list[Span]:
-        return [*self._parts.tracer.get_last_trace(), *self._own_spans] if outcome.status == "succeeded" else []
 
     async def _call_hooks(self, name: str, **arguments: Any) -> None:
         parts = self._parts
@@ -337,8 +314,8 @@ class RolloutResources:
         self._store = store
         self._latest: NamedResources = {}
         self._latest_until = 0.0
-        self._known: OrderedDict[tuple[str, int], NamedResources] = OrderedDict()
-        self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._known: OrderedDict[tuple[str, int], asyncio.Task[ResourcesUpdate | None]] = OrderedDict()
+        """Look-ups. One serves all rollouts that begin meanwhile, which after a training step want the same version."""
 
     async def find(self, rollout: AttemptedRollout) -> NamedResources | None:
         """The resources that the rollout was enqueued with; None if they are not in the store.
@@ -349,31 +326,33 @@ class RolloutResources:
         resources_id, version = rollout.resources_id, rollout.resources_version
         if resources_id is None:
             if time.monotonic() >= self._latest_until:
-                self._latest = _content(await self._store.get_latest_resources()) or {}
+                latest = await self._store.get_latest_resources()
+                self._latest = {} if latest is None else latest.resources
                 self._latest_until = time.monotonic() + _LATEST_SECONDS
             return dict(self._latest)
         if version is None:  # a store that does not keep versions: take the newest
-            return _content(await self._store.get_resources_by_id(resources_id))
-        key = (resources_id, version)
-        if key not in self._known:
-            # One look-up serves all rollouts that begin meanwhile: after a training step they all want the new version.
-            fetching = self._fetching.get(key)
-            if fetching is None:
-                fetching = self._fetching[key] = asyncio.create_task(self._fetch(resources_id, version))
-                fetching.add_done_callback(lambda _: self._fetching.pop(key, None))
-            await asyncio.shield(fetching)
-        found = self._known.get(key)
-        return None if found is None else dict(found)
+            found = await self._store.get_resources_by_id(resources_id)
+        else:
+            found = await self._find_version(resources_id, version)
+        return None if found is None else dict(found.resources)
 
-    async def _fetch(self, resources_id: str, version: int) -> None:
-        found = _content(await self._store.get_resources_by_id(resources_id, version=version))
-        if found is not None:
-            self._known[resources_id, version] = found
+    async def _find_version(self, resources_id: str, version: int) -> ResourcesUpdate | None:
+        key, found = (resources_id, version), None
+        looking = self._known.get(key)
+        if looking is None:
+            looking = asyncio.create_task(self._store.get_resources_by_id(resources_id, version=version))
+            self._known[key] = looking
             if len(self._known) > _CACHED_VERSIONS:
                 self._known.popitem(last=False)
+        try:
+            found = await asyncio.shield(looking)
+        finally:
+            if found is None and self._known.get(key) is looking:  # the next rollout asks again
+                del self._known[key]
+        return found
 
 
-def failed(code: str, error: BaseException) -> AttemptOutcome:
+def failed(code: ReasonCode, error: BaseException) -> AttemptOutcome:
     """The outcome of an attempt that an exception ended; its message begins with the exception's type."""
     try:
         text = str(error)
@@ -384,7 +363,3 @@ def failed(code: str, error: BaseException) -> AttemptOutcome:
     if len(message) > _MESSAGE_CHARACTERS:
         message = message[:_MESSAGE_CHARACTERS] + "…"
     return AttemptOutcome("failed", code, message, error)
-
-
-def _content(update: ResourcesUpdate | None) -> NamedResources | None:
-    return None if update is None else update.resources

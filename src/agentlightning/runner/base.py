@@ -6,7 +6,7 @@ import asyncio
 import threading
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentlightning.litagent.litagent import Hook, LitAgent
@@ -116,35 +116,26 @@ class StopEvent(Protocol):
         ...
 
 
-class StopWatch:
-    """Sets ``stopped``, an event of the running loop, as soon as an event of threads or processes is set.
+@contextmanager
+def stop_watch(event: StopEvent | None) -> Generator[asyncio.Event]:
+    """An event of the running loop that is set as soon as ``event``, of threads or processes, is set.
 
-    A thread waits for that event, because a coroutine cannot. Use as a context manager inside the loop.
-
-    Args:
-        event: what to wait for; None: nothing ever stops.
+    A thread waits for that event during the block, because a coroutine cannot. None: nothing ever stops.
     """
+    stopped, loop, over = asyncio.Event(), asyncio.get_running_loop(), threading.Event()
 
-    def __init__(self, event: StopEvent | None) -> None:
-        self.stopped = asyncio.Event()
-        self._event = event
-        self._done = False
-
-    def __enter__(self) -> StopWatch:
-        if self._event is not None:
-            if self._event.is_set():
-                self.stopped.set()
-            else:
-                loop = asyncio.get_running_loop()
-                threading.Thread(target=self._watch, args=(self._event, loop), name="agl-stop", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done = True
-
-    def _watch(self, event: StopEvent, loop: asyncio.AbstractEventLoop) -> None:
-        while not self._done:
+    def watch(event: StopEvent) -> None:
+        while not over.is_set():
             if event.wait(_WAIT_SLICE_SECONDS):
-                if not self._done and not loop.is_closed():
-                    loop.call_soon_threadsafe(self.stopped.set)
+                with suppress(RuntimeError):  # the loop was closed in the meantime
+                    loop.call_soon_threadsafe(stopped.set)
                 return
+
+    if event is not None and event.is_set():
+        stopped.set()
+    elif event is not None:
+        threading.Thread(target=watch, args=(event,), name="agl-stop", daemon=True).start()
+    try:
+        yield stopped
+    finally:
+        over.set()

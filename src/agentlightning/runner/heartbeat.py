@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import platform
 import random
+import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -19,11 +23,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psutil
 
 from agentlightning.errors import Conflict, NotFound
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
 from agentlightning.types import UNSET, AttemptedRollout, Unset
 
@@ -36,23 +43,10 @@ _REPORT_SECONDS = 2.0
 _LONGEST_RETRY_SECONDS = 1.0
 _GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total")
 _GPU_SECONDS = 5.0
+_NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._~-]+")
+_HOST_CHARACTERS = 64
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HeartbeatSettings:
-    """When and how to beat. All times are in seconds."""
-
-    interval_seconds: float
-    jitter_seconds: float
-    lease_seconds: float
-    """How long the store waits for a beat before it counts the worker as lost."""
-    include_gpu: bool
-    in_thread: bool
-    """Whether to beat in a thread, or in the runner's event loop."""
-    registration: dict[str, Any]
-    """What the first beat says about the worker."""
 
 
 @dataclass
@@ -63,15 +57,31 @@ class _BegunAttempt:
 
 
 class Heartbeat:
-    """Beats from ``start`` to ``stop``.
+    """Beats from ``start`` to ``stop``. All times are in seconds.
 
     Args:
         store: receives the beats.
         worker_id: the worker's name in the store.
-        settings: when and how to beat.
+        interval_seconds: between two beats.
+        jitter_seconds: by how much the interval varies.
+        lease_seconds: how long the store waits for a beat before it counts the worker as lost.
+        include_gpu: whether to report GPUs.
+        in_thread: whether to beat in a thread, or in the runner's event loop.
+        labels: told to the store with the first beat.
     """
 
-    def __init__(self, store: LightningStore, worker_id: str, settings: HeartbeatSettings) -> None:
+    def __init__(
+        self,
+        store: LightningStore,
+        worker_id: str,
+        *,
+        interval_seconds: float,
+        jitter_seconds: float,
+        lease_seconds: float,
+        include_gpu: bool,
+        in_thread: bool,
+        labels: dict[str, str],
+    ) -> None:
         self.on_stale: Callable[[str], None] | None = None
         """Called, in the heartbeat's thread, with the id of each attempt that has lost its rollout."""
         self.on_directive: Callable[[Directive], None] | None = None
@@ -80,7 +90,11 @@ class Heartbeat:
         """Done when the store knows the worker."""
         self._store = store
         self._worker_id = worker_id
-        self._settings = settings
+        self._interval, self._jitter = interval_seconds, jitter_seconds
+        self._lease_seconds = lease_seconds
+        self._include_gpu = include_gpu
+        self._in_thread = in_thread
+        self._labels = labels
         self._begun: dict[str, _BegunAttempt] = {}
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
@@ -94,7 +108,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Start the thread. Settings without a thread begin to beat with ``start_in_loop`` instead."""
-        if self._settings.in_thread and self._thread is None:
+        if self._in_thread and self._thread is None:
             self._thread = threading.Thread(
                 target=lambda: asyncio.run(self._run()), name="agentlightning-heartbeat", daemon=True
             )
@@ -102,7 +116,7 @@ class Heartbeat:
 
     def start_in_loop(self) -> None:
         """Begin to beat in the running loop, if the settings say so and it is not beating yet."""
-        if not self._settings.in_thread and (self._task is None or self._task.done()):
+        if not self._in_thread and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._run(), name="agentlightning-heartbeat")
 
     def stop(self) -> None:
@@ -126,7 +140,7 @@ class Heartbeat:
 
         The store may have counted the worker as lost meanwhile, and have handed its attempts to others.
         """
-        return time.monotonic() - self._last_beat >= self._settings.lease_seconds
+        return time.monotonic() - self._last_beat >= self._lease_seconds
 
     def next_beat(self) -> Future[None]:
         """Beat at once; the future is done when the store has answered.
@@ -176,24 +190,24 @@ class Heartbeat:
 
     def _pause(self) -> float:
         # The jitter keeps the workers of a fleet that started together from beating in step.
-        spread = min(self._settings.jitter_seconds, self._settings.interval_seconds / 2)
-        return self._settings.interval_seconds + random.uniform(-spread, spread)
+        spread = min(self._jitter, self._interval / 2)
+        return self._interval + random.uniform(-spread, spread)
 
     def _retry_pause(self) -> float:
-        return min(_LONGEST_RETRY_SECONDS, self._settings.interval_seconds)
+        return min(_LONGEST_RETRY_SECONDS, self._interval)
 
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""
-        settings, awaiting = self._settings, list(self._awaiting_beat)
+        awaiting = list(self._awaiting_beat)
         stats = await self._statistics()
-        registration: dict[str, Any] | Unset = settings.registration if first else UNSET
+        about: dict[str, Any] | Unset = registration(self._labels) if first else UNSET
         try:
             worker = await self._store.update_worker(
                 self._worker_id,
                 stats,
                 attempt_ids=list(self._begun),
-                lease_seconds=settings.lease_seconds,
-                registration=registration,
+                lease_seconds=self._lease_seconds,
+                registration=about,
             )
         except Exception as error:  # noqa: BLE001 - a store may fail in any way, and the next beat may succeed
             self._failures += 1
@@ -215,7 +229,7 @@ class Heartbeat:
         return True
 
     async def _statistics(self) -> dict[str, Any]:
-        if self._settings.include_gpu:  # nvidia-smi takes a while
+        if self._include_gpu:  # nvidia-smi takes a while
             return await asyncio.to_thread(system_statistics, True)
         return system_statistics()
 
@@ -236,6 +250,54 @@ class Heartbeat:
     def _report_stale(self, attempt_id: str) -> None:
         if attempt_id in self._begun and self.on_stale is not None:
             self.on_stale(attempt_id)
+
+
+# --- What a worker tells about itself --------------------------------------------------------------------------------
+
+
+def worker_name(index: int) -> str:
+    """The name of this process's worker number ``index``; the same on each call.
+
+    A supervisor sets it by ``AGL_WORKER_NAME``, so that a restarted process keeps the name of its slot.
+    Otherwise it is ``{host}-{pid}-{start}-{index}``; the start time tells the process from others that had its pid.
+    """
+    given = resolve_str_env_var(LightningEnvVar.AGL_WORKER_NAME)
+    if given:
+        return given
+    start = int(psutil.Process().create_time() * 100) & 0xFFFF_FFFF
+    return f"{host_part()}-{os.getpid()}-{start:08x}-{index}"
+
+
+def host_part() -> str:
+    """The name of this machine in the form that ids allow."""
+    return _NOT_IN_IDS.sub("-", socket.gethostname()).strip("-")[:_HOST_CHARACTERS] or "host"
+
+
+def registration(labels: dict[str, str] | None = None) -> dict[str, Any]:
+    """What a worker says about itself when it starts: host, process, versions, and the user's labels."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_space": process_space(),
+        "start_time": psutil.Process().create_time(),
+        "python": platform.python_version(),
+        "agentlightning": metadata.version("agentlightning"),
+        "platform": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
+        "labels": labels or {},
+    }
+
+
+def process_space() -> str | None:
+    """Where this process's pid is valid: the boot id of the machine and the PID namespace.
+
+    Two processes with the same value can look each other up by pid. None: unknown on this platform.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return None
 
 
 def system_statistics(include_gpu: bool = False) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from agentlightning.errors import (
     StoreUnavailable,
     StoreUnreachable,
 )
-from agentlightning.runner.attempt import ABORTED, AttemptOutcome, AttemptParts, AttemptRun
+from agentlightning.runner.attempt import AttemptOutcome, AttemptParts, AttemptRun
 from agentlightning.runner.heartbeat import Directive, Heartbeat
 from agentlightning.store.base import LightningStore
 from agentlightning.types import AttemptedRollout
@@ -363,7 +363,7 @@ class WorkerLoop:
         """The store says that this attempt has lost its rollout: give up that one only."""
         run = self._runs.get(attempt_id)
         # An attempt that is just being reported has ended for the store as well, and may be named for that reason.
-        if run is not None and run.give_up(AttemptOutcome("failed", ABORTED, "the attempt had lost its rollout")):
+        if run is not None and run.give_up("the attempt had lost its rollout"):
             _logger.warning("attempt %s has lost its rollout; it is given up", attempt_id)
 
     def _follow(self, directive: Directive) -> None:
@@ -377,7 +377,7 @@ class WorkerLoop:
     def _give_up_all(self, message: str) -> None:
         self._gave_up.set()
         for run in list(self._runs.values()):
-            run.give_up(AttemptOutcome("failed", ABORTED, message))
+            run.give_up(message)
 
     # --- The end ---------------------------------------------------------------------------------
 

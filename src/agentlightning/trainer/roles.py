@@ -18,7 +18,7 @@ from agentlightning.algorithm.run import ProxyMove, prepare_to_resume, watch_los
 from agentlightning.execution.base import ExecutionEvent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import Runner
-from agentlightning.runner.identity import process_space
+from agentlightning.runner.heartbeat import process_space
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer

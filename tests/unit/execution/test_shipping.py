@@ -14,7 +14,7 @@ import pytest
 
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.errors import InvalidValue
-from agentlightning.execution.shipping import choose_start_method, pack, unpack
+from agentlightning.execution.child import choose_start_method, pack, unpack
 
 
 @dataclass
@@ -74,14 +74,14 @@ def test_a_module_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.
 
 class TestTheStartMethod:
     def test_is_the_one_that_was_asked_for(self) -> None:
-        assert choose_start_method("spawn", {}) == "spawn"
+        assert choose_start_method("spawn", "it", None) == "spawn"
 
     def test_is_not_fork_where_there_are_threads(self) -> None:
         release = threading.Event()
         thread = threading.Thread(target=release.wait)
         thread.start()
         try:
-            assert choose_start_method(None, {"runner": lambda child, arguments: "done"}) == "forkserver"
+            assert choose_start_method(None, "the runner's side", lambda child, arguments: "done") == "forkserver"
         finally:
             release.set()
             thread.join()
@@ -91,16 +91,14 @@ class TestTheStartMethod:
         thread = threading.Thread(target=release.wait)
         thread.start()
         try:
-            assert choose_start_method(None, {"runner": lambda child, arguments: str(release)}) == "fork"
+            assert choose_start_method(None, "the runner's side", lambda child, arguments: str(release)) == "fork"
         finally:
             release.set()
             thread.join()
         assert "the runner's side → release" in caplog.text
 
     def test_is_fork_in_a_process_with_one_thread(self) -> None:
-        program = (
-            "from agentlightning.execution.shipping import choose_start_method; print(choose_start_method(None, {}))"
-        )
+        program = "from agentlightning.execution import child; print(child.choose_start_method(None, 'it', None))"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout == "fork\n"
 

@@ -16,10 +16,9 @@ import pytest
 
 from agentlightning.execution.base import MultiprocessingEvent, ThreadingEvent
 from agentlightning.runner.attempt import failed
-from agentlightning.runner.base import StopWatch
+from agentlightning.runner.base import stop_watch
 from agentlightning.runner.calling import AgentThreads
-from agentlightning.runner.heartbeat import system_statistics
-from agentlightning.runner.identity import registration, worker_name
+from agentlightning.runner.heartbeat import registration, system_statistics, worker_name
 from agentlightning.store.validation import check_id, encode_json
 
 # --- Names -----------------------------------------------------------------------------------------
@@ -29,7 +28,7 @@ def test_a_name_is_the_same_each_time_and_unique_across_processes() -> None:
     assert worker_name(3) == worker_name(3)
     assert worker_name(3) != worker_name(4)
     check_id(worker_name(3), "worker_id")
-    code = "from agentlightning.runner.identity import worker_name; print(worker_name(3))"
+    code = "from agentlightning.runner.heartbeat import worker_name; print(worker_name(3))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other != worker_name(3)
     assert f"-{os.getpid()}-" in worker_name(3)
@@ -114,8 +113,8 @@ def test_a_hanging_agent_does_not_keep_its_process_alive() -> None:
 
 @pytest.mark.parametrize("event", [ThreadingEvent(), MultiprocessingEvent(), threading.Event()])
 async def test_an_event_wakes_a_coroutine_at_once(event: threading.Event) -> None:
-    with StopWatch(event) as watch:
-        waiting = asyncio.create_task(watch.stopped.wait())
+    with stop_watch(event) as stopped:
+        waiting = asyncio.create_task(stopped.wait())
         await asyncio.sleep(0.05)
         assert not waiting.done()
         began = time.monotonic()
@@ -123,7 +122,7 @@ async def test_an_event_wakes_a_coroutine_at_once(event: threading.Event) -> Non
         async with asyncio.timeout(10):
             await waiting
         assert time.monotonic() - began < 0.3
-    with StopWatch(event) as watch:
-        assert watch.stopped.is_set()
-    with StopWatch(None) as watch:
-        assert not watch.stopped.is_set()
+    with stop_watch(event) as stopped:
+        assert stopped.is_set()
+    with stop_watch(None) as stopped:
+        assert not stopped.is_set()

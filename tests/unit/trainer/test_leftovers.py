@@ -9,7 +9,7 @@ from typing import Any
 
 import agentlightning as agl
 from agentlightning.algorithm.run import end_lost_workers
-from agentlightning.runner.identity import process_space
+from agentlightning.runner.heartbeat import process_space
 
 
 def pid_of_nobody() -> int:

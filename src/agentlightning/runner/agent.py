@@ -80,7 +80,6 @@ class LitAgentRunner(Runner[T]):
         self._labels = dict(labels or {})
         self._agent: LitAgent[T] | None = None
         self._hooks: Sequence[Hook] = ()
-        self._worker_name: str | None = None
         self._parts: AttemptParts | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -104,7 +103,6 @@ class LitAgentRunner(Runner[T]):
         """
         super().init_worker(worker_id, store, **kwargs)
         agent = self.get_agent()
-        self._worker_name = worker_name(worker_id)
         self._tracer.init_worker(worker_id, store)
         for hook in self._hooks:
             hook.init_worker(worker_id)
@@ -112,7 +110,7 @@ class LitAgentRunner(Runner[T]):
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
         self._heartbeat = Heartbeat(
             store,
-            self._worker_name,
+            worker_name(worker_id),
             interval_seconds=self._beat_every,
             jitter_seconds=self._jitter,
             lease_seconds=self._lease_seconds,
@@ -133,7 +131,6 @@ class LitAgentRunner(Runner[T]):
             for hook in self._hooks:
                 hook.teardown_worker(worker_id)
             self._tracer.teardown_worker(worker_id)
-        self._worker_name = None
         super().teardown_worker(worker_id)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
@@ -174,8 +171,7 @@ class LitAgentRunner(Runner[T]):
         Raises:
             RuntimeError: ``init_worker`` was not called.
         """
-        self._in_worker()
-        return self._worker_name or ""
+        return self._in_worker()[1].worker_id
 
     # --- Work ------------------------------------------------------------------------------------
 
@@ -195,7 +191,7 @@ class LitAgentRunner(Runner[T]):
         parts, heartbeat = self._in_worker()
         heartbeat.start_in_loop()
         with stop_watch(event) as stopped:
-            await WorkerLoop(parts, heartbeat, self.get_worker_id(), self._worker_settings, stopped).work()
+            await WorkerLoop(parts, heartbeat, self._worker_settings, stopped).work()
 
     async def step(
         self,

@@ -89,7 +89,7 @@ class Heartbeat:
         self.first_beat: Future[None] = Future()
         """Done when the store knows the worker."""
         self._store = store
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self._interval, self._jitter = interval_seconds, jitter_seconds
         self._lease_seconds = lease_seconds
         self._include_gpu = include_gpu
@@ -180,7 +180,11 @@ class Heartbeat:
                 self._beat_requested = False
                 answered = await self._beat(first)
                 first = first and not answered
-                due = time.monotonic() + (self._pause() if answered else self._retry_pause())
+                pause = min(_LONGEST_RETRY_SECONDS, self._interval)
+                if answered:  # the jitter keeps the workers of a fleet that started together from beating in step
+                    spread = min(self._jitter, self._interval / 2)
+                    pause = self._interval + random.uniform(-spread, spread)
+                due = time.monotonic() + pause
             await self._confirm()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - time.monotonic()))):
@@ -188,22 +192,15 @@ class Heartbeat:
             self._wake.clear()
         self._loop = self._wake = None
 
-    def _pause(self) -> float:
-        # The jitter keeps the workers of a fleet that started together from beating in step.
-        spread = min(self._jitter, self._interval / 2)
-        return self._interval + random.uniform(-spread, spread)
-
-    def _retry_pause(self) -> float:
-        return min(_LONGEST_RETRY_SECONDS, self._interval)
-
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""
         awaiting = list(self._awaiting_beat)
-        stats = await self._statistics()
+        # nvidia-smi takes a while
+        stats = await asyncio.to_thread(system_statistics, True) if self._include_gpu else system_statistics()
         about: dict[str, Any] | Unset = registration(self._labels) if first else UNSET
         try:
             worker = await self._store.update_worker(
-                self._worker_id,
+                self.worker_id,
                 stats,
                 attempt_ids=list(self._begun),
                 lease_seconds=self._lease_seconds,
@@ -227,11 +224,6 @@ class Heartbeat:
         if worker.directive is not None and self.on_directive is not None:
             self.on_directive(worker.directive)
         return True
-
-    async def _statistics(self) -> dict[str, Any]:
-        if self._include_gpu:  # nvidia-smi takes a while
-            return await asyncio.to_thread(system_statistics, True)
-        return system_statistics()
 
     async def _confirm(self) -> None:
         """Confirm the claims of attempts that have run for ``CONFIRM_SECONDS``."""

@@ -27,9 +27,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -46,7 +46,6 @@ _PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
 """Variables of the runner that the program must not see. It does not see a key inside ``AGL_SERVER_URL`` either."""
 _STDERR_SHOWN = 500
 _REWARD_BYTES = 64 * 1024
-_CHUNK_BYTES = 64 * 1024
 _LATE_OUTPUT_SECONDS = 2.0
 """How long to read output after the program has ended. Only a child that left the process group can still write."""
 
@@ -97,10 +96,10 @@ class ProgramAgent(LitAgent[Any]):
             OSError: it cannot be started.
         """
         context = contextvars.copy_context()  # the reward server's requests have no context that names the rollout
-        rewards: list[WrittenReward] = []
+        rewards: list[dict[str, Any]] = []
 
-        def take(reward: WrittenReward) -> None:
-            context.run(_emit, reward)
+        def take(reward: dict[str, Any]) -> None:
+            context.run(emit_reward, **reward)
             rewards.append(reward)
 
         with tempfile.TemporaryDirectory(prefix="agl-") as folder, operation(name="program", command=self._shown) as op:
@@ -116,10 +115,12 @@ class ProgramAgent(LitAgent[Any]):
                     _emit_output("stderr", stderr)
             op.set_output({"exit_code": code})
             if code != 0:
-                raise ProgramFailed(_failure(self._shown, code, stderr))
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                end = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
+                raise ProgramFailed(f"{self._shown!r} {how}; its standard error ends with: {end}")
             reward = None if rewards else _written_reward(Path(folder) / "reward", stdout)
             if reward is not None:
-                _emit(reward)
+                emit_reward(**reward)
 
 
 # --- The program's environment -----------------------------------------------------------------------
@@ -148,32 +149,20 @@ def _environment(task: Any, resources: NamedResources, rollout: Rollout, folder:
     for each in resources.values():
         if isinstance(each, PromptTemplate):
             env.setdefault("AGL_PROMPT_TEMPLATE", each.template)
-    return env | _model_variables(resources, rollout, env)
-
-
-def _model_variables(resources: NamedResources, rollout: Rollout, env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that OpenAI clients read, for the first model among the resources."""
     llm = next((each for each in resources.values() if isinstance(each, LLM)), None)
-    if llm is None:
-        return {}
-    if isinstance(llm, ProxyLLM) and isinstance(rollout, AttemptedRollout):
-        llm = llm.with_attempted_rollout(rollout)
-    key = llm.api_key or env.get("OPENAI_API_KEY") or "none"  # OpenAI's clients refuse to start without a key
-    return {"OPENAI_BASE_URL": llm.get_base_url(), "OPENAI_API_KEY": key, "AGL_MODEL": llm.model}
+    if llm is not None:
+        if isinstance(llm, ProxyLLM) and isinstance(rollout, AttemptedRollout):
+            llm = llm.with_attempted_rollout(rollout)
+        key = llm.api_key or env.get("OPENAI_API_KEY") or "none"  # OpenAI's clients refuse to start without a key
+        env |= {"OPENAI_BASE_URL": llm.get_base_url(), "OPENAI_API_KEY": key, "AGL_MODEL": llm.model}
+    return env
 
 
 # --- Rewards -----------------------------------------------------------------------------------------
 
 
-class WrittenReward(NamedTuple):
-    """A reward in the form of ``emit_reward``'s arguments."""
-
-    value: float | dict[str, Any]
-    primary_key: str | None = None
-
-
-def read_reward(text: str) -> WrittenReward | None:
-    """The reward in a text, or None if the text is none.
+def read_reward(text: str) -> dict[str, Any] | None:
+    """The reward in a text, in the form of ``emit_reward``'s arguments; None if the text is none.
 
     ``0.5``; or ``{"reward": 0.5}``; or, with several dimensions, ``{"reward": {"accuracy": 1, "speed": 0.2},
     "primary_key": "accuracy"}``.
@@ -187,14 +176,14 @@ def read_reward(text: str) -> WrittenReward | None:
         fields = cast("dict[str, Any]", value)
         value, key = fields.get("reward"), fields.get("primary_key")
     if isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max):
-        return WrittenReward(float(value))
+        return {"reward": float(value)}
     if isinstance(value, dict) and (key is None or isinstance(key, str)):
-        return WrittenReward(cast("dict[str, Any]", value), key)
+        return {"reward": cast("dict[str, Any]", value), "primary_key": key}
     return None
 
 
 @asynccontextmanager
-async def _reward_server(take: Callable[[WrittenReward], None]) -> AsyncGenerator[str]:
+async def _reward_server(take: Callable[[dict[str, Any]], None]) -> AsyncGenerator[str]:
     """An HTTP server on this machine that takes rewards by POST or PUT, while the block runs; yields its URL.
 
     The URL contains a secret, so that only the program can use it. What ``take`` raises as ``TypeError``,
@@ -227,7 +216,7 @@ async def _reward_server(take: Callable[[WrittenReward], None]) -> AsyncGenerato
         await runner.cleanup()
 
 
-def _written_reward(file: Path, stdout: ProgramOutput) -> WrittenReward | None:
+def _written_reward(file: Path, stdout: ProgramOutput) -> dict[str, Any] | None:
     """The reward in the file, or else in the last line of the output."""
     if not file.exists():
         return read_reward(stdout.last_line())
@@ -236,10 +225,6 @@ def _written_reward(file: Path, stdout: ProgramOutput) -> WrittenReward | None:
     if reward is None:
         raise InvalidValue(f"the program wrote {text[:200]!r} into AGL_REWARD_FILE, which is no reward; write a number")
     return reward
-
-
-def _emit(reward: WrittenReward) -> None:
-    emit_reward(reward.value, primary_key=reward.primary_key)
 
 
 # --- The process group -------------------------------------------------------------------------------
@@ -272,53 +257,43 @@ async def run_group(
     Raises:
         OSError: it cannot be started.
     """
-    process, readers = await _start(command, env, cwd, stdout, stderr)
-    try:
-        return await process.wait()
-    except asyncio.CancelledError:
-        _signal_group(process.pid, signal.SIGTERM)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(stop_seconds):
-                await process.wait()
-        _signal_group(process.pid, signal.SIGKILL)
-        await process.wait()
-        raise
-    finally:
-        _signal_group(process.pid, signal.SIGKILL)
-        await asyncio.wait(readers, timeout=_LATE_OUTPUT_SECONDS)
-        for reader in readers:
-            reader.cancel()
-
-
-async def _start(
-    command: Sequence[str], env: Mapping[str, str], cwd: str | None, stdout: ProgramOutput, stderr: ProgramOutput
-) -> tuple[asyncio.subprocess.Process, list[asyncio.Task[None]]]:
-    """The process, and the tasks that read its output.
-
-    The pipes are made here, because with asyncio's own pipes ``wait`` would wait for grandchildren that keep them open.
-    """
-    out_read, out_write = os.pipe()
-    err_read, err_write = os.pipe()
-    readers = [asyncio.create_task(_read(out_read, stdout)), asyncio.create_task(_read(err_read, stderr))]
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out_write,
-            stderr=err_write,
-            env=dict(env),
-            cwd=cwd,
-            start_new_session=True,
-        )
-    except BaseException:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.wait(readers)
-        raise
-    finally:
-        os.close(out_write)
-        os.close(err_write)
-    return process, readers
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as reading:
+        with ExitStack() as writing:
+            ends: list[int] = []
+            # With asyncio's own pipes `wait` would wait for grandchildren that keep them open.
+            for output in (stdout, stderr):
+                read, write = os.pipe()
+                writing.callback(os.close, write)
+                ends.append(write)
+                pipe = os.fdopen(read, "rb", buffering=0)
+                transport, _ = await loop.connect_read_pipe(lambda output=output: output, pipe)
+                reading.callback(transport.close)
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=ends[0],
+                stderr=ends[1],
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
+        try:
+            return await process.wait()
+        except asyncio.CancelledError:
+            _signal_group(process.pid, signal.SIGTERM)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(stop_seconds):
+                    await process.wait()
+            _signal_group(process.pid, signal.SIGKILL)
+            await process.wait()
+            raise
+        finally:
+            _signal_group(process.pid, signal.SIGKILL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LATE_OUTPUT_SECONDS):
+                    await stdout.ended.wait()
+                    await stderr.ended.wait()
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -326,22 +301,8 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-async def _read(descriptor: int, output: ProgramOutput) -> None:
-    """Read a pipe to its end, then close it."""
-    reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
-    pipe = os.fdopen(descriptor, "rb", buffering=0)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
-    try:
-        while data := await reader.read(_CHUNK_BYTES):
-            output.add(data)
-    finally:
-        transport.close()
-
-
-class ProgramOutput:
-    """The beginning and the end of what a program writes; bytes between them are only counted.
+class ProgramOutput(asyncio.Protocol):
+    """Reads a pipe to its end, and keeps the beginning and the end; bytes between them are only counted.
 
     Args:
         limit_bytes: how much to keep.
@@ -350,12 +311,15 @@ class ProgramOutput:
     def __init__(self, limit_bytes: int) -> None:
         self.total = 0
         """Bytes written."""
+        self.ended = asyncio.Event()
         self._half = limit_bytes // 2
         self._head = bytearray()
         self._tail = bytearray()
 
-    def add(self, data: bytes) -> None:
-        """Take the next bytes."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+    def data_received(self, data: bytes) -> None:
         self.total += len(data)
         room = self._half - len(self._head)
         if room > 0:
@@ -387,9 +351,3 @@ def _emit_output(stream: str, output: ProgramOutput) -> None:
     if output.total:
         facts = {"program": {"stream": stream, "bytes": output.total, "bytes_left_out": output.missing}}
         emit_message(output.text(), facts)
-
-
-def _failure(command: str, code: int, stderr: ProgramOutput) -> str:
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    end = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
-    return f"{command!r} {how}; its standard error ends with: {end}"

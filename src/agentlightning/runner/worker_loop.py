@@ -127,27 +127,21 @@ class WorkerLoop:
     Args:
         parts: what its attempts use.
         heartbeat: tells the store about the worker.
-        worker_id: the worker's name.
         settings: how much it does.
         ending: set when nothing new shall be begun.
     """
 
     def __init__(
-        self,
-        parts: AttemptParts,
-        heartbeat: Heartbeat,
-        worker_id: str,
-        settings: WorkerSettings,
-        ending: asyncio.Event,
+        self, parts: AttemptParts, heartbeat: Heartbeat, settings: WorkerSettings, ending: asyncio.Event
     ) -> None:
         self._parts = parts
         self._heartbeat = heartbeat
-        self._worker_id = worker_id
+        self._worker_id = heartbeat.worker_id
         self._settings = settings
         self._ending = ending
-        self._gave_up = asyncio.Event()
+        self._gave_up = False
         self._changed = asyncio.Event()
-        """Set when a slot became free, or a rollout was claimed."""
+        """Set when a slot became free, a rollout was claimed, an attempt is reported, or the end begins."""
         self._runs: dict[str, AttemptRun] = {}
         """Attempts that are not reported yet, by id."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,17 +163,22 @@ class WorkerLoop:
         loop = asyncio.get_running_loop()
         self._heartbeat.on_stale = _from_thread(loop, self._lose)
         self._heartbeat.on_directive = _from_thread(loop, self._follow)
-        ending = asyncio.create_task(self._ending.wait())
-        ending.add_done_callback(lambda _: self._stop_beginning())
+        self._ended = asyncio.create_task(self._ending.wait())
+        self._ended.add_done_callback(lambda _: self._stop_beginning())
+        most = self._settings.max_rollouts
         try:
-            await _first(asyncio.wrap_future(self._heartbeat.first_beat), ending, FIRST_BEAT_SECONDS)
-            while not self._ending.is_set() and not self._all_begun():
-                if self._free_slots() > 0:
-                    await self._claim_and_begin(self._room(), ending)
+            await self._first(asyncio.wrap_future(self._heartbeat.first_beat), FIRST_BEAT_SECONDS)
+            while not self._ending.is_set() and (most is None or self._begun < most):
+                if self._room() > 0:
+                    await self._claim_and_begin(self._room(self._prefetch.extra))
                 else:
                     self._changed.clear()
                     await self._changed.wait()
-            await self._finish()
+            while self._tasks and not self._gave_up:  # agents at work and their reports
+                self._changed.clear()
+                await self._changed.wait()
+            if self._gave_up:
+                await self._wait_for_given_up()
         except asyncio.CancelledError:
             self._stop_beginning()
             self._give_up_all("the runner was interrupted")
@@ -188,49 +187,49 @@ class WorkerLoop:
         finally:
             self._heartbeat.on_stale = self._heartbeat.on_directive = None
             self._stop_beginning()
-            ending.cancel()
+            self._ended.cancel()
             await self._deregister()
 
-    # --- How much to claim -----------------------------------------------------------------------
-
-    def _all_begun(self) -> bool:
+    def _room(self, extra: int = 0) -> int:
+        """How many rollouts may be claimed: for slots without one, neither begun nor held nor expected, and extra."""
         most = self._settings.max_rollouts
-        return most is not None and self._begun >= most
-
-    def _free_slots(self) -> int:
-        """Slots without a rollout, neither begun nor held nor claimed by a report."""
         held = len(self._prefetch) + self._expected
-        free = self._settings.concurrency - self._working - held
-        most = self._settings.max_rollouts
-        return free if most is None else min(free, most - self._begun - held)
-
-    def _room(self) -> int:
-        """How many rollouts to claim now: for the free slots and, while agents are short, one to prefetch."""
-        held = len(self._prefetch) + self._expected
-        room = self._settings.concurrency + self._prefetch.extra - self._working - held
-        most = self._settings.max_rollouts
+        room = self._settings.concurrency + extra - self._working - held
         return max(room if most is None else min(room, most - self._begun - held), 0)
+
+    async def _first(self, one: asyncio.Future[Any], timeout: float | None = None) -> bool:
+        """Whether ``one`` is done before the end begins, and within ``timeout`` seconds."""
+        await asyncio.wait([one, self._ended], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        return one.done()
+
+    async def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            await asyncio.wait([self._ended], timeout=seconds)
 
     # --- Claims without a report -----------------------------------------------------------------
 
-    async def _claim_and_begin(self, limit: int, ending: asyncio.Task[Any]) -> None:
+    async def _claim_and_begin(self, limit: int) -> None:
         if self._heartbeat.silent_too_long:  # the store may have to hear first what this worker still holds
-            await _first(asyncio.wrap_future(self._heartbeat.next_beat()), ending, FIRST_BEAT_SECONDS)
+            await self._first(asyncio.wrap_future(self._heartbeat.next_beat()), FIRST_BEAT_SECONDS)
         asked = time.monotonic()
         self._expected += limit
         try:
-            claimed = await self._claim(limit, ending)
+            claimed = await self._claim(limit)
         finally:
             self._expected -= limit
         self._queue_empty = len(claimed) < limit
         self._accept(claimed)
         if not claimed and not self._ending.is_set():
             self._heartbeat.beat_now()  # the reply may say why there was nothing
-            await self._pause(self._settings.poll_seconds - (time.monotonic() - asked), ending)
+            await self._pause(self._settings.poll_seconds - (time.monotonic() - asked))
 
-    async def _claim(self, limit: int, ending: asyncio.Task[Any]) -> Sequence[AttemptedRollout]:
-        """Claim up to ``limit`` rollouts. A claim whose reply was lost is repeated under the same ``request_id``."""
-        request_id = uuid.uuid4().hex
+    async def _claim(self, limit: int) -> Sequence[AttemptedRollout]:
+        """Claim up to ``limit`` rollouts. A claim whose reply was lost is repeated under the same ``request_id``.
+
+        Raises:
+            StoreUnreachable: claims have failed for ``unreachable_seconds``.
+        """
+        request_id, patience = uuid.uuid4().hex, self._settings.unreachable_seconds
         while not self._ending.is_set():
             claim = asyncio.ensure_future(
                 self._parts.store.dequeue_many_rollouts(
@@ -238,7 +237,7 @@ class WorkerLoop:
                 )
             )
             try:
-                if not await _first(claim, ending):
+                if not await self._first(claim):
                     self._claim_abandoned = True
                     return []
                 claimed = claim.result()
@@ -247,28 +246,17 @@ class WorkerLoop:
             except _PERMANENT:
                 raise
             except (AgentLightningError, OSError, TimeoutError) as error:
-                self._check_unreachable(error)
-                await self._pause(self._settings.poll_seconds, ending)
+                now = time.monotonic()
+                if self._unreachable_since is None:
+                    self._unreachable_since = now
+                    _logger.warning("claiming failed and is retried: %s: %s", type(error).__name__, error)
+                if patience is not None and now - self._unreachable_since >= patience:
+                    message = f"the store was unreachable for {patience:g} s; the last error: {error}"
+                    raise StoreUnreachable(message) from error
+                await self._pause(self._settings.poll_seconds)
             finally:
                 claim.cancel()
         return []
-
-    def _check_unreachable(self, error: Exception) -> None:
-        """Note that a claim failed.
-
-        Raises:
-            StoreUnreachable: claims have failed for ``unreachable_seconds``.
-        """
-        now, limit = time.monotonic(), self._settings.unreachable_seconds
-        if self._unreachable_since is None:
-            self._unreachable_since = now
-            _logger.warning("claiming failed and is retried: %s: %s", type(error).__name__, error)
-        if limit is not None and now - self._unreachable_since >= limit:
-            raise StoreUnreachable(f"the store was unreachable for {limit:g} s; the last error: {error}") from error
-
-    async def _pause(self, seconds: float, ending: asyncio.Task[Any]) -> None:
-        if seconds > 0:
-            await asyncio.wait([ending], timeout=seconds)
 
     # --- Claimed rollouts ------------------------------------------------------------------------
 
@@ -296,7 +284,11 @@ class WorkerLoop:
             # A context of its own: what is called from here may run in the context of another rollout.
             task = asyncio.create_task(self._carry_out(run), name=run.rollout.rollout_id, context=self._context.copy())
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
 
     async def _carry_out(self, run: AttemptRun) -> None:
         """Work on one rollout and report it. Its slot is free, and the next rollout begins, before the report."""
@@ -316,12 +308,11 @@ class WorkerLoop:
         finally:
             self._runs.pop(run.attempt_id, None)
             self._heartbeat.end(run.attempt_id)
-            self._changed.set()
 
     async def _report(self, run: AttemptRun, outcome: AttemptOutcome) -> Sequence[AttemptedRollout]:
         """Report the end of an attempt, and claim with the same call unless the queue was empty just now."""
         idle = self._ending.is_set() or self._queue_empty or self._heartbeat.silent_too_long
-        limit = 0 if idle else self._room()
+        limit = 0 if idle else self._room(self._prefetch.extra)
         if limit == 0:
             return await run.report(outcome)
         self._expected += limit
@@ -375,20 +366,12 @@ class WorkerLoop:
             self._give_up_all("the worker was asked to stop")
 
     def _give_up_all(self, message: str) -> None:
-        self._gave_up.set()
+        self._gave_up = True
+        self._changed.set()
         for run in list(self._runs.values()):
             run.give_up(message)
 
     # --- The end ---------------------------------------------------------------------------------
-
-    async def _finish(self) -> None:
-        """Wait for the agents at work and their reports, unless they are given up."""
-        giving_up = asyncio.create_task(self._gave_up.wait())
-        while self._tasks and not self._gave_up.is_set():
-            await asyncio.wait([*self._tasks, giving_up], return_when=asyncio.FIRST_COMPLETED)
-        giving_up.cancel()
-        if self._gave_up.is_set():
-            await self._wait_for_given_up()
 
     async def _wait_for_given_up(self) -> None:
         """Wait until the attempts that were given up are reported, or the grace period is over."""
@@ -419,9 +402,3 @@ def _from_thread(loop: asyncio.AbstractEventLoop, function: Callable[[_A], None]
             loop.call_soon_threadsafe(function, argument)
 
     return call
-
-
-async def _first(one: asyncio.Future[Any], other: asyncio.Future[Any], timeout: float | None = None) -> bool:
-    """Whether ``one`` is done before ``other``, and within ``timeout`` seconds; if both are, it was ``one``."""
-    await asyncio.wait([one, other], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    return one.done()

@@ -13,8 +13,10 @@ import socket
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, NoReturn, cast
@@ -172,9 +174,6 @@ def _describe(exited: ProcessEvent, result: ProcessResult) -> str:
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
-_MAX_PATH = 300
-"""Characters of the path to an object that cannot be packed; objects may refer to each other in circles."""
-
 
 def choose_start_method(requested: StartMethod | None, what: str, job: object) -> StartMethod:
     """How processes are started: as requested; else ``fork`` from a process with one thread, else ``forkserver``.
@@ -234,34 +233,37 @@ def _find_culprit(value: object) -> tuple[str, object]:
 
     with contextlib.suppress(Exception):
         Recorder(io.BytesIO()).dump(value)  # pyright: ignore[reportUnknownMemberType]
-    culprit = part = visited[-1]
-    path = ""
-    while part is not value:
-        # The first one that refers to it: later ones are what an object on the path was taken apart into.
-        found = next(((step, owner) for owner in visited if (step := _step(owner, part)) is not None), None)
-        if found is None or len(path) > _MAX_PATH:
-            return f" … {path}", culprit
-        path, part = f"{found[0]}{path}", found[1]
-    return path, culprit
+    culprit, known = visited[-1], {id(each) for each in visited}
+    ways, pending = {id(value): ""}, deque([value])
+    while pending and id(culprit) not in ways:
+        owner = pending.popleft()
+        for step, part in _parts(owner):
+            if id(part) in known and id(part) not in ways:
+                ways[id(part)] = ways[id(owner)] + step
+                if not isinstance(part, str):
+                    pending.append(part)
+    return ways.get(id(culprit), " …"), culprit
 
 
-def _step(owner: object, part: object) -> str | None:
-    """How code writes the way from an object to a part of it; None: it does not refer to it."""
-    references: Iterable[tuple[str, object]] = ()
+def _parts(owner: object) -> Iterable[tuple[str, object]]:
+    """What an object refers to, each with how code writes the way there."""
     match owner:
         case MethodType():
-            references = [(".__self__", owner.__self__)]
+            return [(".__self__", owner.__self__)]
         case FunctionType():
-            cells = zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True)
-            references = [(f" → {name}", cell.cell_contents) for name, cell in cells]
-            references += [(f" → {each}", owner.__globals__.get(each)) for each in owner.__code__.co_names]
+            code = owner.__code__
+            cells = dict(zip(code.co_freevars, owner.__closure__ or (), strict=True))
+            found = {name: cell.cell_contents for name, cell in cells.items()}
+            found |= {name: owner.__globals__[name] for name in code.co_names if name in owner.__globals__}
+            return zip(map(" → {}".format, found), found.values(), strict=True)
         case Mapping():
-            references = ((f"[{key!r}]", item) for key, item in cast("Mapping[object, object]", owner).items())
+            items = cast("Mapping[object, object]", owner)
+            return zip(map("[{!r}]".format, items), items.values(), strict=True)
         case list() | tuple() | set() | frozenset():
-            references = ((f"[{number}]", item) for number, item in enumerate(cast("list[object]", owner)))
+            return zip(map("[{}]".format, count()), cast("Iterable[object]", owner), strict=False)
         case _:
-            references = ((f".{name}", item) for name, item in getattr(owner, "__dict__", {}).items())
-    return next((step for step, item in references if item is part), None)
+            attributes = cast("dict[str, object]", getattr(owner, "__dict__", {}))
+            return zip(map(".{}".format, attributes), attributes.values(), strict=True)
 
 
 # --- The life of a child ---------------------------------------------------------------------------------------------

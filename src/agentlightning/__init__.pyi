@@ -265,7 +265,7 @@ from agentlightning.types import (
     convert_timestamp as convert_timestamp,
     extract_extra_fields as extract_extra_fields,
 )
-from agentlightning.types.tasks import ParallelWorkerBase as ParallelWorkerBase
+from agentlightning.types.rollouts import ParallelWorkerBase as ParallelWorkerBase
 
 __all__: list[str]
 

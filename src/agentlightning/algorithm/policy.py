@@ -26,10 +26,8 @@ class SampledCall:
 
     prompt_ids: Sequence[int]
     """Token ids of the prompt, shape [P]. Never trained on."""
-
     completion_ids: Sequence[int]
     """Token ids that the policy sampled, shape [C], at least one."""
-
     logprobs: Sequence[float] | None
     """Natural logarithm of each completion token's probability, shape [C], at temperature 1, under the weights that
     sampled it. None: not recorded. The policy then uses its present weights, so the ratio of new to old is 1."""
@@ -59,19 +57,14 @@ class PolicyUpdate:
     """Step size along the gradient. `SoftmaxPolicy` applies it to each row of logits separately, to the mean over the
     tokens sampled in that context, so that rare contexts learn as fast as frequent ones. Tables take far larger rates
     than neural networks."""
-
     clip: float = 0.2
     """ε of PPO: the ratio of new to old probability counts within 1 ± ε. It matters from the second epoch on."""
-
     epochs: int = 1
     """How often to pass over the same groups."""
-
     entropy_weight: float = 0.15
     """Value of one nat of entropy, in advantages, at the start of the run. It falls linearly to 0 at the end."""
-
     kl_weight: float = 0.0
     """Cost of one nat of distance from the policy at the start of the run, in advantages."""
-
     scale_by_deviation: bool = False
     """Whether advantages are divided by the standard deviation of their group's rewards, as GRPO does. If not, they
     are not scaled, as Dr. GRPO proposes."""
@@ -88,9 +81,7 @@ class PolicyBatch:
 
     groups: Sequence[Sequence[GroupMember]]
     """Attempts at one task each; the advantages of a group sum to 0. Empty if no group of the step was complete."""
-
     settings: PolicyUpdate
-
     progress: float
     """Share of the run's steps that are done, from 0 to less than 1; for schedules."""
 
@@ -225,21 +216,15 @@ class StepGroups:
 
     groups: list[list[GroupMember]] = field(default_factory=list[list[GroupMember]])
     """The complete groups, in the order of their tasks."""
-
     rewards: list[float] = field(default_factory=list[float])
     """Of all rollouts that have one, also of those whose group was dropped."""
-
     dropped_groups: int = 0
-
     dropped_rollouts: Counter[str] = field(default_factory=Counter[str])
     """Rollouts because of which their group was dropped, by cause: ``failed``, ``unrewarded`` or ``unusable``."""
-
     retried_attempts: int = 0
     """Attempts that ended without a result and were followed by another."""
-
     unusable_calls: Counter[str] = field(default_factory=Counter[str])
     """Model calls that cannot be trained on, by reason."""
-
     failures: Counter[str] = field(default_factory=Counter[str])
     """Rollouts that did not succeed, by status and reason as the store gives them."""
 

@@ -15,10 +15,11 @@ from agentlightning.types.attributes import (
     filter_and_unflatten_attributes,
     flatten_attributes,
     format_exception_attributes,
+    format_span_id,
+    format_trace_id,
     full_qualified_name,
     sanitize_attributes,
 )
-from agentlightning.types.otel import format_span_id, format_trace_id
 
 _PLAIN: frozenset[type[Any]] = frozenset({str, bool, float})
 """Types that attributes take as they are. Not ``int``: an integer may be too large."""

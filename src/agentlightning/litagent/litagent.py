@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from agentlightning.types import NamedResources, Rollout, RolloutRawResult, Span, Task
-from agentlightning.types.tasks import ParallelWorkerBase
+from agentlightning.types.rollouts import ParallelWorkerBase
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

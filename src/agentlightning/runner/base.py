@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.store.base import LightningStore
 from agentlightning.types import ResourceUnion, Rollout, RolloutMode
-from agentlightning.types.tasks import ParallelWorkerBase
+from agentlightning.types.rollouts import ParallelWorkerBase
 
 T = TypeVar("T")
 _WAIT_SLICE_SECONDS = 0.5

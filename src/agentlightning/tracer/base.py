@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Attributes, Span, SpanCoreFields, SpanRecordingContext, StatusCode, TraceStatus
 from agentlightning.types.attributes import format_exception_attributes
-from agentlightning.types.tasks import ParallelWorkerBase
+from agentlightning.types.rollouts import ParallelWorkerBase
 
 
 class Tracer(ParallelWorkerBase):

@@ -19,7 +19,7 @@ import msgspec
 from agentlightning.errors import InvalidValue
 from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.types import StatusCode
-from agentlightning.types.otel import convert_attributes, convert_timestamp
+from agentlightning.types.attributes import convert_attributes, convert_timestamp
 from agentlightning.types.plain_spans import (
     PlainContext,
     PlainEvent,

@@ -21,7 +21,7 @@ from agentlightning.tracer.base import Tracer, activated
 from agentlightning.tracer.processor import LightningSpanProcessor
 from agentlightning.tracer.sender import DeferredTrace, Recording, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
-from agentlightning.types.otel import convert_attributes, convert_timestamp
+from agentlightning.types.attributes import convert_attributes, convert_timestamp
 
 _TRACER_NAME = "agentlightning"
 

@@ -3,6 +3,7 @@
 Importing this loads pydantic and nothing heavier; OpenTelemetry and Jinja are loaded by those who use them.
 """
 
+from agentlightning.types.attributes import Attributes, AttributeValue, convert_timestamp, extract_extra_fields
 from agentlightning.types.contract import (
     UNSET,
     FilterField,
@@ -27,20 +28,26 @@ from agentlightning.types.rollouts import (
     AttemptedRollout,
     AttemptEnd,
     AttemptStatus,
+    Dataset,
     EnqueueRolloutRequest,
     FinishedAttempt,
+    GenericResponse,
     Rollout,
     RolloutConfig,
+    RolloutLegacy,
     RolloutMode,
+    RolloutRawResult,
+    RolloutRawResultLegacy,
     RolloutStatus,
+    Task,
+    TaskIfAny,
     TaskInput,
+    Triplet,
     Worker,
     WorkerDirective,
     WorkerStatus,
 )
 from agentlightning.types.spans import (
-    Attributes,
-    AttributeValue,
     Event,
     Link,
     OtelResource,
@@ -54,18 +61,6 @@ from agentlightning.types.spans import (
     StatusCode,
     TraceState,
     TraceStatus,
-    convert_timestamp,
-    extract_extra_fields,
-)
-from agentlightning.types.tasks import (
-    Dataset,
-    GenericResponse,
-    RolloutLegacy,
-    RolloutRawResult,
-    RolloutRawResultLegacy,
-    Task,
-    TaskIfAny,
-    Triplet,
 )
 
 __all__ = [

@@ -1,19 +1,29 @@
-"""Nested values as span attributes, and back.
+"""Values of OpenTelemetry, and nested values, as span attributes, and back.
 
 An attribute is a scalar or a list of scalars of one type, so what is nested is written flat, its path joined by
 dots, items of lists by position: ``{"reward": [{"name": "a"}]}`` becomes ``{"reward.0.name": "a"}``.
+Nothing is imported from OpenTelemetry here: its objects are only read.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any, TypeAlias, cast
 
-from agentlightning.types.spans import Attributes, AttributeValue
+AttributeValue: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+"""What an attribute can be: a scalar, or a sequence of scalars of one type."""
 
+Attributes: TypeAlias = dict[str, AttributeValue]
+"""Attributes by name."""
+
+_SECONDS_END = 1e11
+"""Seconds up to here are dates before the year 5139; nanoseconds from here on are dates after 100 s past the epoch."""
+_NUMBERS: frozenset[type[Any]] = frozenset({int, float})
 _SCALARS: frozenset[type[Any]] = frozenset({str, bool, int, float})
 _INT64_END = 2**63
 _TRACEBACK_CHARACTERS = 64 * 1024
@@ -203,3 +213,101 @@ def format_exception_attributes(exception: BaseException) -> Attributes:
 
 def _is_big(value: Any) -> bool:
     return type(value) is int and not -_INT64_END <= value < _INT64_END
+
+
+# --- Values of OpenTelemetry -------------------------------------------------------------------------
+
+
+def convert_timestamp(timestamp: float | None) -> float | None:
+    """Turn OpenTelemetry's nanoseconds since the Unix epoch into seconds.
+
+    A value that is in seconds already is returned as it is, as a float; no value stays no value.
+    """
+    if timestamp is None:
+        return None
+    return timestamp / 1e9 if timestamp >= _SECONDS_END else float(timestamp)
+
+
+def format_trace_id(trace_id: int) -> str:
+    """Write a trace id as 32 hexadecimal digits (W3C Trace Context)."""
+    return f"{trace_id:032x}"
+
+
+def format_span_id(span_id: int) -> str:
+    """Write a span id as 16 hexadecimal digits (W3C Trace Context)."""
+    return f"{span_id:016x}"
+
+
+def extract_extra_fields(src: Any, excluded_fields: list[str]) -> dict[str, Any]:
+    """Return what an object carries beyond the fields we know, as far as JSON can.
+
+    These are its public instance attributes except the excluded ones. Attributes that begin
+    with an underscore, and values that JSON cannot hold, are left out.
+    """
+    attributes: dict[str, Any] = getattr(src, "__dict__", {})
+    return {
+        name: value
+        for name, value in attributes.items()
+        if not name.startswith("_") and name not in excluded_fields and _fits_json(value)
+    }
+
+
+def convert_attributes(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Turn OpenTelemetry attributes into ours: scalars, and lists of scalars of one type.
+
+    Tuples become lists. What ours cannot hold becomes text by the rules of OpenTelemetry's
+    common specification, section "AnyValue representation for non-OTLP protocols": bytes are
+    Base64, no value is the empty text, and maps and mixed or nested lists are JSON.
+    """
+    if not attributes:
+        return {}
+    return {name: value if type(value) in _SCALARS else _convert(value) for name, value in attributes.items()}
+
+
+def _convert(value: Any) -> Any:
+    """Turn a value that is not plainly one of the four scalars into what an attribute can hold."""
+    if value is None:
+        return ""
+    if isinstance(value, str):  # of a subclass, such as an enum; so are the next two
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode("ascii")
+    if not isinstance(value, Sequence):
+        return _json_text(cast("Any", value)) if isinstance(value, Mapping) else str(value)
+    items = list(cast("Sequence[Any]", value))
+    kinds: set[type[Any]] = {type(item) for item in items}
+    if kinds <= _SCALARS and len(kinds) <= 1:
+        return items
+    if kinds <= _NUMBERS:
+        with suppress(OverflowError):  # an integer too large for a float
+            return [float(item) for item in items]
+    return _json_text(items)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(_json_value(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _json_value(item) for name, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Sequence):
+        return [_json_value(item) for item in cast("Sequence[Any]", value)]
+    return str(value)
+
+
+def _fits_json(value: Any) -> bool:
+    with suppress(TypeError, ValueError, RecursionError):
+        json.dumps(value)
+        return True
+    return False

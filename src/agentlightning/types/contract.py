@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict
@@ -20,10 +21,8 @@ class FilterField(TypedDict, total=False):
 
     exact: Any
     """The field equals this."""
-
     within: Sequence[Any]
     """The field equals one of these. None does when it is empty."""
-
     contains: str
     """The field is a string that has this in it, in the same case."""
 
@@ -58,13 +57,10 @@ class PaginatedResult(BaseModel, Sequence[T_item], Generic[T_item]):
 
     items: Sequence[T_item]
     """The records on this page."""
-
     limit: int
     """How many there could have been at most; -1 means no limit."""
-
     offset: int
     """How many records of the whole result come before this page."""
-
     total: int
     """How many records there are on all pages together."""
 
@@ -88,11 +84,7 @@ class PaginatedResult(BaseModel, Sequence[T_item], Generic[T_item]):
         # pickle finds a class by its name, which `PaginatedResult[Span]` does not have. The plain
         # class with the same content is equal to it.
         plain = self.__pydantic_generic_metadata__["origin"] or type(self)
-        return _restore, (plain, dict(self.__dict__))
-
-
-def _restore(page: type[PaginatedResult[Any]], fields: dict[str, Any]) -> PaginatedResult[Any]:
-    return page.model_construct(**fields)
+        return partial(plain.model_construct, **self.__dict__), ()
 
 
 # --- The mark for an argument that was not given, where `None` is a value of its own ---

@@ -13,6 +13,7 @@ from math import isfinite
 from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 import msgspec
+from msgspec.structs import asdict
 from pydantic import BaseModel
 
 from agentlightning.types.spans import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
@@ -93,33 +94,16 @@ class PlainSpan(msgspec.Struct, forbid_unknown_fields=True):
 
     def to_span(self) -> Span:
         """The same span as the public record. Attributes are shared with it, not copied."""
-        return _construct(
-            Span,
-            {
-                "rollout_id": self.rollout_id,
-                "attempt_id": self.attempt_id,
-                "sequence_id": self.sequence_id,
-                "trace_id": self.trace_id,
-                "span_id": self.span_id,
-                "parent_id": self.parent_id,
-                "name": self.name,
-                "status": _construct(
-                    TraceStatus,
-                    {"status_code": self.status.status_code, "description": self.status.description},
-                ),
-                "attributes": self.attributes,
-                "events": [_event(each) for each in self.events],
-                "links": [_link(each) for each in self.links],
-                "start_time": self.start_time,
-                "end_time": self.end_time,
-                "context": None if self.context is None else _context(self.context),
-                "parent": None if self.parent is None else _context(self.parent),
-                "resource": _construct(
-                    OtelResource,
-                    {"attributes": self.resource.attributes, "schema_url": self.resource.schema_url},
-                ),
-            },
-        )
+        fields = asdict(self)
+        fields["status"] = _construct(TraceStatus, asdict(self.status))
+        fields["events"] = [_construct(Event, asdict(each)) for each in self.events]
+        fields["links"] = [
+            _construct(Link, {"context": _context(each.context), "attributes": each.attributes}) for each in self.links
+        ]
+        fields["context"] = _context(self.context)
+        fields["parent"] = _context(self.parent)
+        fields["resource"] = _construct(OtelResource, asdict(self.resource))
+        return _construct(Span, fields)
 
 
 SpanOrPlain: TypeAlias = Span | PlainSpan
@@ -268,21 +252,5 @@ def _construct(model: type[_M], fields: dict[str, Any]) -> _M:
     return made
 
 
-def _context(context: PlainContext) -> SpanContext:
-    return _construct(
-        SpanContext,
-        {
-            "trace_id": context.trace_id,
-            "span_id": context.span_id,
-            "is_remote": context.is_remote,
-            "trace_state": context.trace_state,
-        },
-    )
-
-
-def _event(event: PlainEvent) -> Event:
-    return _construct(Event, {"name": event.name, "attributes": event.attributes, "timestamp": event.timestamp})
-
-
-def _link(link: PlainLink) -> Link:
-    return _construct(Link, {"context": _context(link.context), "attributes": link.attributes})
+def _context(context: PlainContext | None) -> SpanContext | None:
+    return None if context is None else _construct(SpanContext, asdict(context))

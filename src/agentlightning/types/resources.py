@@ -128,15 +128,11 @@ class LLM(Resource):
     """A language model behind an endpoint that speaks the OpenAI protocol."""
 
     resource_type: Literal["llm"] = "llm"
-
     endpoint: str
     """The URL that a client takes as its base URL, such as ``http://host:8000/v1``."""
-
     model: str
-
     api_key: str | None = Field(default=None, repr=False)
     """The key for the endpoint. `None`: it needs none, or the agent has its own. Never part of the repr."""
-
     sampling_parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
     """What the agent is to send with each call: temperature, max_tokens, and so on."""
 
@@ -203,7 +199,6 @@ class PromptTemplate(Resource):
 
     resource_type: Literal["prompt_template"] = "prompt_template"
     template: str
-
     engine: Literal["jinja", "f-string", "poml"]
     """The language of the template. `poml` can be stored and read, not filled."""
 
@@ -241,14 +236,10 @@ class ResourcesUpdate(BaseModel):
     """
 
     resources_id: str
-
     create_time: float
     """When the first version was made."""
-
     update_time: float
     """When this version was made."""
-
     version: int
     """1 for the first, one more for each that follows."""
-
     resources: NamedResources

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union
 
 from pydantic import BaseModel, ConfigDict
 
 from agentlightning.errors import InvalidValue
-from agentlightning.types.otel import (
+from agentlightning.types.attributes import (
+    Attributes,
     convert_attributes,
     convert_timestamp,
     extract_extra_fields,
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource as OtelSdkResource
     from opentelemetry.sdk.trace import ReadableSpan
 
-
-AttributeValue: TypeAlias = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
-"""What an attribute can be: a scalar, or a sequence of scalars of one type."""
-
-Attributes: TypeAlias = dict[str, AttributeValue]
-"""Attributes by name."""
 
 TraceState: TypeAlias = dict[str, str]
 """What tracing systems pass along with a trace, by system (W3C Trace Context)."""
@@ -73,13 +67,10 @@ class SpanContext(BaseModel):
 
     trace_id: str
     """32 hexadecimal digits."""
-
     span_id: str
     """16 hexadecimal digits."""
-
     is_remote: bool
     """Whether it came from another process."""
-
     trace_state: TraceState
 
     @classmethod
@@ -90,7 +81,7 @@ class SpanContext(BaseModel):
             span_id=format_span_id(src.span_id),
             is_remote=src.is_remote,
             trace_state=dict(src.trace_state) if src.trace_state else {},
-            **extract_extra_fields(src, _SPAN_CONTEXT_FIELDS),
+            **extract_extra_fields(src, list(cls.model_fields)),
         )
 
 
@@ -100,7 +91,6 @@ class TraceStatus(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     status_code: StatusCode
-
     description: str | None = None
     """What went wrong, with `ERROR`."""
 
@@ -110,7 +100,7 @@ class TraceStatus(BaseModel):
         return cls(
             status_code=src.status_code.name,
             description=src.description,
-            **extract_extra_fields(src, _STATUS_FIELDS),
+            **extract_extra_fields(src, list(cls.model_fields)),
         )
 
 
@@ -130,7 +120,7 @@ class Event(BaseModel):
             name=src.name,
             attributes=convert_attributes(src.attributes),
             timestamp=convert_timestamp(src.timestamp),
-            **extract_extra_fields(src, _EVENT_FIELDS),
+            **extract_extra_fields(src, list(cls.model_fields)),
         )
 
 
@@ -148,7 +138,7 @@ class Link(BaseModel):
         return cls(
             context=SpanContext.from_opentelemetry(src.context),
             attributes=None if src.attributes is None else convert_attributes(src.attributes),
-            **extract_extra_fields(src, _LINK_FIELDS),
+            **extract_extra_fields(src, list(cls.model_fields)),
         )
 
 
@@ -205,16 +195,12 @@ class Span(BaseModel):
 
     rollout_id: str
     attempt_id: str
-
     sequence_id: int
     """Orders the spans of an attempt. 0: the store gives it the next one when it takes the span."""
-
     trace_id: str
     span_id: str
-
     parent_id: str | None
     """The `span_id` of the parent. `None`: it has none."""
-
     name: str
     status: TraceStatus
     attributes: Attributes
@@ -224,7 +210,6 @@ class Span(BaseModel):
     end_time: float | None
     context: SpanContext | None
     parent: SpanContext | None
-
     resource: OtelResource
     """What made the span. Not one of our resources."""
 
@@ -259,7 +244,7 @@ class Span(BaseModel):
             context=own_context,
             parent=parent,
             resource=OtelResource.from_opentelemetry(src.resource),
-            **extract_extra_fields(src, _SPAN_FIELDS),
+            **extract_extra_fields(src, list(cls.model_fields)),
         )
 
     @classmethod
@@ -324,27 +309,13 @@ class Span(BaseModel):
         sequence_id: int | None = None,
     ) -> Span:
         """Return a full span from what a tracer recorded. The rest is filled in as by `from_attributes`."""
-        return cls.from_attributes(
-            attributes=core.attributes,
-            rollout_id=rollout_id,
-            attempt_id=attempt_id,
-            sequence_id=sequence_id,
-            name=core.name,
-            start_time=core.start_time,
-            end_time=core.end_time,
-            status=core.status,
-        )
+        known: dict[str, Any] = {name: getattr(core, name) for name in SpanCoreFields.model_fields}
+        return cls.from_attributes(**known, rollout_id=rollout_id, attempt_id=attempt_id, sequence_id=sequence_id)
 
 
 # Quoted, and so left unresolved when the program runs: importing OpenTelemetry takes longer than the rest of us.
 SpanLike: TypeAlias = Union["ReadableSpan", Span]
 """A span, of the OpenTelemetry SDK or ours."""
-
-_SPAN_CONTEXT_FIELDS = list(SpanContext.model_fields)
-_STATUS_FIELDS = list(TraceStatus.model_fields)
-_EVENT_FIELDS = list(Event.model_fields)
-_LINK_FIELDS = list(Link.model_fields)
-_SPAN_FIELDS = list(Span.model_fields)
 
 
 def _local_context(trace_id: str, span_id: str) -> SpanContext:

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import StatusCode
 
 from agentlightning.errors import InvalidValue
-from agentlightning.types.otel import convert_attributes
+from agentlightning.types.attributes import convert_attributes
 from agentlightning.types.spans import Span, SpanContext, convert_timestamp, extract_extra_fields
 
 START, END = 1_700_000_000_123_456_789, 1_700_000_001_500_000_000

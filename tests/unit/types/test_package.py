@@ -9,8 +9,8 @@ import pytest
 
 import agentlightning.types
 
-MODULES = ["attributes", "contract", "otel", "resources", "rewards", "rollouts", "spans", "tasks"]
-INTERNAL = {"attributes", "otel", "rewards"}
+MODULES = ["attributes", "contract", "resources", "rewards", "rollouts", "spans"]
+INTERNAL = {"attributes", "rewards"}
 NOT_EXPORTED = {"ParallelWorkerBase", "format_braces", "format_jinja"}
 
 

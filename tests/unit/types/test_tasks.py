@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import typing
 
-from agentlightning.types.spans import Span, SpanCoreFields
-from agentlightning.types.tasks import (
+from agentlightning.types.rollouts import (
     Dataset,
     GenericResponse,
     RolloutLegacy,
@@ -13,6 +12,7 @@ from agentlightning.types.tasks import (
     TaskIfAny,
     Triplet,
 )
+from agentlightning.types.spans import Span, SpanCoreFields
 
 
 def test_a_triplet_without_reward_has_none_not_zero() -> None:

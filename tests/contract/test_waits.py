@@ -13,7 +13,7 @@ import pytest
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.store.sqlite.backend import FileBackend, MemoryBackend
+from agentlightning.store.sqlite.backend import FileBackend, SqliteBackend
 from agentlightning.types import AttemptedRollout, Rollout
 from scenes import claimed, config, enqueued, finish, rollout_in, rollout_now, settled, started
 from stores import ProcessStores, Stores
@@ -203,7 +203,7 @@ class Activity:
         self.operations = 0
         self._replace = monkeypatch.setattr
         self._count(asyncio.Handle, "_run", "callbacks")
-        for backend in (MemoryBackend, FileBackend):
+        for backend in (SqliteBackend, FileBackend):
             for method in ("write", "write_blocking", "read"):
                 self._count(backend, method, "operations")
 

@@ -237,15 +237,12 @@ class Backend(Protocol):
     """Runs operations in transactions."""
 
     name: str
+    forked: bool
+    """Whether this process inherited the data by fork, and must leave them alone."""
 
     @property
     def stopped(self) -> bool:
         """Whether a fault has ended all writing; reads may go on."""
-        ...
-
-    @property
-    def forked(self) -> bool:
-        """Whether this process inherited the data by fork, and must leave them alone."""
         ...
 
     def open(self, publish: Callable[[list[Event]], None]) -> None:

@@ -1,4 +1,4 @@
-"""``store.backend.Backend`` on SQLite: in a file, or in memory."""
+"""``store.backend.Backend`` on SQLite: in memory, in a file, or beside the process that owns the file."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ import os
 import queue
 import threading
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 import apsw
 
-from agentlightning.errors import StoreClosed, StoreForked
+from agentlightning.errors import InvalidValue, StoreClosed, StoreForked, StoreStopped, StoreUnavailable
 from agentlightning.lifecycle.records import Moment
-from agentlightning.store.backend import Event, Measure, ReadTransaction, Transaction
+from agentlightning.store.backend import Backend, Event, Measure, ReadTransaction, Stopped, Transaction
 from agentlightning.store.sources import Clock
 from agentlightning.store.sqlite.backup import copy_database
-from agentlightning.store.sqlite.connections import Durability, OwnerLock, open_reader, open_writer
+from agentlightning.store.sqlite.connections import (
+    MIGRATIONS,
+    Durability,
+    OwnerLock,
+    check_identity,
+    open_reader,
+    open_writer,
+    rebase_leases,
+)
 from agentlightning.store.sqlite.faults import FAULTS, disk_room, stops_store, translate
 from agentlightning.store.sqlite.group_commit import GroupCommit, run_to_end
 from agentlightning.store.sqlite.reads import SqliteReads
+from agentlightning.store.sqlite.row_cache import RowCache
 
-# --- The thread that waits for the disk, so that no event loop has to ---
-
+T = TypeVar("T")
 Work = Callable[[], None]
+Write = Callable[[Transaction], Awaitable[T]]
+Read = Callable[[ReadTransaction], Awaitable[T]]
 
-
-def commit_here(work: Work) -> None:
-    """Commit in the calling thread: where there is no disk to wait for."""
-    work()
+_CHECKPOINT_PAGES = 1000
+"""8 MB of log, after which it is copied into the database: a log that is short is overwritten, not extended."""
+_LONG_READ_ROWS = 256
+"""A read of more rows runs in a thread of its own; a shorter one takes less time than changing threads."""
+_IDLE_LIMIT = 4
+"""The most connections for reading that are kept open while nobody reads."""
 
 
 class CommitThread:
-    """Runs what it is given, one after another, in one thread of its own.
+    """Runs what it is given, one after another, in one thread of its own, so that no event loop waits for the disk.
 
-    The thread starts with the first work and ends with ``close``, or when nobody holds this
-    object any more.
+    The thread starts with the first work and ends with ``close``, or when nobody holds this object any more.
     """
 
     def __init__(self) -> None:
@@ -70,13 +80,8 @@ def _serve(work_queue: queue.SimpleQueue[Work | None]) -> None:
         del work
 
 
-# --- Connections that only read ---
-
-_IDLE_LIMIT = 4
-
-
 class ReaderPool:
-    """Lends connections, each to one borrower at a time; any thread may borrow.
+    """Reads through connections, each lent to one borrower at a time; any thread may borrow.
 
     Args:
         connect: opens a connection that only reads.
@@ -105,6 +110,16 @@ class ReaderPool:
             else:
                 self._idle.append(connection)
 
+    def read(self, op: Read[T], now: Moment, cache: RowCache | None = None) -> T:
+        """Run ``op`` on a snapshot, here. ``cache``: as for ``SqliteReads``."""
+        with self.snapshot() as connection:
+            return run_to_end(op(SqliteReads(connection, now, cache)))
+
+    def copy(self, target: Path) -> None:
+        """Copy a snapshot into a new file. Raises as ``copy_database``."""
+        with self.snapshot() as connection:
+            copy_database(connection, target)
+
     def close(self) -> None:
         """Close the idle connections; those on loan are closed when they come back."""
         self._closed = True
@@ -112,31 +127,23 @@ class ReaderPool:
             self._idle.pop().close()
 
 
-# ---
-
-T = TypeVar("T")
-
-_CHECKPOINT_PAGES = 1000
-"""8 MB of log, after which it is copied into the database: a log that is short is overwritten, not extended."""
-_LONG_READ_ROWS = 256
-"""A read of more rows runs in a thread of its own; a shorter one takes less time than changing threads."""
-
-
-class SqliteBackend(ABC):
-    """What both kinds share: opening, closing, the clocks, and who may use it.
+class SqliteBackend(Backend):
+    """A database in memory, with one connection, which is also read through.
 
     Args:
-        path: the name of the database in errors.
         clock: where time comes from.
+        path: the name of the database in errors.
     """
 
-    name: str
+    name = "memory"
 
-    def __init__(self, path: str, clock: Clock) -> None:
+    def __init__(self, clock: Clock, path: str = ":memory:") -> None:
+        self.forked = False
         self._path = path
         self._clock = clock
+        self._hand_over: Callable[[Work], None] = _run  # there is no disk to wait for
+        self._checkpoint_pages = _CHECKPOINT_PAGES
         self._opening = threading.Lock()
-        self._forked = False
         self._closed = False
         self._lease_anchor = 0.0
         self._writer: GroupCommit | None = None
@@ -151,24 +158,39 @@ class SqliteBackend(ABC):
         with self._opening:
             if self._closed:
                 raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
-            if self._writer is None:
-                self._lease_anchor = self._clock.wall() - self._clock.monotonic()
-                try:
-                    self._writer = self._open_writer(publish)
-                except apsw.Error as error:
-                    raise translate(error, self._path) from error
-                _call_in_children(self._leak_in_child)
+            if self._writer is not None:
+                return
+            self._lease_anchor = self._clock.wall() - self._clock.monotonic()
+            try:
+                self._writer = GroupCommit(
+                    self._connect(),
+                    path=self._path,
+                    moment=self.moment,
+                    publish=publish,
+                    hand_over=self._hand_over,
+                    checkpoint_pages=self._checkpoint_pages,
+                )
+            except apsw.Error as error:
+                raise translate(error, self._path) from error
+            backend = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _leave(backend()))
+
+    def _connect(self) -> apsw.Connection:
+        """The connection that writes."""
+        return open_writer(self._path, "none", vfs=None)
 
     def lease_now(self) -> float:
         """The lease clock: wall time when the store was opened, and real time since."""
         return self._lease_anchor + self._clock.monotonic()
 
-    @abstractmethod
+    def moment(self) -> Moment:
+        """Both clocks."""
+        return Moment(self._clock.wall(), self.lease_now())
+
     def disk(self) -> tuple[int, int] | None:
-        """Free and total bytes of the disk that holds the data; None if that is not known here."""
+        return None
 
     def measures(self) -> Sequence[Measure]:
-        """How many operations shared how many commits, and how long the log is."""
         writer = self._writer
         if writer is None:
             return ()
@@ -179,43 +201,29 @@ class SqliteBackend(ABC):
             Measure("log_bytes", "Size of the write-ahead log in use.", writer.log_bytes),
         )
 
-    def moment(self) -> Moment:
-        """Both clocks."""
-        return Moment(self._clock.wall(), self.lease_now())
-
     @property
     def stopped(self) -> bool:
-        """Whether a fault has ended all writing."""
         return self._writer is not None and self._writer.stopped
 
-    @property
-    def forked(self) -> bool:
-        """Whether this process inherited the store by fork."""
-        return self._forked
-
-    def write(self, op: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
-        """Run ``op`` in a transaction; the result comes when it is durable."""
+    def write(self, op: Write[T]) -> Awaitable[T]:
         return self._use().run(op)
 
-    def write_blocking(self, op: Callable[[Transaction], Awaitable[T]]) -> T:
-        """``write`` for a thread without an event loop."""
+    def write_blocking(self, op: Write[T]) -> T:
         return self._use().run_blocking(op)
 
-    @abstractmethod
-    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
-        """Run ``op`` on a snapshot."""
+    async def read(self, op: Read[T], *, rows: int = 1) -> T:
+        return await self._use().run(op)  # between two writes
 
-    @abstractmethod
     async def backup(self, target: Path) -> None:
-        """Copy the data as they stand into a new file, while writes go on."""
+        writer = self._use()
+        await asyncio.to_thread(writer.exclusively, lambda connection: copy_database(connection, target))
 
     async def close(self) -> None:
         """Finish what was accepted, then let go of the data; idempotent. In a forked child: does nothing."""
-        if not self._forked:
-            await asyncio.to_thread(self.close_blocking)
+        if not self.forked:
+            await asyncio.to_thread(self._close)
 
-    def close_blocking(self) -> None:
-        """``close`` for a thread without an event loop."""
+    def _close(self) -> None:
         with self._opening:
             already, self._closed = self._closed, True
             if not already and self._writer is not None:
@@ -224,18 +232,11 @@ class SqliteBackend(ABC):
                 finally:
                     self._let_go()
 
-    @abstractmethod
-    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit: ...
-
-    @abstractmethod
     def _let_go(self) -> None:
-        """Free what the kind holds besides the writer, which is closed already."""
-
-    def _inherited(self) -> list[Any]:
-        return [self._writer]
+        """Free what there is besides the writer, which is closed already."""
 
     def _check_process(self) -> None:
-        if self._forked:
+        if self.forked:
             raise StoreForked(
                 f"the store on {self._path!r} was opened by the parent of process {os.getpid()} and inherited by "
                 "fork; use a LightningStoreClient here, or open the store after the fork"
@@ -247,61 +248,23 @@ class SqliteBackend(ABC):
             raise StoreClosed(f"the store on {self._path!r} was closed; open a new one")
         return self._writer
 
-    def _leak_in_child(self) -> None:
-        """Keep inherited handles for ever: closing one in a child would harm the parent's locks."""
-        self._forked = True
-        _leaked.extend(self._inherited())
+    def leave_to_parent(self) -> None:
+        """In a forked child: keep inherited handles for ever, because to close one would harm the parent's locks."""
+        self.forked = True
+        _left.append(self)
 
 
-_leaked: list[Any] = []
-"""Handles of the parent, in a forked child. Empty in every other process."""
+_left: list[SqliteBackend] = []
+"""The parent's, in a forked child. Empty in every other process."""
 
 
-def _call_in_children(method: Callable[[], None]) -> None:
-    """Call a bound method in every process forked from this one, as long as its object lives."""
-    reference = weakref.WeakMethod(method)
-
-    def call() -> None:
-        living = reference()
-        if living is not None:
-            living()
-
-    os.register_at_fork(after_in_child=call)
+def _leave(backend: SqliteBackend | None) -> None:
+    if backend is not None:
+        backend.leave_to_parent()
 
 
-class MemoryBackend(SqliteBackend):
-    """A database in memory: one connection, which is also read through."""
-
-    name = "memory"
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(":memory:", clock)
-
-    def disk(self) -> tuple[int, int] | None:
-        """None: there is no disk."""
-        return None
-
-    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
-        """Run ``op`` between two writes."""
-        return await self._use().run(op)
-
-    async def backup(self, target: Path) -> None:
-        """Copy the data into a new file; writes wait meanwhile."""
-        writer = self._use()
-        await asyncio.to_thread(writer.exclusively, lambda connection: copy_database(connection, target))
-
-    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit:
-        return GroupCommit(
-            open_writer(":memory:", "none", vfs=None),
-            path=self._path,
-            moment=self.moment,
-            publish=publish,
-            hand_over=commit_here,
-            checkpoint_pages=_CHECKPOINT_PAGES,
-        )
-
-    def _let_go(self) -> None:
-        pass
+def _run(work: Work) -> None:
+    work()
 
 
 class FileBackend(SqliteBackend):
@@ -328,65 +291,46 @@ class FileBackend(SqliteBackend):
         checkpoint_pages: int = _CHECKPOINT_PAGES,
     ) -> None:
         path = Path(os.path.realpath(path))  # one file, one owner: by whatever links, and wherever the process goes
-        super().__init__(str(path), clock)
+        super().__init__(clock, str(path))
         self._durability: Durability = durability
         self._vfs = vfs
         self._checkpoint_pages = checkpoint_pages
         self._owner = OwnerLock(path)
-        self._commit_thread = CommitThread()
-        self._readers = ReaderPool(lambda: open_reader(self._path, vfs=vfs))
+        self._hand_over = self._commit_thread = CommitThread()
+        self._readers = ReaderPool(lambda: open_reader(str(path), vfs=vfs))
         self._long_reads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="agl-read")
 
     def disk(self) -> tuple[int, int] | None:
-        """As the file system tells an ordinary user."""
         return disk_room(Path(self._path))
 
-    async def read(self, op: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1) -> T:
-        """Run ``op`` on a snapshot: short ones at once, long ones in a thread."""
+    async def read(self, op: Read[T], *, rows: int = 1) -> T:
         self._use()
         if rows <= _LONG_READ_ROWS:
             return self._read(op)
         return await asyncio.get_running_loop().run_in_executor(self._long_reads, self._read, op)
 
-    async def backup(self, target: Path) -> None:
-        """Copy the data as they stand into a new file; writes go on meanwhile."""
-        self._use()
-        await asyncio.to_thread(self._backup, target)
-
-    def _backup(self, target: Path) -> None:
-        with self._readers.snapshot() as connection:
-            copy_database(connection, target)
-
-    def _read(self, op: Callable[[ReadTransaction], Awaitable[T]]) -> T:
+    def _read(self, op: Read[T]) -> T:
         try:
-            with self._readers.snapshot() as connection:
-                return run_to_end(op(SqliteReads(connection, self.moment(), self._use().cache)))
+            return self._readers.read(op, self.moment(), self._use().cache)
         except FAULTS as error:
             known = translate(error, self._path)
             if stops_store(known) and self._writer is not None:
                 self._writer.stop(known)
             raise known from error
 
-    def _open_writer(self, publish: Callable[[list[Event]], None]) -> GroupCommit:
-        self._owner.acquire()
-        try:
+    async def backup(self, target: Path) -> None:
+        self._use()
+        await asyncio.to_thread(self._readers.copy, target)
+
+    def _connect(self) -> apsw.Connection:
+        with ExitStack() as undo:
+            self._owner.acquire()
+            undo.callback(self._owner.release)
             connection = open_writer(self._path, self._durability, vfs=self._vfs)
-            try:
-                _rebase_leases(connection, self.lease_now())
-            except BaseException:
-                connection.close()
-                raise
-        except BaseException:
-            self._owner.release()
-            raise
-        return GroupCommit(
-            connection,
-            path=self._path,
-            moment=self.moment,
-            publish=publish,
-            hand_over=self._commit_thread,
-            checkpoint_pages=self._checkpoint_pages,
-        )
+            undo.callback(connection.close)
+            rebase_leases(connection, self.lease_now())
+            undo.pop_all()
+        return connection
 
     def _let_go(self) -> None:
         self._commit_thread.close()
@@ -396,33 +340,97 @@ class FileBackend(SqliteBackend):
         finally:
             self._owner.release()
 
-    def _inherited(self) -> list[Any]:
+    def leave_to_parent(self) -> None:
+        super().leave_to_parent()
         self._owner.release()
-        return [self._writer, self._readers, self._commit_thread]
 
 
-def _rebase_leases(connection: apsw.Connection, now: float) -> None:
-    """Give every lease a full new term, so that the time the store was closed expires none.
+class ViewBackend(Backend):
+    """The rows of a file as they were last committed, beside whoever owns the file.
 
-    Time-outs go on from where they stood at the last sign of life that was written. Deadlines are lower bounds: set
-    to now, the first sweep computes the true ones. The last sequence id of each live attempt may be known from its
-    spans only, because a span does not write the row of its attempt.
+    What expires is the owner's business: its lease clock is not known here, and a file without an owner gives
+    every lease a fresh term when it is opened. So nothing expires in what is read here.
+
+    Args:
+        path: the database file.
+        clock: where time comes from.
     """
-    with connection:
-        connection.execute(
-            """UPDATE attempts SET
-                version = version + 1,
-                started_lease = started_lease + :now - (SELECT max(beaten_lease) FROM attempts WHERE live),
-                beaten_lease = :now,
-                deadline = iif(deadline IS NULL, NULL, :now),
-                span_sequence = max(
-                    span_sequence,
-                    (SELECT coalesce(max(sequence_id), 0) FROM spans WHERE attempt_seq = attempts.seq)
-                )
-            WHERE live""",
-            {"now": now},
-        )
-        connection.execute(
-            "UPDATE workers SET version = version + 1, beaten_lease = :now, deadline = :now WHERE deadline IS NOT NULL",
-            {"now": now},
-        )
+
+    name = "sqlite"
+    forked = False  # each process makes connections of its own
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._readers = ReaderPool(self._connect)
+        self._opened = False
+        self._closed = False
+
+    @property
+    def stopped(self) -> bool:
+        return True  # nothing is ever written through a view
+
+    def measures(self) -> Sequence[Measure]:
+        return ()  # whoever owns the file has them
+
+    def open(self, publish: Callable[[list[Event]], None]) -> None:
+        """Look whether the file can be read; idempotent.
+
+        Raises:
+            InvalidValue: there is no such file.
+            ForeignFile, NewerSchema, CorruptStore, StoreUnavailable: it cannot be read.
+        """
+        path = str(self._path)
+        if self._closed:
+            raise StoreClosed(f"the view of {path!r} was closed; open a new one")
+        if self._opened:
+            return
+        if not self._path.is_file():
+            raise InvalidValue(f"there is no database {path!r}; give the path of one, or a server's URL")
+        try:
+            with self._readers.snapshot() as connection:
+                version = check_identity(connection, len(MIGRATIONS))
+        except apsw.Error as error:
+            raise translate(error, path) from error
+        if version < len(MIGRATIONS):
+            raise StoreUnavailable(
+                f"{path!r} has schema version {version}, and {len(MIGRATIONS)} is needed; a store "
+                "that opens it for writing brings it up to date (`agl store --db`)"
+            )
+        self._opened = True
+        publish([Stopped(StoreStopped(f"{path!r} is open for reading only, so nothing can be waited for"))])
+
+    def lease_now(self) -> float:
+        """Before every deadline."""
+        return float("-inf")
+
+    def disk(self) -> tuple[int, int] | None:
+        return disk_room(self._path)
+
+    def write(self, op: Write[T]) -> Awaitable[T]:
+        self._refuse()
+
+    def write_blocking(self, op: Write[T]) -> T:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise StoreUnavailable(f"{str(self._path)!r} is open for reading only; write through its owner's server")
+
+    async def read(self, op: Read[T], *, rows: int = 1) -> T:
+        try:
+            return await asyncio.to_thread(self._readers.read, op, Moment(self._clock.wall(), self.lease_now()))
+        except FAULTS as error:
+            raise translate(error, str(self._path)) from error
+
+    async def backup(self, target: Path) -> None:
+        await asyncio.to_thread(self._readers.copy, target)
+
+    async def close(self) -> None:
+        self._closed = True
+        await asyncio.to_thread(self._readers.close)
+
+    def _connect(self) -> apsw.Connection:
+        connection = open_reader(str(self._path), vfs=None)
+        # The last connection to a file would copy the log into the database as it closes, and remove the log.
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        return connection

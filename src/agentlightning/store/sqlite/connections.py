@@ -254,6 +254,33 @@ def _create_private(path: str) -> None:
         raise translate_os(error, path) from error
 
 
+def rebase_leases(connection: apsw.Connection, now: float) -> None:
+    """Give every lease a full new term, so that the time the store was closed expires none.
+
+    Time-outs go on from where they stood at the last sign of life that was written. Deadlines are lower bounds: set
+    to now, the first sweep computes the true ones. The last sequence id of each live attempt may be known from its
+    spans only, because a span does not write the row of its attempt.
+    """
+    with connection:
+        connection.execute(
+            """UPDATE attempts SET
+                version = version + 1,
+                started_lease = started_lease + :now - (SELECT max(beaten_lease) FROM attempts WHERE live),
+                beaten_lease = :now,
+                deadline = iif(deadline IS NULL, NULL, :now),
+                span_sequence = max(
+                    span_sequence,
+                    (SELECT coalesce(max(sequence_id), 0) FROM spans WHERE attempt_seq = attempts.seq)
+                )
+            WHERE live""",
+            {"now": now},
+        )
+        connection.execute(
+            "UPDATE workers SET version = version + 1, beaten_lease = :now, deadline = :now WHERE deadline IS NOT NULL",
+            {"now": now},
+        )
+
+
 # --- One owner for each database file ---
 
 

@@ -1,24 +1,20 @@
 """Types of the public names; ``__init__.py`` reads which module defines each name from this file."""
 
-from agentlightning.adapter.base import (
+from agentlightning.adapter.adapters import (
     Adapted as Adapted,
     Adapter as Adapter,
+    LlmProxyTraceToTriplet as LlmProxyTraceToTriplet,
+    OpenAIMessages as OpenAIMessages,
     OtelTraceAdapter as OtelTraceAdapter,
     TraceAdapter as TraceAdapter,
-    UnusableSpan as UnusableSpan,
-)
-from agentlightning.adapter.messages import (
-    OpenAIMessages as OpenAIMessages,
+    TracerTraceToTriplet as TracerTraceToTriplet,
     TraceToMessages as TraceToMessages,
+    TraceToTripletBase as TraceToTripletBase,
+    UnusableSpan as UnusableSpan,
 )
 from agentlightning.adapter.tree import (
     RewardMatchPolicy as RewardMatchPolicy,
     TraceTree as TraceTree,
-)
-from agentlightning.adapter.triplet import (
-    LlmProxyTraceToTriplet as LlmProxyTraceToTriplet,
-    TracerTraceToTriplet as TracerTraceToTriplet,
-    TraceToTripletBase as TraceToTripletBase,
 )
 from agentlightning.algorithm.apo import APO as APO
 from agentlightning.algorithm.base import (

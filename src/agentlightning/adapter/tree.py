@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agentlightning.adapter.calls import has_token_ids, read_model_call, response_id_of
 from agentlightning.semconv import GenAIAttributes
 from agentlightning.types import Span, Triplet
 from agentlightning.types.rewards import get_reward_value
+
+T = TypeVar("T")
 
 LLM_CALL_MATCH = r"openai\.chat|openai\.completion|^(chat|text_completion|generate_content)( |$)"
 """Matches the names of spans of model calls: those of AgentOps and OpenLLMetry, and of OpenTelemetry's conventions."""
@@ -142,17 +144,19 @@ class TraceTree:
 
     def names_tuple(self) -> tuple[str, list[Any]]:
         """Return the name of the span, and the same of each child."""
-        made: dict[str, tuple[str, list[Any]]] = {}
-        for node in reversed(self.traverse()):
-            made[node.id] = (node.span.name, [made[child.id] for child in node.children])
-        return made[self.id]
+        return self._fold(lambda node, children: (node.span.name, children))
 
     def to_json(self) -> dict[str, Any]:
         """Return the tree as a JSON object: ``id``, ``span`` and ``children``."""
-        made: dict[str, dict[str, Any]] = {}
+        return self._fold(
+            lambda node, children: {"id": node.id, "span": node.span.model_dump(mode="json"), "children": children}
+        )
+
+    def _fold(self, make: Callable[[TraceTree, list[Any]], T]) -> T:
+        """What is made of this node and of what was made of its children."""
+        made: dict[str, T] = {}
         for node in reversed(self.traverse()):
-            children = [made[child.id] for child in node.children]
-            made[node.id] = {"id": node.id, "span": node.span.model_dump(mode="json"), "children": children}
+            made[node.id] = make(node, [made[child.id] for child in node.children])
         return made[self.id]
 
     def visualize(self, filename: str, interested_span_match: str | None = None) -> None:
@@ -298,10 +302,6 @@ class _FoundCall:
     outer: _FoundCall | None
     """The call that contains it."""
 
-    @property
-    def has_token_ids(self) -> bool:
-        return has_token_ids(self.node.span)
-
 
 def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
     """Keep one record of each call that several instrumentations recorded inside of each other.
@@ -317,7 +317,7 @@ def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
         groups.setdefault(outermost.node.id, []).append(call)
     kept: list[_FoundCall] = []
     for group in groups.values():
-        recorded = [call for call in group if call.has_token_ids]
+        recorded = [call for call in group if has_token_ids(call.node.span)]
         are_inner = bool(recorded) and all(call.outer is not None for call in recorded)
         kept += recorded if are_inner else [call for call in group if call.outer is None]
     return kept
@@ -326,7 +326,7 @@ def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
 def _without_repeated_replies(calls: Sequence[_FoundCall], seen: set[str]) -> list[_FoundCall]:
     """Keep one call for each response id that is not in ``seen``, preferably with token ids; add the ids to it."""
     kept: list[_FoundCall] = []
-    for call in sorted(calls, key=lambda call: not call.has_token_ids):
+    for call in sorted(calls, key=lambda call: not has_token_ids(call.node.span)):
         response_id = response_id_of(call.node.span)
         if response_id is None or response_id not in seen:
             kept.append(call)

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from agentlightning.adapter.messages import TraceToMessages
+from agentlightning.adapter.adapters import TraceToMessages
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import (
     EndedRollout,

@@ -14,7 +14,7 @@ from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
-    from agentlightning.adapter.base import TraceAdapter
+    from agentlightning.adapter.adapters import TraceAdapter
 
 A = TypeVar("A", bound="Algorithm")
 P = ParamSpec("P")

@@ -18,7 +18,7 @@ from typing import Any, Generic
 
 from typing_extensions import TypeVar
 
-from agentlightning.adapter.triplet import TracerTraceToTriplet, TraceToTripletBase
+from agentlightning.adapter.adapters import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import EndedRollout, check_counts, check_datasets, enqueue_inputs, wait_for_ends
 from agentlightning.algorithm.policy import (

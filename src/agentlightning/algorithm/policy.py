@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from agentlightning.adapter.triplet import TraceToTripletBase
+from agentlightning.adapter.adapters import TraceToTripletBase
 from agentlightning.algorithm.batches import EndedRollout
 from agentlightning.errors import InvalidValue
 from agentlightning.types import AttemptedRollout, Rollout, Span, Triplet

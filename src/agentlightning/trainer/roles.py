@@ -28,7 +28,7 @@ from agentlightning.trainer.progress import Progress, ProgressSpec, make_view
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
-    from agentlightning.adapter.base import TraceAdapter
+    from agentlightning.adapter.adapters import TraceAdapter
     from agentlightning.algorithm.base import Algorithm
     from agentlightning.algorithm.run import Run
     from agentlightning.litagent.litagent import Hook, LitAgent

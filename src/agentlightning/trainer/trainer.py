@@ -10,8 +10,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from agentlightning.adapter.base import TraceAdapter
-from agentlightning.adapter.triplet import TracerTraceToTriplet
+from agentlightning.adapter.adapters import TraceAdapter, TracerTraceToTriplet
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.fast import Baseline, FastAlgorithm
 from agentlightning.algorithm.run import Run

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agentlightning.adapter import TraceToMessages
-from agentlightning.adapter.messages import convert_to_openai_messages, group_genai_dict
+from agentlightning import TraceToMessages
+from agentlightning.adapter.adapters import convert_to_openai_messages, group_genai_dict
 from agentlightning.types import Event, Span
 
 Make = Callable[..., Span]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.adapter import TraceTree
+from agentlightning import TraceTree
 from agentlightning.types import Span
 
 Make = Callable[..., Span]

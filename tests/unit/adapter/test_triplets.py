@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from agentlightning.adapter import LlmProxyTraceToTriplet, RewardMatchPolicy, TracerTraceToTriplet, TraceTree
-from agentlightning.adapter.triplet import TraceToTripletBase
+from agentlightning import LlmProxyTraceToTriplet, RewardMatchPolicy, TracerTraceToTriplet, TraceTree
+from agentlightning.adapter.adapters import TraceToTripletBase
 from agentlightning.types import Span
 
 Make = Callable[..., Span]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import agentlightning as agl
-from agentlightning.adapter.messages import TraceToMessages
+from agentlightning.adapter.adapters import TraceToMessages
 from agentlightning.algorithm.batches import enqueue_once
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt

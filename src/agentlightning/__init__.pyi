@@ -45,8 +45,11 @@ from agentlightning.demo.policy_endpoint import PolicyEndpoint as PolicyEndpoint
 from agentlightning.demo.softmax_policy import SoftmaxPolicy as SoftmaxPolicy
 from agentlightning.emitter.annotation import (
     OperationContext as OperationContext,
+    RewardDimension as RewardDimension,
     emit_annotation as emit_annotation,
+    emit_reward as emit_reward,
     operation as operation,
+    reward as reward,
 )
 from agentlightning.emitter.emit import (
     emit_exception as emit_exception,
@@ -60,16 +63,6 @@ from agentlightning.emitter.emit import (
     make_link_attributes as make_link_attributes,
     make_tag_attributes as make_tag_attributes,
     query_linked_spans as query_linked_spans,
-)
-from agentlightning.emitter.reward import (
-    RewardDimension as RewardDimension,
-    emit_reward as emit_reward,
-    find_final_reward as find_final_reward,
-    find_reward_spans as find_reward_spans,
-    get_reward_value as get_reward_value,
-    get_rewards_from_span as get_rewards_from_span,
-    is_reward_span as is_reward_span,
-    reward as reward,
 )
 from agentlightning.errors import (
     AgentLightningError as AgentLightningError,
@@ -132,16 +125,14 @@ from agentlightning.legacy.client import (
 from agentlightning.legacy.server import (
     AgentLightningServer as AgentLightningServer,
 )
-from agentlightning.litagent.decorator import (
-    FunctionalLitAgent as FunctionalLitAgent,
-    llm_rollout as llm_rollout,
-    prompt_rollout as prompt_rollout,
-    rollout as rollout,
-)
 from agentlightning.litagent.litagent import (
+    FunctionalLitAgent as FunctionalLitAgent,
     Hook as Hook,
     LitAgent as LitAgent,
     is_v0_1_rollout_api as is_v0_1_rollout_api,
+    llm_rollout as llm_rollout,
+    prompt_rollout as prompt_rollout,
+    rollout as rollout,
 )
 from agentlightning.proxy import (
     LLMProxy as LLMProxy,
@@ -260,6 +251,13 @@ from agentlightning.types import (
     WorkerStatus as WorkerStatus,
     convert_timestamp as convert_timestamp,
     extract_extra_fields as extract_extra_fields,
+)
+from agentlightning.types.rewards import (
+    find_final_reward as find_final_reward,
+    find_reward_spans as find_reward_spans,
+    get_reward_value as get_reward_value,
+    get_rewards_from_span as get_rewards_from_span,
+    is_reward_span as is_reward_span,
 )
 from agentlightning.types.rollouts import ParallelWorkerBase as ParallelWorkerBase
 

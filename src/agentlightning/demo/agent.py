@@ -9,7 +9,7 @@ import aiohttp
 
 from agentlightning.demo import game
 from agentlightning.errors import StoreUnavailable
-from agentlightning.litagent.decorator import llm_rollout
+from agentlightning.litagent.litagent import llm_rollout
 from agentlightning.types import LLM
 
 _TIMEOUT = aiohttp.ClientTimeout(total=30.0)

@@ -1,17 +1,21 @@
-"""Emit annotations, and operations: an agent's own spans around a block or a function."""
+"""Emit annotations, rewards, and operations: an agent's own spans around a block or a function."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from types import TracebackType
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypedDict, TypeVar, cast, overload
 
 from agentlightning.emitter.emit import as_attributes, emit, tracer_for
+from agentlightning.errors import InvalidValue
 from agentlightning.semconv import AGL_ANNOTATION, AGL_OPERATION, LightningSpanAttributes
 from agentlightning.types import SpanCoreFields, SpanRecordingContext
+from agentlightning.types.rewards import PRIMARY_NAME
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAME = LightningSpanAttributes.OPERATION_NAME.value
@@ -31,6 +35,112 @@ def emit_annotation(annotation: dict[str, Any], propagate: bool = True) -> SpanC
         RuntimeError: no tracer is active.
     """
     return emit(AGL_ANNOTATION, as_attributes(annotation), propagate)
+
+
+def _around_calls(
+    fn: _F, enter: Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Callable[[Any], object]]]
+) -> _F:
+    """The function, or coroutine function, inside a context for each call, which gets the result."""
+    if inspect.iscoroutinefunction(fn):
+
+        @functools.wraps(fn)
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            with enter(args, kwargs) as finish:
+                result = await fn(*args, **kwargs)
+                finish(result)
+                return result
+
+        return cast(_F, awaited)
+
+    @functools.wraps(fn)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with enter(args, kwargs) as finish:
+            result = fn(*args, **kwargs)
+            finish(result)
+            return result
+
+    return cast(_F, called)
+
+
+# --- Rewards, which `agentlightning.types.rewards` reads ---------------------------------------------
+
+
+class RewardDimension(TypedDict):
+    """One dimension of a reward."""
+
+    name: str
+    value: float
+
+
+def emit_reward(
+    reward: float | Mapping[str, Any],
+    *,
+    primary_key: str | None = None,
+    attributes: dict[str, Any] | None = None,
+    propagate: bool = True,
+) -> SpanCoreFields:
+    """Record how well the agent did. The last reward of an attempt is its final one.
+
+    Args:
+        reward: a finite number, or a mapping from dimensions to finite numbers.
+        primary_key: the dimension that counts where one number is needed; required if there are several.
+        attributes: further attributes; nested values are flattened.
+        propagate: whether the trace gets the span; otherwise it is only returned.
+
+    Raises:
+        TypeError: ``reward`` is neither a number nor a mapping to numbers.
+        InvalidValue: a number is not finite, the mapping is empty, or ``primary_key`` is missing or not in it.
+        RuntimeError: no tracer is active.
+    """
+    recorded = as_attributes(attributes)
+    for position, dimension in enumerate(_dimensions(reward, primary_key)):
+        prefix = f"{LightningSpanAttributes.REWARD.value}.{position}"
+        recorded[f"{prefix}.name"] = dimension["name"]
+        recorded[f"{prefix}.value"] = dimension["value"]
+    return emit(AGL_ANNOTATION, recorded, propagate)
+
+
+def reward(fn: _F) -> _F:
+    """Decorate a function or coroutine function whose result is the reward: each call emits it.
+
+    A call that returns None emits nothing. Raises as ``emit_reward``.
+    """
+
+    @contextmanager
+    def emitting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Callable[[Any], object]]:
+        yield lambda result: None if result is None else emit_reward(result)
+
+    return _around_calls(fn, emitting)
+
+
+def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> list[RewardDimension]:
+    """All dimensions, the primary one first."""
+    if not isinstance(reward, Mapping):
+        return [RewardDimension(name=primary_key or PRIMARY_NAME, value=_number(reward, "the reward"))]
+    if not reward:
+        raise InvalidValue("the reward has no dimension; give at least one name with a number")
+    if primary_key is None and len(reward) == 1:
+        primary_key = next(iter(reward))
+    if primary_key is None or primary_key not in reward:
+        names = ", ".join(map(repr, reward))
+        raise InvalidValue(f"primary_key is {primary_key!r}; name the dimension that counts: {names}")
+    names = [primary_key, *(name for name in reward if name != primary_key)]
+    return [RewardDimension(name=name, value=_number(reward[name], f"the reward {name!r}")) for name in names]
+
+
+def _number(value: Any, what: str) -> float:
+    if not isinstance(value, Real):  # also numpy's numbers
+        raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; give a number")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InvalidValue(f"{what} is a whole number too large for a float; give one up to 1e308") from error
+    if not math.isfinite(number):
+        raise InvalidValue(f"{what} is {value!r}; it must be finite (emit none at all if there is no reward)")
+    return number
+
+
+# --- Operations --------------------------------------------------------------------------------------
 
 
 class OperationContext:
@@ -106,30 +216,14 @@ class OperationContext:
         """
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError(f"{fn.__name__} is a generator function; use `with operation(name=...):` inside it")
-        if inspect.iscoroutinefunction(fn):
 
-            @functools.wraps(fn)
-            async def awaited(*args: Any, **kwargs: Any) -> Any:
-                with self._fresh() as span:
-                    span.set_input(**_named(fn, args, kwargs))
-                    result = await fn(*args, **kwargs)
-                    span.set_output(result)
-                    return result
-
-            return cast(_F, awaited)
-
-        @functools.wraps(fn)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with self._fresh() as span:
+        @contextmanager
+        def recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Callable[[Any], object]]:
+            with OperationContext(self.name, self._attributes, self._propagate) as span:
                 span.set_input(**_named(fn, args, kwargs))
-                result = fn(*args, **kwargs)
-                span.set_output(result)
-                return result
+                yield span.set_output
 
-        return cast(_F, called)
-
-    def _fresh(self) -> OperationContext:
-        return OperationContext(self.name, self._attributes, self._propagate)
+        return _around_calls(fn, recording)
 
     def _entered(self) -> SpanRecordingContext:
         if self._span is None:

@@ -11,8 +11,8 @@ from collections.abc import Coroutine, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, cast
 
+from agentlightning.emitter.annotation import emit_reward
 from agentlightning.emitter.emit import emit_exception
-from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentlightning.errors import InvalidValue
-from agentlightning.litagent.decorator import rollout
-from agentlightning.litagent.litagent import LitAgent
+from agentlightning.litagent.litagent import LitAgent, rollout
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import StopEvent
 from agentlightning.runner.program import ProgramAgent

@@ -33,9 +33,8 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from agentlightning.emitter.annotation import operation
+from agentlightning.emitter.annotation import emit_reward, operation
 from agentlightning.emitter.emit import emit_message
-from agentlightning.emitter.reward import emit_reward
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import LitAgent
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout

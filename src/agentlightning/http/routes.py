@@ -12,17 +12,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from types import NoneType
-from typing import Any, Literal, NamedTuple, Union, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, FailFast, Field, StrictFloat, StrictInt, create_model
 
 from agentlightning.errors import InvalidValue
-from agentlightning.http.signatures import Argument, arguments_of, model_of, reply_type, wire_type
+from agentlightning.http.signatures import Argument, arguments_of
 from agentlightning.security.access import Permission
-from agentlightning.store.base import LightningStore
-from agentlightning.types import EnqueueRolloutRequest
+from agentlightning.store.base import LightningStore, LightningStoreStatistics
+from agentlightning.types import UNSET, AttemptedRollout, EnqueueRolloutRequest, PaginatedResult, Rollout, Unset
+from agentlightning.types.plain_spans import PlainSpan
 
 Verb = Literal["GET", "POST", "DELETE"]
 
@@ -81,23 +82,13 @@ class Route:
     """Arguments that do not travel under this, their old name, but under another argument's."""
     reply_field: str | None = None
     """The field of the reply that is the result."""
-    sends_sequence_ids: bool = False
-    """Whether the reply has the sequence ids of the spans that came, instead of the spans."""
-    unknown_is_none: bool = False
-    """Whether the method returns None for an unknown id, which is 404 or null by ``Dialect``."""
     mints: Mapping[str, str] | None = None
     """Arguments that a client makes up when its caller gives none, and the prefix of such ids: they make the call
     repeatable."""
     minted_unless: str | None = None
     """The argument that makes the call repeatable as well, so that nothing is made up when it is given."""
-    wait_argument: str | None = None
-    """The argument that says how long the server may wait before it answers, in seconds; None: without limit."""
     work_seconds: float | None = None
     """How long the answer may take, where that is much longer than usual."""
-    hot: bool = False
-    """Whether it is so frequent that the server answers it without ASGI, to save the cost."""
-    primary: bool = True
-    """Whether our client calls the method this way, where there are several."""
 
     @cached_property
     def in_path(self) -> Sequence[str]:
@@ -105,12 +96,27 @@ class Route:
         return re.findall(r"{(\w+)}", self.path)
 
     @cached_property
+    def wait_argument(self) -> str | None:
+        """The argument that says how long the server may wait before it answers, in seconds; None: without limit."""
+        return next((name for name in ("wait_seconds", "timeout") if name in arguments_of(self.method)), None)
+
+    @cached_property
+    def sends_sequence_ids(self) -> bool:
+        """Whether the reply has the sequence ids of the spans that came, instead of the spans."""
+        return self.method == "add_many_spans"
+
+    @cached_property
+    def unknown_is_none(self) -> bool:
+        """Whether the method returns None for an unknown id, which is 404 or null by ``Dialect``."""
+        return self.method.endswith("_by_id")
+
+    @cached_property
     def query(self) -> type[BaseModel] | None:
         """The model of the query string; None if nothing travels there."""
         if self.verb == "POST" and self.body_argument is None:
             return None
         arguments = [each for each in self._outside_path if each.name != self.body_argument]
-        return self._model("Query", arguments, in_query=True) if arguments else None
+        return self._model_of("Query", arguments, in_query=True) if arguments else None
 
     @cached_property
     def body(self) -> Any:
@@ -119,7 +125,7 @@ class Route:
             return None
         if self.body_argument is not None:
             return wire_type(arguments_of(self.method)[self.body_argument].annotation)
-        return self._model("Body", self._outside_path, in_query=False) if self._outside_path else None
+        return self._model_of("Body", self._outside_path, in_query=False) if self._outside_path else None
 
     @cached_property
     def body_optional(self) -> bool:
@@ -130,48 +136,88 @@ class Route:
     @cached_property
     def reply(self) -> Any:
         """The type of the reply."""
-        result = list[int] if self.sends_sequence_ids else reply_type(self.method)
+        result = wire_type(get_type_hints(getattr(LightningStore, self.method), include_extras=True)["return"])
+        if self.sends_sequence_ids:
+            result = list[int]
         if self.unknown_is_none:
             result = Union[tuple(part for part in get_args(result) if part is not NoneType)]  # noqa: UP007 - at run time
         if self.reply_field is None:
             return result
-        fields: dict[str, Any] = {self.reply_field: (result, ...)}
-        return create_model(f"{self._title}Reply", __doc__=self._summary, **fields)
+        return self._model("Reply", {self.reply_field: (result, ...)})
 
     @property
     def _outside_path(self) -> Sequence[Argument]:
         unsent = {*self.in_path, *(self.renamed or ())}
         return [each for name, each in arguments_of(self.method).items() if name not in unsent]
 
-    @property
-    def _title(self) -> str:
-        return "".join(word.capitalize() for word in self.method.split("_"))
+    def _model_of(self, kind: str, arguments: Sequence[Argument], *, in_query: bool) -> type[BaseModel]:
+        """A model whose fields are arguments of the method.
 
-    @property
-    def _summary(self) -> str:
-        return (inspect.getdoc(getattr(LightningStore, self.method)) or "").partition("\n")[0]
+        A field that is absent was not given; the contract's own default applies. That is not what null means.
+        Unknown fields are ignored, because clients of other versions may send more.
+        """
+        base = self.body_record
+        fields: dict[str, Any] = {}
+        for each in arguments:
+            if base is not None and each.name in base.model_fields:
+                continue
+            wire = wire_type(each.annotation, in_query=in_query)
+            if list in {get_origin(part) for part in (wire, *get_args(wire))}:
+                wire = Annotated[wire, FailFast()]  # of ten thousand wrong items pydantic would list all, for seconds
+            default: dict[str, Any] = {} if each.required else {"default": each.default}
+            if each.default is UNSET:  # a factory, because a default would be shown in the schema
+                default = {"default_factory": NoneType}
+            fields[each.name] = wire, Field(description=each.help, **default)
+        return self._model(kind, fields, base)
 
-    def _model(self, kind: str, arguments: Sequence[Argument], *, in_query: bool) -> type[BaseModel]:
-        return model_of(self._title + kind, self._summary, arguments, self.body_record, in_query=in_query)
+    def _model(self, kind: str, fields: dict[str, Any], base: type[BaseModel] | None = None) -> type[BaseModel]:
+        title = "".join(word.capitalize() for word in self.method.split("_")) + kind
+        summary = (inspect.getdoc(getattr(LightningStore, self.method)) or "").partition("\n")[0]
+        return create_model(title, __base__=base or BaseModel, __doc__=summary, **fields)
 
 
+def wire_type(annotation: Any, *, in_query: bool = False) -> Any:
+    """The type that pydantic is to check what travels against, for an annotation of the contract.
+
+    JSON has fewer types than Python: a ``Sequence`` arrives as a list, ``UNSET`` as an absent field. Numbers are
+    strict, since otherwise pydantic takes the text ``"1"`` and ``true`` for numbers; but a query string is all text.
+    """
+    origin, parts = get_origin(annotation), get_args(annotation)
+    page = getattr(annotation, "__pydantic_generic_metadata__", {"origin": None})
+    if isinstance(annotation, TypeVar):  # a method that takes both forms of a span returns the form that it got
+        return wire_type(annotation.__bound__, in_query=in_query)
+    if annotation is float:
+        return float if in_query else StrictFloat
+    if annotation is int:
+        return StrictInt
+    if annotation is Rollout:  # the store attaches the latest attempt, where there is one
+        return AttemptedRollout | Rollout
+    if annotation is LightningStoreStatistics:  # newer servers may count more
+        return dict[str, Any]
+    if page["origin"] is PaginatedResult:
+        return cast(Any, PaginatedResult)[wire_type(page["args"][0])]
+    if origin is Sequence or origin is list:
+        return list[wire_type(parts[0], in_query=in_query)]
+    if origin is Mapping:
+        return dict[parts[0], parts[1]]
+    if origin in (Union, UnionType):
+        kept = [part for part in parts if part not in (Unset, PlainSpan)]  # a plain span has the same JSON as a span
+        if str in kept:
+            kept = [part for part in kept if get_origin(part) is not Literal]
+        return Union[tuple(wire_type(part, in_query=in_query) for part in kept)]  # noqa: UP007 - made at run time
+    return annotation
+
+
+_ROLLOUT_ID, _ATTEMPT_ID = {"rollout_id": "ro-"}, {"attempt_id": "at-"}
+_RESOURCES_ID, _REQUEST_ID = {"resources_id": "rs-"}, {"request_id": "rq-"}
 _OLD_NAMES = {"status": "status_in", "rollout_ids": "rollout_id_in"}
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/statistics", "statistics", "read", "read"),
     Route("GET", "/verify", "verify", "read", "read", work_seconds=600.0),
     # --- The queue ---
-    Route("POST", "/queues/rollouts/enqueue", "enqueue_many_rollouts", "submit", "write", status=201, hot=True),
-    Route(
-        "POST",
-        "/queues/rollouts/dequeue",
-        "dequeue_many_rollouts",
-        "run",
-        "claim",
-        mints={"request_id": "rq-"},
-        wait_argument="wait_seconds",
-        hot=True,
-    ),
+    Route("POST", "/queues/rollouts/enqueue", "enqueue_many_rollouts", "submit", "write", status=201),
+    Route("POST", "/queues/rollouts/dequeue", "dequeue_many_rollouts", "run", "claim", mints=_REQUEST_ID),
     # --- Rollouts ---
     Route(
         "POST",
@@ -181,60 +227,35 @@ ROUTES: tuple[Route, ...] = (
         "write",
         status=201,
         body_record=EnqueueRolloutRequest,
-        mints={"rollout_id": "ro-"},
+        mints=_ROLLOUT_ID,
         minted_unless="attempt_id",
     ),
-    Route("GET", "/rollouts", "query_rollouts", "read", "read", renamed=_OLD_NAMES, primary=False),
+    Route("GET", "/rollouts", "query_rollouts", "read", "read", renamed=_OLD_NAMES),
     Route(
         "DELETE", "/rollouts", "delete_finished_rollouts", "operate", "write", reply_field="deleted", work_seconds=600.0
     ),
     Route("POST", "/rollouts/search", "query_rollouts", "read", "read", renamed=_OLD_NAMES),
-    Route("GET", "/rollouts/{rollout_id}", "get_rollout_by_id", "read", "read", unknown_is_none=True),
+    Route("GET", "/rollouts/{rollout_id}", "get_rollout_by_id", "read", "read"),
     Route("POST", "/rollouts/{rollout_id}", "update_rollout", "submit", "completion", body_required=True),
     Route("POST", "/rollouts/{rollout_id}/cancel", "cancel_rollout", "submit", "completion"),
-    Route("POST", "/waits/rollouts", "wait_for_rollouts", "read", "read", wait_argument="timeout"),
+    Route("POST", "/waits/rollouts", "wait_for_rollouts", "read", "read"),
     # --- Attempts ---
-    Route(
-        "POST",
-        "/rollouts/{rollout_id}/attempts",
-        "start_attempt",
-        "run",
-        "write",
-        status=201,
-        mints={"attempt_id": "at-"},
-    ),
-    Route("GET", "/rollouts/{rollout_id}/attempts", "query_attempts", "read", "read", primary=False),
+    Route("POST", "/rollouts/{rollout_id}/attempts", "start_attempt", "run", "write", status=201, mints=_ATTEMPT_ID),
+    Route("GET", "/rollouts/{rollout_id}/attempts", "query_attempts", "read", "read"),
     Route("POST", "/rollouts/{rollout_id}/attempts/search", "query_attempts", "read", "read"),
     Route("GET", "/rollouts/{rollout_id}/attempts/latest", "get_latest_attempt", "read", "read"),
-    Route("POST", "/rollouts/{rollout_id}/attempts/{attempt_id}", "update_attempt", "run", "completion", hot=True),
-    Route(
-        "POST",
-        "/rollouts/{rollout_id}/attempts/{attempt_id}/finish",
-        "finish_attempt",
-        "run",
-        "completion",
-        hot=True,
-    ),
+    Route("POST", "/rollouts/{rollout_id}/attempts/{attempt_id}", "update_attempt", "run", "completion"),
+    Route("POST", "/rollouts/{rollout_id}/attempts/{attempt_id}/finish", "finish_attempt", "run", "completion"),
     Route("POST", "/rollouts/{rollout_id}/attempts/{attempt_id}/release", "release_attempt", "run", "completion"),
     # --- Spans ---
-    Route("POST", "/spans", "add_span", "run", "span", body_argument="span", status=201, hot=True),
-    Route(
-        "POST",
-        "/spans/bulk",
-        "add_many_spans",
-        "run",
-        "span",
-        reply_field="sequence_ids",
-        sends_sequence_ids=True,
-        status=201,
-        hot=True,
-    ),
-    Route("GET", "/spans", "query_spans", "read", "read", primary=False),
+    Route("POST", "/spans", "add_span", "run", "span", body_argument="span", status=201),
+    Route("POST", "/spans/bulk", "add_many_spans", "run", "span", reply_field="sequence_ids", status=201),
+    Route("GET", "/spans", "query_spans", "read", "read"),
     Route("POST", "/spans/search", "query_spans", "read", "read"),
     Route("POST", "/spans/next", "get_next_span_sequence_id", "run", "span", reply_field="sequence_id"),
     Route("POST", "/spans/next/bulk", "get_many_span_sequence_ids", "run", "span", reply_field="sequence_ids"),
     # --- Resources ---
-    Route("GET", "/resources", "query_resources", "read", "read", primary=False),
+    Route("GET", "/resources", "query_resources", "read", "read"),
     Route("POST", "/resources/search", "query_resources", "read", "read"),
     Route(
         "POST",
@@ -244,10 +265,10 @@ ROUTES: tuple[Route, ...] = (
         "write",
         body_argument="resources",
         status=201,
-        mints={"resources_id": "rs-"},
+        mints=_RESOURCES_ID,
     ),
     Route("GET", "/resources/latest", "get_latest_resources", "read", "read"),
-    Route("GET", "/resources/{resources_id}", "get_resources_by_id", "read", "read", unknown_is_none=True),
+    Route("GET", "/resources/{resources_id}", "get_resources_by_id", "read", "read"),
     Route(
         "POST",
         "/resources/{resources_id}",
@@ -255,30 +276,23 @@ ROUTES: tuple[Route, ...] = (
         "submit",
         "write",
         body_argument="resources",
-        mints={"request_id": "rq-"},
+        mints=_REQUEST_ID,
     ),
-    Route(
-        "POST",
-        "/resources/{resources_id}/rollback",
-        "rollback_resources",
-        "submit",
-        "write",
-        mints={"request_id": "rq-"},
-    ),
-    Route("GET", "/resources/{resources_id}/versions", "query_resource_versions", "read", "read", primary=False),
+    Route("POST", "/resources/{resources_id}/rollback", "rollback_resources", "submit", "write", mints=_REQUEST_ID),
+    Route("GET", "/resources/{resources_id}/versions", "query_resource_versions", "read", "read"),
     Route("POST", "/resources/{resources_id}/versions/search", "query_resource_versions", "read", "read"),
     # --- Workers ---
-    Route("GET", "/workers", "query_workers", "read", "read", primary=False),
+    Route("GET", "/workers", "query_workers", "read", "read"),
     Route("POST", "/workers/search", "query_workers", "read", "read"),
     Route("POST", "/workers/bulk/directive", "direct_workers", "operate", "completion"),
-    Route("GET", "/workers/{worker_id}", "get_worker_by_id", "read", "read", unknown_is_none=True),
-    Route("POST", "/workers/{worker_id}", "update_worker", "run", "heartbeat", hot=True),
+    Route("GET", "/workers/{worker_id}", "get_worker_by_id", "read", "read"),
+    Route("POST", "/workers/{worker_id}", "update_worker", "run", "heartbeat"),
     Route("POST", "/workers/{worker_id}/lost", "report_worker_lost", "run", "completion"),
 )
 """Every route below a prefix. A path that is written out goes before one with an argument in the same place."""
 
-CLIENT_ROUTES: Mapping[str, Route] = {route.method: route for route in ROUTES if route.primary}
-"""How our client calls each method of the contract."""
+CLIENT_ROUTES: Mapping[str, Route] = {route.method: route for route in ROUTES}
+"""How our client calls each method of the contract: of several ways the last one, which takes long lists in a body."""
 
 
 # --- The address of a server, as people write it ---
@@ -306,29 +320,20 @@ def parse_address(text: str) -> ServerAddress:
     Raises:
         InvalidValue: it is no such address.
     """
-    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidValue(f"{text!r} is not the address of a server; give one like http://host:4747")
     try:
         parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise InvalidValue(
-            f"{_masked(text)!r} is not the address of a server; give one like http://host:4747"
-        ) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise InvalidValue(f"{_masked(text)!r} is not the address of a server; give one like http://host:4747")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    path = parts.path.rstrip("/")
-    dialect = CANONICAL
+        port, host = parts.port, parts.hostname
+    except (ValueError, AttributeError):
+        parts = port = host = None
+    if parts is None or parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        _, masked, shown = str(text).rpartition("@")  # without a possible password
+        shown = f"…@{shown}" if masked else text
+        raise InvalidValue(f"{shown!r} is not the address of a server; give one like http://host:4747")
+    path, dialect = parts.path.rstrip("/"), CANONICAL
     for each in DIALECTS:
         if path.endswith(each.prefix):
             path, dialect = path.removesuffix(each.prefix), each
             break
-    netloc = host if port is None else f"{host}:{port}"
+    netloc = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
     key = None if parts.password is None else unquote(parts.password)
     return ServerAddress(urlunsplit((parts.scheme, netloc, path, "", "")), dialect, key)
-
-
-def _masked(text: str) -> str:
-    """The text without a possible password."""
-    return text if "@" not in text else f"…@{text.rpartition('@')[2]}"

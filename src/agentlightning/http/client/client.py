@@ -62,7 +62,7 @@ def _call(name: str) -> Callable[..., Any]:
     return call
 
 
-@derive_methods(_call, lambda: list(CLIENT_ROUTES))
+@derive_methods(_call, CLIENT_ROUTES)
 class LightningStoreClient(DerivedStore):
     """A store that is served over HTTP. May be called from any thread and any event loop, and pickled.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import cleandoc, getdoc
+from inspect import getdoc
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, TypeAdapter
@@ -12,7 +12,6 @@ from agentlightning.http.codec import Problem
 from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH, ROUTES, Dialect, Route
 from agentlightning.store.base import LightningStore
 
-OPENAPI_PATHS = tuple(f"{dialect.prefix}/openapi.json" for dialect in DIALECTS)
 _REFERENCES = "#/components/schemas/{model}"
 _REFUSALS: Mapping[str, str] = {
     "400": "Not a request that this server understands.",
@@ -45,21 +44,31 @@ class Readiness(BaseModel):
 def openapi_document(version: str) -> dict[str, Any]:
     """The document for all routes, below every prefix, as OpenAPI 3.1 has it."""
     schemas: dict[str, Any] = {}
+    problem = {"application/problem+json": {"schema": _schema(Problem, schemas, "serialization")}}
+    refusals = {status: {"description": text, "content": problem} for status, text in _REFUSALS.items()}
     paths: dict[str, Any] = {}
     for dialect in DIALECTS:
         for route in ROUTES:
-            operations = paths.setdefault(dialect.prefix + route.path, {})
-            operations[route.verb.lower()] = _operation(route, dialect, schemas)
+            operation = _operation(route, dialect, schemas)
+            operation["responses"] |= refusals
+            paths.setdefault(dialect.prefix + route.path, {})[route.verb.lower()] = operation
         for path, model, text in (
             ("/health", HealthStatus, "The server answers."),
             ("/health/live", HealthStatus, "The server answers."),
             ("/health/ready", Readiness, "The server takes requests."),
         ):
-            paths[dialect.prefix + path] = {"get": _probe(dialect.prefix + path, model, text, schemas)}
-        detail = f"{dialect.prefix}/health/detail"
-        paths[detail] = {"get": _plain(detail, "What the server works on, and its store holds.", "application/json")}
-    paths["/metrics"] = {"get": _plain("/metrics", "Metrics in the text format of Prometheus.", "text/plain")}
-    paths[OTLP_TRACES_PATH] = {"post": _otlp(schemas)}
+            content = {"application/json": {"schema": _schema(model, schemas, "serialization")}}
+            answers = {"503": {"description": "Not now.", "content": content}}
+            answers |= {status: refusals[status] for status in ("400", "403")}
+            path = dialect.prefix + path
+            paths[path] = {"get": {**_plain("GET", path, text, content, answers), "security": [{}]}}
+        for path, text, media in (
+            (f"{dialect.prefix}/health/detail", "What the server works on, and its store holds.", "application/json"),
+            ("/metrics", "Metrics in the text format of Prometheus.", "text/plain"),
+        ):
+            answers = {status: {"description": words} for status, words in _REFUSALS.items()}
+            paths[path] = {"get": _plain("GET", path, text, {media: {}}, answers)}
+    paths[OTLP_TRACES_PATH] = {"post": _otlp(problem)}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -80,24 +89,19 @@ def openapi_document(version: str) -> dict[str, Any]:
 
 
 def _operation(route: Route, dialect: Dialect, schemas: dict[str, Any]) -> dict[str, Any]:
-    text = cleandoc(getdoc(getattr(LightningStore, route.method)) or "")
-    reply: Any = route.reply
-    if route.unknown_is_none and dialect.unknown_is_null:
-        reply = route.reply | None
+    text = getdoc(getattr(LightningStore, route.method)) or ""
+    reply: Any = route.reply | None if route.unknown_is_none and dialect.unknown_is_null else route.reply
+    content = {"application/json": {"schema": _schema(reply, schemas, "serialization")}}
+    id_schema = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": r"^[A-Za-z0-9._~:@\-]+$"}
+    ids = [{"name": name, "in": "path", "required": True, "schema": id_schema} for name in route.in_path]
     operation: dict[str, Any] = {
         "operationId": _operation_id(route.verb, dialect.prefix + route.path),
         "summary": text.split("\n", 1)[0],
         "description": text,
         "tags": [route.path.split("/")[1]],
         "x-permission": route.permission,
-        "parameters": [*_path_parameters(route), *_query_parameters(route, schemas)],
-        "responses": {
-            str(route.status): {
-                "description": "Done.",
-                "content": {"application/json": {"schema": _schema(reply, schemas, "serialization")}},
-            },
-            **_refusals(schemas),
-        },
+        "parameters": [*ids, *_query_parameters(route, schemas)],
+        "responses": {str(route.status): {"description": "Done.", "content": content}},
     }
     if route.method == "dequeue_many_rollouts":
         operation["responses"]["200"]["headers"] = {
@@ -112,12 +116,6 @@ def _operation(route: Route, dialect: Dialect, schemas: dict[str, Any]) -> dict[
             "content": {"application/json": {"schema": _schema(route.body, schemas, "validation")}},
         }
     return operation
-
-
-def _path_parameters(route: Route) -> list[dict[str, Any]]:
-    names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
-    schema = {"type": "string", "minLength": 1, "maxLength": 128, "pattern": r"^[A-Za-z0-9._~:@\-]+$"}
-    return [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
 
 
 def _query_parameters(route: Route, schemas: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,44 +134,21 @@ def _query_parameters(route: Route, schemas: dict[str, Any]) -> list[dict[str, A
     return parameters
 
 
-def _refusals(schemas: dict[str, Any]) -> dict[str, Any]:
-    content = {"application/problem+json": {"schema": _schema(Problem, schemas, "serialization")}}
-    return {status: {"description": text, "content": content} for status, text in _REFUSALS.items()}
-
-
-def _probe(path: str, model: type[Any], text: str, schemas: dict[str, Any]) -> dict[str, Any]:
-    content = {"application/json": {"schema": _schema(model, schemas, "serialization")}}
+def _plain(verb: str, path: str, text: str, content: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
     return {
-        "operationId": _operation_id("GET", path),
+        "operationId": _operation_id(verb, path),
         "summary": text,
         "tags": ["health"],
-        "security": [{}],
-        "responses": {
-            "200": {"description": text, "content": content},
-            "503": {"description": "Not now.", "content": content},
-            **{status: refusal for status, refusal in _refusals(schemas).items() if status in ("400", "403")},
-        },
+        "responses": {"200": {"description": text, "content": content}, **answers},
     }
 
 
-def _plain(path: str, text: str, media: str) -> dict[str, Any]:
-    return {
-        "operationId": _operation_id("GET", path),
-        "summary": text,
-        "tags": ["health"],
-        "responses": {
-            "200": {"description": text, "content": {media: {}}},
-            **{status: {"description": words} for status, words in _REFUSALS.items()},
-        },
-    }
-
-
-def _otlp(schemas: dict[str, Any]) -> dict[str, Any]:
+def _otlp(problem: dict[str, Any]) -> dict[str, Any]:
     media: dict[str, Any] = {"application/x-protobuf": {}, "application/json": {"schema": {"type": "object"}}}
-    text = "Store spans sent by an OpenTelemetry exporter (OTLP/HTTP)."
+    refusals = {status: {"description": words, "content": {**media, **problem}} for status, words in _REFUSALS.items()}
     return {
         "operationId": "add_otlp_traces",
-        "summary": text,
+        "summary": "Store spans sent by an OpenTelemetry exporter (OTLP/HTTP).",
         "description": "The attributes `agentlightning.rollout_id` and `agentlightning.attempt_id` name the attempt of "
         "a span; spans without them, and spans that the store refuses, are counted in `partial_success`.",
         "tags": ["spans"],
@@ -181,10 +156,7 @@ def _otlp(schemas: dict[str, Any]) -> dict[str, Any]:
         "requestBody": {"required": False, "content": media},
         "responses": {
             "200": {"description": "Stored, but for those that `partial_success` counts.", "content": media},
-            **{
-                status: {"description": words, "content": {**media, **_refusals(schemas)[status]["content"]}}
-                for status, words in _REFUSALS.items()
-            },
+            **refusals,
         },
     }
 
@@ -201,4 +173,4 @@ def _schema(kind: Any, schemas: dict[str, Any], mode: Any, *, inline: bool = Fal
 
 
 def _operation_id(verb: str, path: str) -> str:
-    return f"{verb.lower()}{path}".replace("/", "_").replace("{", "").replace("}", "").replace(".", "_")
+    return f"{verb.lower()}{path}".translate({ord("/"): "_", ord("."): "_", ord("{"): "", ord("}"): ""})

@@ -107,3 +107,28 @@ def derive_methods(
         return abc.update_abstractmethods(store)
 
     return decorate
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._target(), name)(*args, **kwargs)
+
+    async def forward_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self._target(), name)(*args, **kwargs)
+
+    return forward_async if inspect.iscoroutinefunction(getattr(LightningStore, name)) else forward
+
+
+@derive_methods(
+    _forward, [name for name, _ in inspect.getmembers(LightningStore, callable) if not name.startswith("_")]
+)
+class ForwardingStore(DerivedStore):
+    """A store that passes every call on to another store, which may be a different one each time."""
+
+    @abc.abstractmethod
+    def _target(self) -> LightningStore:
+        """The store that is called."""
+
+    @property
+    def stopped(self) -> bool:
+        return self._target().stopped

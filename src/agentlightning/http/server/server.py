@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.connections import DirectConnection
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, ServerLimits
-from agentlightning.http.signatures import DerivedStore, derive_methods
+from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
@@ -46,22 +45,7 @@ _REPLACED: Mapping[str, str] = {
 """Arguments of 0.3 without effect, and what replaces them."""
 
 
-def _forward(name: str) -> Callable[..., Any]:
-    """A method that is passed on to the store that is called, which may be a different one each time."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._target(), name)(*args, **kwargs)
-
-    async def forward_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self._target(), name)(*args, **kwargs)
-
-    return forward_async if inspect.iscoroutinefunction(getattr(LightningStore, name)) else forward
-
-
-@derive_methods(
-    _forward, [name for name, _ in inspect.getmembers(LightningStore, callable) if not name.startswith("_")]
-)
-class LightningStoreServer(DerivedStore):
+class LightningStoreServer(ForwardingStore):
     """Serves a store over HTTP from a thread of its own, which any event loop or thread may start and stop.
 
     The object is a store, too: in the process that made it, it is ``store`` itself; pickled, or inherited by
@@ -265,10 +249,6 @@ class LightningStoreServer(DerivedStore):
             "otlp_traces": True,
             "plain_spans": plain_spans,
         }
-
-    @property
-    def stopped(self) -> bool:
-        return self._target().stopped
 
     def otlp_traces_endpoint(self) -> str:
         """URL that takes spans by OTLP/HTTP."""

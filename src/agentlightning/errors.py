@@ -1,9 +1,9 @@
 """Every error Agent Lightning raises on purpose, as one tree.
 
-There is one class for each decision a caller can take: correct the value, look elsewhere,
-accept that somebody else was first, wait, or call the operator. Each class has a stable
-``code`` and the HTTP ``status`` it crosses the network with, so that the same exception
-is raised on both sides. Each message says what was wrong, with what value, and what to do.
+There is one class for each decision a caller can take: correct the value, look elsewhere, accept that somebody else
+was first, wait, or call the operator. Each class has a stable ``code`` (its name, as in ``stale_attempt``, unless it
+says another) and the HTTP ``status`` it crosses the network with, so that the same exception is raised on both sides.
+Each message says what was wrong, with what value, and what to do.
 
 Errors for unknown ids and for invalid values are ``ValueError`` too, because callers of
 agentlightning 0.3 catch that.
@@ -11,6 +11,7 @@ agentlightning 0.3 catch that.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,10 @@ class AgentLightningError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
 
+    def __init_subclass__(cls) -> None:
+        if cls.__module__ == __name__ and "code" not in vars(cls):  # one of somebody else crosses as its base class
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
@@ -29,7 +34,6 @@ class AgentLightningError(Exception):
 class InvalidValue(AgentLightningError, ValueError):
     """An argument has a value that no store accepts. Correct the value; a repeat fails again."""
 
-    code = "invalid_value"
     status = 422
     places: Sequence[Mapping[str, Any]] = ()
     """Which parts of a request are not valid, and why, where a server has found it."""
@@ -38,155 +42,118 @@ class InvalidValue(AgentLightningError, ValueError):
 class InvalidId(InvalidValue):
     """An id is empty, too long, reserved, or has characters that do not fit into a URL."""
 
-    code = "invalid_id"
-
 
 class NotJson(InvalidValue):
     """A value is not strict JSON: another type, NaN or an infinity, NUL, or a lone surrogate."""
-
-    code = "not_json"
 
 
 class TooLarge(InvalidValue):
     """A value is larger, or nested deeper, than the store takes."""
 
-    code = "too_large"
     status = 413
 
 
 class NotFound(AgentLightningError, ValueError):
     """An id is unknown to this store."""
 
-    code = "not_found"
     status = 404
 
 
 class Conflict(AgentLightningError):
     """The record is not in a state that allows this. Read it again before trying anything else."""
 
-    code = "conflict"
     status = 409
 
 
 class IllegalMove(Conflict):
     """The state machine has no such move from the present state."""
 
-    code = "illegal_move"
-
 
 class StaleAttempt(Conflict):
     """The attempt has lost its rollout: it expired, was replaced, or its rollout ended. Stop working on it."""
-
-    code = "stale_attempt"
 
 
 class IdReused(Conflict):
     """The id was used before, with other content. A repeat must carry the same content."""
 
-    code = "id_reused"
-
 
 class StoreUnavailable(AgentLightningError):
     """The store cannot do this now, whatever the request says."""
 
-    code = "store_unavailable"
     status = 503
 
 
 class Overloaded(StoreUnavailable):
     """The server has too much to do and took nothing of this request. Wait, then send it again."""
 
-    code = "overloaded"
     status = 429
 
 
 class StoreUnreachable(StoreUnavailable):
     """No server answered in time. What was asked may have been done; a repeat with the same ids is safe."""
 
-    code = "store_unreachable"
-
 
 class SpoolFull(StoreUnavailable):
     """The server is out of reach, and the disk has no room left for spans that wait for it. Wait, then repeat."""
-
-    code = "spool_full"
 
 
 class StoreClosed(StoreUnavailable):
     """The store was closed. Open a new one."""
 
-    code = "store_closed"
-
 
 class StoreForked(StoreUnavailable):
     """The store was opened in another process and inherited by fork. Open one here, or use a client."""
-
-    code = "store_forked"
 
 
 class StoreOwned(StoreUnavailable):
     """Another process, or another store object, owns the database file."""
 
-    code = "store_owned"
-
 
 class StoreStopped(StoreUnavailable):
     """A write to the disk failed, so the store acknowledges nothing any more. Reads go on."""
-
-    code = "store_stopped"
 
 
 class DiskFull(StoreStopped):
     """The disk is full. Free space, then open the store again."""
 
-    code = "disk_full"
     status = 507
 
 
 class CorruptStore(StoreStopped):
     """The database file is damaged. Restore a backup."""
 
-    code = "corrupt_store"
     status = 500
 
 
 class ForeignFile(StoreUnavailable):
     """The file is not an Agent Lightning database. Give another path."""
 
-    code = "foreign_file"
-
 
 class NewerSchema(StoreUnavailable):
     """The database was written by a newer Agent Lightning. Upgrade; there is no way down."""
-
-    code = "newer_schema"
 
 
 class NotAuthenticated(AgentLightningError):
     """The server asks for an API key, and got none or another. Give the right one."""
 
-    code = "not_authenticated"
     status = 401
 
 
 class NotAllowed(AgentLightningError):
     """The server refuses requests that come this way: under this host name, or from this web page."""
 
-    code = "not_allowed"
     status = 403
 
 
 class BadRequest(AgentLightningError):
     """What was sent is not a request that this server understands: no such path, method or content type."""
 
-    code = "bad_request"
     status = 400
 
 
 class NoSuchRoute(BadRequest):
     """The server has nothing under this path. Check the URL, and that it is a server of this version."""
 
-    code = "no_such_route"
     status = 404
 
 
@@ -200,8 +167,6 @@ class UnsupportedMedia(BadRequest):
 class ExecutionFailed(AgentLightningError, RuntimeError):
     """A run could not go on. The message says why; ``child_traceback`` is what happened in the process that failed."""
 
-    code = "execution_failed"
-
     def __init__(self, message: str, child_traceback: str = "") -> None:
         super().__init__(message)
         self.child_traceback = child_traceback
@@ -212,20 +177,15 @@ class ExecutionFailed(AgentLightningError, RuntimeError):
 class WrongServer(AgentLightningError):
     """The server that answers is not the one that was meant: it serves another run, or does not take the key."""
 
-    code = "wrong_server"
     status = 409
 
 
 class NothingToLearn(AgentLightningError):
     """Rollouts ended, and an algorithm can learn from none of them. Check the agent and how it is recorded."""
 
-    code = "nothing_to_learn"
-
 
 class MissingExtra(AgentLightningError, ImportError):
     """An optional dependency is not installed. The message names the extra that brings it."""
-
-    code = "missing_extra"
 
 
 def error_classes() -> dict[str, type[AgentLightningError]]:
@@ -234,6 +194,6 @@ def error_classes() -> dict[str, type[AgentLightningError]]:
     pending: list[type[AgentLightningError]] = [AgentLightningError]
     while pending:
         cls = pending.pop()
-        found[cls.code] = cls
+        found.setdefault(cls.code, cls)  # a class of somebody else has the code of its base class
         pending.extend(cls.__subclasses__())
     return found

@@ -6,13 +6,15 @@ An argument given in code wins over the environment, and the environment over th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
-from typing import overload
+from typing import Any, Protocol, TypeVar, overload
 
 from agentlightning.errors import InvalidValue
 
-_TRUE = frozenset({"1", "true", "yes", "on"})
-_FALSE = frozenset({"0", "false", "no", "off"})
+T = TypeVar("T")
+
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 class LightningEnvVar(Enum):
@@ -46,74 +48,37 @@ class LightningEnvVar(Enum):
     """The worker id of this process, given by whoever supervises it."""
 
 
-@overload
-def resolve_bool_env_var(env_var: LightningEnvVar, override: bool | None = None, *, fallback: bool) -> bool: ...
-@overload
-def resolve_bool_env_var(env_var: LightningEnvVar, override: bool, fallback: bool | None = None) -> bool: ...
-@overload
-def resolve_bool_env_var(
-    env_var: LightningEnvVar, override: bool | None = None, fallback: bool | None = None
-) -> bool | None: ...
-def resolve_bool_env_var(
-    env_var: LightningEnvVar, override: bool | None = None, fallback: bool | None = None
-) -> bool | None:
-    """A switch: ``override`` if given, else the variable, else ``fallback``.
+class _Resolve(Protocol[T]):
+    """``override`` if given, else the variable, else ``fallback``."""
 
-    True is 1, true, yes or on; false is 0, false, no or off; in any case of letters.
-
-    Raises:
-        InvalidValue: the variable is set to anything else. (It is a ``ValueError``, too.)
-    """
-    if override is not None:
-        return override
-    text = os.environ.get(env_var.value)
-    if text is None:
-        return fallback
-    word = text.strip().lower()
-    if word in _TRUE:
-        return True
-    if word in _FALSE:
-        return False
-    raise InvalidValue(f"{env_var.value} is {text!r}; set it to 1, true, yes or on, or to 0, false, no or off")
+    @overload
+    def __call__(self, env_var: LightningEnvVar, override: T | None = None, *, fallback: T) -> T: ...
+    @overload
+    def __call__(self, env_var: LightningEnvVar, override: T, fallback: T | None = None) -> T: ...
+    @overload
+    def __call__(self, env_var: LightningEnvVar, override: T | None = None, fallback: T | None = None) -> T | None: ...
 
 
-@overload
-def resolve_int_env_var(env_var: LightningEnvVar, override: int | None = None, *, fallback: int) -> int: ...
-@overload
-def resolve_int_env_var(env_var: LightningEnvVar, override: int, fallback: int | None = None) -> int: ...
-@overload
-def resolve_int_env_var(
-    env_var: LightningEnvVar, override: int | None = None, fallback: int | None = None
-) -> int | None: ...
-def resolve_int_env_var(
-    env_var: LightningEnvVar, override: int | None = None, fallback: int | None = None
-) -> int | None:
-    """A whole number: ``override`` if given, else the variable, else ``fallback``.
+def _resolver(read: Callable[[str], T], expected: str) -> _Resolve[T]:
+    def resolve(env_var: LightningEnvVar, override: Any = None, fallback: Any = None) -> Any:
+        text = os.environ.get(env_var.value)
+        if override is not None or text is None:
+            return fallback if override is None else override
+        try:
+            return read(text)
+        except (KeyError, ValueError) as error:
+            raise InvalidValue(f"{env_var.value} is {text!r}; set it to {expected}") from error
 
-    Raises:
-        InvalidValue: the variable is not a whole number. (It is a ``ValueError``, too.)
-    """
-    if override is not None:
-        return override
-    text = os.environ.get(env_var.value)
-    if text is None:
-        return fallback
-    try:
-        return int(text)
-    except ValueError as error:
-        raise InvalidValue(f"{env_var.value} is {text!r}; set it to a whole number") from error
+    return resolve
 
 
-@overload
-def resolve_str_env_var(env_var: LightningEnvVar, override: str | None = None, *, fallback: str) -> str: ...
-@overload
-def resolve_str_env_var(env_var: LightningEnvVar, override: str, fallback: str | None = None) -> str: ...
-@overload
-def resolve_str_env_var(
-    env_var: LightningEnvVar, override: str | None = None, fallback: str | None = None
-) -> str | None: ...
-def resolve_str_env_var(
-    env_var: LightningEnvVar, override: str | None = None, fallback: str | None = None
-) -> str | None:
-    """A text: ``override`` if given, else the variable, else ``fallback``."""
-    return override if override is not None else os.environ.get(env_var.value, fallback)
+resolve_bool_env_var = _resolver(
+    lambda text: _SWITCH[text.strip().lower()], "1, true, yes or on, or to 0, false, no or off"
+)
+"""A switch: ``override`` if given, else the variable, in any case of letters, else ``fallback``. Any other value of the
+variable raises ``InvalidValue``, which is a ``ValueError``, too."""
+resolve_int_env_var = _resolver(int, "a whole number")
+"""A whole number: ``override`` if given, else the variable, else ``fallback``. Any other value of the variable raises
+``InvalidValue``, which is a ``ValueError``, too."""
+resolve_str_env_var = _resolver(str, "a text")
+"""A text: ``override`` if given, else the variable, else ``fallback``."""

@@ -13,7 +13,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue
-from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG
+from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG
 
 SHM = {"type": "shm"}
 CS = {"type": "cs", "server_host": "127.0.0.1", "server_port": 0}

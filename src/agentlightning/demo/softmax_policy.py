@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, cast
 
 from agentlightning.algorithm.policy import PolicyBatch, PolicyUpdate, SampledCall
 from agentlightning.demo.policy_endpoint import PolicyEndpoint
-from agentlightning.demo.policy_math import (
+from agentlightning.demo.softmax_table import (
+    Context,
+    SoftmaxTable,
     choice_loss,
     choice_slope,
     entropy,
@@ -19,11 +21,12 @@ from agentlightning.demo.policy_math import (
     kl_slope,
     logits_gradient,
 )
-from agentlightning.demo.softmax_table import Context, SoftmaxTable
 from agentlightning.errors import InvalidValue
 from agentlightning.types import Triplet
 
 _FORMAT = "agentlightning.softmax_policy.v1"
+_MEANS: Sequence[str] = ("loss", "entropy", "clipped", "kl")
+"""What `SoftmaxPolicy.update` returns."""
 
 
 class SoftmaxPolicy(SoftmaxTable):
@@ -76,14 +79,15 @@ class SoftmaxPolicy(SoftmaxTable):
         """
         samples = self._samples_by_context(batch)
         entropy_weight = batch.settings.entropy_weight * (1 - batch.progress)
-        sums = _Sums()
+        sums = dict.fromkeys(_MEANS, 0.0)
         for _ in range(batch.settings.epochs):
-            sums = _Sums()
+            sums = dict.fromkeys(_MEANS, 0.0)
             for context, sampled in samples.items():
                 gradient = _row_gradient(self.logprobs(context), sampled, batch.settings, entropy_weight, sums)
                 row = zip(self.logits(context), gradient, strict=True)
                 self.set_logits(context, [logit - batch.settings.learning_rate * slope for logit, slope in row])
-        return sums.means()
+        count = sum(map(len, samples.values())) or 1
+        return {name: total / count for name, total in sums.items()}
 
     def _samples_by_context(self, batch: PolicyBatch) -> dict[Context, list[_Sample]]:
         reference = self._reference or self
@@ -184,35 +188,25 @@ class _Sample(NamedTuple):
     advantage: float
 
 
-class _Sums:
-    """Sums over sampled words, for what `SoftmaxPolicy.update` returns."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.loss = self.entropy = self.clipped = self.kl = 0.0
-
-    def means(self) -> dict[str, float]:
-        count = self.count or 1
-        sums = {"loss": self.loss, "entropy": self.entropy, "clipped": self.clipped, "kl": self.kl}
-        return {name: total / count for name, total in sums.items()}
-
-
 def _row_gradient(
-    logprobs: Sequence[float], samples: Sequence[_Sample], settings: PolicyUpdate, entropy_weight: float, sums: _Sums
+    logprobs: Sequence[float],
+    samples: Sequence[_Sample],
+    settings: PolicyUpdate,
+    entropy_weight: float,
+    sums: dict[str, float],
 ) -> list[float]:
     """Return the gradient of the mean loss of one context's samples by the context's row of logits."""
     slopes = [0.0] * len(logprobs)
     for sample in samples:
         logprob = logprobs[sample.place]
         slope = choice_slope(logprob, sample.old_logprob, sample.advantage, settings.clip)
-        sums.loss += choice_loss(logprob, sample.old_logprob, sample.advantage, settings.clip)
-        sums.clipped += slope == 0 and sample.advantage != 0
-        sums.kl += kl_penalty(logprob, sample.reference_logprob)
+        sums["loss"] += choice_loss(logprob, sample.old_logprob, sample.advantage, settings.clip)
+        sums["clipped"] += slope == 0 and sample.advantage != 0
+        sums["kl"] += kl_penalty(logprob, sample.reference_logprob)
         if settings.kl_weight:
             slope += settings.kl_weight * kl_slope(logprob, sample.reference_logprob)
         slopes[sample.place] += slope / len(samples)
-    sums.count += len(samples)
-    sums.entropy += entropy(logprobs) * len(samples)
+    sums["entropy"] += entropy(logprobs) * len(samples)
     # The entropy bonus is maximised, the loss minimised: hence the minus.
     return [
         descent - entropy_weight * spread

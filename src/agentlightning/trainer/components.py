@@ -127,38 +127,30 @@ def _factory_of(
     registry: Mapping[str, str],
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what makes the component, and the arguments that the spec gives it."""
-    if isinstance(spec, str):
-        return load_class(_path_of(spec, spec_name, registry)), {}
+    arguments: dict[str, Any] = {}
+    named: object = spec
     if isinstance(spec, dict):
         arguments = dict(cast("dict[str, Any]", spec))
-        type_name, short_name = arguments.pop("type", None), arguments.pop("name", None)
-        if type_name is not None and short_name is not None:
+        words: list[object] = [arguments.pop("type", None), arguments.pop("name", None)]
+        if None not in words:
             raise InvalidValue(f"{spec_name}={spec!r} has both 'type' and 'name'; give one of them")
-        named = type_name if type_name is not None else short_name
+        named = next((each for each in words if each is not None), dict_default_cls)
         if named is None:
-            if dict_default_cls is None:
-                raise InvalidValue(f"{spec_name}={spec!r} does not say what to make; add 'type' or 'name'")
-            return dict_default_cls, arguments
-        if isinstance(named, str):
-            return load_class(_path_of(named, spec_name, registry)), arguments
-        if callable(named):
-            return cast("Callable[..., Any]", named), arguments
-        raise InvalidValue(f"{spec_name}={spec!r}: 'type' is a {type(named).__name__}; give a dotted path or a class")
-    if callable(spec):
-        return cast("Callable[..., Any]", spec), {}
+            raise InvalidValue(f"{spec_name}={spec!r} does not say what to make; add 'type' or 'name'")
+        if not callable(named) and not isinstance(named, str):
+            kind = type(named).__name__
+            raise InvalidValue(f"{spec_name}={spec!r}: 'type' is a {kind}; give a dotted path or a class")
+    if isinstance(named, str):
+        if named not in registry and "." not in named:
+            known = ", ".join(sorted(registry)) or "none here"
+            raise InvalidValue(f"{spec_name}={named!r} is neither a dotted path nor a known name ({known})")
+        return load_class(registry.get(named, named)), arguments
+    if callable(named):
+        return cast("Callable[..., Any]", named), arguments
     raise InvalidValue(
-        f"{spec_name} is {spec!r:.60}, of type {type(spec).__name__}; give an object of type {expected_type.__name__}, "
-        "its class, a function that returns one, a name, or a dict with 'type' or 'name'"
+        f"{spec_name} is {named!r:.60}, of type {type(named).__name__}; give an object of type "
+        f"{expected_type.__name__}, its class, a function that returns one, a name, or a dict with 'type' or 'name'"
     )
-
-
-def _path_of(name: str, spec_name: str, registry: Mapping[str, str]) -> str:
-    if name in registry:
-        return registry[name]
-    if "." not in name:
-        known = ", ".join(sorted(registry)) or "none here"
-        raise InvalidValue(f"{spec_name}={name!r} is neither a dotted path nor a known name ({known})")
-    return name
 
 
 def _missing(
@@ -181,11 +173,7 @@ def build_required(spec: ComponentSpec[T], expected_type: type[T], spec_name: st
 
 
 def one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T | None:
-    """Return the value of an argument that also has an old name, with a warning if that was used.
-
-    Raises:
-        InvalidValue: both were given.
-    """
+    """Return the value of an argument that also has an old name, with a warning if that was used."""
     if old_value is None:
         return value
     if value is not None:
@@ -195,23 +183,15 @@ def one_of(name: str, value: T | None, old_name: str, old_value: T | None) -> T 
 
 
 def number_of(name: str, value: int | None, least: int) -> int | None:
-    """Return the value, which is None or a whole number of at least ``least``.
-
-    Raises:
-        InvalidValue: it is something else.
-    """
+    """Return the value, which must be None or a whole number of at least ``least``."""
     if value is not None and (type(value) is not int or value < least):
         raise InvalidValue(f"{name} is {value!r}; give a whole number, at least {least}, or leave it out")
     return value
 
 
 def hooks_of(given: Hook | Sequence[Hook] | None) -> tuple[Hook, ...]:
-    """Return the hooks as a tuple.
-
-    Raises:
-        InvalidValue: something else is among them.
-    """
-    hooks: Sequence[Any] = (given,) if given is None or not isinstance(given, Sequence) else given
+    """Return the hooks as a tuple."""
+    hooks: Sequence[Any] = given if isinstance(given, Sequence) else (given,)
     for each in hooks:
         if each is not None and not isinstance(each, Hook):
             raise InvalidValue(

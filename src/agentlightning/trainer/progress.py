@@ -65,22 +65,22 @@ class Snapshot:
 
 
 class ProgressView(Protocol):
-    """Shows snapshots. The methods are called from the event loop of the algorithm, so they must not block."""
+    """Shows snapshots. The methods are called from the event loop of the algorithm, so they must not block.
 
-    interval_seconds: float
+    A subclass defines those that it needs; the others do nothing.
+    """
+
+    interval_seconds: float = 3600.0
     """Time between snapshots."""
 
     def open(self) -> None:
         """Begin to show."""
-        ...
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the newest snapshot."""
-        ...
 
     def close(self) -> None:
         """End; idempotent."""
-        ...
 
 
 class Curve:
@@ -260,37 +260,22 @@ ProgressSpec: TypeAlias = Literal["auto", "table", "log", "off"] | ProgressView
 
 
 def make_view(spec: ProgressSpec) -> ProgressView:
-    """Return the view of a spec.
-
-    Raises:
-        InvalidValue: an unknown word.
-    """
+    """Return the view of a spec."""
     if not isinstance(spec, str):
         return spec
     if spec == "auto":
         spec = "table" if sys.stderr.isatty() else "log"
-    views: dict[str, type[TableView | LogView | SilentView]] = {"table": TableView, "log": LogView, "off": SilentView}
+    views: dict[str, type[ProgressView]] = {"table": TableView, "log": LogView, "off": SilentView}
     if spec not in views:
         raise InvalidValue(f"progress={spec!r}; give 'auto', 'table', 'log', 'off', or a ProgressView")
     return views[spec]()
 
 
-class SilentView:
+class SilentView(ProgressView):
     """Shows nothing."""
 
-    interval_seconds = 3600.0
 
-    def open(self) -> None:
-        """Do nothing."""
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class LogView(SilentView):
+class LogView(ProgressView):
     """One line of the logger ``agentlightning.trainer`` (level INFO) every ten seconds, and one at the end.
 
     If the program has not configured any logging, the lines go to stderr, because nobody would see them otherwise.
@@ -313,7 +298,7 @@ class LogView(SilentView):
             sys.stderr.write(f"{line}\n")
 
 
-class TableView:
+class TableView(ProgressView):
     """A table that is redrawn in place, on stderr."""
 
     interval_seconds = 0.5

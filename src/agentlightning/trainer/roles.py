@@ -11,8 +11,9 @@ import functools
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from agentlightning.algorithm.run import ProxyMove, prepare_to_resume, watch_lost_workers
 from agentlightning.execution.base import ExecutionEvent
@@ -22,10 +23,20 @@ from agentlightning.runner.heartbeat import process_space
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
-from agentlightning.trainer.algorithm_store import algorithm_store
 from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_required
 from agentlightning.trainer.progress import Progress, ProgressSpec, make_view
-from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
+from agentlightning.types import (
+    AttemptedRollout,
+    Dataset,
+    EnqueueRolloutRequest,
+    PaginatedResult,
+    ResourceUnion,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    Span,
+)
+from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
     from agentlightning.adapter.adapters import TraceAdapter
@@ -34,6 +45,8 @@ if TYPE_CHECKING:
     from agentlightning.litagent.litagent import Hook, LitAgent
     from agentlightning.proxy.llm_proxy import LLMProxy
 
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +94,12 @@ class AlgorithmRole:
                 await self._until_stopped(self._work(store, progress), store, event)
         finally:
             if watch is not None:
-                await _cancel(watch, "could not look for workers of an earlier start, whose leases end them later")
+                watch.cancel()
+                (outcome,) = await asyncio.gather(watch, return_exceptions=True)
+                if isinstance(outcome, Exception):
+                    _logger.warning(
+                        "could not look for workers of an earlier start, whose leases end them later: %s", outcome
+                    )
             if self.llm_proxy is not None and self.llm_proxy.is_running():
                 await self.llm_proxy.stop()
 
@@ -106,13 +124,17 @@ class AlgorithmRole:
             working.result()
 
     async def _wait_for_end(self, working: asyncio.Task[None], store: LightningStore, event: ExecutionEvent) -> None:
-        await _first_of(working, self._stop(event))
-        if not working.done():
-            await _first_of(working, _until_nothing_runs(store), self.linger_seconds)
-
-    async def _stop(self, event: ExecutionEvent) -> None:
-        while not (event.is_set() or self._interrupted):  # noqa: ASYNC110 - an event of processes, which wakes no loop
-            await asyncio.sleep(_CHECK_SECONDS)
+        """Wait until the work is done, or a stop has come and no rollout is held, or may be waited for, any more."""
+        while not (working.done() or event.is_set() or self._interrupted):  # the event of processes wakes no loop
+            await asyncio.wait([working], timeout=_CHECK_SECONDS)
+        try:
+            async with asyncio.timeout(self.linger_seconds):
+                while not working.done() and await store.query_rollouts(status_in=["preparing", "running"], limit=1):
+                    await asyncio.wait([working], timeout=_CHECK_SECONDS)
+        except TimeoutError:
+            return
+        except Exception as error:  # noqa: BLE001 - the run itself does not depend on it
+            _logger.warning("could not wait for runners to finish what they hold: %s", error)
 
     async def _work(self, store: LightningStore, progress: Progress) -> None:
         if self.algorithm is None:
@@ -141,54 +163,141 @@ class AlgorithmRole:
         algorithm.set_reporter(progress.report)
 
 
-async def _first_of(
-    working: asyncio.Task[None], other: Coroutine[Any, Any, None], timeout_seconds: float | None = None
-) -> None:
-    """Wait until one of them has ended, or the time is up; ``other`` is cancelled then."""
-    meanwhile = asyncio.create_task(other)
-    try:
-        await asyncio.wait([working, meanwhile], timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        await _cancel(meanwhile, "could not wait for runners to finish what they hold")
-
-
-async def _cancel(task: asyncio.Task[None], failure: str) -> None:
-    """End a task that is not needed any more. If it failed, that is logged: the run itself does not depend on it."""
-    task.cancel()
-    (outcome,) = await asyncio.gather(task, return_exceptions=True)
-    if isinstance(outcome, Exception):
-        _logger.warning("%s: %s", failure, outcome)
-
-
-async def _until_nothing_runs(store: LightningStore) -> None:
-    while await store.query_rollouts(status_in=["preparing", "running"], limit=1):  # noqa: ASYNC110 - no store tells when
-        await asyncio.sleep(_CHECK_SECONDS)
-
-
 async def _in_thread(work: Callable[[], Any]) -> None:
     """Run a blocking function in a daemon thread, because it cannot be cancelled and must not block exit."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
+    outcome = Future[Any]()
+    outcome.set_running_or_notify_cancel()  # from here on a cancellation of the waiter leaves it alone
+    threading.Thread(target=settle, args=(outcome, work), name="agentlightning-algorithm", daemon=True).start()
+    await asyncio.wrap_future(outcome)
 
-    def settle(error: BaseException | None) -> None:
-        if done.cancelled():
+
+def settle(outcome: Future[T], work: Callable[[], T]) -> None:
+    """Do the work, and give what it returns or raises to those who wait for the outcome."""
+    try:
+        outcome.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+        outcome.set_exception(error)
+
+
+# --- The store as an algorithm sees it ---------------------------------------------------------------
+
+DEFAULT_ROLLOUT_CONFIG = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "timeout"])
+"""Lost workers and timeouts are retried, up to 3 attempts in all; errors of the agent are not."""
+
+_READS = ("get_rollout_by_id", "query_rollouts", "get_latest_attempt", "query_attempts", "statistics")
+"""With which an algorithm can see how far its rollouts are without waiting for them; `query_spans` is one, too."""
+
+
+def algorithm_store(
+    store: LightningStore,
+    config: RolloutConfig,
+    observe: Callable[[str, float], None] | None = None,
+    move: ProxyMove | None = None,
+) -> LightningStore:
+    """Return a store that passes everything on to ``store``, also what ``store`` offers beyond the contract.
+
+    Args:
+        store: where everything is kept.
+        config: for every rollout that is created without one.
+        observe: called as ``observe(rollout_id, reward)`` for each final reward read by `query_spans`. Progress shows
+            the rewards that the algorithm sees, without a query of its own.
+        move: of a run that may be resumed: is awaited before the algorithm's first request for rollouts.
+    """
+    return cast("LightningStore", _AlgorithmStore(store, config, observe, move))
+
+
+@dataclass(eq=False)
+class _AlgorithmStore:
+    _store: LightningStore
+    _config: RolloutConfig
+    _observe: Callable[[str, float], None] | None
+    _move: ProxyMove | None
+    _questions: set[str] = field(default_factory=set[str])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pickle asks for special methods before there is a store to ask
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        found = getattr(self._store, name)
+        if name not in _READS or self._move is None or self._move.done:
+            return found
+
+        async def watched(*args: Any, **more: Any) -> Any:
+            await self._note_question(name, *args, more)
+            return await found(*args, **more)
+
+        return watched
+
+    def answering_in_json(self) -> Any:
+        """The same around the store's view for servers, so that a server of this store keeps its fast path.
+
+        Rewards are not observed there, because replies of that view are bytes.
+        """
+        view = self._store.answering_in_json()
+        return None if view is None else replace(self, _store=view, _observe=None)
+
+    async def _move_proxy(self) -> None:
+        if self._move is not None:
+            await self._move.ensure()
+
+    async def _note_question(self, *question: Any) -> None:
+        """Let the store hand out rollouts if a question is asked twice: the algorithm polls for something to happen.
+
+        The first time it may only look whether a rollout exists, before its models are served.
+        """
+        if self._move is None or self._move.done:
             return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+        if repr(question) in self._questions:
+            await self.wait_for_rollouts(rollout_ids=[], timeout=0)
+        self._questions.add(repr(question))
 
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as caught:  # noqa: BLE001 - raised again in the loop
-            error = caught
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, error)
+    async def enqueue_rollout(
+        self,
+        input: Any,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        *args: Any,
+        **more: Any,
+    ) -> Rollout:
+        await self._move_proxy()
+        return await self._store.enqueue_rollout(input, mode, resources_id, config or self._config, *args, **more)
 
-    threading.Thread(target=run, name="agentlightning-algorithm", daemon=True).start()
-    await done
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        await self._move_proxy()
+        return await self._store.enqueue_many_rollouts(
+            [each if each.config is not None else each.model_copy(update={"config": self._config}) for each in rollouts]
+        )
+
+    async def start_rollout(
+        self,
+        input: Any,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        *args: Any,
+        **more: Any,
+    ) -> AttemptedRollout:
+        return await self._store.start_rollout(input, mode, resources_id, config or self._config, *args, **more)
+
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        await self._move_proxy()
+        return await self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout)
+
+    async def query_spans(
+        self, rollout_id: str, attempt_id: str | Literal["latest"] | None = None, **filters: Any
+    ) -> PaginatedResult[Span]:
+        await self._note_question("query_spans", rollout_id, attempt_id, filters)
+        spans = await self._store.query_spans(rollout_id, attempt_id, **filters)
+        reward = None if self._observe is None else find_final_reward(spans)
+        if self._observe is not None and reward is not None:
+            self._observe(rollout_id, reward)
+        return spans
+
+
+LightningStore.register(_AlgorithmStore)
+
+
+# --- The runner's side ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

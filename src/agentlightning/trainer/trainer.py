@@ -21,7 +21,6 @@ from agentlightning.runner.base import Runner
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.tracer.base import Tracer
-from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG
 from agentlightning.trainer.components import (
     AlgorithmRegistry,
     ComponentSpec,
@@ -36,7 +35,7 @@ from agentlightning.trainer.components import (
     warn_of_ignored,
 )
 from agentlightning.trainer.progress import ProgressSpec, make_view
-from agentlightning.trainer.roles import AlgorithmRole, RunnerFactory, RunnerRole
+from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, AlgorithmRole, RunnerFactory, RunnerRole, settle
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
@@ -67,14 +66,8 @@ def run_beside_loop(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
         Exception: what ``work`` raised.
     """
     outcome = Future[T]()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the waiting thread
-            outcome.set_exception(error)
-
-    to_start = [threading.Thread(target=run, name="agentlightning-fit", daemon=True)]
+    thread = threading.Thread(target=settle, args=(outcome, work), name="agentlightning-fit", daemon=True)
+    to_start = [thread]
     interrupted = False
     while True:
         try:  # around the start, too: from there on an interrupt must be passed on

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.algorithm.policy import group_advantages
-from agentlightning.demo import policy_math as maths
+from agentlightning.demo import softmax_table as maths
 
 LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=6)
 REWARDS = st.lists(st.floats(-5, 5), min_size=2, max_size=8)

@@ -8,7 +8,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.algorithm.run import ProxyMove, prepare_to_resume
-from agentlightning.trainer.algorithm_store import algorithm_store
+from agentlightning.trainer.roles import algorithm_store
 
 HERE = "http://127.0.0.1:9/v1"
 GONE = "http://127.0.0.1:1/v1"

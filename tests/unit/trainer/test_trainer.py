@@ -11,8 +11,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue
-from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG
-from agentlightning.trainer.roles import RunnerFactory, RunnerRole
+from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, RunnerFactory, RunnerRole
 
 
 def test_what_a_trainer_is_made_of_by_default() -> None:

@@ -6,7 +6,7 @@ import pickle
 from typing import Any, cast
 
 import agentlightning as agl
-from agentlightning.trainer.algorithm_store import DEFAULT_ROLLOUT_CONFIG, algorithm_store
+from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, algorithm_store
 from agentlightning.types import AttemptStatus, EnqueueRolloutRequest, RolloutConfig, RolloutStatus, Span
 
 MINE = RolloutConfig(max_attempts=7, retry_condition=["failed"])

@@ -201,7 +201,7 @@ def with_tracer(attributes: dict[str, Any]) -> tuple[float, list[Any], list[Any]
         seconds = cpu_of(lambda: make(trace.get_tracer("bench"), attributes), COUNT)
         recording = current.get()
         assert recording is not None
-        taken.extend(recording._spans)  # before they are converted
+        taken.extend(recording.taken)  # before they are converted
         return seconds
 
     return tracer.trace_run(work), tracer.get_last_trace(), taken

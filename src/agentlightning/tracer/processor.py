@@ -9,7 +9,6 @@ there is exactly one in the process.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -35,12 +34,12 @@ class LightningSpanProcessor(SpanProcessor):
     """
 
     def __init__(self, disable_store_submission: bool = False) -> None:
-        self._disable_store_submission = disable_store_submission
+        self.disable_store_submission = disable_store_submission
+        """Whether the spans of traces that are opened from now on are kept in memory only."""
         self._converter = SpanConverter()
         self._sender = SpanSender()
         self._starting: dict[int, Recording] = {}
         self._traces: dict[int, Recording] = {}
-        self._lock = threading.Lock()
         self._warned = False
 
     def begin(
@@ -59,7 +58,7 @@ class LightningSpanProcessor(SpanProcessor):
             name: name of the trace in logs and errors.
             sender: sends the spans; default: the processor's own.
         """
-        if self._disable_store_submission or not rollout_id or not attempt_id:
+        if self.disable_store_submission or not rollout_id or not attempt_id:
             store = None
         recording = Recording(self._converter.convert, store, rollout_id or "", attempt_id or "", name)
         if recording.store is not None:
@@ -86,16 +85,15 @@ class LightningSpanProcessor(SpanProcessor):
             RuntimeError: several are open, and the context names none.
         """
         recording = current.get()
-        if recording is not None or not self._traces:
+        traces = list(self._traces.values())
+        if recording is not None or not traces:
             return recording
-        with self._lock:
-            traces = list(self._traces.values())
         if len(traces) > 1:
             raise RuntimeError(
                 f"this thread has no context that says which of {len(traces)} running rollouts it works for; start it "
                 "with asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
             )
-        return traces[0] if traces else None
+        return traces[0]
 
     # --- Properties of 0.3 -----------------------------------------------------------------------
 
@@ -116,16 +114,6 @@ class LightningSpanProcessor(SpanProcessor):
         """The attempt that the running code works on."""
         recording = current.get()
         return None if recording is None else recording.attempt_id or None
-
-    @property
-    def disable_store_submission(self) -> bool:
-        """Whether spans are kept in memory only."""
-        return self._disable_store_submission
-
-    @disable_store_submission.setter
-    def disable_store_submission(self, value: bool) -> None:
-        """Set whether the spans of traces that are opened from now on are kept in memory only."""
-        self._disable_store_submission = value
 
     def spans(self) -> list[Span]:
         """The spans of the running code's open trace, or else of its last one."""
@@ -155,13 +143,17 @@ class LightningSpanProcessor(SpanProcessor):
 
     def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
         """Assign a span to a trace."""
-        recording = current.get() or self._by_parent(span) or self._only_one()
+        starting = self._starting
+        recording = current.get()
+        if recording is None and span.parent is not None:
+            recording = starting.get(span.parent.span_id)
+        if recording is None:
+            recording = self._only_one()
         context = span.context
         if recording is not None and context is not None:
-            starting = self._starting
             starting[context.span_id] = recording
-            if len(starting) > OPEN_SPANS_LIMIT:
-                self._drop_oldest()
+            while len(starting) > OPEN_SPANS_LIMIT:
+                starting.pop(next(iter(list(starting)[:1]), 0), None)
 
     def on_end(self, span: ReadableSpan) -> None:
         """Add an ended span to its trace; a span without a trace is dropped."""
@@ -186,11 +178,8 @@ class LightningSpanProcessor(SpanProcessor):
             return False
         return True
 
-    def _by_parent(self, span: SdkSpan) -> Recording | None:
-        return None if span.parent is None else self._starting.get(span.parent.span_id)
-
     def _only_one(self) -> Recording | None:
-        traces = self._traces
+        traces = list(self._traces.values())
         if len(traces) > 1 and not self._warned:
             self._warned = True
             _logger.warning(
@@ -198,12 +187,4 @@ class LightningSpanProcessor(SpanProcessor):
                 "for; start such threads with asyncio.to_thread or contextvars.copy_context().run",
                 len(traces),
             )
-        if len(traces) != 1:
-            return None
-        with self._lock:
-            return next(iter(list(traces.values())), None)
-
-    def _drop_oldest(self) -> None:
-        with self._lock:
-            while len(self._starting) > OPEN_SPANS_LIMIT:
-                self._starting.pop(next(iter(self._starting)), None)
+        return traces[0] if len(traces) == 1 else None

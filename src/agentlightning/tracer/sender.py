@@ -85,38 +85,28 @@ class Recording:
         self.settled = 0
         """How many of the spans are in the store, or were lost because they could not be converted."""
         self._convert = convert
-        self._spans: list[Any] = []
-        """As they ended, then converted in their places; None in place of one that cannot be."""
+        self.taken: list[Any] = []
+        """All spans: as they ended, then converted in their places; None in place of one that cannot be."""
         self._converted = 0
         self._lock = threading.Lock()
 
     def add(self, span: Any) -> None:
         """Take a span that has ended."""
-        self._spans.append(span)
+        self.taken.append(span)
         if self.closed and self.on_late is not None:
             self.on_late(self)
 
     def spans(self) -> list[Span]:
         """All spans so far, in the order in which they ended. Their attributes are those that are sent: do not change
         them."""
-        return [span.to_span() for span in self._part(0, None)[0]]
+        return [span.to_span() for span in self.unsent(start=0)[0]]
 
-    def unsent(self, limit: int | None = None) -> tuple[Sequence[PlainSpan], int]:
-        """The next spans, at most ``limit``, that are not marked as stored, and the position behind the last one."""
-        return self._part(self.settled, limit)
+    def unsent(self, limit: int | None = None, *, start: int | None = None) -> tuple[list[PlainSpan], int]:
+        """The spans from ``start`` on, at most ``limit``, and the position behind the last one.
 
-    def mark_stored(self, end: int) -> None:
-        """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
-        with self._lock:
-            self.settled = max(self.settled, end)
-
-    @property
-    def total(self) -> int:
-        """How many spans were taken."""
-        return len(self._spans)
-
-    def _part(self, start: int, limit: int | None) -> tuple[list[PlainSpan], int]:
-        spans, convert = self._spans, self._convert
+        Default for ``start``: the first that is not marked as stored.
+        """
+        spans, convert = self.taken, self._convert
         with self._lock:
             end = len(spans)
             for position in range(self._converted, end):
@@ -126,8 +116,14 @@ class Recording:
                     _logger.exception("span %r of %s cannot be converted, and is lost", spans[position].name, self.name)
                     spans[position] = None
             self._converted = end
-            end = end if limit is None else min(end, start + limit)
-            return [span for span in spans[start:end] if span is not None], end
+            start = self.settled if start is None else start
+            part = spans[start : end if limit is None else min(end, start + limit)]
+            return part if None not in part else [span for span in part if span is not None], start + len(part)
+
+    def mark_stored(self, end: int) -> None:
+        """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
+        with self._lock:
+            self.settled = max(self.settled, end)
 
 
 current: ContextVar[Recording | None] = ContextVar("agentlightning_recording", default=None)
@@ -208,14 +204,16 @@ class SpanSender:
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a caller that stops waiting must not cancel what the sender completes
-        target = recording.total
+        target = len(recording.taken)
         if recording.settled >= target:
             self._forget(recording)
             done.set_result(None)
             return done
         with self._lock:
             self._waiters.append(_Waiter(recording, target, done, time.monotonic() + self._patience))
-        self._notify()
+        loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._wake.set)
         return done
 
     def leave(self, recording: Recording) -> None:
@@ -227,7 +225,7 @@ class SpanSender:
         self._notify()
 
     def _forget(self, recording: Recording) -> None:
-        if recording.closed and recording.settled >= recording.total:
+        if recording.closed and recording.settled >= len(recording.taken):
             self._open.pop(id(recording), None)
 
     def _notify(self) -> None:
@@ -265,7 +263,7 @@ class SpanSender:
         recordings = {id(each.recording): each.recording for each in waiters} | self._open
         by_store: dict[int, list[Recording]] = {}
         for recording in recordings.values():
-            if recording.store is not None and recording.settled < recording.total:
+            if recording.store is not None and recording.settled < len(recording.taken):
                 by_store.setdefault(id(recording.store), []).append(recording)
         errors: dict[int, Exception] = {}
         for key, group in by_store.items():
@@ -296,9 +294,9 @@ class SpanSender:
             now >= waiter.give_up_at or (isinstance(error, _PERMANENT) and waiter.give_up_at - now < float("inf"))
         ):
             self._open.pop(id(recording), None)
-            lost = recording.total - recording.settled
+            lost = len(recording.taken) - recording.settled
             failure = StoreUnavailable(
-                f"{lost} of {recording.total} spans of {recording.name} are not in the store: "
+                f"{lost} of {len(recording.taken)} spans of {recording.name} are not in the store: "
                 f"{type(error).__name__}: {error}"
             )
             failure.__cause__ = error
@@ -324,11 +322,16 @@ class SpanSender:
             parts.append((recording, end))
         if not store.capabilities.get("plain_spans", False):
             spans = [span.to_span() if isinstance(span, PlainSpan) else span for span in spans]
-        if spans:
+        try:
+            if spans:
+                await store.add_many_spans(spans)
+        except AgentLightningError as error:
+            if not is_refusal(error):
+                raise
             self.refused += await add_spans_apart(store, spans)
         for recording, end in parts:
             recording.mark_stored(end)
-            if end < recording.total and len(spans) >= BATCH_SPANS:
+            if end < len(recording.taken) and len(spans) >= BATCH_SPANS:
                 self._wake.set()
 
 
@@ -407,8 +410,8 @@ class DeferredTrace(AbstractAsyncContextManager[Any]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
         self._scope.__exit__(kind, error, trace_back)
-        if not self._deferred:
-            await self.send()
+        if not self._deferred and self._recording is not None and self._recording.store is not None:
+            await asyncio.wrap_future(self._sender.flush(self._recording))
 
     def defer(self) -> None:
         """Do not send the last spans at the end of the block. To be called before the block is entered."""
@@ -417,7 +420,7 @@ class DeferredTrace(AbstractAsyncContextManager[Any]):
     def wants_own_call(self) -> bool:
         """Whether there are more spans than fit into a report; then ``send`` them."""
         recording = self._recording
-        return recording is not None and recording.total - recording.settled > BATCH_SPANS
+        return recording is not None and len(recording.taken) - recording.settled > BATCH_SPANS
 
     def unsent(self) -> Sequence[SpanOrPlain]:
         """The spans that the store does not have yet; from now on it is the caller who sends them."""

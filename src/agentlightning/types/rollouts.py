@@ -36,14 +36,9 @@ RolloutMode: TypeAlias = Literal["train", "val", "test"]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _without_nulls(body: Any, names: tuple[str, ...]) -> Any:
+def _without_nulls(body: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Leave out the named keys of a body that are null: on creation a null means the default."""
-    if isinstance(body, dict):
-        fields = cast("dict[str, Any]", body)
-        for name in names:  # a loop, since every rollout that is read comes by here
-            if fields.get(name, name) is None:
-                return {name: value for name, value in fields.items() if value is not None or name not in names}
-    return cast("Any", body)
+    return {name: value for name, value in body.items() if value is not None or name not in names}
 
 
 class RolloutConfig(BaseModel):
@@ -67,7 +62,11 @@ class RolloutConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nulls_mean_defaults(cls, body: Any) -> Any:
-        return _without_nulls(body, ("max_attempts", "retry_condition"))
+        if isinstance(body, dict):  # every rollout that is read comes by here, so without a null nothing is called
+            given = cast("dict[str, Any]", body)
+            if given.get("max_attempts", 0) is None or given.get("retry_condition", 0) is None:
+                return _without_nulls(given, ("max_attempts", "retry_condition"))
+        return cast("Any", body)
 
 
 class Attempt(BaseModel):
@@ -170,7 +169,10 @@ class EnqueueRolloutRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nulls_mean_defaults(cls, body: Any) -> Any:
-        return _without_nulls(body, ("priority",))
+        if isinstance(body, dict):
+            given = cast("dict[str, Any]", body)
+            return given if given.get("priority", 0) is not None else _without_nulls(given, ("priority",))
+        return body
 
 
 # --- Workers: runner processes as the store sees them ---

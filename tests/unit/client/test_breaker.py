@@ -9,7 +9,7 @@ import pytest
 
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client.health import BreakerNumbers, BreakerState, FailureWindow, Health
-from agentlightning.http.client.retry import Resilience, make_retrying
+from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import WireRequest
 from agentlightning.http.routes import SHED_ORDER, Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies
@@ -235,7 +235,7 @@ def test_a_vital_call_that_fails_does_not_make_the_pause_longer() -> None:
 def test_what_counts_as_a_failure(acts: list[Act], opens: bool) -> None:
     async def scene(clock: Callable[[], float]) -> None:
         http = ScriptedTransport(acts, clock)
-        guarded = make_retrying(
+        guarded = Retrying(
             http,
             server="http://s",
             probe=WireRequest("GET", "/health"),

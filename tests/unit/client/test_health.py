@@ -10,7 +10,7 @@ import pytest
 
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client.health import BreakerNumbers, BreakerState, Health, HealthReport
-from agentlightning.http.client.retry import Resilience, Retrying, make_retrying
+from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import WireRequest
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
@@ -22,9 +22,7 @@ REQUEST = WireRequest("POST", "/work")
 
 def _resilient(acts: Iterable[Act], clock: Clock, numbers: Resilience) -> tuple[ScriptedTransport, Retrying]:
     http = ScriptedTransport(acts, clock)
-    return http, make_retrying(
-        http, server="http://s", probe=PROBE, numbers=numbers, monotonic=clock, chance=lambda: 0.5
-    )
+    return http, Retrying(http, server="http://s", probe=PROBE, numbers=numbers, monotonic=clock, chance=lambda: 0.5)
 
 
 def _now(made: Retrying) -> HealthReport:
@@ -126,7 +124,7 @@ def test_the_gate_of_a_retry() -> None:
 
 
 def _asking_first(http: ScriptedTransport, clock: Clock, retry_delays: tuple[float, ...]) -> Retrying:
-    return make_retrying(
+    return Retrying(
         http,
         server="http://s",
         probe=PROBE,

@@ -10,7 +10,7 @@ import pytest
 
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client.health import BreakerNumbers, BreakerState, Health
-from agentlightning.http.client.retry import Backoff, RetryBudget, Retrying, fixed_delays, full_jitter
+from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import Transport, WireRequest
 from agentlightning.http.routes import Priority
 from scripted_transport import Act, ScriptedTransport, lost, replies, silent
@@ -43,22 +43,27 @@ def _retrying(
     inner: Transport,
     clock: Clock,
     *,
-    backoff: Backoff | None = None,
-    budget: RetryBudget | None = None,
+    delays: Sequence[float] | None = None,
+    budget: Resilience = Resilience(retry_ratio=1.0, retries_per_second=1000.0, retries_saved=1000.0),  # noqa: B008
     health: Health | None = None,
     ask_first: Sequence[float] | None = None,
 ) -> Retrying:
-    return Retrying(
+    made = Retrying(
         inner,
-        health or _Watcher(clock),
-        PROBE,
         server="http://server",
-        backoff=backoff or full_jitter(0.2, 30.0, lambda: 1.0),
-        budget=budget or RetryBudget(ratio=1, per_second=1000, capacity=1000, monotonic=clock),
+        probe=PROBE,
+        numbers=budget._replace(probe_interval_seconds=1e9),
+        retry_delays=delays,
+        health_retry_delays=ask_first,
         monotonic=clock,
-        probe_interval_seconds=1e9,
-        ask_first=ask_first,
+        chance=lambda: 1.0,
     )
+    made.health = health or _Watcher(clock)
+    return made
+
+
+def _budget(*, ratio: float, per_second: float, capacity: float) -> Resilience:
+    return Resilience(retry_ratio=ratio, retries_per_second=per_second, retries_saved=capacity)
 
 
 def _run(scene: Callable[[Clock], Awaitable[Any]]) -> None:
@@ -172,7 +177,7 @@ def test_fixed_delays() -> None:
     async def scene(clock: Clock) -> None:
         inner = ScriptedTransport(lost(10), clock)
         with pytest.raises(StoreUnreachable, match="4 tries in 8"):
-            await _retrying(inner, clock, backoff=fixed_delays((1.0, 2.0, 5.0))).send(REQUEST)
+            await _retrying(inner, clock, delays=(1.0, 2.0, 5.0)).send(REQUEST)
         assert inner.tries == pytest.approx([0.0, 1.0, 3.0, 8.0])
 
     _run(scene)
@@ -199,7 +204,7 @@ def test_a_wait_ends_with_the_outage(act: Act, others_are_answered: bool, second
         health = _Watcher(clock)
         if others_are_answered:
             asyncio.get_running_loop().call_later(7.0, health.answered, 200)
-        retrying = _retrying(inner, clock, backoff=fixed_delays([20.0]), health=health)
+        retrying = _retrying(inner, clock, delays=[20.0], health=health)
         assert (await retrying.send(REQUEST)).status == 200
         assert second_try[0] <= inner.tries[1] <= second_try[1]
 
@@ -226,18 +231,18 @@ def test_retries_of_all_calls_together_are_bounded() -> None:
     """A hundred calls at a dead server: without a budget, each would come back five times in ten seconds."""
 
     async def scene(clock: Clock) -> None:
-        def tries_within_ten_seconds(budget: RetryBudget) -> Awaitable[int]:
+        def tries_within_ten_seconds(budget: Resilience) -> Awaitable[int]:
             return _tries_of_many(clock, budget, seconds=10.0)
 
-        bounded = RetryBudget(ratio=0.2, per_second=10, capacity=20, monotonic=clock)
+        bounded = _budget(ratio=0.2, per_second=10, capacity=20)
         assert await tries_within_ten_seconds(bounded) <= 100 + 20 + 20 + 100
-        unbounded = RetryBudget(ratio=1000, per_second=1e6, capacity=1e6, monotonic=clock)
+        unbounded = _budget(ratio=1000, per_second=1e6, capacity=1e6)
         assert await tries_within_ten_seconds(unbounded) > 500
 
     _run(scene)
 
 
-async def _tries_of_many(clock: Clock, budget: RetryBudget, seconds: float) -> int:
+async def _tries_of_many(clock: Clock, budget: Resilience, seconds: float) -> int:
     inner = ScriptedTransport(lost(1_000_000), clock)
     transport = _retrying(inner, clock, budget=budget)
     began = clock()
@@ -251,11 +256,9 @@ async def _tries_of_many(clock: Clock, budget: RetryBudget, seconds: float) -> i
 
 def test_a_budget_that_is_used_up_delays_and_refuses_nobody() -> None:
     async def scene(clock: Clock) -> None:
-        budget = RetryBudget(ratio=0.0, per_second=2.0, capacity=1.0, monotonic=clock)
+        budget = _budget(ratio=0.0, per_second=2.0, capacity=1.0)
         inner = ScriptedTransport(lost(4), clock)
-        assert (
-            await _retrying(inner, clock, backoff=fixed_delays([0.0] * 9), budget=budget).send(REQUEST)
-        ).status == 200
+        assert (await _retrying(inner, clock, delays=[0.0] * 9, budget=budget).send(REQUEST)).status == 200
         assert inner.tries == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.5])
 
     _run(scene)
@@ -281,9 +284,9 @@ class _Shedding(Health):
 def test_a_request_that_is_held_back_waits(until: float) -> None:
     async def scene(clock: Clock) -> None:
         shedding = _Shedding(until, clock)
-        budget = RetryBudget(ratio=0, per_second=0.001, capacity=0, monotonic=clock)
+        budget = _budget(ratio=0, per_second=0.001, capacity=0)
         inner = ScriptedTransport([], clock)
-        retrying = _retrying(inner, clock, health=shedding, budget=budget, backoff=fixed_delays(()))
+        retrying = _retrying(inner, clock, health=shedding, budget=budget, delays=())
         assert (await retrying.send(REQUEST)).status == 200
         assert until <= clock() < until + 2.0
 

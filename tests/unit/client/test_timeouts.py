@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from agentlightning.errors import StoreUnreachable
-from agentlightning.http.client.retry import Resilience, Retrying, make_retrying
+from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import Transport, WireRequest
 from scripted_transport import ScriptedTransport, silent
 from virtual_time import in_virtual_time
@@ -16,7 +16,7 @@ from virtual_time import in_virtual_time
 def _one_try(inner: Transport, clock: Callable[[], float]) -> Retrying:
     probe = WireRequest("GET", "/health")
     numbers = Resilience(probe_interval_seconds=1e9)
-    return make_retrying(inner, server="http://s", probe=probe, numbers=numbers, retry_delays=(), monotonic=clock)
+    return Retrying(inner, server="http://s", probe=probe, numbers=numbers, retry_delays=(), monotonic=clock)
 
 
 @pytest.mark.parametrize("allowed", [0.5, 30.0, 3600.0])

@@ -384,6 +384,9 @@ class Claims:
         self, limit: int, worker_id: str | None, wait_seconds: float
     ) -> Sequence[AttemptedRollout]:
         """Claim for a caller who gives no id: under one that was made up, or that had no answer before."""
+        if worker_id is not None:
+            check_id(worker_id, "worker_id")
+        check_claim_limit(limit)
         request_id = self.take(worker_id, limit) or self._caller.mint("rq-")
         answered = False
         try:

@@ -19,18 +19,17 @@ from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.cache import ResourceCache, state_folder
 from agentlightning.http.client.calls import Caller, Claims, plan_of, wait_in_slices
 from agentlightning.http.client.health import HealthReport
-from agentlightning.http.client.retry import Resilience, make_retrying
+from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
 from agentlightning.http.client.transport import HttpTransport, WireRequest
 from agentlightning.http.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PATH, parse_address
 from agentlightning.http.signatures import DerivedStore, derive_methods
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
-from agentlightning.store.arguments import check_claim_limit, check_spans_of, encode_spans
+from agentlightning.store.arguments import check_spans_of, encode_spans
 from agentlightning.store.base import JsonObject, LightningStore, LightningStoreCapabilities
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
-from agentlightning.store.validation import check_id
 from agentlightning.types import (
     UNSET,
     AttemptedRollout,
@@ -135,7 +134,7 @@ class LightningStoreClient(DerivedStore):
         )
         probe_seconds = min(connect, timeout)
         probe = WireRequest("GET", f"{address.dialect.prefix}/health", None, "read", probe_seconds, probe_seconds)
-        self._transport = make_retrying(
+        self._transport = Retrying(
             self._http,
             server=address.root,
             probe=probe,
@@ -219,10 +218,8 @@ class LightningStoreClient(DerivedStore):
         not. If the reply to such a claim is never seen, because the server is out of reach for too long or the call is
         cancelled, the next claim of the same worker with the same limit repeats it.
         """
-        if worker_id is not None:
-            check_id(worker_id, "worker_id")
-        check_claim_limit(limit)
-        self._spans.look_for_orphans()
+        if self._spans.orphans_unknown:
+            self._spans.look_for_orphans()
         if request_id is not None:
             return await self._claims.claim(limit, worker_id, request_id, wait_seconds)
         return await self._claims.claim_and_confirm(limit, worker_id, wait_seconds)

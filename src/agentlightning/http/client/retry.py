@@ -76,7 +76,7 @@ class RetryBudget:
         monotonic: seconds since some moment.
     """
 
-    def __init__(self, *, ratio: float, per_second: float, capacity: float, monotonic: Callable[[], float]) -> None:
+    def __init__(self, ratio: float, per_second: float, capacity: float, monotonic: Callable[[], float]) -> None:
         self.first_tries = 0
         """To be counted up by whoever makes one."""
         self._ratio = ratio
@@ -133,39 +133,39 @@ class Retrying:
 
     Args:
         inner: sends a request once; is cancelled when its time is up.
-        health: says what passes, and hears what happens.
-        probe: asks for the server's health.
         server: the server's address, for messages.
-        backoff: the delays between tries.
-        budget: bounds the retries of all requests together.
+        probe: asks for the server's health.
+        numbers: how hard to try.
+        retry_delays: waits between tries that replace the exponential ones, and bound their number.
+        health_retry_delays: where given, a retry is made only if the server says that it is well, asked at once and
+            again after each of these delays in seconds.
         monotonic: seconds since some moment.
-        probe_interval_seconds: from one probe to the next.
-        ask_first: where given, a retry is made only if the server says that it is well, asked at once and again after
-            each of these delays in seconds.
+        chance: a number from 0 up to 1.
     """
 
     def __init__(
         self,
         inner: Transport,
-        health: Health,
-        probe: WireRequest,
         *,
         server: str,
-        backoff: Backoff,
-        budget: RetryBudget,
+        probe: WireRequest,
+        numbers: Resilience,
+        retry_delays: Sequence[float] | None = None,
+        health_retry_delays: Sequence[float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-        probe_interval_seconds: float = 10.0,
-        ask_first: Sequence[float] | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
-        self.health = health
+        self.health = Health(server, numbers.breaker, monotonic, chance)
+        """Says what passes, and hears what happens."""
         self._inner = inner
         self._probe = probe
         self._server = server
-        self._backoff = backoff
-        self._budget = budget
+        exponential = full_jitter(numbers.backoff_base_seconds, numbers.backoff_cap_seconds, chance)
+        self._backoff = exponential if retry_delays is None else fixed_delays(retry_delays)
+        self._budget = RetryBudget(numbers.retry_ratio, numbers.retries_per_second, numbers.retries_saved, monotonic)
         self._monotonic = monotonic
-        self._probe_interval = probe_interval_seconds
-        self._ask_first = ask_first
+        self._probe_interval = numbers.probe_interval_seconds
+        self._ask_first = health_retry_delays
         self._under_way: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}
         self._lock = threading.Lock()
         self._used = False
@@ -338,45 +338,3 @@ def _may_change(outcome: WireReply | StoreUnreachable | float) -> bool:
         return True
     status = outcome.status
     return status in _TRANSIENT or 507 < status < 600
-
-
-def make_retrying(
-    http: Transport,
-    *,
-    server: str,
-    probe: WireRequest,
-    numbers: Resilience,
-    retry_delays: Sequence[float] | None = None,
-    health_retry_delays: Sequence[float] | None = None,
-    monotonic: Callable[[], float] = time.monotonic,
-    chance: Callable[[], float] = random.random,
-) -> Retrying:
-    """Wrap a transport that makes one try.
-
-    Args:
-        http: sends requests.
-        server: its address, for messages.
-        probe: asks for the server's health.
-        numbers: how hard to try.
-        retry_delays: waits between tries that replace the exponential ones, and bound their number.
-        health_retry_delays: see ``ask_first`` of ``Retrying``.
-        monotonic: seconds since some moment.
-        chance: a number from 0 up to 1.
-    """
-    backoff = full_jitter(numbers.backoff_base_seconds, numbers.backoff_cap_seconds, chance)
-    return Retrying(
-        http,
-        Health(server, numbers.breaker, monotonic, chance),
-        probe,
-        server=server,
-        backoff=backoff if retry_delays is None else fixed_delays(retry_delays),
-        budget=RetryBudget(
-            ratio=numbers.retry_ratio,
-            per_second=numbers.retries_per_second,
-            capacity=numbers.retries_saved,
-            monotonic=monotonic,
-        ),
-        monotonic=monotonic,
-        probe_interval_seconds=numbers.probe_interval_seconds,
-        ask_first=health_retry_delays,
-    )

@@ -61,7 +61,7 @@ class SpanDelivery:
         self._waiting: deque[_Attempt] = deque()
         self._by_attempt: Counter[_Attempt] = Counter()
         self._progress: list[Future[None]] = []
-        self._orphans_unknown = folder is not None
+        self.orphans_unknown = folder is not None
         self._counts = Counter[str]()
         self._thread: threading.Thread | None = None
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
@@ -82,7 +82,7 @@ class SpanDelivery:
             AgentLightningError: the server refused them.
         """
         issued: list[int | None] = []
-        if self._orphans_unknown:
+        if self.orphans_unknown:
             self.look_for_orphans()
         deadline = time.monotonic() + self._caller.patience_seconds
         pushed_back = False
@@ -152,8 +152,8 @@ class SpanDelivery:
 
     def look_for_orphans(self) -> None:
         """The first time it is called: take over the spools of dead processes on this machine."""
-        if self._orphans_unknown and self._folder is not None:
-            self._orphans_unknown = False
+        if self.orphans_unknown and self._folder is not None:
+            self.orphans_unknown = False
             if self._folder.orphans_exist():
                 with self._lock:
                     self._start()
@@ -188,7 +188,7 @@ class SpanDelivery:
             self._own, self._adopted = None, []
             self._waiting.clear()
             self._by_attempt.clear()
-            self._orphans_unknown = self._folder is not None
+            self.orphans_unknown = self._folder is not None
             self._stopping = False
 
     def abandon(self) -> None:

@@ -308,7 +308,6 @@ class SpoolFolder:
     Args:
         root: where they are; made when the first is. Readable by its owner only.
         max_bytes: the most that all spools together may take.
-        wall: Unix seconds.
         monotonic: seconds since some moment.
     """
 
@@ -316,12 +315,10 @@ class SpoolFolder:
         self,
         root: Path,
         max_bytes: int,
-        wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.root = root
         self._max_bytes = max_bytes
-        self._wall = wall
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._others_bytes = 0
@@ -385,7 +382,7 @@ class SpoolFolder:
 
     def quarantine(self, span: bytes, error: AgentLightningError) -> None:
         """Put away a span that the server refuses for good, with the reason."""
-        line = {"time": self._wall(), "code": error.code, "message": error.message, "span": json.loads(span)}
+        line = {"time": time.time(), "code": error.code, "message": error.message, "span": json.loads(span)}
         with open(self.quarantine_file, "ab", opener=_private) as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()

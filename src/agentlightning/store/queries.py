@@ -2,73 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutRow
-from agentlightning.store.backend import Filter, PageQuery, Table
-from agentlightning.store.validation import MAX_BATCH, check_one_of, check_paging, shown
+from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table
+from agentlightning.store.validation import MAX_BATCH, check_id, check_one_of, check_paging, shown
 from agentlightning.types import Attempt, AttemptedRollout, ResourcesUpdate, Span, Worker
 
 T = TypeVar("T")
 
-SORTABLE: dict[Table, tuple[str, ...]] = {
-    "rollouts": tuple(
-        name for name in AttemptedRollout.model_fields if name not in ("input", "config", "metadata", "attempt")
-    ),
-    "attempts": tuple(name for name in Attempt.model_fields if name != "metadata"),
-    "spans": tuple(
-        name
-        for name in Span.model_fields
-        if name not in ("status", "attributes", "events", "links", "context", "parent", "resource")
-    ),
-    "resources": tuple(name for name in ResourcesUpdate.model_fields if name != "resources"),
-    "workers": tuple(
-        name for name in Worker.model_fields if name not in ("heartbeat_stats", "registration", "stale_attempt_ids")
-    ),
+_RECORDS: Mapping[Table, tuple[type[BaseModel], Collection[str]]] = {
+    "rollouts": (AttemptedRollout, {"input", "config", "metadata", "attempt"}),
+    "attempts": (Attempt, {"metadata"}),
+    "spans": (Span, {"status", "attributes", "events", "links", "context", "parent", "resource"}),
+    "resources": (ResourcesUpdate, {"resources"}),
+    "workers": (Worker, {"heartbeat_stats", "registration", "stale_attempt_ids"}),
+}
+SORTABLE: Mapping[Table, Sequence[str]] = {
+    table: [name for name in record.model_fields if name not in structured]
+    for table, (record, structured) in _RECORDS.items()
 }
 """The fields that a page may be sorted by: those with plain values, which a database can compare."""
 
 
-class Paging(NamedTuple):
-    """Order, size and place of a page."""
-
-    sort_by: str | None
-    sort_order: Literal["asc", "desc"]
-    limit: int
-    offset: int
+_OLD_NAMES = {"status": "status_in", "rollout_ids": "rollout_id_in"}
+_LATEST = Filter("attempt_id", "equals", "latest")
 
 
-def paged(
-    table: Table,
-    paging: Paging,
-    *,
-    scope: Sequence[Filter] = (),
-    filters: Sequence[Filter | None] = (),
-    logic: Literal["and", "or"] = "and",
-    newest_only: bool = False,
+def page_query(
+    table: Table, given: dict[str, Any], scope: Sequence[str], states: Sequence[str] | None = None
 ) -> PageQuery:
-    """The query for a page; a filter that is None was not given.
+    """The arguments of a querying method of the contract as a query; uses the dict up.
+
+    The name of an argument says what it does: those in ``scope`` always apply, those that end in ``_in`` or
+    ``_contains`` and those that are fields are filters, and the others are about the page.
 
     Raises:
-        InvalidValue: limit, offset, sort field, order or logic are not valid.
+        InvalidId, InvalidValue: an argument is not valid. ``states``: what ``status_in`` may hold.
     """
-    check_paging(paging.limit, paging.offset, paging.sort_by, SORTABLE[table])
-    check_one_of(paging.sort_order, ("asc", "desc"), "sort_order")
+    for old, name in _OLD_NAMES.items():
+        if old in given:
+            given[name] = either(name, given.get(name), old, given.pop(old))
+    limit, offset, sort_by = given.pop("limit"), given.pop("offset"), given.pop("sort_by", None)
+    check_paging(limit, offset, sort_by, SORTABLE[table])
+    order, logic = given.pop("sort_order"), given.pop("filter_logic", "and")
+    check_one_of(order, ("asc", "desc"), "sort_order")
     check_one_of(logic, ("and", "or"), "filter_logic")
-    return PageQuery(
-        table,
-        scope=tuple(scope),
-        filters=tuple(each for each in filters if each is not None),
-        logic=logic,
-        sort_by=paging.sort_by,
-        descending=paging.sort_order == "desc",
-        limit=paging.limit,
-        offset=paging.offset,
-        newest_only=newest_only,
-    )
+    always: list[Filter] = []
+    filters: list[Filter] = []
+    for name, value in given.items():
+        if name in scope:
+            if value is not None:
+                always.append(_LATEST if name == "attempt_id" and value == "latest" else matches(name, value))
+        elif value is not None:
+            filters.append(_filter(name, value, states if name == "status_in" else None))
+    return PageQuery(table, tuple(always), tuple(filters), logic, sort_by, order == "desc", limit, offset)
+
+
+def _filter(name: str, value: Any, allowed: Sequence[str] | None) -> Filter:
+    if name.endswith("_in"):
+        return within(name.removesuffix("_in"), value, allowed)
+    field = name.removesuffix("_contains")
+    return Filter(field, "equals" if field == name else "contains", text_filter(name, value))
+
+
+def matches(field: str, value: str) -> Filter:
+    """The field equals this id."""
+    return Filter(field, "equals", check_id(value, field))
+
+
+async def without_latest(tx: ReadTransaction, query: PageQuery) -> PageQuery:
+    """The query with the id of the latest attempt in place of ``latest``."""
+    if not query.scope or query.scope[-1] is not _LATEST:
+        return query
+    rollout = await tx.get(RolloutRow, query.scope[0].value)
+    latest = None if rollout is None else rollout.latest_attempt_id
+    return query._replace(scope=(query.scope[0], Filter("attempt_id", "equals", latest)))
 
 
 def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Sequence[T] | None) -> Sequence[T] | None:
@@ -82,20 +96,8 @@ def either(name: str, value: Sequence[T] | None, old_name: str, old_value: Seque
     return old_value if value is None else value
 
 
-def equals(field: str, value: str | None) -> Filter | None:
-    """The field equals this value."""
-    return None if value is None else Filter(field, "equals", text_filter(field, value))
-
-
-def contains(field: str, value: str | None) -> Filter | None:
-    """The field contains this text; case matters."""
-    return None if value is None else Filter(field, "contains", text_filter(f"{field}_contains", value))
-
-
-def within(field: str, values: Sequence[str] | None, allowed: Sequence[str] | None = None) -> Filter | None:
-    """The field equals one of these values."""
-    if values is None:
-        return None
+def within(field: str, values: Sequence[str], allowed: Sequence[str] | None = None) -> Filter:
+    """The field equals one of these values. Raises ``InvalidValue`` if they are not a list of ``allowed`` strings."""
     unusable = isinstance(values, str) or not isinstance(values, Collection)  # pyright: ignore[reportUnnecessaryIsInstance]
     if unusable or len(values) > MAX_BATCH:
         raise InvalidValue(f"{field}_in {shown(values)} is not valid; give a list of up to {MAX_BATCH} strings")

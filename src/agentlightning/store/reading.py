@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, cast, get_args
 
-from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy
+from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy, Table
 from agentlightning.store.base import (
     LightningStore,
     LightningStoreCapabilities,
@@ -19,8 +19,7 @@ from agentlightning.store.base import (
     StoreHost,
 )
 from agentlightning.store.core import Core
-from agentlightning.store.operations.rows import load_change
-from agentlightning.store.queries import Paging, as_of, contains, either, equals, paged, within
+from agentlightning.store.queries import as_of, matches, page_query, within, without_latest
 from agentlightning.store.records import RECORDS, Shown
 from agentlightning.store.validation import check_finite, check_id, check_version
 from agentlightning.store.verify import verify
@@ -30,19 +29,40 @@ from agentlightning.types import (
     ResourcesUpdate,
     Rollout,
     RolloutStatus,
-    Span,
     VerificationReport,
     Worker,
     WorkerStatus,
 )
 
+T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 _ROLLOUT_STATES = get_args(RolloutStatus)
-_WORKER_STATES = get_args(WorkerStatus)
 _SHORT_PAGE = 256
 """Up to this many rows are read in the caller's thread, because a short read is cheaper than a switch of threads."""
 _WHOLE_STORE = 2**31
 _TOUCHED = frozenset({"last_heartbeat_time", "last_dequeue_time", "last_busy_time", "last_idle_time"})
 """Fields of attempts and workers whose newest values may not be in the database, which sorts by what it has."""
+
+
+def _paged(contract: Method, table: Table, *scope: str, states: Sequence[str] | None = None, **fixed: Any) -> Method:
+    """A querying method with the signature of the contract's. See ``page_query``; ``fixed``: fields of the query."""
+    signature = inspect.signature(contract)
+    parameters = list(signature.parameters.values())[1:]
+    positional = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    required = {each.name for each in parameters if each.default is each.empty}
+    defaults = {each.name: each.default for each in parameters}
+
+    @wraps(contract)
+    async def query(self: Any, *args: Any, **kwargs: Any) -> PaginatedResult[Any]:
+        given = {**dict(zip(positional, args, strict=False)), **kwargs}  # `Signature.bind` takes as long as the query
+        if len(given) < len(args) + len(kwargs) or not required <= given.keys() <= defaults.keys():
+            signature.bind(self, *args, **kwargs)  # raises as a call does
+        asked = page_query(table, defaults | given, scope, states)
+        return await self._page(asked._replace(**fixed) if fixed else asked)
+
+    query.__dict__.pop("__isabstractmethod__", None)
+    return cast("Method", query)
 
 
 class ReadingStore(LightningStore):
@@ -81,66 +101,23 @@ class ReadingStore(LightningStore):
         }
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
-        found: PaginatedResult[Rollout] = await self._page(PageQuery("rollouts", (_is("rollout_id", rollout_id),)))
+        found = await self._page(PageQuery("rollouts", (matches("rollout_id", rollout_id),)))
         return found.items[0] if found.items else None
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         check_id(rollout_id, "rollout_id")
 
-        async def latest(tx: ReadTransaction) -> Attempt | None:
-            rollout, attempt = await load_change(tx, rollout_id)
-            return None if attempt is None else self._shown.attempt_view(as_of(rollout, attempt, tx.now()).attempt)
+        async def latest(tx: ReadTransaction) -> AttemptRow | None:
+            rollout = await tx.get(RolloutRow, rollout_id)
+            if rollout is None or rollout.latest_attempt_id is None:
+                return None
+            attempt = await tx.get(AttemptRow, rollout.latest_attempt_id)
+            return None if attempt is None else as_of(rollout, attempt, tx.now()).attempt
 
-        try:
-            return await self._core.read(latest)
-        except NotFound:
-            return None
-
-    async def query_rollouts(
-        self,
-        *,
-        status_in: Sequence[RolloutStatus] | None = None,
-        rollout_id_in: Sequence[str] | None = None,
-        rollout_id_contains: str | None = None,
-        filter_logic: Literal["and", "or"] = "and",
-        sort_by: str | None = None,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-        status: Sequence[RolloutStatus] | None = None,
-        rollout_ids: Sequence[str] | None = None,
-    ) -> PaginatedResult[Rollout]:
-        status_in = either("status_in", status_in, "status", status)
-        rollout_id_in = either("rollout_id_in", rollout_id_in, "rollout_ids", rollout_ids)
-        query = paged(
-            "rollouts",
-            Paging(sort_by, sort_order, limit, offset),
-            filters=(
-                within("status", status_in, _ROLLOUT_STATES),
-                within("rollout_id", rollout_id_in),
-                contains("rollout_id", rollout_id_contains),
-            ),
-            logic=filter_logic,
-        )
-        return await self._page(query)
-
-    async def query_attempts(
-        self,
-        rollout_id: str,
-        *,
-        sort_by: str | None = "sequence_id",
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[Attempt]:
-        scope = (_is("rollout_id", rollout_id),)
-        return await self._page(paged("attempts", Paging(sort_by, sort_order, limit, offset), scope=scope))
+        return await self._one(latest, self._shown.attempt_view)
 
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
-        wanted = within("rollout_id", rollout_ids)
-        if wanted is None:
-            raise InvalidValue("rollout_ids is None; give the ids of the rollouts to wait for")
-        ids: tuple[str, ...] = tuple(dict.fromkeys(wanted.value))
+        ids: list[str] = list(dict.fromkeys(within("rollout_id", rollout_ids).value))
         seconds = None if timeout is None else max(check_finite(timeout, "timeout"), 0.0)
         self._core.open()
         self._core.claims.release()
@@ -153,104 +130,43 @@ class ReadingStore(LightningStore):
         page = await self._core.read(lambda tx: tx.page(query), rows=len(rollout_ids))
         return {rollout.rollout_id: Change(rollout, attempt) for rollout, attempt in page.rows}
 
-    async def query_spans(
-        self,
-        rollout_id: str,
-        attempt_id: str | Literal["latest"] | None = None,
-        *,
-        trace_id: str | None = None,
-        trace_id_contains: str | None = None,
-        span_id: str | None = None,
-        span_id_contains: str | None = None,
-        parent_id: str | None = None,
-        parent_id_contains: str | None = None,
-        name: str | None = None,
-        name_contains: str | None = None,
-        filter_logic: Literal["and", "or"] = "and",
-        limit: int = -1,
-        offset: int = 0,
-        sort_by: str | None = "sequence_id",
-        sort_order: Literal["asc", "desc"] = "asc",
-    ) -> PaginatedResult[Span]:
-        scope = [_is("rollout_id", rollout_id)]
-        if attempt_id is not None and attempt_id != "latest":
-            scope.append(_is("attempt_id", attempt_id))
-        query = paged(
-            "spans",
-            Paging(sort_by, sort_order, limit, offset),
-            scope=scope,
-            filters=(
-                equals("trace_id", trace_id),
-                contains("trace_id", trace_id_contains),
-                equals("span_id", span_id),
-                contains("span_id", span_id_contains),
-                equals("parent_id", parent_id),
-                contains("parent_id", parent_id_contains),
-                equals("name", name),
-                contains("name", name_contains),
-            ),
-            logic=filter_logic,
-        )
-        return await self._page(query, latest_only=attempt_id == "latest")
-
     async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
-        if version is not None:
-            check_version(version)
-        return await self._resources(ResourcesBy(check_id(resources_id, "resources_id"), version))
+        wanted = ResourcesBy(
+            check_id(resources_id, "resources_id"), None if version is None else check_version(version)
+        )
+        return await self._one(lambda tx: tx.get_resources(wanted), self._shown.resources_view)
 
     async def get_latest_resources(self) -> ResourcesUpdate | None:
-        return await self._resources(ResourcesBy())
-
-    async def query_resources(
-        self,
-        *,
-        resources_id: str | None = None,
-        resources_id_contains: str | None = None,
-        sort_by: str | None = None,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[ResourcesUpdate]:
-        filters = (equals("resources_id", resources_id), contains("resources_id", resources_id_contains))
-        paging = Paging(sort_by, sort_order, limit, offset)
-        return await self._page(paged("resources", paging, filters=filters, newest_only=True))
-
-    async def query_resource_versions(
-        self, resources_id: str, *, sort_order: Literal["asc", "desc"] = "asc", limit: int = -1, offset: int = 0
-    ) -> PaginatedResult[ResourcesUpdate]:
-        scope = (_is("resources_id", resources_id),)
-        return await self._page(paged("resources", Paging("version", sort_order, limit, offset), scope=scope))
+        return await self._one(lambda tx: tx.get_resources(ResourcesBy()), self._shown.resources_view)
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
         check_id(worker_id, "worker_id")
+        return await self._one(lambda tx: tx.get(WorkerRow, worker_id), self._shown.worker_view)
 
-        async def worker(tx: ReadTransaction) -> Worker | None:
-            row = await tx.get(WorkerRow, worker_id)
-            return None if row is None else self._shown.worker_view(row)
+    async def _one(self, get: Callable[[ReadTransaction], Awaitable[T | None]], view: Callable[[T], Any]) -> Any:
+        """One row as a public record, if there is one. It is converted where a damaged value is recognized."""
 
-        return await self._core.read(worker)
+        async def one(tx: ReadTransaction) -> Any:
+            row = await get(tx)
+            return None if row is None else view(row)
 
-    async def query_workers(
-        self,
-        *,
-        status_in: Sequence[WorkerStatus] | None = None,
-        worker_id_contains: str | None = None,
-        filter_logic: Literal["and", "or"] = "and",
-        sort_by: str | None = None,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[Worker]:
-        filters = (within("status", status_in, _WORKER_STATES), contains("worker_id", worker_id_contains))
-        paging = Paging(sort_by, sort_order, limit, offset)
-        return await self._page(paged("workers", paging, filters=filters, logic=filter_logic))
+        return await self._core.read(one)
 
     async def verify(self) -> VerificationReport:
         return await self._core.read(verify, rows=_WHOLE_STORE)
 
-    # --- Pages -----------------------------------------------------------------------------------
+    # --- Pages: the arguments of these methods, and what they mean, are those of the contract ---
 
-    async def _page(self, query: PageQuery, *, latest_only: bool = False) -> PaginatedResult[Any]:
+    query_rollouts = _paged(LightningStore.query_rollouts, "rollouts", states=_ROLLOUT_STATES)
+    query_attempts = _paged(LightningStore.query_attempts, "attempts", "rollout_id")
+    query_spans = _paged(LightningStore.query_spans, "spans", "rollout_id", "attempt_id")
+    query_resources = _paged(LightningStore.query_resources, "resources", newest_only=True)
+    query_resource_versions = _paged(
+        LightningStore.query_resource_versions, "resources", "resources_id", sort_by="version"
+    )
+    query_workers = _paged(LightningStore.query_workers, "workers", states=get_args(WorkerStatus))
+
+    async def _page(self, query: PageQuery) -> PaginatedResult[Any]:
         """One page as public records.
 
         A long page is read and converted in another thread, so that it does not block the event loop; so is one whose
@@ -258,7 +174,7 @@ class ReadingStore(LightningStore):
         """
 
         def answer(asked: PageQuery) -> Callable[[ReadTransaction], Awaitable[Page]]:
-            return lambda tx: _answer(tx, asked, latest_only, self._shown)
+            return lambda tx: _answer(tx, asked, self._shown)
 
         short = query if 0 < query.limit <= _SHORT_PAGE else query._replace(limit=_SHORT_PAGE + 1)
         scans = not query.scope and bool(query.filters or query.sort_by)
@@ -271,38 +187,25 @@ class ReadingStore(LightningStore):
             items=page.rows, limit=query.limit, offset=query.offset, total=page.total
         )
 
-    async def _resources(self, selection: ResourcesBy) -> ResourcesUpdate | None:
-        async def resources(tx: ReadTransaction) -> ResourcesUpdate | None:
-            row = await tx.get_resources(selection)
-            return None if row is None else self._shown.resources_view(row)
 
-        return await self._core.read(resources)
-
-
-async def _answer(tx: ReadTransaction, query: PageQuery, latest_only: bool, shown: Shown) -> Page:
-    if latest_only:
-        rollout = await tx.get(RolloutRow, query.scope[0].value)
-        latest = None if rollout is None else rollout.latest_attempt_id
-        query = query._replace(scope=(*query.scope, Filter("attempt_id", "equals", latest)))
-    page = await tx.page(query)
+async def _answer(tx: ReadTransaction, query: PageQuery, shown: Shown) -> Page:
+    rows, total = await tx.page(await without_latest(tx, query))
     match query.table:
         case "rollouts":
-            records = [_rollout_now(tx, shown, *row) for row in page.rows]
+            records = [_rollout_now(tx, shown, *row) for row in rows]
         case "attempts":
-            records = [shown.attempt_view(await _attempt_now(tx, row)) for row in page.rows]
+            records = [shown.attempt_view(await _attempt_now(tx, row)) for row in rows]
         case "spans":
-            records = [shown.span_view(row) for row in page.rows]
+            records = [shown.span_view(row) for row in rows]
         case "resources":
-            records = [shown.resources_view(row) for row in page.rows]
+            records = [shown.resources_view(row) for row in rows]
         case "workers":
-            records = [shown.worker_view(row) for row in page.rows]
-    return Page(records, page.total)
+            records = [shown.worker_view(row) for row in rows]
+    return Page(records, total)
 
 
 def _rollout_now(tx: ReadTransaction, shown: Shown, rollout: RolloutRow, latest: AttemptRow | None) -> Any:
-    if latest is None:
-        return shown.rollout_view(rollout, None)
-    return shown.attempted_view(*as_of(rollout, latest, tx.now()))
+    return shown.rollout_view(*((rollout, None) if latest is None else as_of(rollout, latest, tx.now())))
 
 
 async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:
@@ -310,10 +213,6 @@ async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:
         return attempt
     rollout = await tx.get(RolloutRow, attempt.rollout_id)
     return attempt if rollout is None else as_of(rollout, attempt, tx.now()).attempt
-
-
-def _is(field: str, value: str) -> Filter:
-    return Filter(field, "equals", check_id(value, field))
 
 
 def _host(now: float, disk: tuple[int, int] | None) -> StoreHost:

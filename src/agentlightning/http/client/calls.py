@@ -253,10 +253,7 @@ def _checked(check: Callable[..., object], *more: Any) -> Encoder:
 
 
 def _strings(value: Any, what: str, allowed: Sequence[str] | None) -> Any:
-    checked = within(what, value, allowed)
-    if checked is None:
-        raise InvalidValue(f"{what} is None; give a list of strings")
-    return list(dict.fromkeys(checked.value))
+    return list(dict.fromkeys(within(what, value, allowed).value))
 
 
 def _integer(value: Any, what: str) -> int:

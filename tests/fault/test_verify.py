@@ -268,7 +268,7 @@ def test_a_broken_rule_is_named_with_its_record(database: Path, broken: Broken) 
 
 def test_every_rule_is_broken_once() -> None:
     source = inspect.getsource(verify_module)
-    assert {broken.rule for broken in BROKEN} == set(re.findall(r'_report\(\s*"(\w+)"', source))
+    assert {broken.rule for broken in BROKEN} == set(re.findall(r'(?:yield |[\[(]\()"(\w+)", ', source))
 
 
 async def test_every_broken_row_is_named(database: Path) -> None:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, ClassVar
 
 from agentlightning.store.base import LightningStore
@@ -184,6 +185,18 @@ def _deactivate(tracer: Tracer | None) -> None:
                 return
 
 
+@contextmanager
+def recorded(span: SpanRecordingContext, finish: Callable[[], None]) -> Generator[None]:
+    """Record an exception that leaves the block in the span; ``finish`` the span with the block."""
+    try:
+        yield
+    except BaseException as error:
+        span.record_exception(error)
+        raise
+    finally:
+        finish()
+
+
 class DummySpanRecordingContext:
     """An open span in memory."""
 
@@ -259,14 +272,9 @@ class DummyTracer(Tracer):
         status: TraceStatus | None = None,
     ) -> SpanCoreFields:
         """Make the span without storing it."""
-        now = time.time() if timestamp is None else timestamp
-        return SpanCoreFields(
-            name=name,
-            status=status or TraceStatus(status_code="OK"),
-            attributes=dict(attributes or {}),
-            start_time=now,
-            end_time=now,
-        )
+        at = time.time() if timestamp is None else timestamp
+        status = status or TraceStatus(status_code="OK")
+        return SpanCoreFields(name=name, status=status, attributes=dict(attributes or {}), start_time=at, end_time=at)
 
     @contextmanager
     def operation_context(
@@ -278,10 +286,5 @@ class DummyTracer(Tracer):
     ) -> Generator[DummySpanRecordingContext]:
         """Make a span of the block without storing it."""
         span = DummySpanRecordingContext(name, attributes, start_time)
-        try:
+        with recorded(span, partial(span.finish, end_time)):
             yield span
-        except BaseException as error:
-            span.record_exception(error)
-            raise
-        finally:
-            span.finish(end_time)

@@ -1,4 +1,10 @@
-"""``OtelTracer``: traces agents by OpenTelemetry."""
+"""``OtelTracer``: traces agents by OpenTelemetry, whose spans it assigns to the traces of attempts.
+
+OpenTelemetry has one provider per process, and a runner has many rollouts at once. A span is assigned when it starts,
+by the context of the code that starts it, because it may end elsewhere, as the spans of streamed replies do. A thread
+that the agent started by itself has no such context. Then the span's parent decides, or else the open trace if
+there is exactly one in the process.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +13,28 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from opentelemetry import context as otel_context, trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span as SdkSpan, SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
-from agentlightning.tracer.base import Tracer, activated
-from agentlightning.tracer.processor import LightningSpanProcessor
-from agentlightning.tracer.sender import DeferredTrace, Recording, SpanSender
+from agentlightning.tracer.base import Tracer, activated, recorded
+from agentlightning.tracer.conversion import SpanConverter
+from agentlightning.tracer.sender import DeferredTrace, Recording, SpanSender, current, last
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.attributes import convert_attributes, convert_timestamp
 
+OPEN_SPANS_LIMIT = 100_000
+"""How many started spans are remembered. Beyond that, the oldest are dropped: most of them will never end."""
 _TRACER_NAME = "agentlightning"
+_logger = logging.getLogger(__name__)
 
 
 def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
@@ -31,12 +42,168 @@ def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
     return trace.StatusCode[status_code]
 
 
-class _Wiring(NamedTuple):
-    """The OpenTelemetry objects that a tracer uses in one process."""
+class LightningSpanProcessor(SpanProcessor):
+    """Records the spans of each trace, and passes them to the sender of its store.
 
-    provider: TracerProvider
-    processor: LightningSpanProcessor
-    tracer: trace.Tracer
+    Args:
+        disable_store_submission: keep spans in memory only.
+    """
+
+    def __init__(self, disable_store_submission: bool = False) -> None:
+        self.disable_store_submission = disable_store_submission
+        """Whether the spans of traces that are opened from now on are kept in memory only."""
+        self._converter = SpanConverter()
+        self._sender = SpanSender()
+        self._starting: dict[int, Recording] = {}
+        self._traces: dict[int, Recording] = {}
+        self._warned = False
+
+    def begin(
+        self,
+        store: LightningStore | None,
+        rollout_id: str | None,
+        attempt_id: str | None,
+        name: str | None = None,
+        sender: SpanSender | None = None,
+    ) -> Recording:
+        """Open a trace, for the running context and those that are copied from it.
+
+        Args:
+            store: where the spans go; None, or a missing id: nowhere.
+            rollout_id, attempt_id: the attempt that the spans belong to.
+            name: name of the trace in logs and errors.
+            sender: sends the spans; default: the processor's own.
+        """
+        if self.disable_store_submission or not rollout_id or not attempt_id:
+            store = None
+        recording = Recording(self._converter.convert, store, rollout_id or "", attempt_id or "", name)
+        if recording.store is not None:
+            sender = sender or self._sender
+            sender.start()
+            sender.open(recording)
+        self._traces[id(recording)] = recording
+        recording.outer = current.get()
+        current.set(recording)
+        return recording
+
+    def end(self, recording: Recording) -> None:
+        """Close a trace. Its spans that end later are still sent."""
+        recording.closed = True
+        self._traces.pop(id(recording), None)
+        if current.get() is recording:
+            current.set(recording.outer)
+        last.set(recording)
+
+    def recording(self) -> Recording | None:
+        """The trace of the running code: that of its context, or else the only open one.
+
+        Raises:
+            RuntimeError: several are open, and the context names none.
+        """
+        recording = current.get()
+        traces = list(self._traces.values())
+        if recording is not None or not traces:
+            return recording
+        if len(traces) > 1:
+            raise RuntimeError(
+                f"this thread has no context that says which of {len(traces)} running rollouts it works for; start it "
+                "with asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
+            )
+        return traces[0]
+
+    # --- Properties of 0.3 -----------------------------------------------------------------------
+
+    @property
+    def store(self) -> LightningStore | None:
+        """The store that gets the spans of the running code."""
+        recording = current.get()
+        return None if recording is None else recording.store
+
+    @property
+    def rollout_id(self) -> str | None:
+        """The rollout that the running code works on."""
+        recording = current.get()
+        return None if recording is None else recording.rollout_id or None
+
+    @property
+    def attempt_id(self) -> str | None:
+        """The attempt that the running code works on."""
+        recording = current.get()
+        return None if recording is None else recording.attempt_id or None
+
+    def spans(self) -> list[Span]:
+        """The spans of the running code's open trace, or else of its last one."""
+        recording = current.get() or last.get()
+        return [] if recording is None else recording.spans()
+
+    @contextmanager
+    def with_context(
+        self, store: LightningStore, rollout_id: str, attempt_id: str
+    ) -> Generator[LightningSpanProcessor]:
+        """Trace the block for an attempt. Its spans are in the store afterwards.
+
+        The end of the block blocks until the store has answered; in a coroutine use ``OtelTracer.trace_context``.
+
+        Raises:
+            StoreUnavailable: at the end of the block, when the store did not accept the spans.
+        """
+        recording = self.begin(store, rollout_id, attempt_id)
+        try:
+            yield self
+        finally:
+            self.end(recording)
+            if recording.store is not None:
+                self._sender.flush(recording).result()
+
+    # --- Called by OpenTelemetry -----------------------------------------------------------------
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        """Assign a span to a trace."""
+        starting = self._starting
+        recording = current.get()
+        if recording is None and span.parent is not None:
+            recording = starting.get(span.parent.span_id)
+        if recording is None:
+            recording = self._only_one()
+        context = span.context
+        if recording is not None and context is not None:
+            starting[context.span_id] = recording
+            while len(starting) > OPEN_SPANS_LIMIT:
+                starting.pop(next(iter(list(starting)[:1]), 0), None)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Add an ended span to its trace; a span without a trace is dropped."""
+        context = span.context
+        if context is not None:
+            recording = self._starting.pop(context.span_id, None)
+            if recording is not None:
+                recording.add(span)
+
+    def shutdown(self) -> None:
+        """Send the remaining spans, and end the thread that sends."""
+        self._sender.stop()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Send all present spans; returns whether their stores have them within the time (milliseconds)."""
+        waiting = [self._sender.flush(each) for each in list(self._traces.values()) if each.store is not None]
+        try:
+            for done in waiting:
+                done.result(timeout_millis / 1000)
+        except Exception as error:  # noqa: BLE001 - OpenTelemetry expects False, not an exception
+            _logger.warning("flush failed: %s: %s", type(error).__name__, error)
+            return False
+        return True
+
+    def _only_one(self) -> Recording | None:
+        traces = list(self._traces.values())
+        if len(traces) > 1 and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "a span is dropped, because its thread has no context that says which of %d running rollouts it works "
+                "for; start such threads with asyncio.to_thread or contextvars.copy_context().run",
+                len(traces),
+            )
+        return traces[0] if len(traces) == 1 else None
 
 
 class OtelTracer(Tracer):
@@ -54,7 +221,7 @@ class OtelTracer(Tracer):
         super().__init__()
         self._times = (interval_seconds, patience_seconds)
         self._sender: SpanSender | None = None
-        self._wired: _Wiring | None = None
+        self._wired: tuple[LightningSpanProcessor, trace.Tracer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out sender, provider and store, which belong to this process."""
@@ -87,7 +254,7 @@ class OtelTracer(Tracer):
             InvalidValue: one id is given without the other, or both without a store.
         """
         scope = self._scope(name, store or self._store, rollout_id, attempt_id)
-        return DeferredTrace(scope, self._wiring().tracer, self._sending())
+        return DeferredTrace(scope, self._wiring()[1], self._sending())
 
     def trace_run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a plain function in a trace without a rollout; ``get_last_trace`` returns its spans afterwards."""
@@ -96,7 +263,7 @@ class OtelTracer(Tracer):
 
     def get_last_trace(self) -> list[Span]:
         """The spans of this context's open trace, or else of its last one, in the order in which they ended."""
-        return self._wiring().processor.spans()
+        return self._wiring()[0].spans()
 
     def create_span(
         self,
@@ -110,12 +277,12 @@ class OtelTracer(Tracer):
         Raises:
             RuntimeError: several rollouts run, and this thread has no context that says which one it works for.
         """
-        wiring = self._wiring()
-        wiring.processor.recording()
+        processor, tracer = self._wiring()
+        processor.recording()
         at = time.time() if timestamp is None else timestamp
         nanoseconds = int(at * 1e9)
         status = status or TraceStatus(status_code="OK")
-        span = wiring.tracer.start_span(name, attributes=attributes, start_time=nanoseconds)
+        span = tracer.start_span(name, attributes=attributes, start_time=nanoseconds)
         span.set_status(to_otel_status_code(status.status_code), status.description)
         span.end(nanoseconds)
         return SpanCoreFields(name=name, status=status, attributes=dict(attributes or {}), start_time=at, end_time=at)
@@ -133,24 +300,19 @@ class OtelTracer(Tracer):
         Raises:
             RuntimeError: several rollouts run, and this thread has no context that says which one it works for.
         """
-        wiring = self._wiring()
-        wiring.processor.recording()
-        span = wiring.tracer.start_span(name, attributes=attributes, start_time=_nanoseconds(start_time))
+        processor, tracer = self._wiring()
+        processor.recording()
+        span = tracer.start_span(name, attributes=attributes, start_time=_nanoseconds(start_time))
         recording = OtelSpanRecordingContext(span)
-        try:
-            with trace.use_span(span, record_exception=False, set_status_on_exception=False):
-                yield recording
-        except BaseException as error:
-            recording.record_exception(error)
-            raise
-        finally:
-            recording.finish(end_time)
+        open_here = trace.use_span(span, record_exception=False, set_status_on_exception=False)
+        with recorded(recording, partial(recording.finish, end_time)), open_here:
+            yield recording
 
-    def _wiring(self) -> _Wiring:
-        """Provider, processor and tracer of this process; set up on first use."""
+    def _wiring(self) -> tuple[LightningSpanProcessor, trace.Tracer]:
+        """Our processor and the OpenTelemetry tracer of this process; set up on first use."""
         if self._wired is None:
             provider = get_tracer_provider()
-            self._wired = _Wiring(provider, attach_processor(provider), provider.get_tracer(_TRACER_NAME))
+            self._wired = (attach_processor(provider), provider.get_tracer(_TRACER_NAME))
         return self._wired
 
     def _sending(self) -> SpanSender:
@@ -167,10 +329,8 @@ class OtelTracer(Tracer):
             raise InvalidValue(f"rollout_id is {rollout_id!r} and attempt_id {attempt_id!r}; give both, or neither")
         if rollout_id is not None and store is None:
             raise InvalidValue(f"the spans of {rollout_id!r} have no store to go to; give store=, or call init_worker")
-        processor = self._wiring().processor
-        outside = otel_context.attach(
-            otel_context.Context()
-        )  # a span around the runner is not the parent of the rollout's spans
+        processor = self._wiring()[0]
+        outside = otel_context.attach(Context())  # a span around the runner is not the parent of the rollout's spans
         recording = processor.begin(store, rollout_id, attempt_id, name, self._sending())
         try:
             with activated(self):
@@ -228,19 +388,8 @@ def _nanoseconds(seconds: float | None) -> int | None:
 
 
 _P = TypeVar("_P", bound=SpanProcessor)
-_UNLIMITED = SpanLimits(
-    max_attributes=SpanLimits.UNSET,
-    max_span_attributes=SpanLimits.UNSET,
-    max_event_attributes=SpanLimits.UNSET,
-    max_link_attributes=SpanLimits.UNSET,
-    max_attribute_length=SpanLimits.UNSET,
-    max_span_attribute_length=SpanLimits.UNSET,
-    max_events=SpanLimits.UNSET,
-    max_links=SpanLimits.UNSET,
-)
 _attached: WeakKeyDictionary[TracerProvider, LightningSpanProcessor] = WeakKeyDictionary()
 _lock = threading.Lock()
-_logger = logging.getLogger(__name__)
 
 
 def get_tracer_provider() -> TracerProvider:
@@ -255,7 +404,7 @@ def get_tracer_provider() -> TracerProvider:
     made = TracerProvider(
         sampler=ALWAYS_ON,
         resource=Resource.create({"service.name": "agentlightning"}),
-        span_limits=_UNLIMITED,
+        span_limits=SpanLimits(*[SpanLimits.UNSET] * 8),  # none
         shutdown_on_exit=False,
     )
     if isinstance(known, trace.ProxyTracerProvider):

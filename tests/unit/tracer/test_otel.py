@@ -18,8 +18,13 @@ from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.tracer.base import DummyTracer, clear_active_tracer, get_active_tracer, set_active_tracer
-from agentlightning.tracer.otel import OtelTracer, attach_processor, get_span_processors, get_tracer_provider
-from agentlightning.tracer.processor import LightningSpanProcessor
+from agentlightning.tracer.otel import (
+    LightningSpanProcessor,
+    OtelTracer,
+    attach_processor,
+    get_span_processors,
+    get_tracer_provider,
+)
 from agentlightning.types import AttemptedRollout, Span
 from scenes import started
 

@@ -183,12 +183,8 @@ class CallAdmission:
                 pass  # refused below, like a call that is not held
             finally:
                 self._held -= 1
-        raise ProxyError(
-            429,
-            "proxy_paused",
-            "The proxy is paused while the model is updated; repeat the call later.",
-            retry_after_seconds=self._retry_after_seconds,
-        )
+        why = "The proxy is paused while the model is updated; repeat the call later."
+        raise ProxyError(429, "proxy_paused", why, retry_after_seconds=self._retry_after_seconds)
 
     async def pause(self, retry_after_seconds: float, hold_seconds: float, timeout_seconds: float | None) -> int:
         """Admit no calls until ``resume``, and wait for those in flight. See ``LLMProxy.pause``."""

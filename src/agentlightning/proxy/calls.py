@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import NoReturn
 
@@ -46,14 +46,9 @@ class _AgentGone(Exception):
 
 
 class StreamRelay:
-    """Passes a streamed reply on to the agent, while the dialect reads it for the record.
+    """Passes a streamed reply on to the agent, without the backend's secrets, while ``stream`` reads it for the record.
 
-    From the reply's last word on, everything is held back until ``ending`` is called, because an agent that has seen
-    the last word may end its attempt before the call has been recorded.
-
-    Args:
-        stream: reads the events.
-        scrubber: removes the backend's secrets from what the agent gets.
+    From the reply's last word on, everything is held back until ``ending`` is called (see ``ReplyStream.is_done``).
     """
 
     def __init__(self, stream: ReplyStream, scrubber: Scrubber) -> None:
@@ -131,16 +126,12 @@ class _ModelCall:
             ending = self._refuse(ProxyError(503, "proxy_stopped", "The proxy was stopped during the call."))
         except Exception:
             _logger.exception("a model call failed in the proxy")
-            ending = self._refuse(
-                ProxyError(500, "internal_error", "The proxy failed; its log says why. This is a bug.")
-            )
+            why = "The proxy failed; its log says why. This is a bug."
+            ending = self._refuse(ProxyError(500, "internal_error", why))
         # A stop that cancels one of these steps only ends its wait: the span is already queued for the store.
         await self._unless_stopped(self._session.record_and_wait(record))
-        await self._unless_stopped(self._send_all(ending))
-
-    async def _send_all(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            await self._send(message)
+        for message in ending:
+            await self._unless_stopped(self._send(message))
 
     async def _unless_stopped(self, step: Awaitable[None]) -> None:
         """Wait for ``step``, but no longer than until the stop of the proxy cancels the call."""
@@ -171,7 +162,11 @@ class _ModelCall:
         headers = _shown_headers(reply.response, scrubber)
         if status in (401, 403):
             # The agent never had the key that the backend refuses, and the backend may quote a part of it.
-            body = dialect.error_body(_key_refused(reply))
+            why = (
+                f"The backend {reply.backend.name} answered {status}: it does not accept the key that the proxy has "
+                "for it; correct api_key in the proxy's model list."
+            )
+            body = dialect.error_body(ProxyError(status, "backend_key_refused", why))
         if status >= 400:
             code, message = dialect.read_error(body, status)
             record.fail(scrubber.text(code), scrubber.text(message))
@@ -185,12 +180,11 @@ class _ModelCall:
 
     async def _read_whole(self, reply: UpstreamReply) -> bytes:
         """Read the body of a reply that is no stream."""
-        record = self._record
         parts: list[bytes] = []
         size = 0
         try:
             async for part in reply.response.content.iter_any():
-                record.first_byte = record.first_byte or time.perf_counter()
+                self._record.first_byte = self._record.first_byte or time.perf_counter()
                 size = self._keep(size, size + len(part))
                 parts.append(part)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -306,22 +300,11 @@ def _raise_broken_off(reply: UpstreamReply, error: Exception) -> NoReturn:
     """Raise what tells the agent that the backend's reply broke off."""
     backend = reply.backend
     if isinstance(error, TimeoutError):
-        raise ProxyError(
-            504, "backend_timeout", f"The backend {backend.name} was silent for {backend.timeout_seconds:g} s."
-        ) from error
+        why = f"The backend {backend.name} was silent for {backend.timeout_seconds:g} s."
+        raise ProxyError(504, "backend_timeout", why) from error
     problem = str(error) if isinstance(error, EventTooLarge) else type(error).__name__
-    raise ProxyError(
-        502, "backend_broke_off", f"The backend {backend.name} broke off during its reply: {problem}."
-    ) from error
-
-
-def _key_refused(reply: UpstreamReply) -> ProxyError:
-    return ProxyError(
-        reply.response.status,
-        "backend_key_refused",
-        f"The backend {reply.backend.name} answered {reply.response.status}: it does not accept the key that the "
-        "proxy has for it; correct api_key in the proxy's model list.",
-    )
+    why = f"The backend {backend.name} broke off during its reply: {problem}."
+    raise ProxyError(502, "backend_broke_off", why) from error
 
 
 def _shown_headers(response: aiohttp.ClientResponse, scrubber: Scrubber) -> dict[str, str]:

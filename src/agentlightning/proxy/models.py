@@ -18,8 +18,10 @@ import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 from urllib.parse import urlsplit
+
+import msgspec
 
 from agentlightning.errors import InvalidValue
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField
@@ -30,12 +32,10 @@ class ModelConfig(TypedDict):
 
     model_name: str
     """What agents call the model."""
-
     litellm_params: dict[str, Any]
     """``model`` (what the backend calls it, after ``openai/`` or ``hosted_vllm/``), ``api_base`` (its URL, such as
     ``http://host:8000/v1``), ``api_key`` (or ``os.environ/NAME``), ``timeout`` (seconds without a byte),
     ``extra_headers``, ``extra_body``; and sampling parameters, sent where the agent gives none."""
-
     model_info: NotRequired[dict[str, Any]]
     """``ask_for``: what this backend can be asked for (``token_ids``, ``logprobs``, ``usage``). Not given: the proxy
     finds out by asking."""
@@ -65,7 +65,6 @@ class ModelBackend:
 
 
 _OPENAI_URL = "https://api.openai.com/v1"
-_TIMEOUT_SECONDS = 600.0
 _OPENAI_SHAPED = frozenset({"openai", "hosted_vllm", "vllm", "openai_like", "custom_openai", "litellm_proxy"})
 """Prefixes of ``model`` that only say that the backend has OpenAI's API."""
 _OTHER_APIS = frozenset({
@@ -76,7 +75,26 @@ _SAMPLING = frozenset({
     "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "min_p", "n", "presence_penalty",
     "reasoning_effort", "response_format", "seed", "stop", "temperature", "top_k", "top_p", "user",
 })  # fmt: skip
-_KNOWN = _SAMPLING | {"model", "api_base", "base_url", "api_key", "timeout", "extra_headers", "extra_body"}
+
+
+class _Params(msgspec.Struct, forbid_unknown_fields=True):
+    """The ``litellm_params`` of an entry, without sampling parameters."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    api_base: str | None = None
+    base_url: str | None = None
+    api_key: str | None = None
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 600.0
+    extra_headers: dict[str, Any] | None = None
+    extra_body: dict[str, Any] | None = None
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """An entry of a model list."""
+
+    model_name: Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^*]*$")]
+    litellm_params: dict[str, Any]
+    model_info: dict[str, Any] | None = None
 
 
 def backends_of(model_list: Sequence[ModelConfig | dict[str, Any]]) -> dict[str, tuple[ModelBackend, ...]]:
@@ -95,50 +113,50 @@ def backends_of(model_list: Sequence[ModelConfig | dict[str, Any]]) -> dict[str,
 
 
 def _backend_of(entry: ModelConfig | dict[str, Any], where: str, taken: set[str]) -> ModelBackend:
-    _check_keys(entry, {"model_name", "litellm_params", "model_info"}, where)
-    model_name = _text(entry, "model_name", where)
-    if "*" in model_name:
-        raise InvalidValue(f"{where} has the model_name {model_name!r}; name each model, patterns are not understood")
-    params = _table(entry, "litellm_params", where)
-    _check_keys(params, _KNOWN, f"{where}['litellm_params']")
-    upstream_model, provider = _upstream_model(_text(params, "model", where), where)
-    base_url = _base_url(params, provider, where)
-    address = urlsplit(base_url).netloc
-    plain = f"{upstream_model}@{address}"
+    try:
+        known = msgspec.convert(entry, _Entry)
+        sampling = {key: value for key, value in known.litellm_params.items() if key in _SAMPLING}
+        others = {key: value for key, value in known.litellm_params.items() if key not in _SAMPLING}
+        params = msgspec.convert(others, _Params)
+    except msgspec.ValidationError as error:  # says no value
+        raise InvalidValue(
+            f"{where} is not understood: {error}. It has a model_name (of one model, not a pattern), litellm_params "
+            f"({', '.join(_Params.__struct_fields__)}, {', '.join(sorted(_SAMPLING))}), and may have model_info"
+        ) from error
+    upstream_model, provider = _upstream_model(params.model, where)
+    base_url = _base_url(params.api_base or params.base_url, provider, where)
+    plain = f"{upstream_model}@{urlsplit(base_url).netloc}"
     names = itertools.chain([plain], (f"{plain}#{number}" for number in itertools.count(2)))
-    ask_for = _table(entry, "model_info", where, optional=True).get("ask_for")
+    ask_for = (known.model_info or {}).get("ask_for")
     return ModelBackend(
         name=next(name for name in names if name not in taken),
-        model_name=model_name,
+        model_name=known.model_name,
         upstream_model=upstream_model,
         base_url=base_url,
-        api_key=_api_key(params, base_url, where),
-        timeout_seconds=_seconds(params.get("timeout", _TIMEOUT_SECONDS), where),
-        headers={str(key): str(value) for key, value in _table(params, "extra_headers", where, optional=True).items()},
-        defaults={key: value for key, value in params.items() if key in _SAMPLING},
-        overrides=_table(params, "extra_body", where, optional=True),
+        api_key=_api_key(params.api_key, base_url, where),
+        timeout_seconds=params.timeout,
+        headers={key: str(value) for key, value in (params.extra_headers or {}).items()},
+        defaults=sampling,
+        overrides=params.extra_body or {},
         capture=None if ask_for is None else check_capture_fields(ask_for, f"ask_for of {where}"),
     )
 
 
 def _upstream_model(model: str, where: str) -> tuple[str, str | None]:
     """Return what the backend calls the model, and the provider that the entry names before it."""
-    provider, slash, rest = model.partition("/")
-    if slash and provider in _OTHER_APIS:
+    provider, _, rest = model.partition("/")
+    if rest and provider in _OTHER_APIS:
         raise InvalidValue(
             f"{where} has the model {model!r}: {provider} has an API of its own, and this proxy translates none; "
             "put an OpenAI-compatible endpoint in front of it and write openai/MODEL with its api_base"
         )
-    if slash and provider in _OPENAI_SHAPED and rest:
-        return rest, provider
-    return model, None
+    return (rest, provider) if rest and provider in _OPENAI_SHAPED else (model, None)
 
 
-def _base_url(params: Mapping[str, Any], provider: str | None, where: str) -> str:
-    given = params.get("api_base") or params.get("base_url")
+def _base_url(given: str | None, provider: str | None, where: str) -> str:
     if given is None and provider == "openai":
         given = os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL
-    if not isinstance(given, str):
+    if given is None:
         raise InvalidValue(f"{where} has no api_base; give the backend's URL, such as http://127.0.0.1:8000/v1")
     try:
         parts = urlsplit(given)
@@ -154,16 +172,15 @@ def _base_url(params: Mapping[str, Any], provider: str | None, where: str) -> st
     return given.rstrip("/")
 
 
-def _api_key(params: Mapping[str, Any], base_url: str, where: str) -> str | None:
-    key = params.get("api_key")
-    if isinstance(key, str) and key.startswith("os.environ/"):
+def _api_key(key: str | None, base_url: str, where: str) -> str | None:
+    if key is not None and key.startswith("os.environ/"):
         name = key.removeprefix("os.environ/")
         key = os.environ.get(name)
         if not key:
             raise InvalidValue(f"{where} takes its api_key from the environment variable {name}, which is not set")
     if key is None and base_url == _OPENAI_URL:
         key = os.environ.get("OPENAI_API_KEY")
-    if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+    if key is not None and not (key.isascii() and key.isprintable()):
         raise InvalidValue(f"{where} has an api_key that no HTTP header can carry")
     return key or None
 
@@ -178,36 +195,6 @@ def check_capture_fields(given: object, where: str) -> frozenset[CaptureField]:
     if not is_list or not set(cast("Collection[Any]", given)) <= CAPTURE_FIELDS:
         raise InvalidValue(f"{where} is {given!r}; give a list of some of {', '.join(sorted(CAPTURE_FIELDS))}")
     return frozenset(cast("Collection[CaptureField]", given))
-
-
-def _seconds(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise InvalidValue(f"{where} has timeout={value!r}; give seconds above 0")
-    return float(value)
-
-
-def _text(table: Mapping[str, Any], key: str, where: str) -> str:
-    value = table.get(key)
-    if not isinstance(value, str) or not value:
-        raise InvalidValue(f"{where} has {key}={value!r}; give a string")
-    return value
-
-
-def _table(table: Mapping[str, Any], key: str, where: str, *, optional: bool = False) -> dict[str, Any]:
-    value = table.get(key)
-    if value is None and optional:
-        return {}
-    if not isinstance(value, dict):
-        raise InvalidValue(f"{where} has {key} of type {type(value).__name__}; give a dict")
-    return cast("dict[str, Any]", value)
-
-
-def _check_keys(table: Any, known: set[str] | frozenset[str], where: str) -> None:
-    if not isinstance(table, dict):
-        raise InvalidValue(f"{where} is a {type(table).__name__}; give a dict")
-    unknown = sorted(str(key) for key in set(cast("dict[Any, Any]", table)) - known)
-    if unknown:
-        raise InvalidValue(f"{where} has {', '.join(unknown)}, which the proxy does not know; it knows {sorted(known)}")
 
 
 def read_model_list(path: Path) -> list[ModelConfig]:
@@ -235,11 +222,7 @@ def read_model_list(path: Path) -> list[ModelConfig]:
 
 
 def model_of_word(word: str, api_key: str | None) -> ModelConfig:
-    """Make an entry of the model list from ``NAME=URL``.
-
-    Args:
-        word: the model's name and the backend's URL.
-        api_key: the backend's key, or ``os.environ/NAME``.
+    """Make an entry of the model list from ``NAME=URL`` and the backend's key, or ``os.environ/NAME``.
 
     Raises:
         InvalidValue: ``word`` does not have that form.

@@ -183,12 +183,8 @@ class ProxySession:
         if self._store() is None:
             raise ProxyError(503, "no_store", "The proxy has no store to record this call in; give it one (set_store).")
         if self.delivery.is_full:
-            raise ProxyError(
-                503,
-                "store_behind",
-                f"{self.delivery.waiting:,} recorded calls wait for the store; repeat this one later.",
-                retry_after_seconds=1.0,
-            )
+            why = f"{self.delivery.waiting:,} recorded calls wait for the store; repeat this one later."
+            raise ProxyError(503, "store_behind", why, retry_after_seconds=1.0)
 
     def record(self, record: CallRecord) -> asyncio.Future[None] | None:
         """Record a call that has ended.

@@ -75,22 +75,18 @@ class Routing:
         """
         known = self._backends.get(model)
         if known is None:
-            raise ProxyError(
-                404,
-                "model_not_found",
-                f"The model {model!r} does not exist here; this proxy serves: {', '.join(self._backends) or 'none'}",
-                param="model",
-            )
-        if len(known) == 1:
-            return [known[0]]
-        if rollout_id is None:
+            why = f"The model {model!r} does not exist here; this proxy serves: {', '.join(self._backends) or 'none'}"
+            raise ProxyError(404, "model_not_found", why, param="model")
+        if rollout_id is None or len(known) == 1:
             first = next(self._turns) % len(known)
             ordered = [*known[first:], *known[:first]]
         else:
-            ordered = sorted(known, key=lambda backend: _weight(backend.name, rollout_id))
+            ordered = sorted(
+                known, key=lambda each: blake2b(f"{each.name}\0{rollout_id}".encode(), digest_size=8).digest()
+            )
         if self._cooling_until:
             now = self._clock()
-            ordered.sort(key=lambda backend: self._cooling_until.get(backend.name, 0.0) > now)
+            ordered.sort(key=lambda each: self._cooling_until.get(each.name, 0.0) > now)
         return ordered
 
     def failed(self, backend: ModelBackend) -> None:
@@ -100,10 +96,6 @@ class Routing:
     def answered(self, backend: ModelBackend) -> None:
         """Try this backend first again where it comes first."""
         self._cooling_until.pop(backend.name, None)
-
-
-def _weight(backend: str, rollout_id: str) -> bytes:
-    return blake2b(f"{backend}\0{rollout_id}".encode(), digest_size=8).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +173,8 @@ class Upstream:
                 reply, pause = f"answered {status}", max(pause, wished)
             routing.failed(backend)
             if is_last:
-                raise ProxyError(
-                    502,
-                    "backend_unreachable",
-                    f"The backend {backend.name} {reply} (tried {number + 1} times); is it running?",
-                )
+                why = f"The backend {backend.name} {reply} (tried {number + 1} times); is it running?"
+                raise ProxyError(502, "backend_unreachable", why)
             _logger.info("backend %s %s; retry %d of %d follows", backend.name, reply, number + 1, self._num_retries)
             await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
@@ -198,12 +187,11 @@ class Upstream:
             return f"cannot be reached within {_CONNECT_SECONDS:g} s"
         except TimeoutError as error:
             # Not retried: the backend may still be generating, and a repeat would double its load.
-            raise ProxyError(
-                504,
-                "backend_timeout",
+            why = (
                 f"The backend {backend.name} sent nothing for {backend.timeout_seconds:g} s; "
-                "raise the 'timeout' of its entry in the model list if that is too short.",
-            ) from error
+                "raise the 'timeout' of its entry in the model list if that is too short."
+            )
+            raise ProxyError(504, "backend_timeout", why) from error
         except aiohttp.ClientError as error:
             _logger.debug("backend %s: %s", backend.name, error)
             return f"cannot be reached: {type(error).__name__}"
@@ -222,11 +210,8 @@ class Upstream:
             status = response.status
             if 300 <= status < 400:
                 response.close()
-                raise ProxyError(
-                    502,
-                    "backend_redirected",
-                    f"The backend {backend.name} answered with a redirect; give the URL that it leads to as api_base.",
-                )
+                why = f"The backend {backend.name} answered with a redirect; give the URL that it leads to as api_base."
+                raise ProxyError(502, "backend_redirected", why)
             if backend.capture is not None:  # the operator said what it accepts: an error is about the request
                 return UpstreamReply(response, backend, fields)
             if status in _ABOUT_THE_REQUEST and not self._are_accepted(backend, dialect, fields):
@@ -239,11 +224,8 @@ class Upstream:
                 for each in fields | refused:
                     self._accepts[backend.name, dialect.name, each] = each in fields
                 if refused:
-                    _logger.warning(
-                        "backend %s cannot be asked for %s; spans of its calls will lack that",
-                        backend.name,
-                        ", ".join(sorted(refused)),
-                    )
+                    names = ", ".join(sorted(refused))
+                    _logger.warning("backend %s cannot be asked for %s; its spans will lack that", backend.name, names)
             return UpstreamReply(response, backend, fields)
 
     def _are_accepted(self, backend: ModelBackend, dialect: WireDialect, fields: Iterable[CaptureField]) -> bool:

@@ -69,7 +69,7 @@ def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ("params", "text"),
     [
         ({"model": "anthropic/claude"}, "anthropic has an API of its own"),
-        ({"model": ""}, "model=''"),
+        ({"model": ""}, "length >= 1.*model"),
         ({"model": "hosted_vllm/m", "api_base": None}, "no api_base"),
         ({"api_base": "gpu:8000"}, "give a URL such as"),
         ({"api_base": "http://gpu:x/v1"}, "is no URL"),
@@ -77,11 +77,11 @@ def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"api_base": "http://gpu/v1?key=sk-secret"}, "has a query"),
         ({"api_key": "os.environ/AGL_NO_SUCH"}, "AGL_NO_SUCH, which is not set"),
         ({"api_key": "sk-secret\n"}, "no HTTP header can carry"),
-        ({"api_key": 3}, "no HTTP header can carry"),
-        ({"timeout": 0}, "seconds above 0"),
-        ({"timeout": True}, "seconds above 0"),
-        ({"rpm": 3}, "has rpm, which the proxy does not know"),
-        ({"extra_body": 3}, "extra_body of type int"),
+        ({"api_key": 3}, "got `int`.*api_key"),
+        ({"timeout": 0}, "> 0.*timeout"),
+        ({"timeout": True}, "got `bool`.*timeout"),
+        ({"rpm": 3}, "unknown field `rpm`.*litellm_params .*timeout.*seed"),
+        ({"extra_body": 3}, "got `int`.*extra_body"),
     ],
 )
 def test_what_is_not_understood_is_refused_and_no_key_is_shown(params: dict[str, Any], text: str) -> None:
@@ -94,11 +94,11 @@ def test_what_is_not_understood_is_refused_and_no_key_is_shown(params: dict[str,
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        (3, "is a int"),
-        ({}, "model_name=None"),
-        ({"model_name": "*", "litellm_params": {}}, "patterns are not understood"),
-        ({"model_name": "p"}, "litellm_params of type NoneType"),
-        ({"model_name": "p", "litellm_params": {}, "weight": 2}, "has weight, which"),
+        (3, "got `int`"),
+        ({}, "missing required field `model_name`"),
+        ({"model_name": "*", "litellm_params": {}}, "of one model, not a pattern"),
+        ({"model_name": "p"}, "missing required field `litellm_params`"),
+        ({"model_name": "p", "litellm_params": {}, "weight": 2}, "unknown field `weight`"),
         (
             {"model_name": "p", "litellm_params": {"model": "m", "api_base": URL}, "model_info": {"ask_for": ["x"]}},
             "ask_for",

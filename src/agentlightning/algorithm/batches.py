@@ -76,50 +76,29 @@ async def enqueue_inputs(
     Raises:
         IdReused: a rollout exists with another input.
     """
-    run, config = algorithm.get_run(), algorithm.get_rollout_config()
-    requests = [
-        EnqueueRolloutRequest(
-            input=each,
-            mode=mode,
-            resources_id=resources_id,
-            config=config,
-            rollout_id=None if run is None else run.rollout_id(step, index, kind),
-        )
-        for index, each in enumerate(inputs, first_index)
-    ]
-    return await enqueue_once(algorithm.get_store(), requests)
-
-
-async def enqueue_once(store: LightningStore, requests: Sequence[EnqueueRolloutRequest]) -> list[str]:
-    """Enqueue the rollouts that do not exist yet, and return the ids of all, in order.
-
-    A rollout that exists is left as it is, in any status.
-
-    Args:
-        requests: those with a ``rollout_id`` may exist already.
-
-    Raises:
-        IdReused: a rollout exists with another input.
-    """
-    named = [request.rollout_id for request in requests if request.rollout_id is not None]
-    known: dict[str, Rollout] = {}
-    for some in batch_iter_over_dataset(named, _WRITES_AT_ONCE):
+    store, run, config = algorithm.get_store(), algorithm.get_run(), algorithm.get_rollout_config()
+    ids = [None if run is None else run.rollout_id(step, first_index + index, kind) for index in range(len(inputs))]
+    known: dict[str | None, Rollout] = {}
+    for some in batch_iter_over_dataset([each for each in ids if each is not None], _WRITES_AT_ONCE):
         known |= {rollout.rollout_id: rollout for rollout in await store.query_rollouts(rollout_id_in=some)}
     fresh: list[EnqueueRolloutRequest] = []
-    for request in requests:
-        rollout = known.get(request.rollout_id or "")
-        if rollout is None:
-            fresh.append(request)
-        elif rollout.input != request.input:
+    for rollout_id, each in zip(ids, inputs, strict=True):
+        if rollout_id not in known:
+            fresh.append(
+                EnqueueRolloutRequest(
+                    input=each, mode=mode, resources_id=resources_id, config=config, rollout_id=rollout_id
+                )
+            )
+        elif known[rollout_id].input != each:
             raise IdReused(
-                f"rollout {rollout.rollout_id!r} exists with the input {rollout.input!r:.80}, not "
-                f"{request.input!r:.80}; the run of that name was begun with other tasks: give this one another name"
+                f"rollout {rollout_id!r} exists with the input {known[rollout_id].input!r:.80}, not {each!r:.80}; "
+                "the run of that name was begun with other tasks: give this one another name"
             )
     new_ids: list[str] = []
     for some in batch_iter_over_dataset(fresh, _WRITES_AT_ONCE):
         new_ids += [rollout.rollout_id for rollout in await store.enqueue_many_rollouts(some)]
     made = iter(new_ids)
-    return [request.rollout_id if request.rollout_id in known else next(made) for request in requests]
+    return [rollout_id if rollout_id is not None and rollout_id in known else next(made) for rollout_id in ids]
 
 
 @dataclass(frozen=True)

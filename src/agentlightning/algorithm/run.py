@@ -74,18 +74,9 @@ class Run:
                 f"the run name {name!r} does not fit into ids and file names; use 1 to 80 letters, digits, '.', "
                 "'_', '~' and '-', beginning with a letter or digit"
             )
-        self._name = name
-        self._path = Path(folder) / f"{name}.checkpoint.json"
-
-    @property
-    def name(self) -> str:
-        """The name."""
-        return self._name
-
-    @property
-    def checkpoint_path(self) -> Path:
+        self.name = name
+        self.checkpoint_path = Path(folder) / f"{name}.checkpoint.json"
         """The file of the checkpoint, if one was saved."""
-        return self._path
 
     def rollout_id(self, step: int, index: int, kind: str = "") -> str:
         """Return the id of the rollout at this place of the run: always the same one.
@@ -94,7 +85,7 @@ class Run:
             step, index: where it is; numbers of at most 15 digits.
             kind: separates rollouts of one step that are counted independently, such as ``val``.
         """
-        return f"{self._name}:{kind}{step}:{index}"
+        return f"{self.name}:{kind}{step}:{index}"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return what was saved last; None if nothing was.
@@ -102,15 +93,15 @@ class Run:
         Raises:
             InvalidValue: the file is not a checkpoint. It is not overwritten for that reason.
         """
-        if not self._path.exists():
+        if not self.checkpoint_path.exists():
             return None
         try:
-            checkpoint = json.loads(self._path.read_text(encoding="utf-8"))
+            checkpoint = json.loads(self.checkpoint_path.read_text(encoding="utf-8"))
             if not isinstance(checkpoint, dict):
                 raise ValueError("it is not a JSON object")
         except ValueError as error:
             raise InvalidValue(
-                f"{self._path} is not a checkpoint: {error}; move it away to begin the run from the start"
+                f"{self.checkpoint_path} is not a checkpoint: {error}; move it away to begin the run from the start"
             ) from error
         return cast("dict[str, Any]", checkpoint)
 
@@ -125,18 +116,18 @@ class Run:
             text = json.dumps(checkpoint, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidValue(f"the checkpoint is not JSON: {error}") from error
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.checkpoint_path.with_name(f"{self.checkpoint_path.name}.{os.getpid()}.tmp")
         try:
             with unfinished.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(self._path)
+            unfinished.replace(self.checkpoint_path)
         finally:
             unfinished.unlink(missing_ok=True)
         # The rename is durable only once the folder is on the disk, too.
-        folder = os.open(self._path.parent, os.O_RDONLY)
+        folder = os.open(self.checkpoint_path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -157,10 +148,10 @@ async def prepare_to_resume(store: LightningStore, process_space: str | None, *,
         hold_claims()
     await end_lost_workers(store, process_space)
     if behind_proxy:
-        resources = _ResourcesReader(store)
+        resources_of = _resources_reader(store)
 
         async def requeue(rollout: Rollout) -> None:
-            if any(isinstance(each, ProxyLLM) for each in (await resources.of(rollout)).values()):
+            if any(isinstance(each, ProxyLLM) for each in (await resources_of(rollout)).values()):
                 await _update(store, rollout)
 
         await _for_each(await store.query_rollouts(status_in=_CLAIMED), requeue)
@@ -181,7 +172,8 @@ async def end_lost_workers(store: LightningStore, process_space: str | None) -> 
     """
     others: set[str] = set()
     for worker in await store.query_workers(status_in=_ALIVE):
-        if not _is_gone(worker, process_space):
+        pid = local_pid(worker, process_space)
+        if pid is None or psutil.pid_exists(pid):
             others.add(worker.worker_id)
             continue
         attempts = await store.report_worker_lost(
@@ -189,11 +181,6 @@ async def end_lost_workers(store: LightningStore, process_space: str | None) -> 
         )
         _logger.info("worker %s of an earlier start is gone; %d attempts ended", worker.worker_id, len(attempts))
     return others
-
-
-def _is_gone(worker: Worker, process_space: str | None) -> bool:
-    pid = local_pid(worker, process_space)
-    return pid is not None and not psutil.pid_exists(pid)
 
 
 def local_pid(worker: Worker, process_space: str | None) -> int | None:
@@ -233,11 +220,11 @@ async def reassign_unfinished(
     if run is None:
         return
     prefix = run.rollout_id(0, 0).removesuffix("0:0")
-    reader = _ResourcesReader(store)
+    resources_of = _resources_reader(store)
 
     async def reassign(rollout: Rollout) -> None:
         new = resources(rollout.mode)
-        if rollout.rollout_id.startswith(prefix) and await reader.of(rollout) != new.resources:
+        if rollout.rollout_id.startswith(prefix) and await resources_of(rollout) != new.resources:
             await _update(store, rollout, resources_id=new.resources_id)
 
     found = await store.query_rollouts(status_in=[*_QUEUED, *_CLAIMED], rollout_id_contains=prefix)
@@ -346,14 +333,14 @@ class ProxyMove:
 
     async def _readdress(self, proxy: ModelProxy) -> None:
         """Publish a copy of each version of resources that has an old address, and give it to its rollouts."""
-        store, reader = self._store, _ResourcesReader(self._store)
+        store, resources_of = self._store, _resources_reader(self._store)
         queued = await store.query_rollouts(status_in=_QUEUED)
         new_ids: dict[tuple[str | None, int | None], str | None] = {}
         latest = await store.get_latest_resources()
         for rollout in queued:
             version = (rollout.resources_id, rollout.resources_version)
             if version not in new_ids:
-                before = await reader.of(rollout)
+                before = await resources_of(rollout)
                 after = _readdressed(before, proxy)
                 new_ids[version] = None if after == before else (await store.add_resources(after)).resources_id
         if latest is not None and any(new_ids.values()):
@@ -380,22 +367,20 @@ def _readdressed(resources: NamedResources, proxy: ModelProxy) -> NamedResources
     return {name: readdress(resource) for name, resource in resources.items()}
 
 
-class _ResourcesReader:
-    """Reads the resources that rollouts were enqueued with. A version never changes, so each is read once."""
+def _resources_reader(store: LightningStore) -> Callable[[Rollout], Awaitable[NamedResources]]:
+    """Return what reads the resources of a rollout; empty if it has none of its own, or they were deleted."""
+    known: dict[tuple[str, int | None], NamedResources] = {}  # a version never changes, so each is read once
 
-    def __init__(self, store: LightningStore) -> None:
-        self._store = store
-        self._known: dict[tuple[str, int | None], NamedResources] = {}
-
-    async def of(self, rollout: Rollout) -> NamedResources:
-        """Return the resources of a rollout; empty if it has none of its own, or they were deleted."""
+    async def read(rollout: Rollout) -> NamedResources:
         if rollout.resources_id is None:
             return {}
         key = (rollout.resources_id, rollout.resources_version)
-        if key not in self._known:
-            found = await self._store.get_resources_by_id(rollout.resources_id, version=rollout.resources_version)
-            self._known[key] = {} if found is None else found.resources
-        return self._known[key]
+        if key not in known:
+            found = await store.get_resources_by_id(rollout.resources_id, version=rollout.resources_version)
+            known[key] = {} if found is None else found.resources
+        return known[key]
+
+    return read
 
 
 async def _for_each(rollouts: Sequence[Rollout], update: Callable[[Rollout], Awaitable[None]]) -> None:

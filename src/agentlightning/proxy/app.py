@@ -131,8 +131,8 @@ class ProxyApp:
         return {
             "status": "paused" if self._session.admission.is_paused else "ok",
             "calls_in_flight": self._session.admission.in_flight,
-            "spans_waiting": self._session.delivery.waiting,
-            "spans_lost": self._session.delivery.lost,
+            "spans_waiting": self._session.spans_waiting,
+            "spans_lost": self._session.spans_lost,
         }
 
     async def _pause(self, request: Request) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class LLMProxy:
             routing = Routing(backends_of(self._model_list))
             upstream = Upstream(client, routing, num_retries=settings.num_retries, capture=settings.capture)
             session = self._session = ProxySession(settings, upstream, self.get_store, self._versions)
-            session.delivery.start()
+            session.start()
             try:
                 yield ProxyApp(session, ProxyAccess(self._api_key, self._control_key))
             finally:

@@ -17,7 +17,6 @@ from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
 from agentlightning.proxy.upstream import Upstream
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.tracer.sender import Recording, SpanSender
-from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
 
@@ -70,81 +69,10 @@ class _CurrentStore(ForwardingStore):
         return store
 
 
-class CallDelivery:
-    """Delivers the spans of calls to the store, in batches, while calls go on. Used by one event loop.
-
-    Args:
-        store: returns where spans go; called before each batch, because the store may be replaced.
-        max_waiting_bytes: how much may wait before ``is_full``.
-    """
-
-    def __init__(self, store: Callable[[], LightningStore | None], *, max_waiting_bytes: int) -> None:
-        self._store = _CurrentStore(store)
-        self._sender = SpanSender(patience_seconds=math.inf)
-        self._max_waiting_bytes = max_waiting_bytes
-        self._waiting: dict[asyncio.Future[None], int] = {}
-        self._waiting_bytes = 0
-        self._left_over = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to store spans."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._sender.work(), name="agl-proxy-spans")
-
-    @property
-    def lost(self) -> int:
-        """Spans that the store refused for good, or that were left over at the end."""
-        return self._sender.refused + self._left_over
-
-    @property
-    def waiting(self) -> int:
-        """How many spans the store has not accepted yet."""
-        return len(self._waiting)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits that no more calls should be taken."""
-        return self._waiting_bytes >= self._max_waiting_bytes
-
-    def put(self, span: PlainSpan, size: int) -> asyncio.Future[None]:
-        """Queue one span of about ``size`` bytes. What is returned is done once the store has accepted or refused it,
-        and need not be awaited."""
-        recording = Recording(
-            lambda span, _rollout, _attempt: span, self._store, span.rollout_id, span.attempt_id, size_bytes=size
-        )
-        recording.add(span)
-        done = asyncio.wrap_future(self._sender.flush(recording))
-        self._waiting[done] = size
-        self._waiting_bytes += size
-        done.add_done_callback(self._end)
-        return done
-
-    def _end(self, done: asyncio.Future[None]) -> None:
-        self._waiting_bytes -= self._waiting.pop(done)
-
-    async def close(self, timeout_seconds: float) -> int:
-        """Store what waits, for at most ``timeout_seconds``, and end. Returns how many spans are lost in all."""
-        if self._waiting:
-            _, left = await asyncio.wait(self._waiting, timeout=timeout_seconds)
-            if left:
-                self._left_over += len(left)
-                _logger.error(
-                    "%d spans of model calls are lost: the store did not take them within %g s of the proxy's end",
-                    len(left),
-                    timeout_seconds,
-                )
-            for each in left:
-                each.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        return self.lost
-
-
 class ProxySession:
-    """The shared parts of a running proxy. Used by one event loop.
+    """The shared parts of a running proxy, and the delivery of its spans in batches, while calls go on.
+
+    Used by one event loop.
 
     Args:
         settings: how the proxy behaves.
@@ -164,9 +92,28 @@ class ProxySession:
         self.upstream = upstream
         self.versions = versions
         self.admission = CallAdmission(settings.max_calls)
-        self.delivery = CallDelivery(store, max_waiting_bytes=settings.max_waiting_bytes)
-        self._store = store
+        self._find_store = store
+        self._store = _CurrentStore(store)
         self._is_store_behind = False
+        self._sender = SpanSender(patience_seconds=math.inf)
+        self._sending: asyncio.Task[None] | None = None
+        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._waiting_bytes = 0
+        self._left_over = 0
+
+    def start(self) -> None:
+        """Begin to store spans."""
+        self._sending = asyncio.create_task(self._sender.work(), name="agl-proxy-spans")
+
+    @property
+    def spans_waiting(self) -> int:
+        """How many spans the store has not accepted yet."""
+        return len(self._waiting)
+
+    @property
+    def spans_lost(self) -> int:
+        """Spans that the store refused for good, or that were left over at the end."""
+        return self._sender.refused + self._left_over
 
     def version_of(self, model: str) -> str | None:
         """Return the version of the weights that answer for a model, if somebody named it."""
@@ -180,10 +127,10 @@ class ProxySession:
         """
         if origin is None:
             return
-        if self._store() is None:
+        if self._find_store() is None:
             raise ProxyError(503, "no_store", "The proxy has no store to record this call in; give it one (set_store).")
-        if self.delivery.is_full:
-            why = f"{self.delivery.waiting:,} recorded calls wait for the store; repeat this one later."
+        if self._waiting_bytes >= self.settings.max_waiting_bytes:
+            why = f"{self.spans_waiting:,} recorded calls wait for the store; repeat this one later."
             raise ProxyError(503, "store_behind", why, retry_after_seconds=1.0)
 
     def record(self, record: CallRecord) -> asyncio.Future[None] | None:
@@ -195,7 +142,17 @@ class ProxySession:
         record.ended = time.perf_counter()
         if record.origin is None:
             return None
-        return self.delivery.put(span_of(record), record.span_bytes())
+        size = record.span_bytes()
+        recording = Recording(lambda span, _rollout, _attempt: span, self._store, *record.origin[:2], size_bytes=size)
+        recording.add(span_of(record))
+        done = asyncio.wrap_future(self._sender.flush(recording))
+        self._waiting[done] = size
+        self._waiting_bytes += size
+        done.add_done_callback(self._end_waiting)
+        return done
+
+    def _end_waiting(self, done: asyncio.Future[None]) -> None:
+        self._waiting_bytes -= self._waiting.pop(done)
 
     async def record_and_wait(self, record: CallRecord) -> None:
         """Record a call that has ended, and wait ``record_wait_seconds`` at most until the store has accepted it."""
@@ -216,10 +173,22 @@ class ProxySession:
 
     async def close(self) -> None:
         """Admit no new calls, let those in flight end, and bring all spans to the store."""
+        grace = self.settings.grace_seconds
         self.admission.close()
-        left = await self.admission.wait_idle(self.settings.grace_seconds)
+        left = await self.admission.wait_idle(grace)
         if left:
             _logger.warning("the proxy is stopped; %d calls that are still in flight are cancelled", left)
             self.admission.cancel_calls()
             await self.admission.wait_idle(_CANCEL_SECONDS + self.settings.record_wait_seconds)
-        await self.delivery.close(self.settings.grace_seconds)
+        if self._waiting:
+            _, late = await asyncio.wait(self._waiting, timeout=grace)
+            if late:
+                self._left_over += len(late)
+                why = "the store did not take them within %g s of the proxy's end"
+                _logger.error(f"%d spans of model calls are lost: {why}", len(late), grace)
+            for each in late:
+                each.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.gather(self._sending, return_exceptions=True)
+            self._sending = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from agentlightning.semconv import AGL_REWARD, LightningSpanAttributes, RewardAttributes, RewardPydanticModel
@@ -78,30 +79,16 @@ def find_final_reward(spans: Sequence[SpanLike]) -> float | None:
 def _old_value(name: str, attributes: Mapping[str, Any]) -> float | None:
     if name == AGL_REWARD and _OLD_VALUE in attributes:
         return _number(attributes[_OLD_VALUE])
-    for key in _AGENTOPS_OUTPUTS:
-        if key in attributes:
-            return _agentops_value(attributes[key])
+    output: Any = next((attributes[key] for key in _AGENTOPS_OUTPUTS if key in attributes), None)
+    with suppress(TypeError, ValueError):  # what a function returns need not be JSON
+        told: Any = json.loads(output)
+        if isinstance(told, dict) and cast("dict[str, Any]", told).get("type") == "reward":
+            return _number(cast("dict[str, Any]", told).get("value"))
     return None
 
 
-def _agentops_value(output: Any) -> float | None:
-    if not isinstance(output, str):
-        return None
-    try:
-        told: Any = json.loads(output)
-    except ValueError:  # what a function returns need not be JSON
-        return None
-    if not isinstance(told, dict):
-        return None
-    fields = cast("dict[str, Any]", told)
-    return _number(fields.get("value")) if fields.get("type") == "reward" else None
-
-
 def _number(value: Any) -> float | None:
-    if not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None

@@ -76,13 +76,9 @@ class SpanContext(BaseModel):
     @classmethod
     def from_opentelemetry(cls, src: otel.SpanContext) -> SpanContext:
         """Return the same context as a record of ours."""
-        return cls(
-            trace_id=format_trace_id(src.trace_id),
-            span_id=format_span_id(src.span_id),
-            is_remote=src.is_remote,
-            trace_state=dict(src.trace_state) if src.trace_state else {},
-            **extract_extra_fields(src, list(cls.model_fields)),
-        )
+        state = dict(src.trace_state) if src.trace_state else {}
+        ids = {"trace_id": format_trace_id(src.trace_id), "span_id": format_span_id(src.span_id)}
+        return cls(**ids, is_remote=src.is_remote, trace_state=state, **extract_extra_fields(src, [*cls.model_fields]))
 
 
 class TraceStatus(BaseModel):
@@ -97,11 +93,8 @@ class TraceStatus(BaseModel):
     @classmethod
     def from_opentelemetry(cls, src: otel.Status) -> TraceStatus:
         """Return the same status as a record of ours."""
-        return cls(
-            status_code=src.status_code.name,
-            description=src.description,
-            **extract_extra_fields(src, list(cls.model_fields)),
-        )
+        extra = extract_extra_fields(src, [*cls.model_fields])
+        return cls(status_code=src.status_code.name, description=src.description, **extra)
 
 
 class Event(BaseModel):
@@ -116,12 +109,9 @@ class Event(BaseModel):
     @classmethod
     def from_opentelemetry(cls, src: otel_sdk.Event) -> Event:
         """Return the same event as a record of ours."""
-        return cls(
-            name=src.name,
-            attributes=convert_attributes(src.attributes),
-            timestamp=convert_timestamp(src.timestamp),
-            **extract_extra_fields(src, list(cls.model_fields)),
-        )
+        attributes, timestamp = convert_attributes(src.attributes), convert_timestamp(src.timestamp)
+        extra = extract_extra_fields(src, [*cls.model_fields])
+        return cls(name=src.name, attributes=attributes, timestamp=timestamp, **extra)
 
 
 class Link(BaseModel):
@@ -135,11 +125,9 @@ class Link(BaseModel):
     @classmethod
     def from_opentelemetry(cls, src: otel.Link) -> Link:
         """Return the same link as a record of ours."""
-        return cls(
-            context=SpanContext.from_opentelemetry(src.context),
-            attributes=None if src.attributes is None else convert_attributes(src.attributes),
-            **extract_extra_fields(src, list(cls.model_fields)),
-        )
+        attributes = None if src.attributes is None else convert_attributes(src.attributes)
+        extra = extract_extra_fields(src, [*cls.model_fields])
+        return cls(context=SpanContext.from_opentelemetry(src.context), attributes=attributes, **extra)
 
 
 class OtelResource(BaseModel):
@@ -244,7 +232,7 @@ class Span(BaseModel):
             context=own_context,
             parent=parent,
             resource=OtelResource.from_opentelemetry(src.resource),
-            **extract_extra_fields(src, list(cls.model_fields)),
+            **extract_extra_fields(src, [*cls.model_fields]),
         )
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.adapter.adapters import TraceToMessages
-from agentlightning.algorithm.batches import enqueue_once
+from agentlightning.algorithm.batches import enqueue_inputs
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore
-from agentlightning.types import EnqueueRolloutRequest, RolloutConfig
+from agentlightning.types import RolloutConfig
 from scenes import claimed, finish, llm
 
 # --- The base --------------------------------------------------------------------------------------
@@ -236,18 +235,21 @@ async def test_what_has_no_inputs_by_position_is_refused_by_name(dataset: Any) -
 
 async def test_what_exists_is_enqueued_once() -> None:
     async with InMemoryLightningStore() as store:
+        algorithm = agl.Algorithm()
+        algorithm.set_store(store)
 
-        def requests(count: int) -> list[EnqueueRolloutRequest]:
-            return [EnqueueRolloutRequest(input=index, rollout_id=f"r:{index}") for index in range(count)]
+        async def enqueue(*inputs: Any) -> list[str]:
+            return await enqueue_inputs(algorithm, inputs, mode="train", resources_id=None, step=0)
 
-        await enqueue_once(store, requests(2))
+        algorithm.set_run(agl.Run("r", "."))
+        await enqueue(0, 1)
         await finish(store, await claimed(store))
-        assert await enqueue_once(store, requests(3)) == ["r:0", "r:1", "r:2"]
+        assert await enqueue(0, 1, 2) == ["r:0:0", "r:0:1", "r:0:2"]
         assert (await store.query_rollouts()).total == 3
         with pytest.raises(IdReused, match="other tasks"):
-            await enqueue_once(store, [EnqueueRolloutRequest(input="else", rollout_id="r:0")])
-        unnamed = [EnqueueRolloutRequest(input=json.dumps(index)) for index in range(2)]
-        assert len({*await enqueue_once(store, unnamed), *await enqueue_once(store, unnamed)}) == 4
+            await enqueue("else")
+        algorithm.set_run(None)
+        assert len({*await enqueue("0", "1"), *await enqueue("0", "1")}) == 4
 
 
 # --- Leftovers -------------------------------------------------------------------------------------

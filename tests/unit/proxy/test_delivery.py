@@ -14,8 +14,9 @@ from agentlightning.errors import StoreUnavailable
 from agentlightning.proxy.dialects import ChatCompletions
 from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
-from agentlightning.proxy.session import CallDelivery, ProxySession, ProxySettings
-from agentlightning.types.plain_spans import AnySpan, PlainSpan
+from agentlightning.proxy.session import ProxySession, ProxySettings
+from agentlightning.semconv import LLMCallAttributes
+from agentlightning.types.plain_spans import AnySpan
 
 WAIT_SECONDS = 20.0
 CHAT = ChatCompletions()
@@ -41,54 +42,52 @@ class GatedStore(InMemoryLightningStore):
 
 
 @asynccontextmanager
-async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, CallDelivery, CallOrigin]]:
-    """A store with an attempt, and a delivery to it."""
+async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, ProxySession, CallOrigin]]:
+    """A store with an attempt, and a session of a proxy that delivers to it."""
     async with GatedStore() as store:
         rollout = await store.start_rollout({})
-        delivery = CallDelivery(lambda: store, **{"max_waiting_bytes": 10_000, **options})
-        delivery.start()
+        no_upstream = cast("Any", None)
+        session = ProxySession(ProxySettings(grace_seconds=0, **options), no_upstream, lambda: store, {})
+        session.start()
         try:
-            yield store, delivery, CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
+            yield store, session, CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
         finally:
-            await delivery.close(0)
+            await session.close()
 
 
-def span_for(origin: CallOrigin) -> PlainSpan:
-    return span_of(CallRecord(CHAT, origin))
+def recorded(session: ProxySession, origin: CallOrigin, number: int = 0) -> asyncio.Future[None]:
+    """The delivery of a call that has just ended, and is known by its number."""
+    done = session.record(CallRecord(CHAT, origin, retries=number))
+    assert done is not None
+    return done
 
 
 async def test_what_gathers_while_the_store_is_busy_goes_in_one_call() -> None:
-    async with delivering() as (store, delivery, origin):
+    async with delivering() as (store, session, origin):
         store.open.clear()
-        spans = [span_for(origin) for _ in range(10)]
-        accepted = [delivery.put(spans[0], 1)]
+        accepted = [recorded(session, origin)]
         await asyncio.sleep(0)  # the first is on its way
-        accepted += [delivery.put(span, 1) for span in spans[1:]]
-        assert (delivery.waiting, any(each.done() for each in accepted)) == (10, False)
+        accepted += [recorded(session, origin, number) for number in range(1, 10)]
+        assert (session.spans_waiting, any(each.done() for each in accepted)) == (10, False)
         store.open.set()
         await asyncio.gather(*accepted)
         assert store.batches == [1, 9]
         stored = list(await store.query_spans(origin.rollout_id))
-        assert [span.span_id for span in stored] == [span.span_id for span in spans]
+        assert [span.attributes[LLMCallAttributes.RETRIES.value] for span in stored] == list(range(10))
 
 
 async def test_a_store_that_failed_gets_the_same_spans_again_and_keeps_each_once() -> None:
-    async with delivering() as (store, delivery, origin):
+    async with delivering() as (store, session, origin):
         store.failures = [StoreUnavailable("away"), OSError("cable"), RuntimeError("what?")]
-        await delivery.put(span_for(origin), 1)
-        await delivery.put(span_for(origin), 1)
+        await recorded(session, origin)
+        await recorded(session, origin)
         assert len(list(await store.query_spans(origin.rollout_id))) == 2
-        assert await delivery.close(0) == 0
+        await session.close()
+        assert session.spans_lost == 0
 
 
 async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
-    async with GatedStore() as store:
-        rollout = await store.start_rollout({})
-        origin = CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)
-        no_upstream = cast("Any", None)
-        settings = ProxySettings(max_waiting_bytes=1, record_wait_seconds=WAIT_SECONDS)
-        session = ProxySession(settings, no_upstream, lambda: store, {})
-        session.delivery.start()
+    async with delivering(max_waiting_bytes=1, record_wait_seconds=WAIT_SECONDS) as (store, session, origin):
         store.open.clear()
         session.check_can_record(origin)
         recording = asyncio.create_task(session.record_and_wait(CallRecord(CHAT, origin)))
@@ -100,7 +99,6 @@ async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
         store.open.set()
         await recording
         session.check_can_record(origin)
-        await session.close()
 
 
 async def test_a_call_of_nobody_has_no_span() -> None:

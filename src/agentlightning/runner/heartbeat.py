@@ -41,6 +41,8 @@ CONFIRM_SECONDS = 0.25
 _REPORT_SECONDS = 2.0
 """How long a report may take before its claim is confirmed by a call of its own; an overloaded store gets fewer."""
 _LONGEST_RETRY_SECONDS = 1.0
+_STOP_SECONDS = 2.0
+"""How long the end waits for the answer to a beat."""
 _GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total")
 _GPU_SECONDS = 5.0
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._~-]+")
@@ -125,9 +127,10 @@ class Heartbeat:
         self._call_in_loop(lambda: self._wake and self._wake.set())
         thread, self._thread = self._thread, None
         if thread is not None:
+            thread.join(_STOP_SECONDS)
+        self._call_in_loop(lambda: self._task and self._task.cancel())  # of a beat that no server answers
+        if thread is not None:
             thread.join()
-        if self._task is not None and self._loop is not None and not self._loop.is_closed():
-            self._call_in_loop(self._task.cancel)
 
     def beat_now(self) -> None:
         """Beat at once, because the reply may carry an instruction."""
@@ -173,7 +176,15 @@ class Heartbeat:
     # --- In the thread ---------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        self._task = asyncio.current_task()
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            with suppress(asyncio.CancelledError):  # by `stop`
+                await self._beat_until_stopped(self._wake)
+        finally:
+            self._loop = self._wake = None
+
+    async def _beat_until_stopped(self, wake: asyncio.Event) -> None:
         due, first = 0.0, True
         while not self._stopping:
             if self._beat_requested or time.monotonic() >= due:
@@ -188,9 +199,8 @@ class Heartbeat:
             await self._confirm()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - time.monotonic()))):
-                    await self._wake.wait()
-            self._wake.clear()
-        self._loop = self._wake = None
+                    await wake.wait()
+            wake.clear()
 
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""

@@ -273,6 +273,36 @@ def test_a_host_stays_when_its_runner_crashes_on_the_way_out(folder: Path) -> No
     assert len(programs.noted(folder, "runner")) == 1
 
 
+_LATE = """
+import agentlightning as agl
+import execution_programs as programs
+from agentlightning.execution import run
+
+run._JOIN_SECONDS = 1.0
+
+async def late(store, worker_id, event):
+    programs.note(f"runner-{worker_id}")
+    await programs.until(lambda: (programs.folder() / "go").exists())
+    runner = agl.LitAgentRunner(agl.OtelTracer())
+    with runner.run_context(agent=agl.rollout(lambda task: 1.0), store=store):
+        await runner.iter(event=event)
+
+programs.works = late
+"""
+
+
+def test_runners_that_join_just_as_a_run_ends_notice_that_it_is_gone(folder: Path) -> None:
+    """Although each of them would wait 600 s for a server that it knows to come back."""
+    with serving() as server, Host(server.port, folder, _LATE) as host:
+        programs.wait_until(begun(folder, 1), "the runner has begun, and the server does not know it")
+        server.stop_blocking()
+        (folder / "go").touch()
+        host.says("all runners have left (gone); waiting for the next run")
+        with serving(server.port):
+            programs.wait_until(begun(folder, 2), "the runner is at work for the next run")
+            host.end()
+
+
 def test_ctrl_c_ends_the_wait_for_a_server_at_once(folder: Path) -> None:
     """Also while one that listens does not answer."""
     with socket.create_server(("127.0.0.1", 0)) as silent, Host(silent.getsockname()[1], folder) as host:

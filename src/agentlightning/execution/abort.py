@@ -147,8 +147,8 @@ class Abort:
     """Ends all processes of a run.
 
     Args:
-        living: returns the processes of the run that have not ended.
-        names: of the processes that see the stop event, by number.
+        living: returns those that have not ended.
+        names: of those that see the stop event, by number.
         stop: sets the stop event.
         hurry: whether to go to the last stage at once.
     """

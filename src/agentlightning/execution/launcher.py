@@ -69,10 +69,7 @@ class LauncherOrders(NamedTuple):
 
 
 class Launcher:
-    """The launcher as its supervisor sees it. This starts it.
-
-    Args:
-        orders: what it is started with; the job is packed here if it is to be sent to a new interpreter.
+    """The launcher as its supervisor sees it. This starts it, and packs its job if it is a new interpreter.
 
     Raises:
         InvalidValue: the job cannot be sent to another process; the message names it and the alternatives.
@@ -213,12 +210,7 @@ class _RunningProcess:
 
 
 class LauncherProcess:
-    """The launcher, in its own process.
-
-    Args:
-        connection: to the supervisor.
-        orders: what it is started with.
-    """
+    """The launcher, in its own process. ``connection`` leads to the supervisor."""
 
     def __init__(self, connection: Connection, orders: LauncherOrders) -> None:
         self._connection = connection

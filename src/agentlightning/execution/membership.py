@@ -163,12 +163,7 @@ async def ask_workers_to_leave(store: LightningStore, directive: WorkerDirective
 async def deregister_worker(store: LightningStore, worker_id: str, error: BaseException | None = None) -> None:
     """Report that a worker's runner has ended, so that what it still holds is handed on before its lease expires.
 
-    If the store cannot be told, the lease expires instead.
-
-    Args:
-        store: where the worker is registered.
-        worker_id: its name.
-        error: why the runner failed, if it did.
+    If the store cannot be told, the lease expires instead. ``error``: why the runner failed, if it did.
     """
     message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
     message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
@@ -202,9 +197,7 @@ async def find_directive(store: LightningStore, worker_id: str, seconds: float) 
 async def unserved_rollouts(store: LightningStore) -> int:
     """How many rollouts wait while no worker is there to claim them; 0 if there is one."""
     waiting = await waiting_rollouts(store)
-    if not waiting or (await store.query_workers(status_in=["idle", "busy"], limit=1)).items:
-        return 0
-    return waiting
+    return 0 if waiting and (await store.query_workers(status_in=["idle", "busy"], limit=1)).items else waiting
 
 
 async def waiting_rollouts(store: LightningStore) -> int:

@@ -56,17 +56,10 @@ def snapshot() -> dict[int, ProcessInfo]:
 
 def descendants(table: dict[int, ProcessInfo], ancestor: int) -> set[int]:
     """Numbers of all processes below ``ancestor``."""
-    children: dict[int, list[int]] = {}
-    for process in table.values():
-        children.setdefault(process.parent, []).append(process.pid)
-    found: set[int] = set()
-    pending = [ancestor]
-    while pending:
-        for child in children.get(pending.pop(), ()):
-            if child not in found:
-                found.add(child)
-                pending.append(child)
-    return found
+    found = {ancestor}
+    while more := {process.pid for process in table.values() if process.parent in found} - found:
+        found |= more
+    return found - {ancestor}
 
 
 def send_signal(process: ProcessInfo, number: signal.Signals) -> None:
@@ -166,11 +159,7 @@ def _snapshot_by_psutil() -> dict[int, ProcessInfo]:
 
 
 class Cgroup:
-    """One control group.
-
-    Args:
-        path: its directory, which exists.
-    """
+    """One control group, by its directory, which exists."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -203,10 +192,8 @@ class Cgroup:
         """Numbers of the processes in it and in the groups below it."""
         found: set[int] = set()
         for path in (self.path, *self._children()):
-            try:
+            with contextlib.suppress(OSError):  # it was removed meanwhile
                 found.update(map(int, (path / "cgroup.procs").read_text().split()))
-            except OSError:  # it was removed meanwhile
-                continue
         return found
 
     def remove(self) -> None:
@@ -250,17 +237,14 @@ def make_cgroup(name: str) -> Cgroup | None:
 
 def _own_cgroup() -> Path | None:
     """The directory of this process's control group in the cgroup2 file system."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         own = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    mounted = next((line.split()[1] for line in mounts if line.split()[2] == "cgroup2"), None)
-    inside = next((line.removeprefix("0::") for line in own if line.startswith("0::")), None)
-    if mounted is None or inside is None:
-        return None
-    directory = Path(mounted) / inside.lstrip("/")
-    return directory if directory.is_dir() else None
+        mounted = next(line.split()[1] for line in mounts if line.split()[2] == "cgroup2")
+        inside = next(line.removeprefix("0::") for line in own if line.startswith("0::"))
+        directory = Path(mounted, inside.lstrip("/"))
+        return directory if directory.is_dir() else None
+    return None
 
 
 # --- What Linux offers to a process that is responsible for others (prctl(2)). Other systems have no equivalent. ------

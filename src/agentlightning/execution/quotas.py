@@ -67,12 +67,10 @@ def _limit(what: int, soft: int, hard: int | None = None) -> None:
 
 
 def exhausted(quotas: Quotas | None, exit_code: int | None, *, memory_kills: int = 0) -> str | None:
-    """Which quota a process has exceeded, judged by how it ended; None: none.
+    """Which quota a process has exceeded; None: none.
 
-    Args:
-        quotas: its limits.
-        exit_code: as in ``subprocess``: negative for a signal.
-        memory_kills: how many of its processes the kernel has killed because of the memory limit.
+    It is judged by the exit code (negative for a signal) and by how many of its processes the kernel has killed because
+    of the memory limit.
     """
     if memory_kills > 0:
         allowed = None if quotas is None else quotas.memory_bytes
@@ -109,11 +107,7 @@ class RestartPolicy:
 
 @dataclass
 class CrashCounter:
-    """The crashes of one runner.
-
-    Args:
-        policy: how they are answered.
-    """
+    """The crashes of one runner, and how they are answered."""
 
     policy: RestartPolicy
     _crashes: list[float] = field(default_factory=list[float])

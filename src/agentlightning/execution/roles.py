@@ -45,12 +45,7 @@ _ALGORITHM = "algorithm"
 
 
 class ClientServerRun:
-    """One call of ``ClientServerExecutionStrategy.execute``.
-
-    Args:
-        settings: the arguments of the strategy.
-        store: what the run works on.
-    """
+    """One call of ``ClientServerExecutionStrategy.execute``."""
 
     def __init__(self, settings: RunSettings, store: LightningStore) -> None:
         self._settings = settings
@@ -70,11 +65,9 @@ class ClientServerRun:
 
     @contextmanager
     def _running(self, side: str, job: SideJob | None) -> Generator[None, None, None]:
-        """Be ready to start processes and to handle signals; raise why the run ended early, if it did, at the end.
+        """Be ready to handle signals and, for the side that has a job, to start processes.
 
-        Args:
-            side: which side runs in other processes here.
-            job: what they do; None: there are none.
+        At the end it raises why the run ended early, if it did.
         """
         if job is not None:
             self._supervisor = Supervisor(side, job, self._settings.start_method)
@@ -93,10 +86,8 @@ class ClientServerRun:
     async def _end(self, directive: WorkerDirective) -> None:
         """End the processes here in four stages, and meanwhile ask workers on other machines to leave.
 
-        Returns when that is over. Only the first call counts.
-
-        Args:
-            directive: ``drain`` lets workers elsewhere finish what they hold; ``stop`` does not.
+        Returns when that is over. Only the directive of the first call counts: ``drain`` lets workers elsewhere finish
+        what they hold, ``stop`` does not.
         """
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_processes(directive))
@@ -141,8 +132,7 @@ class AlgorithmRun(ClientServerRun):
     def __init__(self, settings: RunSettings, store: LightningStore) -> None:
         super().__init__(settings, store)
         self._event = ThreadingEvent()
-        self._main_task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None] | None = None
-        self._main_over = asyncio.Event()
+        self._main_task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._main_end_requested = False
         self._algorithm_over = asyncio.Event()
 
@@ -215,7 +205,9 @@ class AlgorithmRun(ClientServerRun):
         """Run one side in this thread. How it ends does not matter if it was asked to, or if the run has failed."""
 
         async def run() -> None:
-            self._main_task = asyncio.get_running_loop(), asyncio.current_task()
+            task = asyncio.current_task()
+            assert task is not None
+            self._main_task = asyncio.get_running_loop(), task
             if not self._main_end_requested:
                 await work
 
@@ -229,9 +221,8 @@ class AlgorithmRun(ClientServerRun):
         finally:
             work.close()
             self._main_task = None
-            self._thread.loop.call_soon_threadsafe(self._main_over.set)
 
-    def _end_main(self, delay_seconds: float = 0.0) -> None:
+    def _end_main(self, delay_seconds: float) -> None:
         """Ask the side in the main thread to end, after so many seconds, in which it may end by itself."""
         if not self._main_end_requested:
             self._main_end_requested = True
@@ -239,22 +230,17 @@ class AlgorithmRun(ClientServerRun):
 
     async def _press_main(self, delay_seconds: float) -> None:
         """Cancel the side in the main thread, then interrupt that thread, until it ends."""
-        wait_seconds, interrupt = delay_seconds, False
-        while not await self._main_ends_within(wait_seconds) and (running := self._main_task):
-            if interrupt:
-                _log.warning("what runs in the main thread does not end within %g s; interrupting it", wait_seconds)
-                self._signals.interrupt_main_thread()
-            loop, task = running
-            if task is not None and not interrupt:
-                with contextlib.suppress(RuntimeError):  # it has just ended
-                    loop.call_soon_threadsafe(task.cancel)
-            wait_seconds, interrupt = self._settings.graceful_timeout, True
-
-    async def _main_ends_within(self, seconds: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._main_over.wait()
-        return self._main_over.is_set()
+        await asyncio.sleep(delay_seconds)
+        if (running := self._main_task) is not None:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                running[0].call_soon_threadsafe(running[1].cancel)
+        seconds = max(self._settings.graceful_timeout, 0.1)
+        while True:
+            await asyncio.sleep(seconds)
+            if self._main_task is None:
+                return
+            _log.warning("what runs in the main thread does not end within %g s; interrupting it", seconds)
+            self._signals.interrupt_main_thread()
 
     # --- What ends the run early -------------------------------------------------------------------------------------
 
@@ -324,12 +310,13 @@ class RunnerHostRun(ClientServerRun):
 
     def execute(self, runner: RunnerBundle) -> None:
         """Run the runners. Raises as ``ExecutionStrategy.execute``."""
-        with self._running("runner", SideJob(runner, self._unserved)):
+        with self._running("runner", SideJob(runner, self._unserved, is_guest=self._unserved is None)):
             try:
-                if self._signals.number is None:
-                    self._work = self._thread.begin(self._host())
-                    with contextlib.suppress(CancelledError):
-                        self._thread.wait(self._work)
+                self._work = self._thread.begin(self._host())
+                if self._signals.number is not None:  # it came before
+                    self._work.cancel()
+                with contextlib.suppress(CancelledError):
+                    self._thread.wait(self._work)
                 self._signals.conclude()
             finally:
                 self._thread.call(self._end("stop"))
@@ -347,11 +334,7 @@ class RunnerHostRun(ClientServerRun):
             await self._work_for_runs(store)
 
     async def _work_for_runs(self, store: LightningStore) -> None:
-        """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped.
-
-        Args:
-            store: is told which workers are dead.
-        """
+        """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped."""
         settings, supervisor = self._settings, self._supervisor
         assert supervisor is not None
         slots = settings.runner_slots(settings.url, settings.run_id)

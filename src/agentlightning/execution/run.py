@@ -51,12 +51,7 @@ _DEFAULT_PORT = 4747
 
 
 class RunSettings:
-    """The arguments of ``ClientServerExecutionStrategy``, which describes them; environment variables fill them in.
-
-    Raises:
-        InvalidValue: an argument, or an environment variable, is not valid; or the store would be served to
-            other machines without an API key. (It is a ``ValueError``, too.)
-    """
+    """The arguments of ``ClientServerExecutionStrategy``, which describes them; environment variables fill them in."""
 
     def __init__(
         self,
@@ -179,10 +174,12 @@ class SideJob:
     Args:
         bundle: the side.
         store: what it works on, where that is not served.
+        is_guest: whether it runs for a server on another machine, which may end before this side has joined.
     """
 
     bundle: AlgorithmBundle | RunnerBundle
     store: LightningStore | None = None
+    is_guest: bool = False
 
     def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
         """Run it in a process of its own; see ``RunSettings.start_of`` and ``run``."""
@@ -210,14 +207,15 @@ class SideJob:
                 try:
                     await join()
                 except ExecutionFailed:
+                    if not self.is_guest:
+                        raise
                     return "gone"
                 store = await stack.enter_async_context(LightningStoreClient(url, api_key=key))
             if index is None:
                 await cast("AlgorithmBundle", self.bundle)(store, event)
                 return "done"
             try:
-                watched = _while_served(store, name, join) if self.store is None else contextlib.nullcontext()
-                async with watched:
+                async with _while_served(store, name, join) if self.is_guest else contextlib.nullcontext():
                     await cast("RunnerBundle", self.bundle)(store, index, event)
             except StoreUnreachable:
                 return "gone"
@@ -277,9 +275,6 @@ class LoopThread:
     """An event loop in a thread of its own.
 
     The supervisor and calls of the store run there, because the main thread runs one side of the run, which may block.
-
-    Args:
-        name: of the thread.
     """
 
     loop: asyncio.AbstractEventLoop

@@ -93,12 +93,7 @@ class SharedMemoryExecutionStrategy(ExecutionStrategy):
 
 
 class _ThreadedRun:
-    """What the threads of one run share.
-
-    Args:
-        store: what they work on.
-        limits: the strategy, which has the time limits of each step.
-    """
+    """What the threads of one run share; the strategy has the time limits of each step."""
 
     def __init__(self, store: LightningStore, limits: SharedMemoryExecutionStrategy) -> None:
         self._event = ThreadingEvent()
@@ -152,10 +147,7 @@ class _ThreadedRun:
     def _run_side(self, name: str, side: _Side, join_timeout: float = math.inf) -> None:
         """Run one side to its end, in this thread. What it raises stops the others, and is kept.
 
-        Args:
-            name: of the side.
-            side: what to run.
-            join_timeout: seconds after which a side that was cancelled and goes on nevertheless is abandoned.
+        If it was cancelled and goes on nevertheless, it is abandoned after ``join_timeout`` seconds.
         """
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)

@@ -122,12 +122,7 @@ class Supervisor:
                 self._start(self._slots[name])
 
     async def abort(self, stages: tuple[AbortStage, ...], hurry: Callable[[], bool]) -> None:
-        """Stop all processes, stage by stage, and log for each which stage ended it.
-
-        Args:
-            stages: what is done.
-            hurry: whether to go to the last stage at once.
-        """
+        """Stop all processes, stage by stage or, in a hurry, by the last; log for each which stage ended it."""
         self._stop_requested.set()  # start no more processes
         if not await self._until(lambda slot: slot.state != "starting" or slot.pid > 0, _START_SECONDS):
             _log.error("the launcher does not answer; its processes are ended nevertheless")

@@ -70,12 +70,7 @@ class AttemptParts(NamedTuple):
 
 
 class AttemptRun:
-    """Runs the agent on one claimed rollout, and reports how it ended.
-
-    Args:
-        parts: what it uses.
-        rollout: the claimed rollout.
-    """
+    """Runs the agent on one claimed rollout, and reports how it ended."""
 
     def __init__(self, parts: AttemptParts, rollout: AttemptedRollout) -> None:
         self.rollout = rollout
@@ -304,11 +299,7 @@ class AttemptRun:
 
 
 class RolloutResources:
-    """Looks up the resources of rollouts in a store, and keeps the last versions, which never change.
-
-    Args:
-        store: where the resources are.
-    """
+    """Looks up the resources of rollouts in a store, and keeps the last versions, which never change."""
 
     def __init__(self, store: LightningStore) -> None:
         self._store = store

@@ -75,10 +75,7 @@ class WorkerSettings(NamedTuple):
 class Prefetch:
     """The claimed rollouts of a worker that are not begun, and whether it may claim one more than it has slots.
 
-    All times are seconds on one monotonic clock.
-
-    Args:
-        allowed: whether this worker may ever prefetch.
+    All times are seconds on one monotonic clock. ``allowed``: whether this worker may ever prefetch.
     """
 
     def __init__(self, *, allowed: bool) -> None:
@@ -122,14 +119,7 @@ class Prefetch:
 
 
 class WorkerLoop:
-    """One run of a worker.
-
-    Args:
-        parts: what its attempts use.
-        heartbeat: tells the store about the worker.
-        settings: how much it does.
-        ending: set when nothing new shall be begun.
-    """
+    """One run of a worker. It begins nothing new once ``ending`` is set."""
 
     def __init__(
         self, parts: AttemptParts, heartbeat: Heartbeat, settings: WorkerSettings, ending: asyncio.Event

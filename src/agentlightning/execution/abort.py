@@ -113,10 +113,8 @@ class AbortStage(NamedTuple):
 
     number: int
     name: str
-    signals: tuple[signal.Signals, ...]
-    """Sent to every process of the run; empty: the stop event is set instead."""
-    seconds: float
-    """How long to wait for the processes to end."""
+    signals: tuple[signal.Signals, ...]  # sent to every process of the run; empty: the stop event is set instead
+    seconds: float  # how long to wait for the processes to end
 
 
 def abort_stages(graceful_timeout: float, terminate_timeout: float) -> tuple[AbortStage, ...]:
@@ -137,10 +135,8 @@ class ProcessEnd(NamedTuple):
 
     pid: int
     name: str
-    stage: AbortStage | None
-    """The stage that ended it; None: it has survived all of them."""
-    seconds: float
-    """Since the abort began."""
+    stage: AbortStage | None  # the stage that ended it; None: it has survived all of them
+    seconds: float  # since the abort began
 
 
 class Abort:

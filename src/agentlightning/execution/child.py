@@ -40,17 +40,12 @@ values; it returns in one word how it ended."""
 class StartProcess(NamedTuple):
     """Command: start a process."""
 
-    slot: str
-    """The slot that the process fills: for a runner, its worker id."""
-    arguments: Mapping[str, Any]
-    """Plain values for the job."""
-    environment: Mapping[str, str]
-    """Added to the environment."""
+    slot: str  # the slot that the process fills: for a runner, its worker id
+    arguments: Mapping[str, Any]  # plain values for the job
+    environment: Mapping[str, str]  # added to the environment
     quotas: Quotas | None = None
-    cgroup: str | None = None
-    """Directory of the control group that it joins."""
-    memory_is_limited: bool = False
-    """Whether that group limits its memory."""
+    cgroup: str | None = None  # directory of the control group that it joins
+    memory_is_limited: bool = False  # whether that group limits its memory
 
 
 LauncherCommand = StartProcess | Literal["stop", "close"]
@@ -60,27 +55,20 @@ LauncherCommand = StartProcess | Literal["stop", "close"]
 class ProcessResult(NamedTuple):
     """How a job ended, reported by the process that did it."""
 
-    status: str
-    """``done``, another word that the job returned, ``interrupted`` or ``failed``."""
-    error: str = ""
-    """If it failed: the last line of the traceback."""
+    status: str  # `done`, another word that the job returned, `interrupted` or `failed`
+    error: str = ""  # if it failed: the last line of the traceback
     traceback: str = ""
-    exhausted: str = ""
-    """Which resource was used up, if that is why it failed."""
+    exhausted: str = ""  # which resource was used up, if that is why it failed
 
 
 class ProcessEvent(NamedTuple):
     """What the launcher reports of a process."""
 
     slot: str
-    what: Literal["started", "ready", "exited"]
-    """``ready``: it has loaded its job and begins with it."""
-    pid: int
-    """0: it could not be made."""
-    code: int = 0
-    """Of one that has exited, as in ``subprocess``: negative for a signal."""
-    result: ProcessResult | None = None
-    """None: it ended before it could report one."""
+    what: Literal["started", "ready", "exited"]  # `ready`: it has loaded its job and begins with it
+    pid: int  # 0: it could not be made
+    code: int = 0  # of one that has exited, as in `subprocess`: negative for a signal
+    result: ProcessResult | None = None  # None: it ended before it could report one
 
 
 # --- Slots -----------------------------------------------------------------------------------------------------------
@@ -92,11 +80,9 @@ class Crash:
 
     slot: str
     pid: int
-    what: str
-    """The predicate of a sentence: "was killed by SIGSEGV"."""
+    what: str  # the predicate of a sentence: "was killed by SIGSEGV"
     traceback: str
-    exhausted: bool
-    """Whether it had exceeded one of its quotas."""
+    exhausted: bool  # whether it had exceeded one of its quotas
 
     def __str__(self) -> str:
         return f"{self.slot} (pid {self.pid}) {self.what}"
@@ -119,10 +105,8 @@ class Slot:
     or is not needed any more."""
     pid: int = 0
     began: float = 0.0
-    result: ProcessResult | None = None
-    """Of the last process."""
-    crash: Crash | None = None
-    """The last one."""
+    result: ProcessResult | None = None  # of the last process
+    crash: Crash | None = None  # the last one
     _memory_kills: int = 0
 
     @property
@@ -134,6 +118,11 @@ class Slot:
     def is_live(self) -> bool:
         """Whether a process is there, or will be."""
         return self.state in ("starting", "running", "waiting")
+
+    @property
+    def has_left(self) -> bool:
+        """Whether its runner has left before it had done its share, and would go on if it could."""
+        return self.state == "ended" and self.result is not None and self.result.status in ("drain", "stop", "gone")
 
     def next_start(self, now: float) -> StartProcess:
         """Begin the next process; return the command for the launcher."""

@@ -54,18 +54,13 @@ _CLOSE_SECONDS = 6.0
 class LauncherOrders(NamedTuple):
     """What a launcher is started with."""
 
-    supervisor: int
-    """Number of the supervisor's process."""
-    side: str
-    """Whose job its processes do, for messages."""
-    job: ProcessJob | bytes
-    """The job, or packed."""
+    supervisor: int  # number of the supervisor's process
+    side: str  # whose job its processes do, for messages
+    job: ProcessJob | bytes  # the job, or packed
     method: StartMethod
     """``fork`` and ``forkserver``: processes are forks of the launcher; ``spawn``: each is a new interpreter."""
-    mark: str
-    """Of the processes of the run."""
-    cgroup: Cgroup | None
-    """Of the run; the launcher removes it at the end."""
+    mark: str  # of the processes of the run
+    cgroup: Cgroup | None  # of the run; the launcher removes it at the end
 
 
 class Launcher:
@@ -204,8 +199,7 @@ class _RunningProcess:
     slot: str
     pid: int
     channel: socket.socket
-    received: bytes = b""
-    """The beginning of a line."""
+    received: bytes = b""  # the beginning of a line
     result: ProcessResult | None = None
 
 

@@ -32,10 +32,8 @@ _LOG_SECONDS = (1.0, 5.0, 10.0, 20.0)
 class JoinedServer(NamedTuple):
     """A server, as it describes itself. Two that are equal are the same server, which has not restarted between."""
 
-    run_id: str | None
-    """The run that it serves; None: it serves none, or several."""
-    instance: str | None
-    """A different one for each start of a server."""
+    run_id: str | None  # the run that it serves; None: it serves none, or several
+    instance: str | None  # a different one for each start of a server
 
 
 async def join_server(
@@ -229,14 +227,6 @@ async def failure_when_unserved(count: Callable[[], Awaitable[int]]) -> Executio
 # --- Coming back, on a machine that stays for the next run ------------------------------------------------------------
 
 _REJOIN_REQUEST_SECONDS = 2.0
-
-_LEFT_STATUSES = frozenset({"drain", "stop", "gone"})
-"""The results of a runner that left before it had done its share."""
-
-
-def left_slots(slots: Sequence[Slot]) -> list[Slot]:
-    """The slots whose runner has left, and would go on if it could."""
-    return [slot for slot in slots if slot.state == "ended" and slot.result and slot.result.status in _LEFT_STATUSES]
 
 
 async def may_rejoin(store: LightningStore, slots: Sequence[Slot]) -> list[str]:

@@ -40,8 +40,7 @@ class ProcessInfo(NamedTuple):
     pid: int
     parent: int
     session: int
-    started: float
-    """When it began, on any clock. It tells the process from a later one with the same number."""
+    started: float  # when it began, on any clock. It tells the process from a later one with the same number
     name: str
 
 

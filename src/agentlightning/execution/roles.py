@@ -29,7 +29,6 @@ from agentlightning.execution.membership import (
     ask_workers_to_leave,
     failure_when_unserved,
     join_server,
-    left_slots,
     may_rejoin,
     unserved_rollouts,
 )
@@ -344,7 +343,7 @@ class RunnerHostRun(ClientServerRun):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REJOIN_POLL_SECONDS if settings.stay else None):
                     await supervisor.over.wait()
-            left = left_slots(slots)
+            left = [slot for slot in slots if slot.has_left]
             if supervisor.over.is_set() and not (settings.stay and left and supervisor.failure is None):
                 if len(left) == len(slots) and all(slot.result and slot.result.status == "gone" for slot in left):
                     self._failure = ExecutionFailed(f"the server at {settings.url} cannot be reached any more")
@@ -378,7 +377,7 @@ class RunnerHostRun(ClientServerRun):
 
         A run that ends goes on answering for a while, and would only send its workers away again.
         """
-        left, names = left_slots(slots), list[str]()
+        left, names = [slot for slot in slots if slot.has_left], list[str]()
         reasons = ", ".join(sorted({slot.result.status for slot in left if slot.result is not None}))
         _log.warning("all runners have left (%s); waiting for the next run", reasons)
 

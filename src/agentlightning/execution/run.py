@@ -174,7 +174,7 @@ class SideJob:
     Args:
         bundle: the side.
         store: what it works on, where that is not served.
-        is_guest: whether it runs for a server on another machine, which may end before this side has joined.
+        is_guest: whether it runs for a server on another machine, which may not be up, or end before this side joins.
     """
 
     bundle: AlgorithmBundle | RunnerBundle
@@ -200,21 +200,15 @@ class SideJob:
             reached any more; else ``done``.
         """
         key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
-        join = partial(join_server, url, api_key=key, run_id=run_id, limit_seconds=_JOIN_SECONDS)
         async with contextlib.AsyncExitStack() as stack:
             store = self.store
             if store is None:
-                try:
-                    await join()
-                except ExecutionFailed:
-                    if not self.is_guest:
-                        raise
-                    return "gone"
                 store = await stack.enter_async_context(LightningStoreClient(url, api_key=key))
             if index is None:
                 await cast("AlgorithmBundle", self.bundle)(store, event)
                 return "done"
             try:
+                join = partial(join_server, url, api_key=key, run_id=run_id, limit_seconds=_JOIN_SECONDS)
                 async with _while_served(store, name, join) if self.is_guest else contextlib.nullcontext():
                     await cast("RunnerBundle", self.bundle)(store, index, event)
             except StoreUnreachable:
@@ -234,12 +228,13 @@ class SideJob:
 async def _while_served(
     store: LightningStore, name: str, join: Callable[[], Awaitable[object]]
 ) -> AsyncGenerator[None, None]:
-    """Cancel the block if the server goes before it knows the worker: then the run has ended without this worker.
+    """Join the server, and cancel the block if it goes before it knows the worker: the run has ended without that.
 
     A worker that the server knows is asked to leave when the run ends, and may wait for a server that restarts.
 
     Raises:
-        StoreUnreachable: the block was cancelled.
+        StoreUnreachable: the server could not be joined, or the block was cancelled.
+        WrongServer: as ``join_server``.
     """
     limit = asyncio.timeout(None)
 
@@ -256,6 +251,10 @@ async def _while_served(
                     if await store.get_worker_by_id(name) is not None:
                         return
 
+    try:
+        await join()
+    except ExecutionFailed as error:
+        raise StoreUnreachable(str(error)) from error
     watching = asyncio.create_task(watch())
     try:
         async with limit:

@@ -98,13 +98,10 @@ class Supervisor:
         store: LightningStore | None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start a process in every slot, and watch them from now on.
+        """Start a process in every slot, and watch them from now on; ``allowed_exit_codes`` are no crash.
 
-        Args:
-            slots: the slots of the run.
-            allowed_exit_codes: codes that are not a crash.
-            store: is told which workers are dead; None: nobody needs to know.
-            on_ready: called when a process has begun with its job and so has one in every other slot.
+        ``store`` is told which workers are dead; None: nobody needs to know. ``on_ready`` is called when a process has
+        begun with its job and so has one in every other slot.
         """
         for number, slot in enumerate(slots):
             slot.start = slot.start._replace(environment={**slot.start.environment, MARK: self._mark})

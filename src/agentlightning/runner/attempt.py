@@ -53,8 +53,7 @@ class AttemptOutcome(NamedTuple):
     status: AttemptEnd = "succeeded"
     reason_code: ReasonCode | None = None
     reason_message: str | None = None
-    error: BaseException | None = None
-    """The exception that ended it, for ``LitAgentRunner.step``."""
+    error: BaseException | None = None  # the exception that ended it, for `LitAgentRunner.step`
 
 
 class AttemptParts(NamedTuple):

@@ -32,9 +32,6 @@ class AgentThreads:
     """Threads for agents that are plain functions. An idle thread is reused; otherwise a new one is started.
 
     There is no upper limit: a pool of fixed size would deadlock on agents that never return.
-
-    Args:
-        name: prefix of the threads' names.
     """
 
     def __init__(self, name: str) -> None:

@@ -59,18 +59,7 @@ class _BegunAttempt:
 
 
 class Heartbeat:
-    """Beats from ``start`` to ``stop``. All times are in seconds.
-
-    Args:
-        store: receives the beats.
-        worker_id: the worker's name in the store.
-        interval_seconds: between two beats.
-        jitter_seconds: by how much the interval varies.
-        lease_seconds: how long the store waits for a beat before it counts the worker as lost.
-        include_gpu: whether to report GPUs.
-        in_thread: whether to beat in a thread, or in the runner's event loop.
-        labels: told to the store with the first beat.
-    """
+    """Beats in a thread, or in the runner's loop, as ``LitAgentRunner`` was told."""
 
     def __init__(
         self,

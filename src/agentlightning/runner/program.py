@@ -301,11 +301,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 class ProgramOutput(asyncio.Protocol):
-    """Reads a pipe to its end, and keeps the beginning and the end; bytes between them are only counted.
-
-    Args:
-        limit_bytes: how much to keep.
-    """
+    """Reads a pipe to its end, and keeps ``limit_bytes`` of it, half at each end; the others are only counted."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.total = 0

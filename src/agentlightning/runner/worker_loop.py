@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from agentlightning.errors import (
@@ -66,10 +67,8 @@ class WorkerSettings(NamedTuple):
 
     concurrency: int
     max_rollouts: int | None
-    poll_seconds: float
-    """Pause between two claims when the store is unreachable, or does not wait by itself."""
-    unreachable_seconds: float | None
-    """How long the store may be unreachable before the worker fails; None: for ever."""
+    poll_seconds: float  # pause between two claims when the store is unreachable, or does not wait by itself
+    unreachable_seconds: float | None  # how long the store may be unreachable before the worker fails; None: for ever
 
 
 class Prefetch:
@@ -151,8 +150,8 @@ class WorkerLoop:
     async def work(self) -> None:
         """Claim and work until the end. Raises as ``LitAgentRunner.iter``."""
         loop = asyncio.get_running_loop()
-        self._heartbeat.on_stale = _from_thread(loop, self._lose)
-        self._heartbeat.on_directive = _from_thread(loop, self._follow)
+        self._heartbeat.on_stale = partial(_call_in, loop, self._lose)
+        self._heartbeat.on_directive = partial(_call_in, loop, self._follow)
         self._ended = asyncio.create_task(self._ending.wait())
         self._ended.add_done_callback(lambda _: self._stop_beginning())
         most = self._settings.max_rollouts
@@ -384,11 +383,6 @@ class WorkerLoop:
             _logger.info("the store was not told that worker %s is gone: %s", self._worker_id, error)
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, function: Callable[[_A], None]) -> Callable[[_A], None]:
-    """A function that another thread calls, and that runs ``function`` in the loop."""
-
-    def call(argument: _A) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(function, argument)
-
-    return call
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[_A], None], argument: _A) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, argument)

@@ -150,11 +150,9 @@ class RunSettings:
 
         The key goes by the environment, which few can read.
         """
-        given = {
-            LightningEnvVar.AGL_API_KEY.value: self.api_key,
-            LightningEnvVar.AGL_WORKER_NAME.value: None if index is None else name,
-        }
-        environment = {variable: value for variable, value in given.items() if value is not None}
+        environment = {} if self.api_key is None else {LightningEnvVar.AGL_API_KEY.value: self.api_key}
+        if index is not None:
+            environment[LightningEnvVar.AGL_WORKER_NAME.value] = name
         quotas = None if index is None else self.quotas
         return StartProcess(name, {"url": url, "run_id": run_id, "index": index}, environment, quotas)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from agentlightning.errors import InvalidValue
@@ -74,10 +75,15 @@ class LitAgentRunner(Runner[T]):
             raise InvalidValue(f"heartbeat_launch_mode {heartbeat_launch_mode!r} is neither 'thread' nor 'asyncio'")
         self._tracer = tracer
         self._worker_settings = WorkerSettings(concurrency, max_rollouts, poll_interval, unreachable_seconds)
-        self._beat_every, self._jitter = heartbeat_interval, interval_jitter
-        self._lease_seconds = max(15.0, 3 * heartbeat_interval) if lease_seconds is None else lease_seconds
-        self._in_thread, self._include_gpu = heartbeat_launch_mode == "thread", heartbeat_include_gpu
-        self._labels = dict(labels or {})
+        self._make_heartbeat = partial(
+            Heartbeat,
+            interval_seconds=heartbeat_interval,
+            jitter_seconds=interval_jitter,
+            lease_seconds=max(15.0, 3 * heartbeat_interval) if lease_seconds is None else lease_seconds,
+            include_gpu=heartbeat_include_gpu,
+            in_thread=heartbeat_launch_mode == "thread",
+            labels=dict(labels or {}),
+        )
         self._agent: LitAgent[T] | None = None
         self._hooks: Sequence[Hook] = ()
         self._parts: AttemptParts | None = None
@@ -108,16 +114,7 @@ class LitAgentRunner(Runner[T]):
             hook.init_worker(worker_id)
         threads = AgentThreads(f"agent-{worker_id}")
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
-        self._heartbeat = Heartbeat(
-            store,
-            worker_name(worker_id),
-            interval_seconds=self._beat_every,
-            jitter_seconds=self._jitter,
-            lease_seconds=self._lease_seconds,
-            include_gpu=self._include_gpu,
-            in_thread=self._in_thread,
-            labels=self._labels,
-        )
+        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id))
         self._heartbeat.start()
 
     def teardown_worker(self, worker_id: int, *args: Any, **kwargs: Any) -> None:

@@ -70,15 +70,6 @@ class Page(NamedTuple):
     total: int
 
 
-class AttemptsBy(NamedTuple):
-    """Selects attempts by who asked for them, the newest first."""
-
-    key: Literal["worker_id", "request_id"]
-    value: str
-    live_only: bool
-    limit: int = -1
-
-
 class ResourcesBy(NamedTuple):
     """Selects one version: by request if given; else without an id the newest of all, without a version the
     newest of the id."""
@@ -154,10 +145,6 @@ class ReadTransaction(Protocol):
         """The rows of one page, and the number of rows on all pages."""
         ...
 
-    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
-        """The attempts that are selected, the newest first."""
-        ...
-
     async def counters(self) -> dict[str, int]:
         """Everything that ``Transaction.count`` ever added up, by name."""
         ...
@@ -181,6 +168,14 @@ class Transaction(ReadTransaction, Protocol):
 
     async def insert(self, row: N) -> N:
         """Store a new row; returns it with the ``seq`` that the backend issued for it."""
+        ...
+
+    async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
+        """The attempts that a claim with this ``request_id`` made, the oldest first."""
+        ...
+
+    def live_attempts_of(self, worker_id: str) -> Sequence[str]:
+        """The ids of the live attempts that name this worker, the oldest first."""
         ...
 
     async def put(self, old: R, new: R) -> R:

@@ -180,27 +180,25 @@ def count_keys(span: PlainSpan) -> int:
     return keys
 
 
-_SCALARS: frozenset[type[Any]] = frozenset({str, bool, int, float})
+_SIMPLE: frozenset[type[Any]] = frozenset({str, bool, int})
+_NAMES: frozenset[type[Any]] = frozenset({str})
 
 
 def _are_plain(attributes: Mapping[str, Any]) -> bool:
-    for name, value in attributes.items():
-        kind = cast("type[Any]", type(value))
-        if type(name) is not str:
-            return False
-        if kind is str or kind is int or kind is bool:  # nearly all; that integers fit is found by msgspec
-            continue
-        if not (isfinite(value) if kind is float else _is_uniform_list(value)):
-            return False
-    return True
-
-
-def _is_uniform_list(value: object) -> bool:
-    if type(value) is not list:
+    """Sets of types, because they are built without a step of Python for each attribute."""
+    if not set(map(type, attributes)) <= _NAMES:
         return False
-    values = cast("list[Any]", value)
-    kinds = set(map(type, values))
-    return len(kinds) <= 1 and kinds <= _SCALARS and (float not in kinds or all(map(isfinite, values)))
+    values = attributes.values()
+    # Nearly all are simple. That integers fit is found by msgspec.
+    return set(map(type, values)) <= _SIMPLE or all(map(_is_plain_value, values))
+
+
+def _is_plain_value(value: Any) -> bool:
+    kind = cast("type[Any]", type(value))
+    if kind is list:
+        kinds = set(map(type, cast("list[Any]", value)))
+        return len(kinds) <= 1 and (kinds <= _SIMPLE or (kinds == {float} and all(map(isfinite, value))))
+    return kind in _SIMPLE or (kind is float and isfinite(value))
 
 
 def _is_plain_event(event: Event | PlainEvent) -> bool:

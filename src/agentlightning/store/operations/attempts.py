@@ -12,7 +12,7 @@ from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started, standing
 from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import AttemptsBy, Filter, PageQuery, Transaction
+from agentlightning.store.backend import Filter, PageQuery, Transaction
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
 from agentlightning.store.operations.rows import (
     hold,
@@ -217,9 +217,10 @@ def _reported(before: Pair, said: Report, now: Moment) -> Pair:
 async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
     """End all live attempts of a worker that is gone."""
     lost: list[AttemptRow] = []
-    for attempt in reversed(await tx.attempts_by(AttemptsBy("worker_id", worker_id, live_only=True))):
-        rollout = await tx.get(RolloutRow, attempt.rollout_id)
-        if rollout is not None:
+    for attempt_id in tx.live_attempts_of(worker_id):
+        attempt = await tx.get(AttemptRow, attempt_id)
+        rollout = attempt and await tx.get(RolloutRow, attempt.rollout_id)
+        if attempt is not None and rollout is not None:
             before = Pair(rollout, attempt)
             after = attempts.lose(before, reason, tx.now())
             lost.append(_pair(await save(tx, Change(*before), Change(*after))).attempt)
@@ -256,7 +257,7 @@ async def _held_by_request(
     tx: Transaction, request_id: str, digest: bytes, confirm_seconds: float
 ) -> list[Pair] | None:
     """What is left of the attempts that a claim got before; None if it is a new one."""
-    made = await tx.attempts_by(AttemptsBy("request_id", request_id, live_only=False))
+    made = await tx.attempts_of_request(request_id)
     if not made:
         return None
     if made[0].digest != digest:
@@ -265,7 +266,7 @@ async def _held_by_request(
             "a new claim needs a new request_id"
         )
     held: list[Pair] = []
-    for attempt in reversed(made):
+    for attempt in made:
         before = Pair(await load_rollout(tx, attempt.rollout_id), attempt)
         match standing(before):
             case "live":

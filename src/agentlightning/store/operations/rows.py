@@ -10,7 +10,7 @@ from agentlightning.lifecycle.attempts import Started
 from agentlightning.lifecycle.deadlines import attempt_throttle, worker_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import AttemptsBy, Deadline, Finished, ReadTransaction, Transaction, Waiting
+from agentlightning.store.backend import Deadline, Finished, ReadTransaction, Transaction, Waiting
 
 
 async def load_rollout(tx: ReadTransaction, rollout_id: str) -> RolloutRow:
@@ -124,8 +124,8 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
     """Note that a worker does not work on an attempt any more."""
     worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
     if worker is not None:
-        held = await tx.attempts_by(AttemptsBy("worker_id", worker.worker_id, live_only=True, limit=1))
-        other = held[0] if held else None
+        held = tx.live_attempts_of(worker.worker_id)
+        other = await tx.get(AttemptRow, held[-1]) if held else None
         await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 
 

@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import apsw
 
@@ -39,6 +39,7 @@ Operation = Callable[[Transaction], Awaitable[T]]
 
 _PATIENCE_MILLISECONDS = 250
 """How long writers wait for readers to leave a log that has become long."""
+_LIVE_ATTEMPTS = "SELECT worker_id, seq, attempt_id FROM attempts WHERE live AND worker_id IS NOT NULL ORDER BY seq"
 _BATCH_LIMIT = 512
 """The most operations under one commit, so that none waits long for the statements of others."""
 
@@ -134,7 +135,7 @@ class GroupCommit:
         """Operations that they carried."""
         self.last_batch = 0
         """How many of them the last one carried."""
-        self.cache = RowCache()
+        self.cache = RowCache(cast("list[tuple[str, int, str]]", connection.execute(_LIVE_ATTEMPTS).fetchall()))
         """Rows that were used last, and signs of life that are not stored."""
         self._lock = threading.Lock()
         self._jobs: deque[_Job[Any]] = deque()

@@ -9,7 +9,7 @@ import apsw
 import msgspec
 
 from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, SpanRow, WorkerRow
-from agentlightning.store.backend import AttemptsBy, Page, PageQuery, ResourcesBy, Table, Unreadable
+from agentlightning.store.backend import Page, PageQuery, ResourcesBy, Table, Unreadable
 from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.rows import (
     ATTEMPTS,
@@ -103,15 +103,6 @@ class SqliteReads:
                 where, values = "WHERE resources_id = ? AND version = ?", (resources_id, version)
         rows = self._rows(f"{RESOURCES.select} {where}", values)
         return RESOURCES.decode(rows[0]) if rows else None
-
-    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
-        """The attempts that are selected, the newest first."""
-        live = " AND live" if selection.live_only else ""
-        rows = self._rows(
-            f"{ATTEMPTS.select} WHERE {selection.key} = ?{live} ORDER BY seq DESC LIMIT ?",
-            (selection.value, selection.limit),
-        )
-        return [self._found(ATTEMPTS.decode(row)) for row in rows]
 
     async def page(self, query: PageQuery) -> Page:
         """The rows of one page, and the number of rows on all pages."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +12,20 @@ from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, Codec
 
 
-class Shelf:
+class Undoable:
+    """Values by key, whose changes can be taken back."""
+
+    __slots__ = ("rows", "stored")
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Any] = {}
+        """The newest state of each row."""
+        self.stored: dict[str, Any] = {}
+        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
+        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
+
+
+class Shelf(Undoable):
     """The cached rows of one kind, the oldest first.
 
     Args:
@@ -21,28 +34,33 @@ class Shelf:
         size: the bytes of JSON in a row.
     """
 
-    __slots__ = ("codec", "key", "rows", "size", "stored")
+    __slots__ = ("codec", "key", "size")
 
     def __init__(self, codec: Codec[Any], key: str, size: Callable[[Any], int]) -> None:
+        super().__init__()
         self.codec = codec
         self.key = attrgetter(key)
         self.size = size
-        self.rows: dict[str, Any] = {}
-        """The newest state of each row."""
-        self.stored: dict[str, Any] = {}
-        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
-        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
 
 
-Undo = tuple[Shelf, str, Any, Any]
+Undo = tuple[Undoable, str, Any, Any]
 """What a shelf held under a key before a change: (shelf, key, newest row, stored row). A plain tuple, because several
 are made for each operation and a named one takes three times as long to make."""
 
 
 class RowCache:
-    """Rollouts, attempts and workers as the running transaction sees them."""
+    """Rollouts, attempts and workers as the running transaction sees them.
 
-    def __init__(self) -> None:
+    Args:
+        live: (worker_id, seq, attempt_id) of each live attempt that names a worker, by ``seq``.
+    """
+
+    def __init__(self, live: Iterable[tuple[str, int, str]] = ()) -> None:
+        self.live = Undoable()
+        """By ``worker_id`` the (seq, attempt_id) of all live attempts, in a sorted tuple. It is complete, so no search
+        of the database is needed to tell what else a worker holds when an attempt of it ends."""
+        for worker_id, seq, attempt_id in live:
+            self.live.rows[worker_id] = (*self.live.rows.get(worker_id, ()), (seq, attempt_id))
         self.shelves: dict[type[Any], Shelf] = {
             RolloutRow: Shelf(ROLLOUTS, "rollout_id", lambda row: len(row.input) + len(row.metadata or b"")),
             AttemptRow: Shelf(ATTEMPTS, "attempt_id", lambda row: len(row.metadata or b"")),
@@ -52,6 +70,29 @@ class RowCache:
         }
         self._attempts = self.shelves[AttemptRow].rows
         self._workers = self.shelves[WorkerRow].rows
+
+        self.newest_resources = Undoable()
+        """By ``resources_id``, and by "" for the latest of all, a tuple of the newest version, or of None."""
+
+    def note_live(self, before: AttemptRow | None, after: AttemptRow, log: list[Undo]) -> None:
+        """Keep ``live`` true when an attempt is inserted or changed."""
+        held_by = before.worker_id if before is not None and before.live else None
+        holds = after.worker_id if after.live else None
+        if held_by == holds:
+            return
+        entry = (after.seq, after.attempt_id)
+        live = self.live.rows
+        for worker_id, taken in ((held_by, False), (holds, True)):
+            if worker_id is not None:
+                entries = live.get(worker_id, ())
+                log.append((self.live, worker_id, entries or None, None))
+                entries = (
+                    tuple(sorted((*entries, entry))) if taken else tuple([each for each in entries if each != entry])
+                )
+                if entries:
+                    live[worker_id] = entries
+                else:
+                    del live[worker_id]
 
     def attempt_now(self, row: AttemptRow) -> AttemptRow:
         """An attempt as read from the database, with the newest sign of life.

@@ -21,8 +21,8 @@ import apsw
 from msgspec.structs import replace
 
 from agentlightning.errors import Conflict
-from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutRow, WorkerRow
-from agentlightning.store.backend import AttemptsBy, Event, Page, PageQuery, Row, SpanValues
+from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, WorkerRow
+from agentlightning.store.backend import Event, Page, PageQuery, ResourcesBy, Row, SpanValues
 from agentlightning.store.sqlite.reads import SqliteReads
 from agentlightning.store.sqlite.row_cache import RowCache, Shelf, Undo
 from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, codec_of
@@ -35,6 +35,7 @@ _LARGEST = 4096
 """Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
 _READ_AHEAD_LIMIT = 16
 """The most rollouts that a batch reads from the queue at a time for claims that may follow in it."""
+_ATTEMPTS_OF_REQUEST = f"{ATTEMPTS.select} WHERE request_id = ? ORDER BY seq"
 _INSERT_SPAN = (
     "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
     "ON CONFLICT (attempt_seq, span_id) DO NOTHING"
@@ -187,16 +188,37 @@ class SqliteTransaction(SqliteReads):
         row = self._shelves[kind].rows.get(key)
         return row if row is not None else await super().get(kind, key)
 
+    async def get_resources(self, selection: ResourcesBy) -> ResourcesRow | None:
+        if selection.version is not None or selection.request_id is not None:
+            return await super().get_resources(selection)
+        newest, key = self._cache.newest_resources, selection.resources_id or ""
+        known = newest.rows.get(key)
+        if known is not None:
+            return known[0]
+        row = await super().get_resources(selection)
+        if row is None or len(row.resources) <= _LARGEST:
+            if len(newest.rows) >= _ROWS_OF_A_KIND:
+                newest.rows.clear()
+            self._log.append((newest, key, None, None))
+            newest.rows[key] = (row,)
+        return row
+
     async def insert(self, row: Row) -> Any:
         """Store a new row; returns it with its ``seq``."""
         if type(row) is AttemptRow:
             self._flush()  # the attempt that it replaces must not be live any more in the index of live ones
         elif type(row) is RolloutRow:
             self._note_queue(row, known=False)
+        elif type(row) is ResourcesRow:
+            newest = self._cache.newest_resources
+            for key in (row.resources_id, ""):
+                self._log.append((newest, key, newest.rows.pop(key, None), None))
         self._write()
         codec = codec_of(row)
         self._execute(codec.insert, codec.encode(row))
         stored = replace(row, seq=self._connection.last_insert_rowid())
+        if isinstance(stored, AttemptRow):
+            self._cache.note_live(None, stored, self._log)
         shelf = self._shelves.get(type(row))
         if shelf is not None:
             self._keep(shelf, shelf.key(stored), stored)
@@ -209,6 +231,8 @@ class SqliteTransaction(SqliteReads):
         row = replace(new, version=old.version + 1)
         if isinstance(row, RolloutRow):
             self._note_queue(row, known=True)
+        elif isinstance(row, AttemptRow) and isinstance(old, AttemptRow):
+            self._cache.note_live(old, row, self._log)
         cached = shelf.rows.get(key)
         if cached is None:  # too large for the cache
             self._update(shelf, old, row)
@@ -266,10 +290,14 @@ class SqliteTransaction(SqliteReads):
         fresh = {span_id for (span_id,) in found}
         return [_take_out(fresh, span[3]) for span in spans]
 
-    async def attempts_by(self, selection: AttemptsBy) -> list[AttemptRow]:
-        if selection.live_only:  # nothing else that is searched for ever changes
-            self._flush()
-        return await super().attempts_by(selection)
+    async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
+        """The attempts that a claim with this ``request_id`` made, the oldest first."""
+        rows = self._rows(_ATTEMPTS_OF_REQUEST, (request_id,))  # needs no flush: no update changes a request_id
+        return [self._found(ATTEMPTS.decode(row)) for row in rows]
+
+    def live_attempts_of(self, worker_id: str) -> Sequence[str]:
+        """The ids of the live attempts that name this worker, the oldest first."""
+        return [attempt_id for _, attempt_id in self._cache.live.rows.get(worker_id, ())]
 
     async def page(self, query: PageQuery) -> Page:
         self._flush()

@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import apsw
 
@@ -36,6 +36,7 @@ from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransacti
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 Operation = Callable[[Transaction], Awaitable[T]]
+_running_loop = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage] - None, where the public one raises
 
 _PATIENCE_MILLISECONDS = 250
 """How long writers wait for readers to leave a log that has become long."""
@@ -51,6 +52,10 @@ def run_to_end(operation: Awaitable[T]) -> T:
         coroutine.send(None)
     except StopIteration as stop:
         return stop.value
+    return _refuse_to_wait(coroutine)
+
+
+def _refuse_to_wait(coroutine: Coroutine[Any, Any, Any]) -> NoReturn:
     coroutine.close()
     raise RuntimeError("a store operation awaited something other than its transaction")
 
@@ -80,21 +85,6 @@ class _Job(Generic[T]):
             self.future.set_result(self.value)  # pyright: ignore[reportArgumentType] - it succeeded
         else:
             self.future.set_exception(self.error)
-
-
-class _Batch:
-    """The jobs of one transaction."""
-
-    def __init__(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
-        self.jobs = jobs
-        self.transaction = transaction
-
-    def fail(self, error: Exception) -> None:
-        """None of the jobs succeeded. Each caller gets an error object of its own."""
-        for job in self.jobs:
-            job.error = type(error)(*error.args)
-            job.error.__cause__ = error
-        self.transaction.events.clear()
 
 
 class GroupCommit:
@@ -159,7 +149,7 @@ class GroupCommit:
         while not future.done():
             with self._turn:
                 if not future.done():
-                    self._run_batch(self._commit)
+                    self._run_waiting()
         self._wake_waiting()
         return future.result()
 
@@ -195,16 +185,11 @@ class GroupCommit:
             self._closed = True
         with self._turn:
             while self._jobs:
-                self._run_batch(self._commit)
-            if self._fault is None:
-                self._save_touched()
+                self._run_waiting()
+            if self._fault is None:  # signs of life are only in memory: time-outs go on from there after the next open
+                self._jobs.append(_Job(lambda tx: tx.save_touched(), None, concurrent.futures.Future()))
+                self._run_waiting()
             self._connection.close()
-
-    def _save_touched(self) -> None:
-        """Write the signs of life that are only in memory: time-outs go on from there when the file is opened."""
-        future: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._jobs.append(_Job(lambda tx: tx.save_touched(), None, future))
-        self._run_batch(self._commit)
 
     # --- Queue -----------------------------------------------------------------------------------
 
@@ -217,7 +202,7 @@ class GroupCommit:
             if loop is None or loop in self._woken:
                 return
             self._woken.add(loop)
-        loop.call_soon(self._wake_in, loop)
+        loop.call_soon(self._work, loop)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -225,29 +210,28 @@ class GroupCommit:
         if self._fault is not None:
             raise type(self._fault)(self._fault.message) from self._fault
 
-    def _wake_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._lock:
-            self._woken.discard(loop)
-        self._work()
-
-    def _work(self) -> None:
+    def _work(self, woken: asyncio.AbstractEventLoop | None = None) -> None:
         """Take the turn if it is free and there is something to do.
 
         Whoever gives the turn back looks at the queue again after, so a job that was queued
         while somebody else had it is never forgotten.
+
+        Args:
+            woken: the loop that was woken for this, if one was.
         """
+        if woken is not None:
+            with self._lock:
+                self._woken.discard(woken)
         while self._jobs and self._turn.acquire(blocking=False):
             try:
-                batch = self._execute_batch()
+                jobs, transaction = self._execute_waiting()
             except BaseException:
                 self._turn.release()
                 raise
-            if batch is None:
-                self._turn.release()
-            elif batch.transaction.wrote:
-                self._hand_over(partial(self._conclude, batch))  # where it commits here, the turn is free again
+            if transaction.wrote:
+                self._hand_over(partial(self._conclude, jobs, transaction))  # commits now or later, and ends the turn
             else:
-                self._conclude(batch)
+                self._conclude(jobs, transaction)
 
     def _wake_waiting(self, delivered: Iterable[_Job[Any]] = ()) -> None:
         """Deliver results, one wake-up for each loop, and wake every loop that has jobs in the queue."""
@@ -264,7 +248,8 @@ class GroupCommit:
         here = _running_loop()
         for loop, jobs in by_loop.items():
             if loop is here and jobs:
-                _settle_all(jobs)
+                for job in jobs:
+                    job.settle()
                 continue
             try:
                 loop.call_soon_threadsafe(self._deliver, jobs)
@@ -272,99 +257,114 @@ class GroupCommit:
                 continue
 
     def _deliver(self, jobs: list[_Job[Any]]) -> None:
-        _settle_all(jobs)
-        self._work()
+        for job in jobs:
+            job.settle()
+        if self._jobs:
+            self._work()
 
-    # --- Batches (only with the turn) ------------------------------------------------------------
+    # --- Batches: the jobs of one transaction (only with the turn) --------------------------------
 
-    def _run_batch(self, conclude: Callable[[_Batch], None]) -> None:
-        """Execute and commit a batch here, and deliver its results; the turn is kept."""
-        batch = self._execute_batch()
-        if batch is not None:
-            conclude(batch)
-            self._wake_waiting(batch.jobs)
+    def _run_waiting(self) -> None:
+        """Execute and commit what waits, and deliver the results; the turn is kept."""
+        jobs, transaction = self._execute_waiting()
+        self._commit(jobs, transaction)
+        self._wake_waiting(jobs)
 
-    def _conclude(self, batch: _Batch) -> None:
+    def _conclude(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
         """Commit, give the turn back, deliver. Where the log is copied, callers do not wait for that."""
-        self._commit(batch)
+        self._commit(jobs, transaction)
         if self._log_pages >= self._next_checkpoint:
-            self._wake_waiting(batch.jobs)
+            self._wake_waiting(jobs)
             self._checkpoint()
             self._turn.release()
             self._wake_waiting()
         else:
             self._turn.release()
-            self._wake_waiting(batch.jobs)
-        if _running_loop() is None:
-            self._work_for_closed_loops()
+            self._wake_waiting(jobs)
+        if self._jobs and _running_loop() is None:
+            with self._lock:
+                orphans = all(job.loop is not None and job.loop.is_closed() for job in self._jobs)
+            if orphans:  # the loops of all jobs that wait were closed: accepted operations are carried out all the same
+                self._work()
 
-    def _work_for_closed_loops(self) -> None:
-        """Run jobs whose loops were closed: accepted operations are carried out all the same."""
+    def _execute_waiting(self) -> tuple[list[_Job[Any]], SqliteTransaction]:
+        """Run the statements of all jobs that wait, in one transaction, which is open after; it may be that none do."""
         with self._lock:
-            orphans = bool(self._jobs) and all(job.loop is not None and job.loop.is_closed() for job in self._jobs)
-        if orphans:
-            self._work()
-
-    def _execute_batch(self) -> _Batch | None:
-        """Run the statements of all jobs that wait, in one open transaction."""
-        with self._lock:
-            jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), _BATCH_LIMIT))]
-        if not jobs:
-            return None
-        batch = _Batch(jobs, SqliteTransaction(self._connection, self.cache))
+            if len(self._jobs) <= _BATCH_LIMIT:
+                jobs = list(self._jobs)
+                self._jobs.clear()
+            else:
+                jobs = [self._jobs.popleft() for _ in range(_BATCH_LIMIT)]
+        transaction = SqliteTransaction(self._connection, self._moment(), self.cache)
         try:
             if self._fault is not None:
                 raise self._fault
             try:
-                self._run_all(batch)
+                self._run_all(jobs, transaction)
             except CannotUndo:
                 self._connection.execute("ROLLBACK")
-                batch.transaction.rolled_back()
-                batch.transaction = GuardedTransaction(self._connection, self.cache)
-                self._run_all(batch)
+                transaction.rolled_back()
+                transaction = GuardedTransaction(self._connection, transaction.now(), self.cache)
+                self._run_all(jobs, transaction)
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: every caller gets the error
-            self._abandon(batch, error)
+            self._abandon(jobs, transaction, error)
         except BaseException:
-            self._abandon(batch, StoreUnavailable("interrupted before the commit; nothing was written"))
+            self._abandon(jobs, transaction, StoreUnavailable("interrupted before the commit; nothing was written"))
             self._wake_waiting(jobs)
             raise
-        return batch
+        return jobs, transaction
 
-    def _run_all(self, batch: _Batch) -> None:
+    def _run_all(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
-        now = self._moment()
-        for job in batch.jobs:
-            self._step(batch.transaction, job, now)
-        batch.transaction.finish()
+        for job in jobs:
+            job.error = None
+            try:
+                coroutine: Coroutine[Any, Any, Any] = job.operation(transaction)  # pyright: ignore[reportAssignmentType]
+                try:
+                    coroutine.send(None)
+                except StopIteration as stop:
+                    job.value = stop.value
+                else:
+                    _refuse_to_wait(coroutine)
+                transaction.keep()
+            except Exception as error:  # noqa: BLE001 - the boundary of an operation: its caller gets the error
+                job.error = known = self._translated(error)
+                fatal = isinstance(known, AgentLightningError) and stops_store(known)
+                if fatal or not self._connection.in_transaction:
+                    raise known from known.__cause__
+                transaction.undo()
+        transaction.finish()
 
-    def _step(self, transaction: SqliteTransaction, job: _Job[Any], now: Moment) -> None:
-        transaction.begin(now)
-        job.error = None
-        try:
-            job.value = run_to_end(job.operation(transaction))
-            transaction.keep()
-        except Exception as error:
-            job.error = translate(error, self._path) if isinstance(error, FAULTS) else error
-            if job.error is not error:
-                job.error.__cause__ = error
-            fatal = isinstance(job.error, AgentLightningError) and stops_store(job.error)
-            if fatal or not self._connection.in_transaction:
-                raise job.error from error
-            transaction.undo()
+    def _translated(self, error: Exception) -> Exception:
+        """The error as one of ours, if it is one of the database."""
+        if not isinstance(error, FAULTS):
+            return error
+        known = translate(error, self._path)
+        known.__cause__ = error
+        return known
 
-    def _abandon(self, batch: _Batch, error: Exception) -> None:
+    def _abandon(self, jobs: list[_Job[Any]], transaction: SqliteTransaction, error: Exception) -> None:
         """Undo a whole batch, because its transaction is lost or must not be committed."""
-        known = translate(error, self._path) if isinstance(error, FAULTS) else error
-        if known is not error:
-            known.__cause__ = error
+        known = self._translated(error)
         if isinstance(known, AgentLightningError) and stops_store(known):
             self.stop(known)
-        batch.fail(known)
-        batch.transaction.wrote = False
-        batch.transaction.rolled_back()
-        self._roll_back()
+        self._fail(jobs, transaction, known)
 
-    def _commit(self, batch: _Batch) -> None:
+    def _fail(self, jobs: list[_Job[Any]], transaction: SqliteTransaction, error: Exception) -> None:
+        """None of the jobs succeeded. Each caller gets an error object of its own."""
+        for job in jobs:
+            job.error = type(error)(*error.args)
+            job.error.__cause__ = error
+        transaction.events.clear()
+        transaction.wrote = False
+        transaction.rolled_back()
+        if self._connection.in_transaction:
+            try:
+                self._connection.execute("ROLLBACK")
+            except apsw.Error as failure:
+                self.stop(StoreStopped(f"a rollback on {self._path!r} failed ({failure}); open the store again"))
+
+    def _commit(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
         """COMMIT. If that fails the outcome is unknown, and nothing can be acknowledged any more."""
         if not self._connection.in_transaction:  # the batch was abandoned
             return
@@ -376,22 +376,13 @@ class GroupCommit:
                 known = StoreStopped(f"a commit to {self._path!r} failed ({error}); its outcome is unknown")
             known.__cause__ = error
             self.stop(known)
-            batch.fail(known)
-            batch.transaction.rolled_back()
-            self._roll_back()
-        else:
-            self.commits += 1
-            self.operations += len(batch.jobs)
-            self.last_batch = len(batch.jobs)
-        if batch.transaction.events:
-            self._tell(batch.transaction.events)
-
-    def _roll_back(self) -> None:
-        if self._connection.in_transaction:
-            try:
-                self._connection.execute("ROLLBACK")
-            except apsw.Error as error:
-                self.stop(StoreStopped(f"a rollback on {self._path!r} failed ({error}); open the store again"))
+            self._fail(jobs, transaction, known)
+            return
+        self.commits += 1
+        self.operations += len(jobs)
+        self.last_batch = len(jobs)
+        if transaction.events:
+            self._tell(transaction.events)
 
     def _note_log_pages(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
         self._log_pages = pages
@@ -431,15 +422,3 @@ class GroupCommit:
             _log.exception("events of a commit could not be taken in")
             if self._fault is None:
                 self._fault = StoreStopped(f"events of a commit to {self._path!r} could not be taken in: {error}")
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _settle_all(jobs: list[_Job[Any]]) -> None:
-    for job in jobs:
-        job.settle()

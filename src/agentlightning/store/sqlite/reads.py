@@ -145,15 +145,12 @@ def _decode_or_report(codec: Codec[Any], values: tuple[Any, ...]) -> list[Any]:
     width = len(codec.fields)
     try:
         row = codec.decode(values[:width])
-        derived = codec.derive(row)
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         return [Unreadable(values[0], str(error))]
-    wrong = [
-        Unreadable(values[0], f"its column {name} is {stored!r} and should be {true!r}")
-        for name, stored, true in zip(codec.derived, values[width:], derived, strict=True)
-        if stored != true
-    ]
-    return [*wrong, row]
+    if codec.flag is not None and values[width] != codec.flag_of(row):
+        wrong = f"its column {codec.flag} is {values[width]!r} and should be {codec.flag_of(row)}"
+        return [Unreadable(values[0], wrong), row]
+    return [row]
 
 
 def _with_latest(row: tuple[Any, ...]) -> RolloutWithLatest:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
-from operator import is_not
+from operator import is_not, itemgetter
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutPolicy, RolloutRow, WorkerRow
+from agentlightning.lifecycle.states import CLAIMABLE, LIVE
 from agentlightning.store.backend import Filter, PageQuery, Table
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -26,7 +27,7 @@ class Codec(Generic[R]):
         table: the table.
         row: the row class.
         encoded: fields that are not stored as they are: to the stored value, and back (None: as it is).
-        derived: columns behind the fields, computed from the row's status.
+        flag: a column behind the fields that says whether the row's status is one of these, for partial indexes.
         source: what is selected from under the name ``t``, if it is not the table itself.
         computed: fields that ``source`` computes, so that they are not stored.
     """
@@ -37,31 +38,31 @@ class Codec(Generic[R]):
         row: type[R],
         *,
         encoded: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any] | None]] = MappingProxyType({}),
-        derived: Mapping[str, Callable[[R], Any]] = MappingProxyType({}),
+        flag: tuple[str, frozenset[Any]] | None = None,
         source: str | None = None,
         computed: Sequence[str] = (),
     ) -> None:
         self.table: Literal["rollouts", "attempts", "resources", "workers"] = table
         self.fields = row.__struct_fields__
-        self.derived = tuple(derived)
+        self.flag, self._flagged = flag or (None, frozenset[Any]())
+        flags = [] if self.flag is None else [self.flag]
         self.source = f"{source or table} t"
         self.select = f"SELECT {self.names('t')} FROM {self.source}"
-        self.select_all = f"SELECT {', '.join([self.names('t'), *derived])} FROM {self.source}"
+        self.select_all = f"SELECT {', '.join([self.names('t'), *flags])} FROM {self.source}"
         self._row = row
         self._computed = frozenset(self.fields.index(name) for name in computed)
         self._indexes = range(len(self.fields))
         stored = [name for name in self.fields[1:] if name not in computed]
-        columns = [*stored, *derived]
+        columns = [*stored, *flags]
         self.insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         self._encode = {self.fields.index(name): encode for name, (encode, _) in encoded.items()}
         self._decode = {self.fields.index(name): decode for name, (_, decode) in encoded.items() if decode}
-        self._derive = tuple(derived.values())
-        self._decisive = self.fields.index("status") if derived else -1
-        self._updates: dict[tuple[int, ...], str] = {}
+        self._status = self.fields.index("status") if flags else -1
+        self._updates: dict[tuple[int, ...], tuple[str, itemgetter[Any]]] = {}
 
-    def derive(self, row: R) -> list[Any]:
-        """The values of the derived columns."""
-        return [derive(row) for derive in self._derive]
+    def flag_of(self, row: Any) -> int:
+        """The value of the column ``flag``."""
+        return int(row.status in self._flagged)
 
     def encode(self, row: R) -> list[Any]:
         """The values for ``insert``."""
@@ -70,7 +71,9 @@ class Codec(Generic[R]):
             values[index] = encode(values[index])
         if self._computed:
             values = [value for index, value in enumerate(values) if index not in self._computed]
-        return [*values[1:], *self.derive(row)]
+        elif self.flag is not None:
+            values.append(int(values[self._status] in self._flagged))
+        return values[1:]
 
     def decode(self, values: Sequence[Any]) -> R:
         """The row with these values of its fields."""
@@ -94,18 +97,21 @@ class Codec(Generic[R]):
         changed = tuple(compress(self._indexes, map(is_not, before, after)))
         if self._computed:
             changed = tuple([i for i in changed if i not in self._computed])
-        derived = self.derive(new) if self._decisive in changed else []
-        statement = self._updates.get(changed)
-        if statement is None:
-            statement = self._updates[changed] = self._update_statement(changed, bool(derived))
-        encode = self._encode
-        values = [encode[i](after[i]) if i in encode else after[i] for i in changed]
-        return statement, [*values, *derived, before[0], before[1]]
-
-    def _update_statement(self, changed: tuple[int, ...], derived: bool) -> str:
-        columns = [*[self.fields[i] for i in changed], *(self.derived if derived else ())]
-        assignments = ", ".join(f"{column} = ?" for column in columns)
-        return f"UPDATE {self.table} SET {assignments} WHERE seq = ? AND version = ?"
+        flagged = self._status in changed
+        known = self._updates.get(changed)
+        if known is None:
+            columns = [*([self.flag] if flagged else ()), *[self.fields[i] for i in changed]]
+            assignments = ", ".join(f"{column} = ?" for column in columns)
+            statement = f"UPDATE {self.table} SET {assignments} WHERE seq = ? AND version = ?"
+            known = self._updates[changed] = statement, itemgetter(*changed, 0)
+        statement, pick = known
+        values: list[Any] = [*pick(after), before[1]]
+        for index, encode in self._encode.items():
+            if index in changed:
+                values[changed.index(index)] = encode(after[index])
+        if flagged:
+            values.insert(0, int(after[self._status] in self._flagged))
+        return statement, values
 
 
 @lru_cache(maxsize=1024)
@@ -122,9 +128,9 @@ ROLLOUTS: Codec[RolloutRow] = Codec(
     "rollouts",
     RolloutRow,
     encoded={"policy": (_encode_policy, _decode_policy)},
-    derived={"claimable": lambda row: int(row.claimable)},
+    flag=("claimable", CLAIMABLE),
 )
-ATTEMPTS: Codec[AttemptRow] = Codec("attempts", AttemptRow, derived={"live": lambda row: int(row.live)})
+ATTEMPTS: Codec[AttemptRow] = Codec("attempts", AttemptRow, flag=("live", LIVE))
 RESOURCES: Codec[ResourcesRow] = Codec("resources", ResourcesRow)
 _OF_HELD_ATTEMPT = {
     "current_rollout_id": "h.rollout_id",

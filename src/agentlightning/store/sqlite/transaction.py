@@ -55,14 +55,14 @@ class SqliteTransaction(SqliteReads):
     operation touches.
     """
 
-    def __init__(self, connection: apsw.Connection, cache: RowCache) -> None:
-        super().__init__(connection, Moment(0.0, 0.0), cache)
+    def __init__(self, connection: apsw.Connection, now: Moment, cache: RowCache) -> None:
+        super().__init__(connection, now, cache)
         self._cache = cache
         self._shelves = cache.shelves
         self.events: list[Event] = []
         """What the operations that succeeded have published."""
         self.wrote = False
-        """Whether any operation that succeeded has changed something that must be durable."""
+        """Whether something has changed that must be durable. Known after ``finish``."""
         self._counts: list[tuple[str, int]] = []
         self._changed: list[tuple[Shelf, str]] = []
         """Rows that may have to be written before the commit."""
@@ -70,25 +70,20 @@ class SqliteTransaction(SqliteReads):
         self._ahead: dict[int, RolloutRow] = {}
         """The next rollouts of the queue, read ahead and not yet taken in this transaction."""
         self._read_ahead = 1
-        self._began = (0, 0, 0, 0)
+        self._kept = (0, 0, 0, 0)
         """How long the four lists were when the running operation began."""
         self._wrote_statement = False
-        self._wrote_own = False
-
-    def begin(self, now: Moment) -> None:
-        """The next operation begins."""
-        self._now = now
-        self._wrote_statement = False
-        self._wrote_own = False
-        self._began = (len(self._log), len(self._changed), len(self._counts), len(self.events))
+        """Whether a statement of the running operation has written."""
 
     def keep(self) -> None:
-        """The operation succeeded: its effects stay."""
-        if self._wrote_own:
+        """The operation succeeded: its effects stay. The next one begins."""
+        self._kept = (len(self._log), len(self._changed), len(self._counts), len(self.events))
+        if self._wrote_statement:
+            self._wrote_statement = False
             self.wrote = True
 
     def undo(self) -> None:
-        """The operation failed: as if it had never been.
+        """The operation failed: as if it had never been. The next one begins.
 
         Raises:
             CannotUndo: a statement of it has written.
@@ -98,7 +93,8 @@ class SqliteTransaction(SqliteReads):
         self._forget_operation()
 
     def _forget_operation(self) -> None:
-        log, changed, counts, events = self._began
+        log, changed, counts, events = self._kept
+        self._wrote_statement = False
         self._cache.restore(self._log, log)
         self._ahead.clear()
         del self._changed[changed:], self._counts[counts:], self.events[events:]
@@ -106,6 +102,7 @@ class SqliteTransaction(SqliteReads):
     def finish(self) -> None:
         """Write what the operations have changed and counted. Call once, after the last one."""
         self._flush()
+        self.wrote = self.wrote or self._wrote_statement
         sums: dict[str, int] = {}
         for name, change in self._counts:
             sums[name] = sums.get(name, 0) + change
@@ -180,7 +177,7 @@ class SqliteTransaction(SqliteReads):
 
     def _write(self) -> None:
         """A statement that writes follows."""
-        self._wrote_statement = self._wrote_own = True
+        self._wrote_statement = True
 
     # --- Primitives ------------------------------------------------------------------------------
 
@@ -245,7 +242,6 @@ class SqliteTransaction(SqliteReads):
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = row
-        self._wrote_own = True
         if shelf.size(row) > _LARGEST:
             self._write_now(shelf, key)
             self._drop(shelf, key)
@@ -380,29 +376,23 @@ class SqliteTransaction(SqliteReads):
 class GuardedTransaction(SqliteTransaction):
     """A transaction in which each operation can be undone alone: it has a savepoint of its own."""
 
-    def begin(self, now: Moment) -> None:
-        """The next operation begins."""
-        super().begin(now)
-        self._saved = False
-
     def keep(self) -> None:
-        """The operation succeeded: its effects stay."""
+        """The operation succeeded: its effects stay. The next one begins."""
         self._flush()  # inside the savepoint, so that the next operation cannot undo it
-        if self._saved:
+        if self._wrote_statement:
             self._execute("RELEASE operation")
         super().keep()
 
     def undo(self) -> None:
-        """The operation failed: as if it had never been."""
-        if self._saved:
+        """The operation failed: as if it had never been. The next one begins."""
+        if self._wrote_statement:
             self._execute("ROLLBACK TO operation; RELEASE operation")
         self._forget_operation()
 
     def _write(self) -> None:
-        super()._write()
-        if not self._saved:
+        if not self._wrote_statement:
             self._execute("SAVEPOINT operation")
-            self._saved = True
+        super()._write()
 
 
 def _take_out(ids: set[str], span_id: str) -> bool:

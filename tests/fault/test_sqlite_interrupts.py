@@ -30,7 +30,7 @@ def test_an_interrupted_group_is_not_written_and_those_who_share_it_are_told(tmp
 
     async def together() -> None:
         writing = [asyncio.create_task(enqueue(number)) for number in range(5)]
-        writing.insert(3, asyncio.create_task(store._core.write(interrupted)))
+        writing.insert(3, asyncio.ensure_future(store._core.write(interrupted)))
         try:
             await asyncio.gather(*writing)
         finally:

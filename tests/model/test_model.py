@@ -266,5 +266,5 @@ def test_a_broken_store_is_found_out(
     machine = machine_on(None)
     # A store that is broken may also refuse what it must take.
     with pytest.raises((Divergence, AgentLightningError)) as caught:
-        run_steps(machine, 5_000, itertools.count(), settings(RUN, phases=[Phase.generate]))
+        run_steps(machine, 30_000, itertools.count(), settings(RUN, phases=[Phase.generate]))  # most need a few hundred
     print(f"{machine.steps_run:,} steps until: {caught.value}")

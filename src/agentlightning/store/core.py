@@ -61,11 +61,15 @@ class Core:
         await asyncio.to_thread(self._alarm.close)
         await self.backend.close()
 
-    async def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
+    def write(self, operation: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
         """Run an operation that writes, after sweeping everything that is due. That may take several transactions."""
-        self.open()
-        if not self._something_is_due():
-            return await self.backend.write(operation)
+        if not self._usable:
+            self.open()
+        if self.backend.lease_now() < self._alarm.next:
+            return self.backend.write(operation)
+        return self._sweep_and_write(operation)
+
+    async def _sweep_and_write(self, operation: Callable[[Transaction], Awaitable[T]]) -> T:
         more_is_due = True
 
         # One operation with its sweep, so that it is accepted at once and also carried out if its caller goes away.

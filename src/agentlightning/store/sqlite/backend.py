@@ -162,8 +162,10 @@ class SqliteBackend(Backend):
                 return
             self._lease_anchor = self._clock.wall() - self._clock.monotonic()
             try:
+                connection, cache = self._connect()
                 self._writer = GroupCommit(
-                    self._connect(),
+                    connection,
+                    cache,
                     path=self._path,
                     moment=self.moment,
                     publish=publish,
@@ -175,9 +177,10 @@ class SqliteBackend(Backend):
             backend = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _leave(backend()))
 
-    def _connect(self) -> apsw.Connection:
-        """The connection that writes."""
-        return open_writer(self._path, "none", vfs=None)
+    def _connect(self) -> tuple[apsw.Connection, RowCache]:
+        """The connection that writes, and what the writer has in memory."""
+        connection = open_writer(self._path, "none", vfs=None)
+        return connection, RowCache(connection)
 
     def lease_now(self) -> float:
         """The lease clock: wall time when the store was opened, and real time since."""
@@ -185,7 +188,7 @@ class SqliteBackend(Backend):
 
     def moment(self) -> Moment:
         """Both clocks."""
-        return Moment(self._clock.wall(), self.lease_now())
+        return Moment(self._clock.wall(), self._lease_anchor + self._clock.monotonic())
 
     def disk(self) -> tuple[int, int] | None:
         return None
@@ -206,7 +209,10 @@ class SqliteBackend(Backend):
         return self._writer is not None and self._writer.stopped
 
     def write(self, op: Write[T]) -> Awaitable[T]:
-        return self._use().run(op)
+        writer = self._writer
+        if writer is None or self._closed or self.forked:
+            writer = self._use()  # raises
+        return writer.run(op)
 
     def write_blocking(self, op: Write[T]) -> T:
         return self._use().run_blocking(op)
@@ -322,15 +328,16 @@ class FileBackend(SqliteBackend):
         self._use()
         await asyncio.to_thread(self._readers.copy, target)
 
-    def _connect(self) -> apsw.Connection:
+    def _connect(self) -> tuple[apsw.Connection, RowCache]:
         with ExitStack() as undo:
             self._owner.acquire()
             undo.callback(self._owner.release)
             connection = open_writer(self._path, self._durability, vfs=self._vfs)
             undo.callback(connection.close)
             rebase_leases(connection, self.lease_now())
+            cache = RowCache(connection)
             undo.pop_all()
-        return connection
+        return connection, cache
 
     def _let_go(self) -> None:
         self._commit_thread.close()

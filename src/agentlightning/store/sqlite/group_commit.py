@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar
 
 import apsw
 
@@ -40,7 +40,6 @@ _running_loop = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage]
 
 _PATIENCE_MILLISECONDS = 250
 """How long writers wait for readers to leave a log that has become long."""
-_LIVE_ATTEMPTS = "SELECT worker_id, seq, attempt_id FROM attempts WHERE live AND worker_id IS NOT NULL ORDER BY seq"
 _BATCH_LIMIT = 512
 """The most operations under one commit, so that none waits long for the statements of others."""
 
@@ -92,6 +91,7 @@ class GroupCommit:
 
     Args:
         connection: used by one thread at a time, never by anybody else.
+        cache: the rows of this connection that are kept in memory.
         path: the name of the database in errors.
         moment: reads the clocks.
         publish: gets the events of each committed batch, in the thread that committed; and ``Stopped``.
@@ -102,6 +102,7 @@ class GroupCommit:
     def __init__(
         self,
         connection: apsw.Connection,
+        cache: RowCache,
         *,
         path: str,
         moment: Callable[[], Moment],
@@ -125,7 +126,7 @@ class GroupCommit:
         """Operations that they carried."""
         self.last_batch = 0
         """How many of them the last one carried."""
-        self.cache = RowCache(cast("list[tuple[str, int, str]]", connection.execute(_LIVE_ATTEMPTS).fetchall()))
+        self.cache = cache
         """Rows that were used last, and signs of life that are not stored."""
         self._lock = threading.Lock()
         self._jobs: deque[_Job[Any]] = deque()

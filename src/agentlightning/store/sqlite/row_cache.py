@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
+import apsw
 from msgspec.structs import replace
 
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, Codec
+
+_LARGEST = 4096
+"""Bytes of content in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
+
+_LIVE_ATTEMPTS = (
+    "SELECT CAST(worker_id AS BLOB), seq, CAST(attempt_id AS BLOB) FROM attempts "
+    "WHERE live AND worker_id IS NOT NULL ORDER BY seq"
+)
+"""As bytes, so that a damaged id does not keep the store from being opened: whoever reads the row is told of it."""
 
 
 class Undoable:
@@ -31,16 +41,20 @@ class Shelf(Undoable):
     Args:
         codec: how rows of the kind are stored.
         key: the name of the field that identifies a row.
-        size: the bytes of JSON in a row.
+        contents: the names of the fields that callers can make large.
     """
 
-    __slots__ = ("codec", "key", "size")
+    __slots__ = ("codec", "contents", "key")
 
-    def __init__(self, codec: Codec[Any], key: str, size: Callable[[Any], int]) -> None:
+    def __init__(self, codec: Codec[Any], key: str, contents: Sequence[str]) -> None:
         super().__init__()
         self.codec = codec
         self.key = attrgetter(key)
-        self.size = size
+        self.contents = attrgetter(*contents)
+
+    def is_large(self, row: Any) -> bool:
+        """Whether a row has too many bytes to be kept."""
+        return sum(map(len, filter(None, cast("tuple[bytes | str | None, ...]", self.contents(row))))) > _LARGEST
 
 
 Undo = tuple[Undoable, str, Any, Any]
@@ -52,25 +66,23 @@ class RowCache:
     """Rollouts, attempts and workers as the running transaction sees them.
 
     Args:
-        live: (worker_id, seq, attempt_id) of each live attempt that names a worker, by ``seq``.
+        connection: the database, as it is stored.
     """
 
-    def __init__(self, live: Iterable[tuple[str, int, str]] = ()) -> None:
+    def __init__(self, connection: apsw.Connection) -> None:
         self.live = Undoable()
         """By ``worker_id`` the (seq, attempt_id) of all live attempts, in a sorted tuple. It is complete, so no search
         of the database is needed to tell what else a worker holds when an attempt of it ends."""
-        for worker_id, seq, attempt_id in live:
+        for worker, seq, attempt in cast("Iterable[tuple[bytes, int, bytes]]", connection.execute(_LIVE_ATTEMPTS)):
+            worker_id, attempt_id = worker.decode(errors="replace"), attempt.decode(errors="replace")
             self.live.rows[worker_id] = (*self.live.rows.get(worker_id, ()), (seq, attempt_id))
         self.shelves: dict[type[Any], Shelf] = {
-            RolloutRow: Shelf(ROLLOUTS, "rollout_id", lambda row: len(row.input) + len(row.metadata or b"")),
-            AttemptRow: Shelf(ATTEMPTS, "attempt_id", lambda row: len(row.metadata or b"")),
-            WorkerRow: Shelf(
-                WORKERS, "worker_id", lambda row: len(row.heartbeat_stats or b"") + len(row.registration or b"")
-            ),
+            RolloutRow: Shelf(ROLLOUTS, "rollout_id", ("input", "metadata", "reason_message")),
+            AttemptRow: Shelf(ATTEMPTS, "attempt_id", ("metadata", "reason_message")),
+            WorkerRow: Shelf(WORKERS, "worker_id", ("heartbeat_stats", "registration")),
         }
         self._attempts = self.shelves[AttemptRow].rows
         self._workers = self.shelves[WorkerRow].rows
-
         self.newest_resources = Undoable()
         """By ``resources_id``, and by "" for the latest of all, a tuple of the newest version, or of None."""
 

@@ -31,8 +31,8 @@ R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 H = TypeVar("H", AttemptRow, WorkerRow)
 
 _ROWS_OF_A_KIND = 2048
-_LARGEST = 4096
-"""Bytes of JSON in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
+_LARGEST_RESOURCES = 4096
+"""Bytes of the JSON of resources that are kept."""
 _READ_AHEAD_LIMIT = 16
 """The most rollouts that a batch reads from the queue at a time for claims that may follow in it."""
 _ATTEMPTS_OF_REQUEST = f"{ATTEMPTS.select} WHERE request_id = ? ORDER BY seq"
@@ -122,7 +122,7 @@ class SqliteTransaction(SqliteReads):
 
     def _keep(self, shelf: Shelf, key: str, row: Any) -> None:
         """Take a row that is as stored into the cache."""
-        if shelf.size(row) > _LARGEST:
+        if shelf.is_large(row):
             return
         self._log.append((shelf, key, None, None))
         rows = shelf.rows
@@ -193,7 +193,7 @@ class SqliteTransaction(SqliteReads):
         if known is not None:
             return known[0]
         row = await super().get_resources(selection)
-        if row is None or len(row.resources) <= _LARGEST:
+        if row is None or len(row.resources) <= _LARGEST_RESOURCES:
             if len(newest.rows) >= _ROWS_OF_A_KIND:
                 newest.rows.clear()
             self._log.append((newest, key, None, None))
@@ -242,7 +242,7 @@ class SqliteTransaction(SqliteReads):
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = row
-        if shelf.size(row) > _LARGEST:
+        if shelf.contents(row) != shelf.contents(cached) and shelf.is_large(row):
             self._write_now(shelf, key)
             self._drop(shelf, key)
         else:

@@ -6,12 +6,12 @@ The client uses the same functions, so that a bad argument fails there as it wou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 from agentlightning.errors import InvalidValue, TooLarge
 from agentlightning.lifecycle import reasons
-from agentlightning.lifecycle.records import RolloutRow
+from agentlightning.lifecycle.records import RolloutPolicy, RolloutRow
 from agentlightning.store.operations.attempts import Report
 from agentlightning.store.operations.rollouts import Draft, Edit
 from agentlightning.store.operations.spans import SpanDraft
@@ -95,10 +95,7 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
         raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
     if type(request.priority) is not int or not -(2**31) <= request.priority < 2**31:
         raise InvalidValue(f"priority {shown(request.priority)} is not valid; give a signed 32-bit number")
-    if request.mode is not None:
-        check_one_of(request.mode, _MODES, "mode")
-    if request.resources_id is not None:
-        check_id(request.resources_id, "resources_id")
+    mode, resources_id = _mode(request.mode), _FIELDS["resources_id"](request.resources_id)
     repeatable = request.rollout_id is not None
     rollout_id = check_id(request.rollout_id, "rollout_id") if repeatable else ids.mint("ro-")
     content = encode_json(request.input, "input")
@@ -106,7 +103,7 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
     policy = encode_policy(request.config)
     digest = b""
     if repeatable or started:
-        told = repr((started, request.mode, request.resources_id, policy, request.priority, metadata is None))
+        told = repr((started, mode, resources_id, policy, request.priority, metadata is None))
         digest = digest_of(canonical(content), b"" if metadata is None else canonical(metadata), told.encode())
     row = RolloutRow(
         seq=0,
@@ -115,8 +112,8 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
         status="preparing" if started else "queuing",
         priority=request.priority,
         input=content,
-        mode=request.mode,
-        resources_id=request.resources_id,
+        mode=mode,
+        resources_id=resources_id,
         resources_version=None,
         policy=policy,
         metadata=metadata,
@@ -138,33 +135,35 @@ def edit_of(fields: Mapping[str, Any], status: Any, reason_code: str | None, rea
     Raises:
         InvalidValue: a field is not valid.
     """
-    wanted: RolloutStatus | None = None
     if status is not UNSET:
         check_one_of(status, _ROLLOUT_STATES, "status")
-        wanted = status
+    wanted: RolloutStatus | None = None if status is UNSET else status
+    changed: Any = {name: _FIELDS[name](value) for name, value in fields.items() if value is not UNSET}
     default = reasons.BY_STATUS.get(wanted or "", reasons.REPORTED)
-    edit = Edit({}, wanted, reason_of(reason_code, reason_message, default))
-    for field, value in fields.items():
-        if value is UNSET:
-            continue
-        match field:
-            case "input":
-                edit.fields["input"] = encode_json(value, "input")
-            case "mode":
-                if value is not None:
-                    check_one_of(value, _MODES, "mode")
-                edit.fields["mode"] = value
-            case "resources_id":
-                edit.fields["resources_id"] = None if value is None else check_id(value, "resources_id")
-            case "config":
-                if value is None:
-                    raise InvalidValue("config cannot be None; give a RolloutConfig, or leave it out")
-                edit.fields["config"] = encode_policy(value)
-            case "metadata":
-                edit.fields["metadata"] = encode_object(value, "metadata")
-            case _:
-                raise KeyError(field)
-    return edit
+    return Edit(changed, wanted, reason_of(reason_code, reason_message, default))
+
+
+def _mode(value: Any) -> Any:
+    if value is not None:
+        check_one_of(value, _MODES, "mode")
+    return value
+
+
+def encode_config(value: Any) -> RolloutPolicy:
+    """The config that replaces another one. Raises as ``encode_policy``, and ``InvalidValue`` for None."""
+    if value is None:
+        raise InvalidValue("config cannot be None; give a RolloutConfig, or leave it out")
+    return encode_policy(value)
+
+
+_FIELDS: Mapping[str, Callable[[Any], Any]] = {
+    "input": lambda value: encode_json(value, "input"),
+    "mode": _mode,
+    "resources_id": lambda value: None if value is None else check_id(value, "resources_id"),
+    "config": encode_config,
+    "metadata": lambda value: encode_object(value, "metadata"),
+}
+"""How the fields of a rollout that callers give are checked and encoded."""
 
 
 def report_of(
@@ -183,13 +182,12 @@ def report_of(
     if status is not UNSET:
         check_one_of(status, _ATTEMPT_STATES, "status")
     default = reasons.COMPLETED if status == "succeeded" else reasons.REPORTED
+    beaten = last_heartbeat_time
     return Report(
         status=None if status is UNSET else status,
         reason=reason_of(reason_code, reason_message, default),
         worker_id=None if worker_id is UNSET else check_id(worker_id, "worker_id"),
-        last_heartbeat_time=None
-        if last_heartbeat_time is UNSET
-        else check_finite(last_heartbeat_time, "last_heartbeat_time"),
+        last_heartbeat_time=None if beaten is UNSET else check_finite(beaten, "last_heartbeat_time"),
         metadata=None if metadata is UNSET else (encode_object(metadata, "metadata"),),
     )
 

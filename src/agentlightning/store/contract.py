@@ -20,10 +20,7 @@ from agentlightning.types import (
     ResourcesUpdate,
     ResourceUnion,
     Rollout,
-    RolloutConfig,
-    RolloutMode,
     Span,
-    TaskInput,
     Unset,
     Worker,
     WorkerDirective,
@@ -344,33 +341,19 @@ class WorkerMethods(ABC):
         """One page of workers."""
 
 
-def enqueue_request(
-    input: TaskInput,
-    mode: RolloutMode | None,
-    resources_id: str | None,
-    config: RolloutConfig | None,
-    metadata: JsonObject | None,
-    priority: int,
-    rollout_id: str | None,
-) -> EnqueueRolloutRequest:
-    """The arguments of ``enqueue_rollout`` as a request.
+def enqueue_request(*values: Any) -> EnqueueRolloutRequest:
+    """The arguments of ``enqueue_rollout`` as a request, in the order of its fields.
 
     Raises:
         InvalidValue: a field has a wrong type or value; the message names it.
         InvalidId, NotJson: an id is not a string; the metadata are not an object with string keys.
     """
-    if metadata is not None and not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    fields = dict(zip(EnqueueRolloutRequest.model_fields, values, strict=True))
+    metadata = fields["metadata"]
+    if metadata is not None and not isinstance(metadata, Mapping):
         raise NotJson(f"metadata is a {type(metadata).__name__}; give a dict with string keys")
     try:
-        return EnqueueRolloutRequest(
-            input=input,
-            mode=mode,
-            resources_id=resources_id,
-            config=config,
-            metadata=None if metadata is None else dict(metadata),
-            priority=priority,
-            rollout_id=rollout_id,
-        )
+        return EnqueueRolloutRequest(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = str(first["loc"][0])

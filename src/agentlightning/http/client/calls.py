@@ -28,7 +28,7 @@ from agentlightning.http.client.transport import Transport, WireReply, WireReque
 from agentlightning.http.codec import decode_error, decode_reply
 from agentlightning.http.routes import CLIENT_ROUTES
 from agentlightning.http.signatures import Argument, arguments_of
-from agentlightning.store.arguments import check_batch, check_claim_limit, check_pairs
+from agentlightning.store.arguments import check_batch, check_claim_limit, check_pairs, encode_config
 from agentlightning.store.base import LightningStore
 from agentlightning.store.queries import either, text_filter, within
 from agentlightning.store.sources import IdSource
@@ -40,7 +40,6 @@ from agentlightning.store.validation import (
     check_text,
     encode_json,
     encode_object,
-    encode_policy,
     encode_required,
     encode_resources,
     reason_of,
@@ -268,16 +267,10 @@ def _check_ids(value: Any, what: str) -> None:
         check_id(each, what)
 
 
-def _config(value: Any) -> Any:
-    if value is None:
-        raise InvalidValue("config cannot be None; give a RolloutConfig, or leave it out")
-    return encode_policy(value)
-
-
 _BY_NAME: Mapping[str, Encoder] = {
     "attempt_ids": _checked(_check_ids, "attempt_id"),
     "worker_ids": _checked(_check_ids, "worker_id"),
-    "config": _config,
+    "config": encode_config,
     "heartbeat_stats": lambda value: _raw(encode_required(value, "heartbeat_stats")),
     "registration": lambda value: _raw(encode_required(value, "registration")),
     "metadata": lambda value: _raw(encode_object(value, "metadata") or b"null"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import apsw
 
 from agentlightning.errors import CorruptStore, InvalidValue
 from agentlightning.store.sqlite.connections import MIGRATIONS, check_identity
-from agentlightning.store.sqlite.faults import translate, translate_os
+from agentlightning.store.sqlite.faults import translated
 from agentlightning.types import VerificationReport
 
 
@@ -24,25 +26,13 @@ def copy_database(source: apsw.Connection, target: Path) -> None:
         CorruptStore: the copy is damaged, hence probably the source.
         DiskFull: there is no room for it.
     """
-    check_free(target)
-    partial = unfinished(target)
-    try:
+    with new_file(target) as partial:
         os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        copy = apsw.Connection(str(partial))
-        try:
+        with closing(apsw.Connection(str(partial))) as copy:
             with copy.backup("main", source, "main") as backup:
                 backup.step(-1)
             copy.pragma("journal_mode", "DELETE")
-            check_database(copy)
-        finally:
-            copy.close()
-        move_into_place(partial, target)
-    except apsw.Error as error:
-        raise translate(error, str(partial)) from error
-    except OSError as error:
-        raise translate_os(error, str(partial)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+            _check_database(copy)
 
 
 def copy_from_backup(backup: Path, target: Path) -> None:
@@ -54,15 +44,9 @@ def copy_from_backup(backup: Path, target: Path) -> None:
     """
     if not backup.is_file():
         raise InvalidValue(f"there is no backup {str(backup)!r}; give the file that `backup` wrote")
-    try:
-        source = apsw.Connection(str(backup), flags=apsw.SQLITE_OPEN_READONLY)
-        try:
-            check_database(source)
-            copy_database(source, target)
-        finally:
-            source.close()
-    except apsw.Error as error:
-        raise translate(error, str(backup)) from error
+    with translated(str(backup)), closing(apsw.Connection(str(backup), flags=apsw.SQLITE_OPEN_READONLY)) as source:
+        _check_database(source)
+        copy_database(source, target)
 
 
 def broken_backup(backup: Path, report: VerificationReport) -> CorruptStore:
@@ -74,48 +58,45 @@ def broken_backup(backup: Path, report: VerificationReport) -> CorruptStore:
     )
 
 
-def check_free(target: Path) -> None:
-    """Raise ``InvalidValue`` unless ``target`` can be made as a new file."""
+@contextmanager
+def new_file(target: Path) -> Generator[Path]:
+    """A name beside ``target`` for a file that the block makes; it becomes ``target``, durably, when the block ends.
+
+    Raises:
+        InvalidValue: ``target`` exists, or its folder does not.
+        DiskFull, StoreUnavailable: it cannot be written.
+    """
+    taken = f"{str(target)!r} exists already; give a new file name, or remove it first"
     if target.exists():
-        raise _taken(target)
+        raise InvalidValue(taken)
     if not target.parent.is_dir():
         raise InvalidValue(f"the folder {str(target.parent)!r} does not exist; make it first")
+    partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")  # no two are the same
+    try:
+        with translated(str(target)):
+            yield partial
+            _sync(partial)
+            try:
+                os.link(partial, target)
+            except FileExistsError as error:
+                raise InvalidValue(taken) from error
+            _sync(target.parent)
+    finally:
+        for suffix in ("", "-wal", "-shm", "-owner"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
 
 
-def check_database(connection: apsw.Connection) -> None:
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _check_database(connection: apsw.Connection) -> None:
     """Raise unless the file is a whole database of ours that this version can use."""
     check_identity(connection, len(MIGRATIONS))
     damage = [row[0] for row in connection.execute("PRAGMA integrity_check(10)") if row[0] != "ok"]
     if damage:
         raise CorruptStore(f"{connection.filename!r} is damaged: {'; '.join(damage)}")
-
-
-def unfinished(target: Path) -> Path:
-    """A name beside ``target``, for as long as it is being made; no two are the same."""
-    return target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-
-
-def move_into_place(partial: Path, target: Path) -> None:
-    """Give a finished file its name, durably.
-
-    Raises:
-        InvalidValue: there is a file of that name.
-    """
-    file = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-    try:
-        os.link(partial, target)
-    except FileExistsError as error:
-        raise _taken(target) from error
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _taken(target: Path) -> InvalidValue:
-    return InvalidValue(f"{str(target)!r} exists already; give a new file name, or remove it first")

@@ -6,13 +6,14 @@ import fcntl
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
 import apsw
 
 from agentlightning.errors import ForeignFile, NewerSchema, StoreOwned
-from agentlightning.store.sqlite.faults import translate_os
+from agentlightning.store.sqlite.faults import translated
 
 # --- The tables, and how a file of an older version becomes one of this version ---
 
@@ -21,53 +22,23 @@ APPLICATION_ID = 0x41474C31
 
 _VERSION_1 = """
 CREATE TABLE rollouts (
-    seq INTEGER PRIMARY KEY,
-    version INTEGER NOT NULL,
-    rollout_id TEXT NOT NULL,
-    status TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    input BLOB NOT NULL,
-    mode TEXT,
-    resources_id TEXT,
-    resources_version INTEGER,
-    policy BLOB NOT NULL,
-    metadata BLOB,
-    start_time REAL NOT NULL,
-    end_time REAL,
-    reason_code TEXT,
-    reason_message TEXT,
-    attempts INTEGER NOT NULL,
-    redeliveries INTEGER NOT NULL,
-    latest_attempt_id TEXT,
-    digest BLOB NOT NULL,
-    claimable INTEGER NOT NULL
+    seq INTEGER PRIMARY KEY, version INTEGER NOT NULL, rollout_id TEXT NOT NULL,
+    status TEXT NOT NULL, priority INTEGER NOT NULL, input BLOB NOT NULL, mode TEXT,
+    resources_id TEXT, resources_version INTEGER, policy BLOB NOT NULL, metadata BLOB,
+    start_time REAL NOT NULL, end_time REAL, reason_code TEXT, reason_message TEXT,
+    attempts INTEGER NOT NULL, redeliveries INTEGER NOT NULL, latest_attempt_id TEXT,
+    digest BLOB NOT NULL, claimable INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX rollouts_by_id ON rollouts (rollout_id);
 CREATE INDEX rollouts_claimable ON rollouts (priority DESC, seq) WHERE claimable;
 CREATE INDEX rollouts_ended ON rollouts (end_time) WHERE end_time IS NOT NULL;
 
 CREATE TABLE attempts (
-    seq INTEGER PRIMARY KEY,
-    version INTEGER NOT NULL,
-    rollout_id TEXT NOT NULL,
-    attempt_id TEXT NOT NULL,
-    sequence_id INTEGER NOT NULL,
-    status TEXT NOT NULL,
-    start_time REAL NOT NULL,
-    end_time REAL,
-    worker_id TEXT,
-    last_heartbeat_time REAL,
-    metadata BLOB,
-    reason_code TEXT,
-    reason_message TEXT,
-    request_id TEXT,
-    confirm_seconds REAL,
-    started_lease REAL NOT NULL,
-    beaten_lease REAL NOT NULL,
-    deadline REAL,
-    span_sequence INTEGER NOT NULL,
-    digest BLOB NOT NULL,
-    live INTEGER NOT NULL
+    seq INTEGER PRIMARY KEY, version INTEGER NOT NULL, rollout_id TEXT NOT NULL, attempt_id TEXT NOT NULL,
+    sequence_id INTEGER NOT NULL, status TEXT NOT NULL, start_time REAL NOT NULL, end_time REAL,
+    worker_id TEXT, last_heartbeat_time REAL, metadata BLOB, reason_code TEXT, reason_message TEXT,
+    request_id TEXT, confirm_seconds REAL, started_lease REAL NOT NULL, beaten_lease REAL NOT NULL, deadline REAL,
+    span_sequence INTEGER NOT NULL, digest BLOB NOT NULL, live INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX attempts_by_id ON attempts (attempt_id);
 CREATE UNIQUE INDEX attempts_of_rollout ON attempts (rollout_id, sequence_id);
@@ -77,52 +48,29 @@ CREATE INDEX attempts_of_request ON attempts (request_id) WHERE request_id IS NO
 CREATE INDEX attempts_due ON attempts (deadline) WHERE deadline IS NOT NULL;
 
 CREATE TABLE spans (
-    seq INTEGER PRIMARY KEY,
-    attempt_seq INTEGER NOT NULL,
-    sequence_id INTEGER NOT NULL,
-    issued INTEGER NOT NULL,
-    span_id TEXT NOT NULL,
-    body BLOB NOT NULL
+    seq INTEGER PRIMARY KEY, attempt_seq INTEGER NOT NULL, sequence_id INTEGER NOT NULL, issued INTEGER NOT NULL,
+    span_id TEXT NOT NULL, body BLOB NOT NULL
 );
 CREATE UNIQUE INDEX spans_by_id ON spans (attempt_seq, span_id);
 CREATE INDEX spans_in_order ON spans (attempt_seq, sequence_id);
 
 CREATE TABLE resources (
-    seq INTEGER PRIMARY KEY,
-    resources_id TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    create_time REAL NOT NULL,
-    update_time REAL NOT NULL,
-    resources BLOB NOT NULL,
-    request_id TEXT,
-    digest BLOB NOT NULL
+    seq INTEGER PRIMARY KEY, resources_id TEXT NOT NULL, version INTEGER NOT NULL,
+    create_time REAL NOT NULL, update_time REAL NOT NULL, resources BLOB NOT NULL,
+    request_id TEXT, digest BLOB NOT NULL
 );
 CREATE UNIQUE INDEX resources_by_version ON resources (resources_id, version);
 CREATE UNIQUE INDEX resources_of_request ON resources (request_id) WHERE request_id IS NOT NULL;
 
 CREATE TABLE workers (
-    seq INTEGER PRIMARY KEY,
-    version INTEGER NOT NULL,
-    worker_id TEXT NOT NULL,
-    status TEXT NOT NULL,
-    heartbeat_stats BLOB,
-    last_heartbeat_time REAL,
-    last_dequeue_time REAL,
-    last_busy_time REAL,
-    last_idle_time REAL,
-    current_rollout_id TEXT,
-    current_attempt_id TEXT,
-    lease_seconds REAL,
-    beaten_lease REAL NOT NULL,
-    deadline REAL
+    seq INTEGER PRIMARY KEY, version INTEGER NOT NULL, worker_id TEXT NOT NULL, status TEXT NOT NULL,
+    heartbeat_stats BLOB, last_heartbeat_time REAL, last_dequeue_time REAL, last_busy_time REAL, last_idle_time REAL,
+    current_rollout_id TEXT, current_attempt_id TEXT, lease_seconds REAL, beaten_lease REAL NOT NULL, deadline REAL
 );
 CREATE UNIQUE INDEX workers_by_id ON workers (worker_id);
 CREATE INDEX workers_due ON workers (deadline) WHERE deadline IS NOT NULL;
 
-CREATE TABLE counters (
-    name TEXT PRIMARY KEY,
-    value INTEGER NOT NULL
-) WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 _VERSION_2 = """
@@ -248,10 +196,8 @@ def _keep_plans(connection: apsw.Connection) -> None:
 def _create_private(path: str) -> None:
     """Make the file, if it is not there, so that only its owner can read it (SQLite gives its
     companions the same mode)."""
-    try:
+    with translated(path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise translate_os(error, path) from error
 
 
 def rebase_leases(connection: apsw.Connection, now: float) -> None:
@@ -303,22 +249,17 @@ class OwnerLock:
             StoreOwned: somebody else is; the message has the process id.
             StoreUnavailable: the folder cannot be written, or there is no space.
         """
-        try:
+        with translated(str(self._path)), ExitStack() as undo:
             file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise translate_os(error, str(self._path)) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(file)
-            raise StoreOwned(self._refusal(owner)) from error
-        try:
+            undo.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise StoreOwned(self._refusal(owner)) from error
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            os.close(file)
-            raise translate_os(error, str(self._path)) from error
+            undo.pop_all()
         self._release = weakref.finalize(self, os.close, file)  # also for a store that is thrown away
         self._release.atexit = False
 

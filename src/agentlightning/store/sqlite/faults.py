@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
@@ -24,15 +26,23 @@ FAULTS = (apsw.Error, UnicodeDecodeError, msgspec.DecodeError, pydantic.Validati
 
 
 def translate(error: Exception, path: str) -> AgentLightningError:
-    """What one of ``FAULTS`` means to a caller. Raise it ``from`` the original."""
+    """What one of ``FAULTS``, or an ``OSError``, means to a caller. Raise it ``from`` the original."""
     match error:
         case UnicodeDecodeError() | msgspec.DecodeError() | pydantic.ValidationError():
             return CorruptStore(
                 f"{path!r} is damaged: a stored value cannot be read ({error}); nothing more is acknowledged. "
                 "`verify` names the record. Restore a backup"
             )
-        case apsw.FullError():
-            return _disk_full(path)
+        case apsw.FullError() | OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return DiskFull(
+                f"the disk that holds {path!r} is full; nothing more is acknowledged. "
+                "What was acknowledged is safe. Free space, then open the store again"
+            )
+        case OSError():
+            return StoreUnavailable(
+                f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is "
+                "writable"
+            )
         case apsw.CorruptError() | apsw.TooBigError():  # what is written is far below the limits of SQLite
             return CorruptStore(
                 f"{path!r} is damaged ({error}); nothing more is acknowledged. Restore a backup, "
@@ -57,13 +67,13 @@ def translate(error: Exception, path: str) -> AgentLightningError:
             return AgentLightningError(f"SQLite refused a statement ({type(error).__name__}: {error}); this is a bug")
 
 
-def translate_os(error: OSError, path: str) -> AgentLightningError:
-    """What a failure to make or open a file means to a caller. Raise it ``from`` the original."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _disk_full(path)
-    return StoreUnavailable(
-        f"cannot open {path!r} ({error.strerror}); check that it is a file in a folder that exists and is writable"
-    )
+@contextmanager
+def translated(path: str) -> Generator[None]:
+    """Raise errors of the database, and of its files, as errors of the store."""
+    try:
+        yield
+    except (*FAULTS, OSError) as error:
+        raise translate(error, path) from error
 
 
 def disk_room(path: Path) -> tuple[int, int] | None:
@@ -78,10 +88,3 @@ def disk_room(path: Path) -> tuple[int, int] | None:
 def stops_store(error: AgentLightningError) -> bool:
     """Whether the store can acknowledge nothing after this."""
     return isinstance(error, StoreStopped)
-
-
-def _disk_full(path: str) -> DiskFull:
-    return DiskFull(
-        f"the disk that holds {path!r} is full; nothing more is acknowledged. "
-        "What was acknowledged is safe. Free space, then open the store again"
-    )

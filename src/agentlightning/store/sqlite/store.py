@@ -12,13 +12,7 @@ from agentlightning.store.backend import Backend
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.sources import Clock, IdSource, SystemClock, TimeOrderedIds
 from agentlightning.store.sqlite.backend import FileBackend, SqliteBackend, ViewBackend
-from agentlightning.store.sqlite.backup import (
-    broken_backup,
-    check_free,
-    copy_from_backup,
-    move_into_place,
-    unfinished,
-)
+from agentlightning.store.sqlite.backup import broken_backup, copy_from_backup, new_file
 from agentlightning.store.sqlite.connections import DURABILITIES, Durability
 
 
@@ -85,11 +79,7 @@ class SqliteLightningStore(_SqliteStore):
             InvalidValue: ``path`` exists, its folder does not, or there is no such backup.
             ForeignFile, NewerSchema, CorruptStore: the backup is not one that can be used.
         """
-        target = Path(path)
-        check_free(target)
-        partial = unfinished(target)
-        leftovers = [partial.with_name(partial.name + suffix) for suffix in ("", "-wal", "-shm", "-owner")]
-        try:
+        with new_file(Path(path)) as partial:
             copy_from_backup(Path(backup), partial)
             store = cls(partial)
             try:
@@ -98,10 +88,6 @@ class SqliteLightningStore(_SqliteStore):
                 await store.close()
             if not report.ok:
                 raise broken_backup(Path(backup), report)
-            move_into_place(partial, target)
-        finally:
-            for leftover in leftovers:
-                leftover.unlink(missing_ok=True)
 
 
 class ReadOnlySqliteStore(_SqliteStore):

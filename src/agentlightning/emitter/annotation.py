@@ -150,13 +150,14 @@ class OperationContext:
     leaves the block is recorded and raised again.
 
     Args:
-        name: name of the operation.
+        name: name of the operation; None: that of the function that it decorates, else ``operation``.
         attributes: further attributes; nested values are flattened.
         propagate: whether the trace gets the span.
     """
 
-    def __init__(self, name: str, attributes: dict[str, Any], propagate: bool = True) -> None:
-        self.name = name
+    def __init__(self, name: str | None, attributes: dict[str, Any], propagate: bool = True) -> None:
+        self.name = name or "operation"
+        self._is_named = bool(name)
         self._attributes = attributes
         self._propagate = propagate
         self._scope: AbstractContextManager[SpanRecordingContext] | None = None
@@ -216,10 +217,11 @@ class OperationContext:
         """
         if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError(f"{fn.__name__} is a generator function; use `with operation(name=...):` inside it")
+        name = self.name if self._is_named else fn.__name__
 
         @contextmanager
         def recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Callable[[Any], object]]:
-            with OperationContext(self.name, self._attributes, self._propagate) as span:
+            with OperationContext(name, self._attributes, self._propagate) as span:
                 span.set_input(**_named(fn, args, kwargs))
                 yield span.set_output
 
@@ -252,21 +254,10 @@ def operation(
         TypeError: ``fn`` is not callable.
     """
     if fn is None:
-        return _Named(name, additional_attributes, propagate)
+        return OperationContext(name, additional_attributes, propagate)
     if not callable(fn):
         raise TypeError(f"{fn!r} is a {type(fn).__name__}; decorate a function, or name the operation by name=")
     return OperationContext(name or fn.__name__, additional_attributes, propagate)(fn)
-
-
-class _Named(OperationContext):
-    """An operation without a given name takes the name of the function that it decorates."""
-
-    def __init__(self, name: str | None, attributes: dict[str, Any], propagate: bool) -> None:
-        super().__init__(name or "operation", attributes, propagate)
-        self._given = name
-
-    def __call__(self, fn: _F) -> _F:
-        return OperationContext(self._given or fn.__name__, self._attributes, self._propagate)(fn)
 
 
 def _named(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

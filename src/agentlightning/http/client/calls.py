@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
@@ -128,6 +128,7 @@ class _Field(NamedTuple):
     encode: Encoder
     place: Literal["path", "query", "body", "content"]
     """``content``: it is the whole body."""
+    nullable: bool
 
 
 class Plan:
@@ -161,7 +162,7 @@ class Plan:
         for name, value in arguments.items():
             field = self.fields[name]
             if value is not field.default:
-                places[field.place][name] = field.encode(value)
+                places[field.place][name] = None if value is None and field.nullable else field.encode(value)
         route = self.route
         for old, new in (route.renamed or {}).items():  # what was given under an old name goes under the new one
             if arguments.get(old) is not None:
@@ -198,7 +199,8 @@ class Plan:
             place = "content"
         else:
             place = "body" if route.verb == "POST" and route.body_argument is None else "query"
-        return _Field(argument.default, _encoder_of(route.method, argument), place)
+        nullable = NoneType in get_args(argument.annotation)
+        return _Field(argument.default, _encoder_of(route.method, argument), place, nullable)
 
 
 @cache
@@ -220,13 +222,15 @@ def _encoder_of(method: str, argument: Argument) -> Encoder:
     elif encode is None:
         is_filter = method.startswith("query_") and argument.keyword_only
         encode = _encoder_by_type(name, parts, is_id=name.endswith("_id") and not is_filter)
-    return encode if NoneType not in parts else lambda value: None if value is None else encode(value)
+    return encode
 
 
 def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
     literals = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
     literals += [part for part in parts if isinstance(part, str)]  # of an annotation that is one Literal
     lists = [part for part in parts if get_origin(part) is Sequence]
+    if is_id and not literals:
+        return partial(check_id, what=name)
     if is_id:
         return lambda value: value if value in literals else check_id(value, name)
     if literals and str not in parts:
@@ -235,11 +239,11 @@ def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
         [item] = get_args(lists[0])
         return lambda value: _strings(value, name.removesuffix("_in"), get_args(item) or None)
     if float in parts:
-        return lambda value: check_finite(value, name)
+        return partial(check_finite, what=name)
     if int in parts:
-        return lambda value: _integer(value, name)
+        return partial(_integer, what=name)
     if str in parts:
-        return lambda value: text_filter(name, value)
+        return partial(text_filter, name)
     return lambda value: _raw(encode_json(value, name))
 
 
@@ -274,9 +278,9 @@ _BY_NAME: Mapping[str, Encoder] = {
     "heartbeat_stats": lambda value: _raw(encode_required(value, "heartbeat_stats")),
     "registration": lambda value: _raw(encode_required(value, "registration")),
     "metadata": lambda value: _raw(encode_object(value, "metadata") or b"null"),
-    "message": lambda value: check_text(value, "message"),
+    "message": partial(check_text, what="message"),
     "reason_code": _checked(reason_of, None, ""),
-    "reason_message": lambda value: check_text(value, "reason_message"),
+    "reason_message": partial(check_text, what="reason_message"),
     "resources": encode_resources,
     "rollout_attempt_ids": check_pairs,
     "rollouts": _checked(check_batch, "rollouts"),

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.cache import ResourceCache, state_folder
-from agentlightning.http.client.calls import Caller, Claims, plan_of, wait_in_slices
+from agentlightning.http.client.calls import Caller, Claims, Plan, plan_of, wait_in_slices
 from agentlightning.http.client.health import HealthReport
 from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.span_delivery import SpanDelivery
@@ -27,20 +27,18 @@ from agentlightning.http.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PA
 from agentlightning.http.signatures import DerivedStore, derive_methods
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.arguments import check_spans_of, encode_spans
-from agentlightning.store.base import JsonObject, LightningStore, LightningStoreCapabilities
+from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.records import stored_span
 from agentlightning.store.sources import TimeOrderedIds
 from agentlightning.types import (
     UNSET,
     AttemptedRollout,
-    AttemptEnd,
     FinishedAttempt,
     ResourcesUpdate,
     Rollout,
-    Span,
     Unset,
 )
-from agentlightning.types.plain_spans import AnySpan, PlainSpan
+from agentlightning.types.plain_spans import AnySpan
 
 _TERMINAL = frozenset({"failed", "succeeded", "cancelled"})
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
@@ -58,7 +56,14 @@ def _call(name: str) -> Callable[..., Any]:
             await self._spans.settle(arguments["rollout_id"], None if attempt_id == "latest" else attempt_id)
         return plan.result(await self._caller.send(request))
 
-    return call
+    async def finish(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await self._finish(plan_of(name), plan_of(name).bind(args, kwargs))
+
+    async def resources(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await self._resources(plan_of(name), plan_of(name).bind(args, kwargs))
+
+    ways = {"finish_attempt": finish, "get_resources_by_id": resources, "get_latest_resources": resources}
+    return ways.get(name, call)
 
 
 @derive_methods(_call, CLIENT_ROUTES)
@@ -70,6 +75,7 @@ class LightningStoreClient(DerivedStore):
     written to this machine's disk, and ``add_many_spans`` returns them with the ``sequence_id`` that they were given
     (0: the server will issue one). A background thread delivers them; an attempt or a rollout is reported as ended
     only after its spans. Very many spans in one call are sent as several requests, each of which is all or none.
+    Resources are read from the disk while the server is out of reach.
 
     ``close`` gives everything back, sessions of other event loops included; a call after it opens what it needs
     again. An event loop that ends closes its session by itself.
@@ -224,49 +230,28 @@ class LightningStoreClient(DerivedStore):
             return await self._claims.claim(limit, worker_id, request_id, wait_seconds)
         return await self._claims.claim_and_confirm(limit, worker_id, wait_seconds)
 
-    async def finish_attempt(
-        self,
-        rollout_id: str,
-        attempt_id: str,
-        status: AttemptEnd,
-        spans: Sequence[Span | PlainSpan] = (),
-        *,
-        metadata: JsonObject | None | Unset = UNSET,
-        reason_code: str | None = None,
-        reason_message: str | None = None,
-        claim_limit: int = 0,
-        worker_id: str | None = None,
-        request_id: str | None = None,
-    ) -> FinishedAttempt:
-        """Store the last spans of an attempt, end it, and claim the next rollouts. As the contract says, and further:
+    async def _finish(self, plan: Plan, arguments: dict[str, Any]) -> FinishedAttempt:
+        """``finish_attempt``. Without a ``request_id`` it confirms what it claimed, as ``dequeue_many_rollouts`` does.
 
         Spans that wait on this machine's disk are delivered first; the new ones go there too while the server is out
-        of reach, and the end of the attempt is reported after them. Without a ``request_id`` the client makes one up,
-        and confirms what it claimed at once, as ``dequeue_many_rollouts`` does.
+        of reach, and the end of the attempt is reported after them.
         """
+        spans, ids = arguments.pop("spans", ()), (arguments["rollout_id"], arguments["attempt_id"])
         encoded = encode_spans(spans)
-        check_spans_of(spans, rollout_id, attempt_id)
-        arguments: dict[str, Any] = {
-            "rollout_id": rollout_id,
-            "attempt_id": attempt_id,
-            "status": status,
-            "metadata": metadata,
-            "reason_code": reason_code,
-            "reason_message": reason_message,
-            "claim_limit": claim_limit,
-            "worker_id": worker_id,
-            "request_id": self._ids.mint("rq-") if claim_limit and request_id is None else request_id,
-        }
-        request = self._caller.request(plan_of("finish_attempt"), arguments)  # no span is sent for a bad argument
+        check_spans_of(spans, *ids)
+        confirms = bool(arguments.get("claim_limit")) and arguments.get("request_id") is None
+        if confirms:
+            arguments["request_id"] = self._ids.mint("rq-")
+        request = self._caller.request(plan, arguments)  # no span is sent for a bad argument
         finished: FinishedAttempt | None = None
         if encoded:
-            finished = await self._spans.send_with("finish_attempt", arguments, encoded)
+            finished = await self._spans.send_with(plan.route.method, arguments, encoded)
         if finished is None:
-            issued = await self._spans.add(encoded, [(rollout_id, attempt_id)] * len(encoded)) if encoded else []
-            await self._spans.settle(rollout_id, attempt_id)
-            ended: FinishedAttempt = plan_of("finish_attempt").result(await self._caller.send(request))
+            issued = await self._spans.add(encoded, [ids] * len(encoded)) if encoded else []
+            await self._spans.settle(*ids)
+            ended: FinishedAttempt = plan.result(await self._caller.send(request))
             finished = ended.model_copy(update={"sequence_ids": [number or 0 for number in issued]})
-        if claim_limit and request_id is None:
+        if confirms:
             finished.claimed = await self._claims.confirm_all(finished.claimed)
         return finished
 
@@ -286,28 +271,18 @@ class LightningStoreClient(DerivedStore):
             if number != 0
         ]
 
-    async def get_resources_by_id(self, resources_id: str, *, version: int | None = None) -> ResourcesUpdate | None:
-        """The newest version of an id, or the one named; from the disk while the server is out of reach."""
-        asked = {"resources_id": resources_id, "version": version}
-        return await self._resources("get_resources_by_id", asked, resources_id, version)
-
-    async def get_latest_resources(self) -> ResourcesUpdate | None:
-        """The version that was stored last; from the disk while the server is out of reach."""
-        return await self._resources("get_latest_resources", {}, None, None)
-
-    async def _resources(
-        self, method: str, asked: dict[str, Any], resources_id: str | None, version: int | None
-    ) -> ResourcesUpdate | None:
-        """What the server says; what it said last, when it cannot be asked."""
-        request = self._caller.request(plan_of(method), asked)
+    async def _resources(self, plan: Plan, arguments: dict[str, Any]) -> ResourcesUpdate | None:
+        """What the server says of resources; what it said last, when it cannot be asked."""
+        request = self._caller.request(plan, arguments)
+        asked = (arguments.get("resources_id"), arguments.get("version"))
         cache = self._cache
-        kept = cache is not None and cache.has(resources_id, version)
+        kept = cache is not None and cache.has(*asked)
         if kept:
             request = request._replace(patience_seconds=self._cache_after_seconds)
         try:
-            found: ResourcesUpdate | None = plan_of(method).result(await self._caller.send(request))
+            found: ResourcesUpdate | None = plan.result(await self._caller.send(request))
         except StoreUnavailable:
-            cached = cache.read(resources_id, version) if cache is not None and kept else None
+            cached = cache.read(*asked) if cache is not None and kept else None
             if cached is None:
                 raise
             self._transport.health.cached_resources(cached.age_seconds)
@@ -315,9 +290,9 @@ class LightningStoreClient(DerivedStore):
         if cache is not None:
             self._transport.health.cached_resources(None)
             if found is not None:
-                cache.keep(found, resources_id, version)
+                cache.keep(found, *asked)
             elif kept:
-                cache.forget(resources_id, version)
+                cache.forget(*asked)
         return found
 
 

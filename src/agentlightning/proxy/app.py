@@ -1,4 +1,4 @@
-"""The routes of the proxy: those of each wire, at the root and below each attempt; health; and control."""
+"""The routes of the proxy (those of each wire, at the root and below each attempt; health; control), and their access."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from agentlightning.proxy.admission import ProxyAccess
+from agentlightning.errors import NotAllowed
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.session import ProxySession
-from agentlightning.security.access import Permission
+from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
+from agentlightning.security.hosts import AllowedHosts
+from agentlightning.security.keys import ApiKey
 
 _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1)?(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not."""
@@ -24,8 +27,72 @@ _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>
 _FIELD = re.compile(r"`\$\.(\w+)")
 """Where msgspec's error messages say which field is wrong."""
 
+_AGENT, _OPERATOR = Principal("agent"), Principal("control")
+"""The callers that a key tells apart."""
+
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 _T = TypeVar("_T")
+
+
+class ProxyAccess:
+    """Decides whether a request may use a route. Every route of the proxy passes here, and only here.
+
+    Args:
+        api_key: what agents must show as bearer token; None: agents need none, but web pages are kept out.
+        control_key: what algorithms must show; None: there are no control routes.
+        policy: decides what a caller with the right key may do.
+    """
+
+    def __init__(
+        self, api_key: ApiKey | None, control_key: ApiKey | None = None, policy: AccessPolicy | None = None
+    ) -> None:
+        self._api_key = api_key
+        self._control_key = control_key
+        self._policy = policy or AllowAll()
+        self._hosts = AllowedHosts()
+
+    @property
+    def has_control(self) -> bool:
+        """Whether there are control routes."""
+        return self._control_key is not None
+
+    def authorize(self, headers: Headers, permission: Permission | None) -> None:
+        """Check that a request with these headers has the permission of its route.
+
+        Args:
+            permission: ``run`` for model calls and the model list, ``operate`` for control; None: open to everybody.
+
+        Raises:
+            ProxyError: 401 without the right key; 403 for a web page, if there is no key, and for a caller that the
+                policy does not allow it.
+        """
+        if permission is None:
+            return
+        try:
+            self._policy.authorize(self._identify(headers, permission), permission)
+        except NotAllowed as error:
+            raise ProxyError(403, "not_allowed", error.message) from error
+
+    def _identify(self, headers: Headers, permission: Permission) -> Principal:
+        shown, host = (
+            None if value is None else value.encode("latin-1")
+            for value in (headers.get("authorization"), headers.get("host"))
+        )
+        if permission == "operate":
+            if self._control_key is None or not self._control_key.opens(shown):
+                raise ProxyError(401, "invalid_control_key", "The control key is missing or wrong.")
+            return _OPERATOR
+        if self._api_key is not None:
+            if not self._api_key.opens(shown):
+                why = "The proxy's API key is missing or wrong; use the api_key of the LLM resource."
+                raise ProxyError(401, "invalid_api_key", why)
+            return _AGENT
+        if "origin" in headers or not self._hosts.allows(host):
+            # Any web page that the user opens can send requests to this machine. Browsers add Origin to them, and
+            # a page whose own name resolves to this machine (DNS rebinding) sends that name as Host.
+            why = "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key."
+            raise ProxyError(403, "forbidden_origin", why)
+        return ANONYMOUS
 
 
 class _PauseOptions(msgspec.Struct):

@@ -17,7 +17,7 @@ import aiohttp
 from starlette.requests import Request
 from starlette.types import Message, Receive, Send
 
-from agentlightning.proxy.admission import current_task, read_origin
+from agentlightning.errors import InvalidId
 from agentlightning.proxy.dialects.base import (
     EventSplitter,
     EventTooLarge,
@@ -26,9 +26,11 @@ from agentlightning.proxy.dialects.base import (
     Scrubber,
     WireDialect,
 )
-from agentlightning.proxy.recording import CallRecord
-from agentlightning.proxy.session import ProxySession
+from agentlightning.proxy.recording import CallOrigin, CallRecord
+from agentlightning.proxy.session import ProxySession, current_task
 from agentlightning.proxy.upstream import UpstreamReply
+from agentlightning.store.validation import check_id
+from agentlightning.telemetry.logs import trace_of
 
 _logger = logging.getLogger(__name__)
 
@@ -82,13 +84,36 @@ class StreamRelay:
         return bytes(self._held) + self._scrubber.bytes(self._events.rest())
 
 
+def _read_origin(request: Request) -> CallOrigin | None:
+    """Read which attempt a call belongs to; None: none, and the call is not recorded.
+
+    The ids are those of ``/rollout/{rollout_id}/attempt/{attempt_id}/`` or of the headers ``x-rollout-id`` and
+    ``x-attempt-id``. A ``traceparent`` names the agent's span that the call is a child of.
+
+    Raises:
+        ProxyError: one id is given without the other, or one is not valid (400).
+    """
+    params, headers = request.path_params, request.headers
+    rollout_id = params.get("rollout_id") or headers.get("x-rollout-id")
+    attempt_id = params.get("attempt_id") or headers.get("x-attempt-id")
+    if rollout_id is None and attempt_id is None:
+        return None
+    try:
+        rollout_id = check_id(rollout_id, "rollout_id")
+        attempt_id = check_id(attempt_id, "attempt_id")
+    except InvalidId as error:
+        raise ProxyError(400, "invalid_id", f"The call says for which attempt it is, but {error}.") from error
+    trace_id, parent_span_id = trace_of(headers.get("traceparent", "")) or (None, None)
+    return CallOrigin(rollout_id, attempt_id, trace_id, parent_span_id)
+
+
 async def handle_model_call(session: ProxySession, dialect: WireDialect, request: Request, send: Send) -> None:
     """Answer one model call.
 
     Raises:
         ProxyError: it was not admitted. Nothing was sent or recorded then.
     """
-    origin = read_origin(request)
+    origin = _read_origin(request)
     session.check_can_record(origin)
     async with session.admission.admit() as grow:
         await _ModelCall(session, CallRecord(dialect, origin), grow, send).run(request)

@@ -15,8 +15,7 @@ import aiohttp
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
-from agentlightning.proxy.admission import ProxyAccess
-from agentlightning.proxy.app import ProxyApp
+from agentlightning.proxy.app import ProxyAccess, ProxyApp
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
 from agentlightning.proxy.models import ModelConfig, backends_of, check_capture_fields

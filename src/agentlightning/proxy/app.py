@@ -1,4 +1,4 @@
-"""The routes of the proxy (those of each wire, at the root and below each attempt; health; control), and their access."""
+"""The routes of the proxy, and who may use them: those of each wire, at the root and below each attempt; control."""
 
 from __future__ import annotations
 

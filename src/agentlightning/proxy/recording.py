@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -34,11 +34,11 @@ _REQUEST_NUMBERS: Mapping[str, GenAIAttributes] = {
     "max_completion_tokens": GenAIAttributes.REQUEST_MAX_TOKENS,
     "seed": GenAIAttributes.REQUEST_SEED,
 }
+_NO_NUL = "\N{REPLACEMENT CHARACTER}"
+"""No store takes NUL, and a model may well write one."""
 _OVERHEAD_BYTES = 1_000
 _TOKEN_BYTES = 36
 """The size of a number in a list, as Python keeps it."""
-
-_Found: TypeAlias = dict[GenAIAttributes | LLMCallAttributes, PlainValue | None]
 
 
 class CallOrigin(NamedTuple):
@@ -103,7 +103,7 @@ def span_of(record: CallRecord) -> PlainSpan:
     model = record.request.model if record.request else "unknown"
     status = PlainStatus(status_code="OK")
     if record.error_type is not None:
-        status = PlainStatus("ERROR", _without_nul(record.error_message or record.error_type))
+        status = PlainStatus("ERROR", (record.error_message or record.error_type).replace("\0", _NO_NUL))
     return PlainSpan(
         rollout_id=record.origin.rollout_id,
         attempt_id=record.origin.attempt_id,
@@ -111,7 +111,7 @@ def span_of(record: CallRecord) -> PlainSpan:
         trace_id=trace_id,
         span_id=span_id,
         parent_id=record.origin.parent_span_id,
-        name=_without_nul(f"{record.dialect.operation} {model}"),
+        name=f"{record.dialect.operation} {model}".replace("\0", _NO_NUL),
         status=status,
         attributes=_attributes_of(record, ended),
         events=[],
@@ -126,12 +126,20 @@ def span_of(record: CallRecord) -> PlainSpan:
 
 def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
     request, reply = record.request, record.reply
-    found: _Found = {
+    body: Mapping[str, Any] = {} if request is None else request.body
+    tokens, logprobs = reply.token_ids, reply.logprobs
+    if logprobs is not None and tokens is not None and len(logprobs) != len(tokens):
+        logprobs = None  # they do not stand beside their tokens
+    found: dict[GenAIAttributes | LLMCallAttributes, PlainValue | None] = {
         GenAIAttributes.OPERATION_NAME: record.dialect.operation,
         GenAIAttributes.PROVIDER_NAME: record.dialect.provider,
         LLMCallAttributes.REQUEST: _body_text(record.raw_request),
         GenAIAttributes.REQUEST_MODEL: request and request.model,
-        **(_sampling_of(request.body) if request is not None else {}),
+        **{
+            attribute: body[name]
+            for name, attribute in _REQUEST_NUMBERS.items()
+            if type(body.get(name)) in (int, float) and -(2**63) <= body[name] < 2**63
+        },
         LLMCallAttributes.BACKEND: record.backend,
         LLMCallAttributes.MODEL_VERSION: record.model_version or reply.fingerprint,
         GenAIAttributes.RESPONSE_ID: reply.response_id,
@@ -140,7 +148,9 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         GenAIAttributes.USAGE_INPUT_TOKENS: reply.input_tokens,
         GenAIAttributes.USAGE_OUTPUT_TOKENS: reply.output_tokens,
         LLMCallAttributes.RESPONSE: _body_text(reply.body),
-        **_tokens_of(reply),
+        LLMCallAttributes.PROMPT_TOKEN_IDS: None if reply.prompt_token_ids is None else list(reply.prompt_token_ids),
+        LLMCallAttributes.RESPONSE_TOKEN_IDS: None if tokens is None else list(tokens),
+        LLMCallAttributes.RESPONSE_LOGPROBS: None if logprobs is None else list(logprobs),
         GenAIAttributes.HTTP_STATUS_CODE: record.status,
         GenAIAttributes.ERROR_TYPE: record.error_type,
         LLMCallAttributes.LATENCY_SECONDS: ended - record.started,
@@ -149,36 +159,10 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         LLMCallAttributes.FIRST_BYTE_SECONDS: None if record.first_byte is None else record.first_byte - record.started,
     }
     return {
-        name.value: _without_nul(value) if isinstance(value, str) else value
+        name.value: value.replace("\0", _NO_NUL) if isinstance(value, str) else value
         for name, value in found.items()
         if value is not None
     }
-
-
-def _sampling_of(body: Mapping[str, Any]) -> _Found:
-    """Return the sampling parameters of a request that are numbers which an attribute can hold."""
-    return {
-        attribute: body[name]
-        for name, attribute in _REQUEST_NUMBERS.items()
-        if type(body.get(name)) in (int, float) and -(2**63) <= body[name] < 2**63
-    }
-
-
-def _tokens_of(reply: RecordedReply) -> _Found:
-    """Return token ids and log-probabilities; the latter only if each stands beside its token."""
-    logprobs = reply.logprobs
-    if logprobs is not None and reply.token_ids is not None and len(logprobs) != len(reply.token_ids):
-        logprobs = None
-    return {
-        LLMCallAttributes.PROMPT_TOKEN_IDS: None if reply.prompt_token_ids is None else list(reply.prompt_token_ids),
-        LLMCallAttributes.RESPONSE_TOKEN_IDS: None if reply.token_ids is None else list(reply.token_ids),
-        LLMCallAttributes.RESPONSE_LOGPROBS: None if logprobs is None else list(logprobs),
-    }
-
-
-def _without_nul(text: str) -> str:
-    # No store takes NUL, and a model may well write one.
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
 
 
 def _body_text(body: bytes) -> str | None:

@@ -135,29 +135,18 @@ class BoundedConnection(HttpToolsProtocol):
             return
         self._chunk_bytes = len(data)
         was_in_message = self._in_message
-        if was_in_message:
-            self._received += len(data)
-            if self._refuses_large_headers():
-                return
+        self._received += len(data)
         super().data_received(data)
         if not self._in_message:
-            if self._deadline is not None:
-                self._cancel_deadline()
+            self._cancel_deadline()
             return
         if not was_in_message:
             self._received = len(data)
-            if self._refuses_large_headers():
-                return
+        if self._in_headers and self._received > self._bounds.header_bytes:
+            self._refuse_headers()
         # One timer per slow request, not one per piece: most requests arrive in one piece and never need a timer.
-        if self._deadline is None and not self.transport.is_closing():
+        elif self._deadline is None and not self.transport.is_closing():
             self._set_deadline(self._bounds.header_seconds if self._in_headers else self._bounds.body_seconds)
-
-    def _refuses_large_headers(self) -> bool:
-        """Refuse headers that are too large although they have not ended yet; return whether that happened."""
-        if not self._in_headers or self._received <= self._bounds.header_bytes:
-            return False
-        self._refuse_headers()
-        return True
 
     def _refuse_headers(self) -> None:
         self._refuse(self.HEADERS_TOO_LARGE, f"the headers have more than {self._bounds.header_bytes:,} bytes")
@@ -193,7 +182,7 @@ class BoundedConnection(HttpToolsProtocol):
     @override
     def send_400_response(self, msg: str) -> None:
         # httptools turns every exception of a callback into a parser error, so the one of `end_headers` arrives here.
-        if self._in_headers and self._chunk_bytes > self._bounds.header_bytes:
+        if self._in_headers and max(self._received, self._chunk_bytes) > self._bounds.header_bytes:
             self._refuse_headers()
         else:
             self._refuse(self.MALFORMED, "this is not an HTTP/1.1 request")
@@ -220,22 +209,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._began = monotonic()
             self._set_deadline(self._bounds.body_seconds)
             return
-        in_body = self._in_message and not self._in_headers
-        allowed = self._bounds.header_seconds
-        if in_body:
-            allowed = self._bounds.body_seconds + self._received / BYTES_PER_SECOND
+        part, allowed = "headers", self._bounds.header_seconds
+        if self._in_message and not self._in_headers:
+            part, allowed = "body", self._bounds.body_seconds + self._received / BYTES_PER_SECOND
         left = self._began + allowed - monotonic()
         if left > 0:
             self._set_deadline(left)
             return
-        part = "body" if in_body else "headers"
         self._refuse(self.TOO_SLOW, f"the {part} of the request did not arrive within {allowed:.3g} s")
 
     @override
     def pause_writing(self) -> None:
         super().pause_writing()
-        unread = self.transport.get_write_buffer_size()
-        allowed = self._bounds.body_seconds + unread / BYTES_PER_SECOND
+        allowed = self._bounds.body_seconds + self.transport.get_write_buffer_size() / BYTES_PER_SECOND
         self._reader_deadline = self.loop.call_later(allowed, self._abort_unread)
 
     @override

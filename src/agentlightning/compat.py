@@ -52,18 +52,12 @@ MOVED = {
 """Names that 0.3 offered in inner modules, and the module that defines each now (``module:name`` if renamed)."""
 
 REPLACED = (
-    (
-        r"AgentOps|Weave|agentops|weave|AGENTOPS|WEAVE|instrument",
-        "agl.OtelTracer takes any OpenTelemetry span",
-    ),
+    (r"AgentOps|Weave|agentops|weave|AGENTOPS|WEAVE|instrument", "agl.OtelTracer takes any OpenTelemetry span"),
     (r"LiteLLM|litellm|LITELLM|vllm|VLLM", "agl.LLMProxy passes calls on to any OpenAI-compatible server"),
     (r"VERL", "agl.GRPO trains a policy; a trainer of your own takes what the adapters make of spans"),
     (r"Metrics|prometheus|LATENCY|metrics", "the server answers Prometheus at GET /metrics"),
     (r"Launcher|CachedStatic", "agl.LightningStoreServer starts its own server"),
-    (
-        r"Request$|Response$|PREFIX|PROTOBUF|OTLPExporter|otlp|proto$",
-        "docs/rest.md has bodies and paths",
-    ),
+    (r"Request$|Response$|PREFIX|PROTOBUF|OTLPExporter|otlp|proto$", "docs/rest.md has bodies and paths"),
     (r"[Cc]ollection|COLLECTION|Mongo|KeyValue|Queue|Duplicated|tracked", "agl.SqliteLightningStore keeps everything"),
     (r"Legacy|ServerDataStore", "agl.Trainer and agl.LitAgentRunner run the agents of v0.1 too"),
     (r"InterProcess", "agl.ClientServerExecutionStrategy runs processes"),
@@ -90,28 +84,25 @@ def offered(module: str, name: str) -> bool:
     return name in OLD_NAMES.get(module.removeprefix("agentlightning."), "").split()
 
 
-def look_up(module: str, name: str) -> Any:
+def look_up(module: str, name: str, *, is_gone: bool = False) -> Any:
     """What ``name`` of 0.3's ``module`` is now.
+
+    Args:
+        module, name: as a script of 0.3 has them.
+        is_gone: whether this package has no such module; then none of its other names has a successor, either.
 
     Raises:
         ImportError: it has no successor; the message says what to use instead.
         AttributeError: 0.3 had no such name there either.
     """
-    if not offered(module, name):
+    if not offered(module, name) and (name.startswith("_") or not is_gone):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    if name in MOVED:
+    if offered(module, name) and name in MOVED:
         path, _, renamed = MOVED[name].partition(":")
         return getattr(import_module(f"agentlightning.{path}"), renamed or name)
     front_door = import_module("agentlightning")
-    if name in front_door.__all__:
+    if offered(module, name) and name in front_door.__all__:
         return getattr(front_door, name)
-    raise ImportError(removed(name), name=module)
-
-
-def look_up_gone(module: str, name: str) -> Any:
-    """``look_up`` in a module that this package does not have: none of its other names has a successor."""
-    if name.startswith("_") or offered(module, name):
-        return look_up(module, name)
     raise ImportError(removed(name), name=module)
 
 
@@ -147,8 +138,8 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         if self._usual is not None:
             self._usual.exec_module(module)
-        find = look_up_gone if self._usual is None else look_up
-        module.__dict__.setdefault("__getattr__", partial(find, module.__name__))
+        find = partial(look_up, module.__name__, is_gone=self._usual is None)
+        module.__dict__.setdefault("__getattr__", find)
         if module.__name__ == "agentlightning.emitter":
             module.__class__ = _Package
 

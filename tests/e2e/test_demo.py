@@ -128,7 +128,7 @@ def test_the_strategy_of_a_policy_in_words() -> None:
 
 @pytest.mark.parametrize(("win_rate", "learned"), [(0.27, False), (0.8, False), (0.87, True)])
 def test_what_counts_as_learned(win_rate: float, learned: bool) -> None:
-    audit = StoreAudit(rollouts=1, succeeded=1, retried=(), lost=0, counted_twice=0, violations=0)
+    audit = StoreAudit(rollouts=1, rescued=(), lost=0, counted_twice=0, violations=0)
     outcome = DemoResult(0.27, win_rate, "", audit, None, 1.0, Path("store.db"))
     assert outcome.learned is learned
 
@@ -136,5 +136,5 @@ def test_what_counts_as_learned(win_rate: float, learned: bool) -> None:
 @pytest.mark.parametrize("wrong", ["lost", "counted_twice", "violations"])
 def test_what_is_lost_or_doubled_is_not_clean(wrong: str) -> None:
     numbers = {"lost": 0, "counted_twice": 0, "violations": 0}
-    assert StoreAudit(rollouts=1, succeeded=1, retried=(), **numbers).clean
-    assert not StoreAudit(rollouts=1, succeeded=1, retried=(), **(numbers | {wrong: 1})).clean
+    assert StoreAudit(rollouts=1, rescued=(), **numbers).clean
+    assert not StoreAudit(rollouts=1, rescued=(), **(numbers | {wrong: 1})).clean

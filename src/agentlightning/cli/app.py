@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -64,10 +64,10 @@ COMMANDS: dict[str, Command | Group] = {
     "workers": Group(
         "List workers, let them finish, or stop them.",
         {
-            "ls": Command("agentlightning.cli.workers:ls", "List workers and what they do."),
-            "drain": Command("agentlightning.cli.workers:drain", "Let workers finish what they hold, then end."),
-            "stop": Command("agentlightning.cli.workers:stop", "Let workers abort what they hold, then end."),
-            "resume": Command("agentlightning.cli.workers:resume", "Take back a drain or stop not yet followed."),
+            "ls": Command("agentlightning.cli.status:ls", "List workers and what they do."),
+            "drain": Command("agentlightning.cli.status:drain", "Let workers finish what they hold, then end."),
+            "stop": Command("agentlightning.cli.status:stop", "Let workers abort what they hold, then end."),
+            "resume": Command("agentlightning.cli.status:resume", "Take back a drain or stop not yet followed."),
         },
         _LOOK,
     ),
@@ -95,6 +95,7 @@ COMMANDS: dict[str, Command | Group] = {
 # --- Loading -----------------------------------------------------------------------------------------
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 class _LazyGroup(TyperGroup):
@@ -147,8 +148,28 @@ def _load(name: str | None, target: str) -> Any:
     function = getattr(import_module(module_name), function_name)
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     text = _unwrapped(inspect.getdoc(function) or "")
-    app.command(name, cls=_ReportingCommand, context_settings=_HELP_NAMES, help=text)(function)
+    app.command(name, cls=_ReportingCommand, context_settings=_HELP_NAMES, help=text)(_with_target(function))
     return get_command(app)
+
+
+def _with_target(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with ``--url`` and ``--api-key`` in place of its parameter ``target``, if it has that."""
+    parameters = inspect.signature(command).parameters
+    if "target" not in parameters:
+        return command
+    from agentlightning.cli.target import ApiKey, Url, locate
+
+    def called(url: str | None, api_key: str | None, **others: Any) -> None:
+        command(target=locate(url, api_key), **others)
+
+    hints = {"url": Url, "api_key": ApiKey, **get_type_hints(command, include_extras=True)}
+    defaults = {"url": None, "api_key": None, **{name: each.default for name, each in parameters.items()}}
+    names = [name for name in defaults if name != "target"]
+    called.__dict__["__signature__"] = inspect.Signature(
+        [inspect.Parameter(each, _KEYWORD, default=defaults[each], annotation=hints[each]) for each in names]
+    )
+    called.__annotations__ = {name: hints[name] for name in names}
+    return called
 
 
 def _unwrapped(text: str) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from agentlightning.cli.target import Server, locate, look
-from agentlightning.cli.terminal import ApiKey, Column, ExitCode, Output, Url, count, print_json, print_table, size
+from agentlightning.cli.target import Database, Server, Target
+from agentlightning.cli.terminal import Column, ExitCode, Output, count, print_json, print_table, size
 from agentlightning.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentlightning.types import VerificationReport, Violation
 
 
-def verify(url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
+def verify(target: Target, output: Output = "table") -> None:
     """Check every record against the rules, and name each one that breaks one.
 
     Rules are, for example: attempts are numbered without gaps, at most one is live, what has ended never changes,
@@ -31,11 +31,11 @@ def verify(url: Url = None, api_key: ApiKey = None, output: Output = "table") ->
       agl verify --url agentlightning.db
       agl verify --url backup.db -o json | jq .violations
     """
-    report = look(url, api_key, lambda store: store.verify())
+    report = target.look(lambda store: store.verify())
     if output == "json":
         print_json(report)
     else:
-        _print_report(report, str(locate(url, api_key)))
+        _print_report(report, str(target))
     if not report.ok:
         raise typer.Exit(ExitCode.VIOLATIONS)
 
@@ -58,9 +58,8 @@ def _print_report(report: VerificationReport, place: str) -> None:
 
 
 def backup(
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],
-    url: Url = None,
-    api_key: ApiKey = None,
+    target: Target,
+    copy: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],
     output: Output = "table",
 ) -> None:
     """Copy a database into a new file, while it is used, and check the copy.
@@ -77,27 +76,26 @@ def backup(
       agl backup --url agentlightning.db backup.db
       agl backup --url agentlightning.db "nightly-$(date +%F).db"
     """
-    source = locate(url, api_key)
-    if isinstance(source, Server):
+    if isinstance(target, Server):
         raise InvalidValue(
-            f"a backup is made from the file, not through {source}: on the machine of the server, "
-            f"run `agl backup --url DATABASE.db {target}` (it may go on serving)"
+            f"a backup is made from the file, not through {target}: on the machine of the server, "
+            f"run `agl backup --url DATABASE.db {copy}` (it may go on serving)"
         )
-    look(str(source), None, lambda store: cast("ReadOnlySqliteStore", store).backup(target))
-    report = look(str(target), None, lambda copy: copy.verify())
-    number = target.stat().st_size
+    target.look(lambda store: cast("ReadOnlySqliteStore", store).backup(copy))
+    report = Database(copy).look(lambda store: store.verify())
+    number = copy.stat().st_size
     if output == "json":
-        print_json({"backup": str(target), "bytes": number, "verification": report})
+        print_json({"backup": str(copy), "bytes": number, "verification": report})
     else:
-        typer.echo(f"{target}: {size(number)}, a whole copy of {source}")
-        _print_report(report, str(target))
+        typer.echo(f"{copy}: {size(number)}, a whole copy of {target}")
+        _print_report(report, str(copy))
     if not report.ok:
         raise typer.Exit(ExitCode.VIOLATIONS)
 
 
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="The file that `agl backup` made.")],
-    target: Annotated[Path, typer.Argument(metavar="DATABASE", help="The database to make. It must not exist.")],
+    database: Annotated[Path, typer.Argument(metavar="DATABASE", help="The database to make. It must not exist.")],
 ) -> None:
     """Make a new database from a backup, after checking it rule by rule.
 
@@ -112,9 +110,8 @@ def restore(
     """
     from agentlightning.store.sqlite.store import SqliteLightningStore
 
-    asyncio.run(SqliteLightningStore.restore(source, target))
-    statistics = look(str(target), None, lambda store: store.statistics())
-    typer.echo(
-        f"{target}: {size(target.stat().st_size)}, every rule holds; {statistics.get('total_rollouts', 0):,} rollouts, "
-        f"{statistics.get('total_spans', 0):,} spans"
-    )
+    asyncio.run(SqliteLightningStore.restore(source, database))
+    statistics = Database(database).look(lambda store: store.statistics())
+    rollouts, spans = statistics.get("total_rollouts", 0), statistics.get("total_spans", 0)
+    whole = f"{size(database.stat().st_size)}, every rule holds"
+    typer.echo(f"{database}: {whole}; {rollouts:,} rollouts, {spans:,} spans")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,27 +60,22 @@ def demo(
     view = DemoTable(console) if console.is_terminal else DemoLines(console)
     result = train(name, _RUNS, seed=seed, steps=steps, kill=not no_kill, view=view)
     _print_result(console, result, wanted_kill=not no_kill)
-    succeeded = result.learned and result.audit.clean
-    raise typer.Exit(ExitCode.OK if succeeded else ExitCode.FAILED)
+    raise typer.Exit(ExitCode.OK if result.learned and result.audit.clean else ExitCode.FAILED)
 
 
 def _cleared(name: str) -> str:
     """The name, with what an earlier demo left under it deleted."""
-    folder = _RUNS / name
-    database = folder / "store.db"
-    owner = find_owner(database) if database.exists() else None
+    database = _RUNS / name / "store.db"
+    owner = find_owner(database)
     if owner is not None:
         raise StoreOwned(f"another demo (process {owner.pid}) is writing {database}; wait for it, or use --keep")
-    if folder.exists():
-        shutil.rmtree(folder)
+    if (_RUNS / name).exists():
+        shutil.rmtree(_RUNS / name)
     return name
 
 
 def _free_name() -> str:
-    number = 2
-    while (_RUNS / f"{_NAME}-{number}").exists():
-        number += 1
-    return f"{_NAME}-{number}"
+    return next(name for number in count(2) if not (_RUNS / (name := f"{_NAME}-{number}")).exists())
 
 
 def _print_result(console: Console, result: DemoResult, *, wanted_kill: bool) -> None:
@@ -95,24 +91,20 @@ def _print_result(console: Console, result: DemoResult, *, wanted_kill: bool) ->
         f"twice, {audit.violations} records that break a rule."
     )
     if wanted_kill:
-        rescued = [each for each in audit.retried if each.lost_its_worker]
+        rescued = audit.rescued
+        games = "the game" if len(rescued) == 1 else f"the {len(rescued)} games"
         console.print(
             f"Runner {result.killed} was killed (SIGKILL) in the middle of its work; "
-            f"{_count(len(rescued), 'game')} it was playing went to the other one, and "
+            f"{games} it was playing went to the other one, and "
             f"{sum(each.status == 'succeeded' for each in rescued)} succeeded."
             if result.killed
             else "No runner was killed: there was none at work at the time."
         )
     database = os.path.relpath(result.database)
-    example = next((each.rollout_id for each in audit.retried if each.lost_its_worker), None)
     console.print(f"\nEverything is in [bold]{database}[/bold]. Look into it:")
-    rollouts = "rollouts ls" if example is None else f"rollouts show {example}"
+    rollouts = f"rollouts show {audit.rescued[0].rollout_id}" if audit.rescued else "rollouts ls"
     for command in ("status", rollouts, "verify"):
         console.print(f"  {_program()} {command} --url {database}", soft_wrap=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"the {noun}" if number == 1 else f"the {number} {noun}s"
 
 
 def _program() -> str:

@@ -16,12 +16,10 @@ import typer
 from rich.text import Text
 
 from agentlightning.cli.overview import Finding, Level, explain, gather
-from agentlightning.cli.target import Database, Server, ask, find_owner, locate, look
+from agentlightning.cli.target import Database, Server, Target, ask, find_owner
 from agentlightning.cli.terminal import (
-    ApiKey,
     ExitCode,
     Output,
-    Url,
     clean,
     console,
     count,
@@ -76,7 +74,7 @@ class Traced(NamedTuple):
     spans: Sequence[Span]
 
 
-def doctor(url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
+def doctor(target: Target, output: Output = "table") -> None:
     """Find what is wrong, and say how to fix it.
 
     Looks at the way to the store (name, port, key, TLS), at versions and clocks of both sides, at the disks, at what
@@ -90,13 +88,12 @@ def doctor(url: Url = None, api_key: ApiKey = None, output: Output = "table") ->
       agl doctor --url http://gpu-1:4747
       agl doctor --url agentlightning.db -o json | jq '.findings[] | select(.level=="problem")'
     """
-    place = locate(url, api_key)
-    findings = [*_examine_store(url, api_key, place), *_check_spool()]
+    findings = [*_examine_store(target), *_check_spool()]
     problems = sum(each.level == "problem" for each in findings)
     if output == "json":
-        print_json({"store": str(place), "ok": not problems, "findings": [each._asdict() for each in findings]})
+        print_json({"store": str(target), "ok": not problems, "findings": [each._asdict() for each in findings]})
     else:
-        _print(findings, str(place), problems)
+        _print(findings, str(target), problems)
     if problems:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -114,16 +111,16 @@ def _print(findings: Sequence[Finding], place: str, problems: int) -> None:
     screen.print(told, style="bold red" if problems else "bold")
 
 
-def _examine_store(url: str | None, api_key: str | None, place: Server | Database) -> Iterator[Finding]:
+def _examine_store(target: Target) -> Iterator[Finding]:
     try:
-        if isinstance(place, Server):
-            yield from check_server(place)
-        else:
-            for found in _check_database(place.path):
+        if isinstance(target, Server):
+            yield from check_server(target)
+        if isinstance(target, Database):
+            for found in _check_database(target.path):
                 yield found
                 if found.level == "problem":
                     return
-        overview, traced, resources = look(url, api_key, _ask)
+        overview, traced, resources = target.look(_ask)
     except AgentLightningError as error:  # its message becomes a sentence among others
         text = f"{error.message[:1].upper()}{error.message[1:]}{'' if error.message.endswith('.') else '.'}"
         yield Finding(_CODES.get(type(error), error.code), "problem", text)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentlightning.cli.target import act, clock_of, look, print_page
+from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import (
-    ApiKey,
     Column,
     Limit,
     Offset,
     Output,
-    Url,
     ago,
     clean,
     console,
@@ -40,11 +38,10 @@ Keys = Annotated[bool, typer.Option("--show-keys", help="Print API keys, which a
 
 
 def ls(
+    target: Target,
     resources_id: Annotated[
         str | None, typer.Argument(metavar="RESOURCES_ID", help="List all versions of this one.", show_default=False)
     ] = None,
-    url: Url = None,
-    api_key: ApiKey = None,
     limit: Limit = 20,
     offset: Offset = 0,
     show_keys: Keys = False,
@@ -69,9 +66,7 @@ def ls(
     def content(update: ResourcesUpdate) -> str:
         return ", ".join(f"{name}: {each.resource_type}" for name, each in update.resources.items())
 
-    print_page(
-        url,
-        api_key,
+    target.print_page(
         output,
         query,
         lambda now: (
@@ -86,13 +81,12 @@ def ls(
 
 
 def show(
+    target: Target,
     resources_id: Annotated[
         str | None,
         typer.Argument(metavar="RESOURCES_ID", help="Default: those stored last.", show_default=False),
     ] = None,
     version: Version = None,
-    url: Url = None,
-    api_key: ApiKey = None,
     show_keys: Keys = False,
     output: Output = "table",
 ) -> None:
@@ -109,7 +103,7 @@ def show(
     async def question(store: LightningStore) -> tuple[ResourcesUpdate, float]:
         return await _one(store, resources_id, version), clock_of(await store.statistics())
 
-    update, now = look(url, api_key, question)
+    update, now = target.look(question)
     if output == "json":
         print_json(_record(update, show_keys))
         return
@@ -121,6 +115,7 @@ def show(
 
 
 def diff(
+    target: Target,
     resources_id: Id,
     old: Annotated[
         int | None, typer.Argument(min=1, metavar="OLD", help="Default: the one before NEW.", show_default=False)
@@ -128,8 +123,6 @@ def diff(
     new: Annotated[
         int | None, typer.Argument(min=1, metavar="NEW", help="Default: the newest.", show_default=False)
     ] = None,
-    url: Url = None,
-    api_key: ApiKey = None,
 ) -> None:
     """Show what changed between two versions, line by line.
 
@@ -145,7 +138,7 @@ def diff(
             raise NotFound(f"{resources_id} has no version before version 1; `agl resources show` shows it")
         return await _one(store, resources_id, after.version - 1 if old is None else old), after
 
-    before, after = look(url, api_key, question)
+    before, after = target.look(question)
     old_lines, new_lines = ([*_lines(each, show_keys=False)] for each in (before, after))
     old_name, new_name = (f"{resources_id} version {each.version}" for each in (before, after))
     screen, line = console(), ""
@@ -158,10 +151,9 @@ def diff(
 
 
 def rollback(
+    target: Target,
     resources_id: Id,
     version: Annotated[int, typer.Argument(min=1, metavar="VERSION", help="The version whose content comes back.")],
-    url: Url = None,
-    api_key: ApiKey = None,
     show_keys: Keys = False,
     output: Output = "table",
 ) -> None:
@@ -171,7 +163,7 @@ def rollback(
 
       agl resources rollback rs-01a2 3
     """
-    update = act(url, api_key, lambda store: store.rollback_resources(resources_id, version))
+    update = target.act(lambda store: store.rollback_resources(resources_id, version))
     if output == "json":
         print_json(_record(update, show_keys))
     else:

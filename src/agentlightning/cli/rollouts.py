@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 import typer
 
 from agentlightning.cli.overview import reason_of
-from agentlightning.cli.target import act, clock_of, locate, look, print_page
+from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import (
-    ApiKey,
     Column,
     Limit,
     Match,
     Offset,
     Output,
-    Url,
     ago,
     count,
     duration,
@@ -57,8 +55,7 @@ class Status(StrEnum):
 
 
 def ls(
-    url: Url = None,
-    api_key: ApiKey = None,
+    target: Target,
     status: Annotated[
         list[Status] | None, typer.Option("--status", "-s", help="Only those in this state; give it several times.")
     ] = None,
@@ -81,9 +78,7 @@ def ls(
       agl rollouts ls --sort end_time -n 5
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
-    print_page(
-        url,
-        api_key,
+    target.print_page(
         output,
         lambda store: store.query_rollouts(
             status_in=cast("list[RolloutStatus]", [each.value for each in status]) if status else None,
@@ -132,7 +127,7 @@ class _Told(NamedTuple):
     reward: float | None
 
 
-def show(rollout: Id, url: Url = None, api_key: ApiKey = None, output: Output = "table") -> None:
+def show(target: Target, rollout: Id, output: Output = "table") -> None:
     """Show one rollout: its input, every attempt, why attempts ended, their spans and rewards.
 
     [bold]Examples[/bold]
@@ -152,7 +147,7 @@ def show(rollout: Id, url: Url = None, api_key: ApiKey = None, output: Output = 
             told.append(_Told(each, page.total, Counter(span.name for span in spans), find_final_reward(spans)))
         return found, told, attempts.total, clock_of(await store.statistics())
 
-    found, told, total, now = look(url, api_key, question)
+    found, told, total, now = target.look(question)
     if output == "json":
         attempts = [
             {**plain(each.attempt), "spans": each.spans, "span_names": each.names, "reward": each.reward}
@@ -225,12 +220,11 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 
 def cancel(
+    target: Target,
     rollouts: Annotated[
         list[str], typer.Argument(metavar="ROLLOUT", help="Their ids, or parts of them that no others have.")
     ],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Why, for those who look later.")] = None,
-    url: Url = None,
-    api_key: ApiKey = None,
 ) -> None:
     """End rollouts that nobody wants any more, whether they wait or are worked on.
 
@@ -247,17 +241,16 @@ def cancel(
         found = [await find_rollout(store, each) for each in rollouts]  # all are known before one is cancelled
         return [await store.cancel_rollout(each.rollout_id, message=message) for each in found]
 
-    for each in act(url, api_key, action):
+    for each in target.act(action):
         typer.echo(f"{each.rollout_id}  {each.status}")
 
 
 def prune(
+    target: Target,
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="AGE", help="How long ago they ended: 90m, 12h, 7d.")
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    url: Url = None,
-    api_key: ApiKey = None,
 ) -> None:
     """Delete rollouts that ended long ago, with their attempts and spans. There is no way back but a backup.
 
@@ -273,9 +266,8 @@ def prune(
         raise typer.BadParameter(f"{older_than!r} is no age; write a number and s, m, h or d, such as 7d")
     seconds = float(age[1]) * _SECONDS[age[2]]
     if not yes:
-        place = locate(url, api_key)
-        typer.confirm(f"Delete all rollouts in {place} that ended more than {older_than} ago?", abort=True)
-    deleted = act(url, api_key, lambda store: store.delete_finished_rollouts(older_than_seconds=seconds))
+        typer.confirm(f"Delete all rollouts in {target} that ended more than {older_than} ago?", abort=True)
+    deleted = target.act(lambda store: store.delete_finished_rollouts(older_than_seconds=seconds))
     typer.echo(f"{deleted:,} rollouts deleted")
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from agentlightning.cli.target import Database, locate, open_store
-from agentlightning.cli.terminal import ApiKey, LogLevel, Url
+from agentlightning.cli.target import Server, Target
+from agentlightning.cli.terminal import LogLevel
 from agentlightning.errors import InvalidValue
 from agentlightning.telemetry.logs import setup_logging
 
@@ -98,6 +98,7 @@ def _store_of(db: str, durability: _Durability) -> EngineStore:
 
 
 def proxy(
+    target: Target,
     model: Annotated[
         list[str] | None, _models("--model", "-m", metavar="NAME=URL", help="A backend; again for more.")
     ] = None,
@@ -107,8 +108,6 @@ def proxy(
         _models(metavar="VARIABLE", help="Environment variable that has the key for the backends of --model."),
     ] = None,
     retries: Annotated[int, _models(min=0, help="How often a call is tried again.")] = 2,
-    url: Url = None,
-    api_key: ApiKey = None,
     no_record: Annotated[bool, _record("--no-record", help="Pass calls on and record none: no store.")] = False,
     host: Annotated[str, _serving(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _serving(min=0, max=65535, help="0: any that is free.")] = 4748,
@@ -146,7 +145,7 @@ def proxy(
     async def serve() -> None:
         async with AsyncExitStack() as stack:
             if not no_record:
-                served.set_store(await stack.enter_async_context(open_store(url, api_key)))
+                served.set_store(await stack.enter_async_context(target.open()))
             await served.start()
             stack.push_async_callback(served.stop)
             ended = _ended_by_signal()
@@ -190,6 +189,7 @@ def _ended_by_signal() -> asyncio.Event:
 
 
 def runner(
+    target: Target,
     agent: Annotated[
         str | None, typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent.")
     ] = None,
@@ -197,8 +197,6 @@ def runner(
     n: Annotated[int, _how("--n", "-n", min=1, help="Runner processes on this machine.")] = 1,
     concurrency: Annotated[int, _how("--concurrency", "-c", min=1, help="Rollouts at once in each.")] = 1,
     max_rollouts: Annotated[int | None, _how(min=1, help="Rollouts for each process, then it ends.")] = None,
-    url: Url = None,
-    api_key: ApiKey = None,
     run_id: Annotated[str | None, _whom(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.")] = None,
     wait: Annotated[float, _whom(min=0, help="Seconds to wait for a server that is not up.")] = 300.0,
     stay: Annotated[bool, _whom("--stay", help="When a run is over, wait for the next one.")] = False,
@@ -228,8 +226,7 @@ def runner(
 
     if (agent is None) == (exec_ is None):
         raise typer.BadParameter("give either MODULE:AGENT or --exec COMMAND")
-    target = locate(url, api_key)
-    if isinstance(target, Database):
+    if not isinstance(target, Server):
         raise InvalidValue(f"--url {target} is a file; runners need a server: agl store --db {target}")
     setup_logging(log_level)
     labels = _labels(label or [])

@@ -14,10 +14,12 @@ import re
 import socket
 import ssl
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import psutil
@@ -50,7 +52,94 @@ _PATIENCE_SECONDS = 10.0
 """For how long a command tries, once the server has been seen to answer."""
 
 
-class Server(NamedTuple):
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        "-u",
+        envvar="AGL_SERVER_URL",
+        metavar="URL|FILE",
+        show_default=False,
+        help="The store: a server (http://host:4747), or a database file. "
+        "[dim]\\[default: http://127.0.0.1:4747][/dim]",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="The server's key, if it has one. [dim]\\[env var: AGL_API_KEY][/dim]"),
+]
+
+
+class Target(ABC):
+    """A store that a command is about."""
+
+    @abstractmethod
+    def open(self, purpose: Purpose = "serve") -> AbstractAsyncContextManager[LightningStore]:
+        """Open it.
+
+        Args:
+            purpose: ``look``: for reading only; a file may be in use. ``act``: for a change. Both are for somebody who
+                waits at a keyboard: with little patience, and nothing kept on this machine. ``serve``: for a program
+                that goes on, and rides out a server that is away for a while.
+
+        Raises:
+            InvalidValue: there is no such file.
+            StoreOwned: another process has the file open; the message names it, and the URL of its server.
+            StoreUnavailable: the server cannot be used; the message says why and what to do.
+            NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
+        """
+
+    def look(self, question: Callable[[LightningStore], Awaitable[T]], purpose: Purpose = "look") -> T:
+        """Put a question to it, and wait for the answer. Raises as ``open``."""
+
+        async def run() -> T:
+            async with self.open(purpose) as store:
+                return await question(store)
+
+        return asyncio.run(run())
+
+    def act(self, action: Callable[[LightningStore], Awaitable[T]]) -> T:
+        """Do something to it, and wait for the result. Raises as ``open``."""
+        return self.look(action, "act")
+
+    def print_page(
+        self,
+        output: Format,
+        query: Callable[[LightningStore], Awaitable[PaginatedResult[T]]],
+        columns: Callable[[float], Sequence[Column[T]]],
+        *,
+        empty: str,
+        record: Callable[[T], Any] | None = None,
+    ) -> None:
+        """Print a page of its records. Raises as ``open``.
+
+        Args:
+            output: option of the command.
+            query: reads the page.
+            columns: of the table, by the time on the store's clock.
+            empty: what is said instead of a table without rows.
+            record: what JSON has of a record; default: all.
+        """
+
+        async def question(store: LightningStore) -> tuple[PaginatedResult[T], float]:
+            return await query(store), clock_of(await store.statistics())
+
+        page, now = self.look(question)
+        if output == "json":
+            print_json({**plain(page), "items": [record(each) for each in page]} if record else page)
+            return
+        print_table(columns(now), page, empty=empty)
+        if page.offset + len(page) < page.total:
+            typer.echo(f"{len(page):,} of {page.total:,}; more with --limit and --offset", err=True)
+
+
+def clock_of(statistics: LightningStoreStatistics) -> float:
+    """The store's wall clock, which ages of its records are counted by; this machine's if it does not tell."""
+    return statistics.get("host", {}).get("time", time.time())
+
+
+@dataclass(frozen=True)
+class Server(Target):
     """A store behind HTTP."""
 
     url: str
@@ -60,8 +149,21 @@ class Server(NamedTuple):
     def __str__(self) -> str:
         return self.url
 
+    @asynccontextmanager
+    async def open(self, purpose: Purpose = "serve") -> AsyncGenerator[LightningStore]:
+        from agentlightning.http.client.client import LightningStoreClient
+        from agentlightning.http.client.retry import Resilience
 
-class Database(NamedTuple):
+        ask(self)  # is not tried again, so that a wrong address is told at once
+        options: dict[str, Any] = {}
+        if purpose != "serve":
+            options = {"spool_dir": None, "resilience": Resilience(patience_seconds=_PATIENCE_SECONDS)}
+        async with LightningStoreClient(self.url, api_key=self.api_key, **options) as client:
+            yield client
+
+
+@dataclass(frozen=True)
+class Database(Target):
     """A store in a file."""
 
     path: Path
@@ -69,8 +171,33 @@ class Database(NamedTuple):
     def __str__(self) -> str:
         return str(self.path)
 
+    @asynccontextmanager
+    async def open(self, purpose: Purpose = "serve") -> AsyncGenerator[LightningStore]:
+        from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
 
-def locate(url: str | None, api_key: str | None = None) -> Server | Database:
+        if self.path.is_dir():
+            raise InvalidValue(f"--url {str(self)!r} is a folder; give the database file in it")
+        if not self.path.is_file():
+            nearby = sorted(each.name for each in self.path.parent.glob("*.db"))
+            hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
+            raise InvalidValue(f"there is no database {str(self)!r}{hint}. Give the path of one, or a server's URL")
+        try:
+            async with (ReadOnlySqliteStore if purpose == "look" else SqliteLightningStore)(self.path) as store:
+                yield store
+        except StoreOwned as error:
+            owner = find_owner(self.path)
+            if owner is None:
+                raise
+            way = (
+                f"use --url {' or '.join(owner.server_urls)} instead"
+                if owner.server_urls
+                else "stop it first, or serve the file with `agl store` and use its URL"
+            )
+            who = f"process {owner.pid} ({owner.command})"
+            raise StoreOwned(f"{who} has {str(self)!r} open, and only one may write; {way}") from error
+
+
+def locate(url: str | None, api_key: str | None = None) -> Target:
     """What ``--url`` and ``--api-key`` say.
 
     Args:
@@ -97,125 +224,6 @@ def locate(url: str | None, api_key: str | None = None) -> Server | Database:
     if _HOST_AND_PORT.fullmatch(url) and not Path(url).exists():
         raise InvalidValue(f"--url {url!r} has no scheme; if a server is meant, write http://{url}")
     return Database(Path(url))
-
-
-@asynccontextmanager
-async def open_store(
-    url: str | None, api_key: str | None = None, purpose: Purpose = "serve"
-) -> AsyncGenerator[LightningStore]:
-    """The store that ``--url`` names.
-
-    Args:
-        url, api_key: as for ``locate``.
-        purpose: ``look``: for reading only; a file may be in use. ``act``: for a change. Both are for somebody who
-            waits at a keyboard: with little patience, and nothing kept on this machine. ``serve``: for a program that
-            goes on, and rides out a server that is away for a while.
-
-    Raises:
-        InvalidValue: there is no such file, or the URL is none.
-        StoreOwned: another process has the file open; the message names it, and the URL of its server.
-        StoreUnavailable: the server cannot be used; the message says why and what to do.
-        NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
-    """
-    target = locate(url, api_key)
-    if isinstance(target, Server):
-        from agentlightning.http.client.client import LightningStoreClient
-        from agentlightning.http.client.retry import Resilience
-
-        ask(target)  # is not tried again, so that a wrong address is told at once
-        options: dict[str, Any] = {}
-        if purpose != "serve":
-            options = {"spool_dir": None, "resilience": Resilience(patience_seconds=_PATIENCE_SECONDS)}
-        async with LightningStoreClient(target.url, api_key=target.api_key, **options) as client:
-            yield client
-        return
-    from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
-
-    _check_exists(target.path)
-    try:
-        async with (ReadOnlySqliteStore if purpose == "look" else SqliteLightningStore)(target.path) as store:
-            yield store
-    except StoreOwned as error:
-        raise _owned_elsewhere(target.path) or error from error
-
-
-def _check_exists(path: Path) -> None:
-    if path.is_file():
-        return
-    if path.is_dir():
-        raise InvalidValue(f"--url {str(path)!r} is a folder; give the database file in it")
-    nearby = sorted(each.name for each in path.parent.glob("*.db"))
-    hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
-    raise InvalidValue(f"there is no database {str(path)!r}{hint}. Give the path of one, or a server's URL")
-
-
-def _owned_elsewhere(path: Path) -> StoreOwned | None:
-    owner = find_owner(path)
-    if owner is None:
-        return None
-    way = (
-        f"use --url {' or '.join(owner.server_urls)} instead"
-        if owner.server_urls
-        else "stop it first, or serve the file with `agl store` and use its URL"
-    )
-    return StoreOwned(f"process {owner.pid} ({owner.command}) has {str(path)!r} open, and only one may write; {way}")
-
-
-def look(
-    url: str | None,
-    api_key: str | None,
-    question: Callable[[LightningStore], Awaitable[T]],
-    purpose: Purpose = "look",
-) -> T:
-    """Put a question to the store that ``--url`` names, and wait for the answer. Raises as ``open_store``."""
-
-    async def run() -> T:
-        async with open_store(url, api_key, purpose) as store:
-            return await question(store)
-
-    return asyncio.run(run())
-
-
-def act(url: str | None, api_key: str | None, action: Callable[[LightningStore], Awaitable[T]]) -> T:
-    """Do something to the store that ``--url`` names, and wait for the result. Raises as ``open_store``."""
-    return look(url, api_key, action, "act")
-
-
-def clock_of(statistics: LightningStoreStatistics) -> float:
-    """The store's wall clock, which ages of its records are counted by; this machine's if it does not tell."""
-    return statistics.get("host", {}).get("time", time.time())
-
-
-def print_page(
-    url: str | None,
-    api_key: str | None,
-    output: Format,
-    query: Callable[[LightningStore], Awaitable[PaginatedResult[T]]],
-    columns: Callable[[float], Sequence[Column[T]]],
-    *,
-    empty: str,
-    record: Callable[[T], Any] | None = None,
-) -> None:
-    """Print a page of records of the store that ``--url`` names. Raises as ``open_store``.
-
-    Args:
-        url, api_key, output: options of the command.
-        query: reads the page.
-        columns: of the table, by the time on the store's clock.
-        empty: what is said instead of a table without rows.
-        record: what JSON has of a record; default: all.
-    """
-
-    async def question(store: LightningStore) -> tuple[PaginatedResult[T], float]:
-        return await query(store), clock_of(await store.statistics())
-
-    page, now = look(url, api_key, question)
-    if output == "json":
-        print_json({**plain(page), "items": [record(each) for each in page]} if record else page)
-        return
-    print_table(columns(now), page, empty=empty)
-    if page.offset + len(page) < page.total:
-        typer.echo(f"{len(page):,} of {page.total:,}; more with --limit and --offset", err=True)
 
 
 # --- One question to a server, asked without patience, and what the answer or the silence means ---

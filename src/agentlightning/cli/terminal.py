@@ -47,22 +47,6 @@ class ExitCode(IntEnum):
 Format = Literal["table", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-Url = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        "-u",
-        envvar="AGL_SERVER_URL",
-        metavar="URL|FILE",
-        show_default=False,
-        help="The store: a server (http://host:4747), or a database file. "
-        "[dim]\\[default: http://127.0.0.1:4747][/dim]",
-    ),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(metavar="KEY", help="The server's key, if it has one. [dim]\\[env var: AGL_API_KEY][/dim]"),
-]
 Output = Annotated[
     Format, typer.Option("--output", "-o", help="For people (table), or for programs (json), whole and unchanged.")
 ]

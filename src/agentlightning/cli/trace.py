@@ -11,12 +11,10 @@ import typer
 from rich.text import Text
 
 from agentlightning.cli.rollouts import LATEST, Id, find_rollout
-from agentlightning.cli.target import look
+from agentlightning.cli.target import Target
 from agentlightning.cli.terminal import (
     STATUS_STYLES,
-    ApiKey,
     Output,
-    Url,
     clean,
     console,
     count,
@@ -42,13 +40,12 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def trace(
+    target: Target,
     rollout: Id = LATEST,
     attempt: Annotated[str, typer.Option("--attempt", "-a", help="Its number or id, or latest.")] = LATEST,
     name: Annotated[str | None, typer.Option(help="Only spans whose name has this in it.")] = None,
     attributes: Annotated[bool, typer.Option("--attributes", help="Print the attributes of each span, too.")] = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many spans.")] = 500,
-    url: Url = None,
-    api_key: ApiKey = None,
     output: Output = "table",
 ) -> None:
     """Draw the spans of an attempt: what called what, when, for how long, with which tokens and rewards.
@@ -67,7 +64,7 @@ def trace(
         page = await store.query_spans(found.rollout_id, chosen.attempt_id, name_contains=name, limit=limit)
         return found, chosen, page
 
-    found, chosen, page = look(url, api_key, question)
+    found, chosen, page = target.look(question)
     if output == "json":
         print_json(page)
         return

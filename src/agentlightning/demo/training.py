@@ -28,7 +28,7 @@ from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.store.sqlite.store import SqliteLightningStore
 from agentlightning.trainer.progress import SilentView, Snapshot, TableView, duration, render, workers_line
 from agentlightning.trainer.trainer import Trainer
-from agentlightning.types import Attempt, AttemptedRollout, Dataset
+from agentlightning.types import AttemptedRollout, Dataset, Rollout
 
 WIN_RATE_LEARNED = 0.85
 """From this win rate on, with its best guesses over all secrets, the policy counts as having learned the game."""
@@ -95,18 +95,11 @@ def train(run: str, runs_folder: Path, *, seed: int, steps: int, kill: bool, vie
         win_rate_before=before,
         win_rate=game.win_rate(policy),
         strategy=game.in_words(policy),
-        audit=asyncio.run(_audit_and_close(trainer.store)),
+        audit=asyncio.run(audit(trainer.store)),
         killed=algorithm.killed,
         seconds=seconds,
         database=trainer.store.path,
     )
-
-
-async def _audit_and_close(store: SqliteLightningStore) -> StoreAudit:
-    try:
-        return await audit(store)
-    finally:
-        await store.close()
 
 
 # --- Views -----------------------------------------------------------------------------------------
@@ -230,26 +223,12 @@ async def _rollout_in_progress(store: LightningStore, worker_id: str) -> str | N
 
 
 @dataclass(frozen=True)
-class RetriedRollout:
-    """A rollout with more than one attempt."""
-
-    rollout_id: str
-    status: str
-    attempts: tuple[Attempt, ...]
-
-    @property
-    def lost_its_worker(self) -> bool:
-        """Whether an attempt ended because its worker died, before or after the agent began."""
-        return any(attempt.reason_code in (reasons.WORKER_LOST, reasons.UNCONFIRMED) for attempt in self.attempts)
-
-
-@dataclass(frozen=True)
 class StoreAudit:
     """What became of all rollouts in a store."""
 
     rollouts: int
-    succeeded: int
-    retried: tuple[RetriedRollout, ...]
+    rescued: tuple[Rollout, ...]
+    """Rollouts with an attempt that ended because its worker died, before or after the agent began."""
 
     lost: int
     """Rollouts without an end."""
@@ -266,20 +245,18 @@ class StoreAudit:
         return not (self.lost or self.counted_twice or self.violations)
 
 
-async def audit(store: LightningStore) -> StoreAudit:
-    """Read all rollouts, and verify the store."""
-    rollouts = await store.query_rollouts()
-    retried: list[RetriedRollout] = []
-    for rollout in rollouts:
-        if isinstance(rollout, AttemptedRollout) and rollout.attempt.sequence_id > 1:
-            attempts = await store.query_attempts(rollout.rollout_id)
-            retried.append(RetriedRollout(rollout.rollout_id, rollout.status, tuple(attempts)))
-    report = await store.verify()
-    return StoreAudit(
-        rollouts=len(rollouts),
-        succeeded=sum(rollout.status == "succeeded" for rollout in rollouts),
-        retried=tuple(retried),
-        lost=sum(not is_finished(rollout) for rollout in rollouts),
-        counted_twice=sum(sum(attempt.status == "succeeded" for attempt in each.attempts) > 1 for each in retried),
-        violations=len(report.violations),
-    )
+async def audit(store: SqliteLightningStore) -> StoreAudit:
+    """Read all rollouts, verify the store, and close it."""
+    rescued: list[Rollout] = []
+    counted_twice = 0
+    async with store:
+        rollouts = await store.query_rollouts()
+        for rollout in rollouts:
+            if isinstance(rollout, AttemptedRollout) and rollout.attempt.sequence_id > 1:
+                attempts = await store.query_attempts(rollout.rollout_id)
+                counted_twice += sum(each.status == "succeeded" for each in attempts) > 1
+                if any(each.reason_code in (reasons.WORKER_LOST, reasons.UNCONFIRMED) for each in attempts):
+                    rescued.append(rollout)
+        report = await store.verify()
+    lost = sum(not is_finished(each) for each in rollouts)
+    return StoreAudit(len(rollouts), tuple(rescued), lost, counted_twice, len(report.violations))

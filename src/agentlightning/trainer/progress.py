@@ -10,7 +10,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from agentlightning.errors import AgentLightningError, InvalidValue
@@ -108,7 +110,7 @@ class Curve:
         self._recent.append(value)
         self._open.append(value)
         if len(self._open) == self._width:
-            self._means.append(_mean(self._open))
+            self._means.append(fmean(self._open))
             self._open.clear()
         if len(self._means) > self._limit:
             last = self._means.pop()
@@ -120,16 +122,12 @@ class Curve:
     @property
     def means(self) -> list[float]:
         """The points of the curve, oldest first; the last one may still be incomplete."""
-        return [*self._means, _mean(self._open)] if self._open else list(self._means)
+        return [*self._means, fmean(self._open)] if self._open else list(self._means)
 
     @property
     def recent_mean(self) -> float | None:
         """Mean of the newest values; None if there is none yet."""
-        return _mean(self._recent) if self._recent else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+        return fmean(self._recent) if self._recent else None
 
 
 class Progress:
@@ -379,11 +377,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{whole} s" if whole < 60 else str(timedelta(seconds=whole)).lstrip("0:")
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -392,7 +386,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     if len(values) > width:
         edges = [index * len(values) // width for index in range(width + 1)]
-        values = [_mean(values[start:end]) for start, end in pairwise(edges)]
+        values = [fmean(values[start:end]) for start, end in pairwise(edges)]
     low, high = min(values), max(values)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] for value in values)

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from agentlightning.cli.target import Database, Purpose, Server, locate, open_store
+from agentlightning.cli.target import Database, Purpose, Server, locate
 from agentlightning.errors import InvalidValue, StoreOwned, StoreUnavailable
 from agentlightning.store.sqlite.store import ReadOnlySqliteStore, SqliteLightningStore
 
@@ -97,10 +97,10 @@ async def test_no_file_is_made_by_looking(tmp_path: Path) -> None:
     (tmp_path / "other.db").touch()
     for purpose in get_args(Purpose):
         with pytest.raises(InvalidValue, match=r"no database .*; there are other\.db"):
-            async with open_store(str(tmp_path / "store.db"), purpose=purpose):
+            async with locate(str(tmp_path / "store.db")).open(purpose):
                 pass
     with pytest.raises(InvalidValue, match="is a folder"):
-        async with open_store(str(tmp_path), purpose="look"):
+        async with locate(str(tmp_path)).open("look"):
             pass
     assert [each.name for each in tmp_path.iterdir()] == ["other.db"]
 
@@ -109,16 +109,16 @@ async def test_looking_takes_nothing_from_anybody(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with SqliteLightningStore(path) as owner:
         rollout = await owner.enqueue_rollout("task")
-        async with open_store(str(path), purpose="look") as store:
+        async with locate(str(path)).open("look") as store:
             assert isinstance(store, ReadOnlySqliteStore)
             assert await store.get_rollout_by_id(rollout.rollout_id) == rollout
             with pytest.raises(StoreUnavailable, match="reading only"):
                 await store.cancel_rollout(rollout.rollout_id)
         with pytest.raises(StoreOwned):
-            async with open_store(str(path)):
+            async with locate(str(path)).open():
                 pass
         await owner.cancel_rollout(rollout.rollout_id)
-    async with open_store(str(path)) as store:
+    async with locate(str(path)).open() as store:
         await store.enqueue_rollout("another")
         assert (await store.statistics())["total_rollouts"] == 2
 
@@ -128,7 +128,7 @@ async def test_a_store_is_closed_whatever_happens(tmp_path: Path) -> None:
     async with SqliteLightningStore(path) as owner:
         await owner.enqueue_rollout("task")
     with pytest.raises(asyncio.CancelledError):
-        async with open_store(str(path)):
+        async with locate(str(path)).open():
             raise asyncio.CancelledError
-    async with open_store(str(path)) as store:
+    async with locate(str(path)).open() as store:
         assert await store.verify()

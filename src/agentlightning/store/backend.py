@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from agentlightning.errors import AgentLightningError
-from agentlightning.lifecycle.records import (
-    AttemptRow,
-    Moment,
-    ResourcesRow,
-    RolloutRow,
-    WorkerRow,
-)
+from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.store.contract import Measure as Measure
 
 T = TypeVar("T")

@@ -177,12 +177,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
 
     @abstractmethod
     async def dequeue_many_rollouts(
-        self,
-        *,
-        limit: int = 1,
-        worker_id: str | None = None,
-        request_id: str | None = None,
-        wait_seconds: float = 0.0,
+        self, *, limit: int = 1, worker_id: str | None = None, request_id: str | None = None, wait_seconds: float = 0.0
     ) -> Sequence[AttemptedRollout]:
         """Claim up to ``limit`` rollouts; each is ``preparing`` after, with a new attempt.
 
@@ -316,12 +311,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
         """
         stored = await self.add_many_spans(spans) if spans else ()
         attempt = await self.update_attempt(
-            rollout_id,
-            attempt_id,
-            status,
-            metadata=metadata,
-            reason_code=reason_code,
-            reason_message=reason_message,
+            rollout_id, attempt_id, status, metadata=metadata, reason_code=reason_code, reason_message=reason_message
         )
         claimed: Sequence[AttemptedRollout] = ()
         if claim_limit:

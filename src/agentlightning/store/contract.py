@@ -242,12 +242,7 @@ class ResourceMethods(ABC):
         """One page of resources: the newest version of each id."""
 
     async def query_resource_versions(
-        self,
-        resources_id: str,
-        *,
-        sort_order: Literal["asc", "desc"] = "asc",
-        limit: int = -1,
-        offset: int = 0,
+        self, resources_id: str, *, sort_order: Literal["asc", "desc"] = "asc", limit: int = -1, offset: int = 0
     ) -> PaginatedResult[ResourcesUpdate]:
         """One page of all versions of an id, by version."""
         raise not_offered(self)

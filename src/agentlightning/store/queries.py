@@ -116,14 +116,10 @@ def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
 
 def text_filter(what: str, value: Any) -> str:
     """``value``, if records can be compared with it; ``what`` names it in the error."""
-    if not isinstance(value, str) or "\0" in value or not _encodable(value):
+    try:
+        usable = isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
         raise InvalidValue(f"{what} {shown(value)} is not valid; give a string without NUL or lone surrogates")
     return value
-
-
-def _encodable(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

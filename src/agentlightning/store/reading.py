@@ -12,12 +12,7 @@ from typing import Any, TypeVar, cast, get_args
 from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Filter, Page, PageQuery, ReadTransaction, ResourcesBy, Table
-from agentlightning.store.base import (
-    LightningStore,
-    LightningStoreCapabilities,
-    LightningStoreStatistics,
-    StoreHost,
-)
+from agentlightning.store.base import LightningStore, LightningStoreCapabilities, LightningStoreStatistics, StoreHost
 from agentlightning.store.core import Core
 from agentlightning.store.queries import as_of, matches, page_query, within, without_latest
 from agentlightning.store.records import RECORDS, Shown
@@ -37,6 +32,7 @@ from agentlightning.types import (
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_version = cache(version)
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _SHORT_PAGE = 256
 """Up to this many rows are read in the caller's thread, because a short read is cheaper than a switch of threads."""
@@ -216,12 +212,7 @@ async def _attempt_now(tx: ReadTransaction, attempt: AttemptRow) -> AttemptRow:
 
 
 def _host(now: float, disk: tuple[int, int] | None) -> StoreHost:
-    host: StoreHost = {"time": now, "version": _version()}
+    host: StoreHost = {"time": now, "version": _version("agentlightning")}
     if disk is not None:
         host["disk_free_bytes"], host["disk_total_bytes"] = disk
     return host
-
-
-@cache
-def _version() -> str:
-    return version("agentlightning")

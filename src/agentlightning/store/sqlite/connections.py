@@ -104,7 +104,8 @@ def check_identity(connection: apsw.Connection, newest: int) -> int:
     """
     application: int = connection.pragma("application_id")
     version: int = connection.pragma("user_version")
-    if application != APPLICATION_ID and not _is_blank(connection, application, version):
+    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
+    if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
         raise ForeignFile(
             f"{connection.filename!r} is a SQLite database of another program "
             f"(application id {application:#x}); give another path"
@@ -123,11 +124,6 @@ def migrate(connection: apsw.Connection, migrations: Sequence[str] = MIGRATIONS)
         with connection:
             connection.execute(migrations[number])
             connection.execute(f"PRAGMA user_version = {number + 1}; PRAGMA application_id = {APPLICATION_ID}")
-
-
-def _is_blank(connection: apsw.Connection, application: int, version: int) -> bool:
-    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
-    return (application, version, tables) == (0, 0, 0)
 
 
 # ---
@@ -153,7 +149,8 @@ def open_writer(
         apsw.Error: the database cannot be opened.
     """
     if path != ":memory:":
-        _create_private(path)
+        with translated(path):  # made here, so that only its owner can read it; SQLite gives its companions this mode
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = apsw.Connection(path, vfs=vfs, statementcachesize=_STATEMENTS)
     try:
         connection.set_busy_timeout(BUSY_MILLISECONDS)
@@ -191,13 +188,6 @@ def _keep_plans(connection: apsw.Connection) -> None:
     """Plan each statement once: SQLite plans those that use a partial index anew for every new value
     otherwise, which costs more than running them (https://www.sqlite.org/queryplanner-ng.html#qpstab)."""
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
-
-
-def _create_private(path: str) -> None:
-    """Make the file, if it is not there, so that only its owner can read it (SQLite gives its
-    companions the same mode)."""
-    with translated(path):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def rebase_leases(connection: apsw.Connection, now: float) -> None:

@@ -125,12 +125,7 @@ class InMemoryLightningStore(_SqliteStore):
     """
 
     def __init__(
-        self,
-        *,
-        thread_safe: bool = True,
-        clock: Clock | None = None,
-        ids: IdSource | None = None,
-        **replaced: Any,
+        self, *, thread_safe: bool = True, clock: Clock | None = None, ids: IdSource | None = None, **replaced: Any
     ) -> None:
         unknown = replaced.keys() - _REPLACED.keys()
         if unknown:

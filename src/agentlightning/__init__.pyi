@@ -118,12 +118,10 @@ from agentlightning.http.client.health import ClientMetrics as ClientMetrics, He
 from agentlightning.http.client.retry import Resilience as Resilience
 from agentlightning.http.server.limits import ServerLimits as ServerLimits
 from agentlightning.http.server.server import LightningStoreServer as LightningStoreServer
-from agentlightning.legacy.client import (
+from agentlightning.legacy import (
     AgentLightningClient as AgentLightningClient,
-    DevTaskLoader as DevTaskLoader,
-)
-from agentlightning.legacy.server import (
     AgentLightningServer as AgentLightningServer,
+    DevTaskLoader as DevTaskLoader,
 )
 from agentlightning.litagent.litagent import (
     FunctionalLitAgent as FunctionalLitAgent,

@@ -8,7 +8,6 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.errors import InvalidValue, StoreUnavailable
-from agentlightning.legacy.server import TaskQueue
 
 PROMPT = {"prompt": agl.PromptTemplate(template="Say {word}", engine="f-string")}
 
@@ -90,18 +89,18 @@ async def test_a_server_that_is_not_there() -> None:
         await client.get_latest_resources_async()
 
 
-def test_a_task_that_takes_too_long_is_handed_out_again() -> None:
-    now = [0.0]
-    queue = TaskQueue(10.0, wall=lambda: now[0])
-    queue.add_task("first", None, None, None)
-    first = queue.next_task()
-    assert first is not None
-    now[0] = 10.0
-    assert queue.next_task() is None
-    now[0] = 10.1
-    again = queue.next_task()
-    assert again is not None
-    assert (again.rollout_id, again.num_claims) == (first.rollout_id, 2)
+async def test_a_task_that_takes_too_long_is_handed_out_again() -> None:
+    server = agl.AgentLightningServer(port=0, task_timeout_seconds=10.0)
+    await server.start()
+    try:
+        rollout_id = await server.queue_task("first")
+        assert server._next_task(now=0.0) is not None
+        assert server._next_task(now=10.0) is None
+        again = server._next_task(now=10.1)
+        assert again is not None
+        assert (again.rollout_id, again.num_claims) == (rollout_id, 2)
+    finally:
+        await server.stop()
 
 
 async def test_the_loader_goes_round_its_tasks() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
@@ -27,6 +28,8 @@ from agentlightning.telemetry.metrics import RequestMeter
 
 _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 1.0
+_well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
+"""Whether the id that a client gives its request can stand in a log and in a reply."""
 _OTHER = "other"
 """The label of all paths outside the table: clients can make up any number of paths, and each label takes memory."""
 
@@ -90,7 +93,11 @@ class StoreApp:
     async def serve(self, exchange: Exchange, found: Match | None = None) -> None:
         """Answer a request; ``found`` is what its path leads to, where that is known. Raises nothing."""
         began = perf_counter()
-        exchange.identify(f"{self._run}-{next(self._numbers):x}")
+        asked = exchange.headers.get(b"x-request-id")
+        if asked is not None and _well_formed_id(asked):
+            exchange.request_id = asked.decode()
+        else:
+            exchange.request_id = f"{self._run}-{next(self._numbers):x}"
         CURRENT.set(exchange)
         label, dialect, status = _OTHER, CANONICAL, 499
         try:
@@ -121,6 +128,8 @@ class StoreApp:
         finally:
             seconds = perf_counter() - began
             self.meter.note(label, status, seconds)
+            if exchange.task is not None and exchange.tasks is not None:
+                exchange.tasks.discard(exchange.task)
             if status >= 500 or seconds > _SLOW_SECONDS or _log.isEnabledFor(logging.DEBUG):
                 self._note(exchange, status, seconds)
 
@@ -138,7 +147,7 @@ class StoreApp:
             if raw is None:
                 raw = await load.body_of(exchange)
             arguments = endpoint.arguments(ids, exchange.query, raw)
-            if not endpoint.waits(arguments):
+            if not endpoint.may_wait or not endpoint.waits(arguments):
                 return endpoint.reply(await endpoint.call(**arguments), arguments)
             load.give_back(exchange)  # a long poll may wait for minutes and uses nothing meanwhile
             with LongPoll(exchange, self):

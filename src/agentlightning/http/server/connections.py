@@ -7,6 +7,7 @@ requests, and those with anything unusual about them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, cast
 
 from typing_extensions import override
@@ -38,6 +39,7 @@ class DirectConnection(BoundedConnection):
         self._app = app
         self._retry_after_seconds = retry_after_seconds
         self._collecting: DirectExchange | None = None
+        self._last_reply = 0.0
 
     @override
     def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
@@ -101,9 +103,36 @@ class DirectConnection(BoundedConnection):
         if exchange is None:
             super().on_message_complete()
             return
-        task = self.loop.create_task(self._app.serve(exchange, exchange.found))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        # The application takes the task out at its end: a callback of the task would cost a turn of the loop.
+        exchange.tasks = self.tasks
+        exchange.task = self.loop.create_task(self._app.serve(exchange, exchange.found))
+        self.tasks.add(exchange.task)
+
+    # --- The time between requests: one timer for the connection, where uvicorn sets one after every reply ---
+
+    @override
+    def on_response_complete(self) -> None:
+        self._last_reply = monotonic()
+        if self.timeout_keep_alive_task is None or self.pipeline or self.flow.read_paused:
+            super()._unset_keepalive_if_required()
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+
+    @override
+    def _unset_keepalive_if_required(self) -> None:
+        if self.transport.is_closing():
+            super()._unset_keepalive_if_required()
+
+    @override
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        is_idle = not self._in_message and self.cycle.response_complete
+        left = self._last_reply + self.timeout_keep_alive - monotonic()
+        if left <= 0 and is_idle:
+            super().timeout_keep_alive_handler()
+        elif is_idle and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
 
 
 class DirectExchange(Exchange):

@@ -41,6 +41,7 @@ class Endpoint:
     def __init__(self, route: Route, dialect: Dialect, store: Any, *, gives_json: bool) -> None:
         self.route = route
         self.dialect = dialect
+        self.may_wait = route.wait_argument is not None
         self.label = f"{route.verb} {dialect.prefix}{route.path}"
         """For metrics and logs."""
         self.direct = route.verb == "POST" and route.priority != "read"
@@ -53,17 +54,15 @@ class Endpoint:
         )
         """Asks the store; its result is for ``reply``."""
         self._splits_spans = gives_json and route.method == "finish_attempt"
-        self._body = None if route.body is None else TypeAdapter[Any](route.body)
+        self.has_body = route.body is not None
+        self._body = TypeAdapter[Any](route.body if self.has_body else None)
+        wait = route.wait_argument
+        self._wait_seconds = None if wait is None else arguments_of(route.method)[wait].default
         self._query = route.query
         fields = {} if self._query is None else self._query.model_fields
         kinds = {name: set(_parts_of(field.annotation)) for name, field in fields.items()}
         self._lists = {name for name, parts in kinds.items() if list in parts}
         self._integers = {name for name, parts in kinds.items() if int in parts}
-
-    @property
-    def has_body(self) -> bool:
-        """Whether requests have a body."""
-        return self._body is not None
 
     def arguments(self, ids: Mapping[str, str], query: bytes, raw: bytes) -> dict[str, Any]:
         """The arguments of ``call``.
@@ -80,9 +79,12 @@ class Endpoint:
         arguments: dict[str, Any] = {**ids}
         if self._query is not None:
             arguments |= self._from_query(query)
-        if self._body is not None and (raw or not self.route.body_optional):
+        if self.has_body and (raw or not self.route.body_optional):
             try:
-                self._add_body(arguments, raw)
+                if self._keeps_spans:
+                    arguments["drafts"] = drafts_of(raw, many=self.route.sends_sequence_ids)
+                else:
+                    self._add_body(arguments, decode_strict(raw))
             except ValidationError as error:
                 raise _invalid(error, "body") from error
         if self._is_claim and self.dialect.empty_limit_is_empty:
@@ -91,10 +93,7 @@ class Endpoint:
 
     def waits(self, arguments: dict[str, Any]) -> bool:
         """Whether a call with these arguments may wait for something to happen in the store."""
-        name = self.route.wait_argument
-        if name is None:
-            return False
-        seconds = arguments.get(name, arguments_of(self.route.method)[name].default)
+        seconds = arguments.get(self.route.wait_argument or "", self._wait_seconds)
         return seconds is None or seconds > 0
 
     def reply(self, result: Any, arguments: dict[str, Any]) -> Reply:
@@ -136,18 +135,13 @@ class Endpoint:
             return claimed
         return Reply(self.route.status, b"[]", ((DIRECTIVE_HEADER, worker.directive.encode()),))
 
-    def _add_body(self, arguments: dict[str, Any], raw: bytes) -> None:
-        """Take the arguments from the body. A store that keeps spans as bytes gets them as such."""
-        if self._keeps_spans:
-            arguments["drafts"] = drafts_of(raw, many=self.route.sends_sequence_ids)
-            return
-        decoded = decode_strict(raw)
+    def _add_body(self, arguments: dict[str, Any], decoded: Any) -> None:
+        """Take the arguments from the body. A store that keeps spans as bytes gets them as such, if all are plain."""
         drafts = None
         if self._splits_spans and isinstance(decoded, dict) and "spans" in decoded:
             drafts = plain_drafts_of(decoded["spans"])
             if drafts is not None:
                 del decoded["spans"]
-        assert self._body is not None
         body = self._body.validate_python(decoded)
         if self.route.body_argument is not None:
             arguments[self.route.body_argument] = body

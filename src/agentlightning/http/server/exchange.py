@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-_well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
 _ONCE = (b"host", b"content-length", b"content-type", b"content-encoding", b"authorization", b"origin")
 
 
@@ -55,6 +53,9 @@ class Exchange(WorkContext):
     """The bytes that ``Load`` counts for it; None: it does not count it."""
     extra_headers: Sequence[Header] = ()
     """Headers of the reply, whatever it is."""
+    task: asyncio.Task[None] | None = None
+    tasks: set[asyncio.Task[None]] | None = None
+    """What answers it, and where that is to be taken out at the end."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
         self._receive = receive
@@ -72,11 +73,6 @@ class Exchange(WorkContext):
     def fields(self) -> dict[str, str]:
         self.traceparent = self.headers.get(b"traceparent", b"").decode("latin-1")
         return super().fields()
-
-    def identify(self, new_id: str) -> None:
-        """Take the id that the client gives, if it can stand in a log and in a reply, else ``new_id``."""
-        asked = self.headers.get(b"x-request-id")
-        self.request_id = new_id if asked is None or not _well_formed_id(asked) else asked.decode()
 
     def check_headers(self) -> None:
         """Raise ``BadRequest`` if a header that decides how the request is handled is given more than once.

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from agentlightning.http.server.openapi import openapi_document
+from agentlightning.http.server.admin import openapi_document
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 

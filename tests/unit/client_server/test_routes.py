@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from agentlightning.errors import AgentLightningError, NotFound, Overloaded, StoreUnavailable, error_classes
 from agentlightning.http.codec import decode_error, encode_problem
 from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Route
+from agentlightning.http.server.admin import openapi_document
 from agentlightning.http.server.endpoints import Endpoints
-from agentlightning.http.server.openapi import openapi_document
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from asgi_calls import AsgiCalls

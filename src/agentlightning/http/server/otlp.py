@@ -67,50 +67,43 @@ def check_fields(content: bytes, message: Descriptor, most: int) -> None:
     """
     if len(content) < most * _SMALLEST_FIELD_BYTES:
         return
+    count = 0
+    waiting: list[tuple[int, int, Mapping[int, Any]]] = [(0, len(content), _shape_of(message, {}))]
     try:
-        _count(content, _shape_of(message, {}), most)
+        while waiting:
+            position, end, fields = waiting.pop()
+            while position < end:
+                count += 1
+                if count > most:
+                    raise TooLarge(f"the body has more than {most:,} fields; send fewer spans at a time")
+                tag, position = _varint(content, position)
+                if tag & 7 == _DELIMITED:
+                    length, position = _varint(content, position)
+                    within = fields.get(tag >> 3)
+                    if within is not None and length:
+                        waiting.append((position, position + length, within))
+                    position += length
+                elif tag & 7 == _VARINT:
+                    _, position = _varint(content, position)
+                else:
+                    position += _OTHER_BYTES[tag & 7]
+            if position > end:
+                raise IndexError(position)
     except LookupError as error:
         raise NotJson(f"the body is no {message.name}: its fields are not whole") from error
 
 
-def _count(content: bytes, shape: _Shape, most: int) -> None:
-    count = 0
-    waiting: list[tuple[int, int, Mapping[int, Any]]] = [(0, len(content), shape)]
-    while waiting:
-        position, end, fields = waiting.pop()
-        while position < end:
-            count += 1
-            if count > most:
-                raise TooLarge(f"the body has more than {most:,} fields; send fewer spans at a time")
-            tag, position = _varint(content, position)
-            kind = tag & 7
-            if kind == _DELIMITED:
-                length, position = _varint(content, position)
-                within = fields.get(tag >> 3)
-                if within is not None and length:
-                    waiting.append((position, position + length, within))
-                position += length
-            elif kind == _VARINT:
-                _, position = _varint(content, position)
-            else:
-                position += _OTHER_BYTES[kind]
-        if position > end:
-            raise IndexError(position)
-
-
 def _varint(content: bytes, position: int) -> tuple[int, int]:
     """A number, and the position after it. Raises ``LookupError`` if the bytes end before it does."""
-    byte = content[position]
-    position += 1
-    value, shift = byte & 0x7F, 7
-    while byte & 0x80:
-        if shift == _LONGEST_VARINT:
-            raise IndexError(position)
+    value = shift = 0
+    while shift < _LONGEST_VARINT:
         byte = content[position]
         position += 1
         value |= (byte & 0x7F) << shift
         shift += 7
-    return value, position
+        if byte < 0x80:
+            return value, position
+    raise IndexError(position)
 
 
 def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:

@@ -19,15 +19,14 @@ from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import OTLP_TRACES_PATH
 from agentlightning.http.server.admin import Operations
-from agentlightning.http.server.app import StoreApp
-from agentlightning.http.server.connections import DirectConnection
+from agentlightning.http.server.app import DirectConnection, StoreApp
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, ServerLimits
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving.server import ThreadedServer, TlsFiles, allow_many_files
+from agentlightning.serving.server import ThreadedServer, TlsFiles
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
@@ -223,7 +222,7 @@ class LightningStoreServer(ForwardingStore):
             self.port,
             name="agl-http",
             bounds=self._limits,
-            connection=partial(DirectConnection, app=app, retry_after_seconds=self._limits.retry_after_seconds),
+            connection=partial(DirectConnection, app=app),
             drain_seconds=self._limits.drain_seconds,
             on_drain=app.drain,
             tls=self._tls,
@@ -286,7 +285,6 @@ def run_service(server: LightningStoreServer, store: EngineStore, ready: Callabl
     Raises:
         AgentLightningError: the store cannot be opened, or the port cannot be had.
     """
-    allow_many_files()
     server.take_port()  # first, so that a start that fails leaves no new database behind
     try:
         asyncio.run(_serve(server, store, ready))
@@ -297,30 +295,24 @@ def run_service(server: LightningStoreServer, store: EngineStore, ready: Callabl
 async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end(number: signal.Signals) -> None:
+        _log.info("%s: finishing requests, then stopping", number.name)
+        ended.set()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+
     async with store:
         await server.start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end, number, ended)
-        _collect_seldom()
+            loop.add_signal_handler(number, end, number)
+        # What lives for ever is not looked at by the garbage collector, and it runs less often: requests leave hardly
+        # any reference cycles, and looking for them took 5 % of the processor.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_YOUNG_OBJECTS, 20, 20)
         ready()
         await ended.wait()
         await server.stop()
     _log.info("stopped; every acknowledged write is in the store")
-
-
-def _end(number: signal.Signals, ended: asyncio.Event) -> None:
-    _log.info("%s: finishing requests, then stopping", number.name)
-    ended.set()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().remove_signal_handler(each)
-        signal.signal(each, signal.SIG_DFL)
-
-
-def _collect_seldom() -> None:
-    """Exclude what lives for ever from garbage collection, and collect less often.
-
-    Requests leave hardly any reference cycles; looking for them took 5 % of the processor.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, 20, 20)

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -74,6 +75,21 @@ async def test_run_forever_ends_with_its_task() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert server.app is None
+
+
+async def test_a_connection_is_closed_when_it_was_idle_since_its_last_reply() -> None:
+    limits = ServerLimits(idle_seconds=1.0)
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for pause in (0.7, 0.0):
+            writer.write(b"POST /agl/v1/workers/w-1 HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}")
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r")[0]))
+            await asyncio.sleep(pause)
+        began = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        assert time.monotonic() - began > 0.5
+        writer.close()
 
 
 async def test_a_port_that_is_taken_is_said_at_once_and_by_whom() -> None:

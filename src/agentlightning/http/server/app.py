@@ -146,8 +146,9 @@ class StoreApp:
 
     async def _answer(self, exchange: Exchange, endpoint: Endpoint, ids: Mapping[str, str]) -> Reply:
         """Answer a request to a route of the table."""
-        load, raw = self.load, exchange.body
+        load = self.load
         load.admit(exchange, endpoint.route.priority)
+        raw, exchange.body = exchange.body, None  # whatever is begun here may keep its context, and so the exchange
         try:
             if not endpoint.has_body:
                 raw = b""

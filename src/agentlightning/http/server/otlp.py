@@ -20,7 +20,6 @@ from agentlightning.errors import (
     AgentLightningError,
     BadRequest,
     InvalidValue,
-    NotFound,
     NotJson,
     TooLarge,
     UnsupportedMedia,
@@ -31,6 +30,7 @@ from agentlightning.http.server.limits import Load
 from agentlightning.semconv import LightningResourceAttributes
 from agentlightning.store.arguments import check_batch
 from agentlightning.store.base import LightningStore
+from agentlightning.store.refusals import send_apart
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
 
 if TYPE_CHECKING:
@@ -138,14 +138,19 @@ async def answer_traces(store: LightningStore, load: Load, exchange: Exchange) -
     """
     media = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     answered_as = media if media in (PROTOBUF_MEDIA, JSON_MEDIA) else JSON_MEDIA
+    reasons: list[str] = []
+
+    async def note(refused: Sequence[Span], error: AgentLightningError) -> None:
+        reasons.extend(f"span {span.span_id}: {error.message[:200]}" for span in refused)
+
     try:
         load.admit(exchange, "span")
         content = await _content(load, exchange)
         if len(content) < _LARGE_BYTES:
-            spans, reasons = _spans_in(media, content)
+            spans = _spans_in(media, content, reasons)
         else:
-            spans, reasons = await asyncio.to_thread(_spans_in, media, content)
-        await _store(store, spans, reasons)
+            spans = await asyncio.to_thread(_spans_in, media, content, reasons)
+        await send_apart(spans, store.add_many_spans, note, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
     except AgentLightningError as error:
         headers = [(b"retry-after", b"1")] if error.status in (429, 503, 507) else []
         status = 400 if error.status == 422 else error.status
@@ -182,9 +187,8 @@ def _inflate(raw: bytes, limit: int) -> bytes:
     return content
 
 
-def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
-    """The spans of a request, and why others of it are not among them."""
-    reasons: list[str] = []
+def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> list[Span]:
+    """The spans of a request; why others of it are not among them is added to ``reasons``."""
     spans: list[Span] = []
     groups = [
         (group, [span for scope in group.scope_spans for span in scope.spans])
@@ -198,7 +202,7 @@ def _spans_in(media: bytes, content: bytes) -> tuple[list[Span], list[str]]:
                 spans.append(_convert(each, resource))
             except (ValidationError, InvalidValue) as error:
                 reasons.append(f"span {each.name[:80]!r} is not valid: {str(error)[:200]}")
-    return spans, reasons
+    return spans
 
 
 def _encode_outcome(media: bytes, reasons: Sequence[str]) -> bytes:
@@ -230,61 +234,36 @@ def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
     return b"\x08" + bytes([code]) + b"\x12" + length + text
 
 
-async def _store(store: LightningStore, spans: Sequence[Span], reasons: list[str]) -> None:
-    """Store spans. When one is refused, divide them by attempt, and then one by one.
-
-    The store takes all spans of a call or none, so a bad span would otherwise take the good ones with it.
-    """
-    try:
-        await store.add_many_spans(spans)
-    except (InvalidValue, NotFound) as error:
-        if len(spans) == 1:
-            reasons.append(f"span {spans[0].span_id}: {error.message[:200]}")
-            return
-        groups: dict[tuple[str, str], list[Span]] = {}
-        for span in spans:
-            groups.setdefault((span.rollout_id, span.attempt_id), []).append(span)
-        for part in groups.values() if len(groups) > 1 else [[span] for span in spans]:
-            await _store(store, part, reasons)
-
-
 # --- From OTLP to spans ------------------------------------------------------------------------------
 
 
 def _read(media: bytes, content: bytes) -> ExportTraceServiceRequest:
+    from google.protobuf.json_format import ParseDict, ParseError
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     request = ExportTraceServiceRequest()
-    if media == JSON_MEDIA:
-        _parse_json(content, request)
-    elif media == PROTOBUF_MEDIA:
-        check_fields(content, ExportTraceServiceRequest.DESCRIPTOR, MAX_NODES)
-        try:
+    try:
+        if media == PROTOBUF_MEDIA:
+            check_fields(content, ExportTraceServiceRequest.DESCRIPTOR, MAX_NODES)
             request.ParseFromString(content)
-        except DecodeError as error:
-            raise NotJson(f"the body is no ExportTraceServiceRequest: {error}") from error
-    else:
-        raise UnsupportedMedia(
-            f"the body is {media[:80].decode('latin-1')!r}; send application/x-protobuf or application/json"
-        )
+        elif media == JSON_MEDIA:
+            decoded = decode_strict(content)
+            if not isinstance(decoded, dict):
+                raise TypeError("it is not an object")
+            ParseDict(_with_base64_ids(decoded), request, ignore_unknown_fields=True)
+        else:
+            shown = media[:80].decode("latin-1")
+            raise UnsupportedMedia(f"the body is {shown!r}; send application/x-protobuf or application/json")
+    except AgentLightningError:
+        raise
+    except (DecodeError, ParseError, ValueError, TypeError, AttributeError) as error:
+        raise NotJson(f"the body is no ExportTraceServiceRequest: {str(error)[:300]}") from error
     return request
 
 
-def _parse_json(content: bytes, request: Any) -> None:
-    """Read the JSON form, in which ids are hexadecimal, while protobuf's own JSON has base64 for bytes."""
-    from google.protobuf.json_format import ParseDict, ParseError
-
-    decoded = decode_strict(content)
-    if not isinstance(decoded, dict):
-        raise NotJson("the body is no ExportTraceServiceRequest: it is not an object")
-    try:
-        ParseDict(_with_base64_ids(decoded), request, ignore_unknown_fields=True)
-    except (ParseError, ValueError, TypeError, AttributeError) as error:
-        raise NotJson(f"the body is no ExportTraceServiceRequest: {str(error)[:300]}") from error
-
-
 def _with_base64_ids(value: Any) -> Any:
+    """The JSON form has hexadecimal ids, while protobuf's own JSON has base64 for bytes."""
     if isinstance(value, list):
         return [_with_base64_ids(each) for each in cast("list[Any]", value)]
     if not isinstance(value, dict):

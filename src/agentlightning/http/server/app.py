@@ -282,6 +282,7 @@ class DirectConnection(BoundedConnection):
         self._app = app
         self._collecting: DirectExchange | None = None
         self._last_reply = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     @override
     def refusal(self, status: int, why: str) -> tuple[dict[str, str], bytes]:
@@ -350,26 +351,26 @@ class DirectConnection(BoundedConnection):
     @override
     def on_response_complete(self) -> None:
         self._last_reply = monotonic()
-        if self.timeout_keep_alive_task is None or self.pipeline or self.flow.read_paused:
-            super()._unset_keepalive_if_required()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+        if self.pipeline or self.flow.read_paused:
             super().on_response_complete()
-        else:
-            self.server_state.total_requests += 1
 
-    @override
-    def _unset_keepalive_if_required(self) -> None:
-        if self.transport.is_closing():
-            super()._unset_keepalive_if_required()
-
-    @override
-    def timeout_keep_alive_handler(self) -> None:
-        self.timeout_keep_alive_task = None
-        is_idle = not self._in_message and self.cycle.response_complete
+    def _close_if_idle(self) -> None:
+        self._idle_timer = None
+        if self._in_message or not self.cycle.response_complete:
+            return  # the next reply sets it again
         left = self._last_reply + self.timeout_keep_alive - monotonic()
-        if left <= 0 and is_idle:
-            super().timeout_keep_alive_handler()
-        elif is_idle and not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        if left > 0:
+            self._idle_timer = self.loop.call_later(left, self._close_if_idle)
+        else:
+            self.timeout_keep_alive_handler()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        super().connection_lost(exc)
 
 
 class DirectExchange(Exchange):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from agentlightning.adapter.calls import has_token_ids, read_model_call, response_id_of
 from agentlightning.semconv import GenAIAttributes
@@ -217,19 +216,19 @@ class TraceTree:
         """
         is_call = re.compile(llm_call_match)
         found: list[_FoundCall] = []
-        pending: list[tuple[TraceTree, str | None, bool, _FoundCall | None]] = [
+        pending: list[tuple[TraceTree, str | None, bool, str | None]] = [
             (self, within_matching_subtree, bool(within_reward), None)
         ]
         while pending:
-            node, agent, in_reward, outer = pending.pop()
+            node, agent, in_reward, outermost = pending.pop()
             name = node.agent_name()
             if name is not None and (agent_match is None or re.search(agent_match, name)):
                 agent = name
             in_reward = in_reward or (within_reward is not None and node.is_reward_span())
             if is_call.search(node.span.name) and not in_reward and (agent_match is None or agent is not None):
-                outer = _FoundCall(node, agent or "", outer)
-                found.append(outer)
-            pending.extend((child, agent, in_reward, outer) for child in node.children)
+                outermost = outermost or node.id
+                found.append(_FoundCall(node, agent or "", outermost))
+            pending.extend((child, agent, in_reward, outermost) for child in node.children)
         if within_llm_call is not None:
             found = [] if within_llm_call else _without_nested(found)
         if existing_llm_call_response_ids is not None:
@@ -293,14 +292,13 @@ class TraceTree:
         return triplets
 
 
-@dataclass(frozen=True)
-class _FoundCall:
+class _FoundCall(NamedTuple):
     """A span of a model call, found in a tree."""
 
     node: TraceTree
     agent: str
-    outer: _FoundCall | None
-    """The call that contains it."""
+    outermost: str
+    """The id of the outermost call that contains it; its own if none does."""
 
 
 def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
@@ -311,15 +309,12 @@ def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
     """
     groups: dict[str, list[_FoundCall]] = {}
     for call in calls:
-        outermost = call
-        while outermost.outer is not None:
-            outermost = outermost.outer
-        groups.setdefault(outermost.node.id, []).append(call)
+        groups.setdefault(call.outermost, []).append(call)
     kept: list[_FoundCall] = []
-    for group in groups.values():
+    for outermost, group in groups.items():
         recorded = [call for call in group if has_token_ids(call.node.span)]
-        are_inner = bool(recorded) and all(call.outer is not None for call in recorded)
-        kept += recorded if are_inner else [call for call in group if call.outer is None]
+        are_inner = bool(recorded) and all(call.node.id != outermost for call in recorded)
+        kept += recorded if are_inner else [call for call in group if call.node.id == outermost]
     return kept
 
 
@@ -344,22 +339,17 @@ def _root_ids(parents: dict[str, str | None]) -> set[str]:
     """Return the ids of spans that nothing is above of: without a parent here, or the first one of a cycle."""
     roots: set[str] = set()
     settled: set[str] = set()
-    for start in parents:
-        path: list[str] = []
-        on_path: set[str] = set()
-        current = start
-        while current not in settled and current not in on_path:
-            path.append(current)
-            on_path.add(current)
+    for current in parents:
+        path: set[str] = set()
+        while current not in settled and current not in path:
+            path.add(current)
             parent = parents[current]
             if parent is None or parent not in parents:
-                roots.add(current)
                 break
             current = parent
-        else:
-            if current in on_path:
-                roots.add(current)
-        settled.update(path)
+        if current not in settled:
+            roots.add(current)
+        settled |= path
     return roots
 
 

@@ -66,42 +66,6 @@ def fixed_delays(delays: Sequence[float]) -> Backoff:
     return lambda failed_tries: delays[failed_tries - 1] if failed_tries <= len(delays) else None
 
 
-class RetryBudget:
-    """Tokens for retries: some for each first try, some with time. Who finds none waits for one; nobody is refused.
-
-    Args:
-        ratio: retries earned by each first try.
-        per_second: retries earned by each second, so that a quiet client can retry too.
-        capacity: the most that can be saved up.
-        monotonic: seconds since some moment.
-    """
-
-    def __init__(self, ratio: float, per_second: float, capacity: float, monotonic: Callable[[], float]) -> None:
-        self.first_tries = 0
-        """To be counted up by whoever makes one."""
-        self._ratio = ratio
-        self._per_second = per_second
-        self._capacity = capacity
-        self._monotonic = monotonic
-        self._lock = threading.Lock()
-        self._tokens = capacity
-        self._at = monotonic()
-
-    def spend(self) -> float:
-        """Take a token for a retry; returns the seconds to wait until it is there."""
-        with self._lock:
-            now = self._monotonic()
-            earned = (now - self._at) * self._per_second + self.first_tries * self._ratio
-            self._at, self.first_tries = now, 0
-            self._tokens = min(self._capacity, self._tokens + earned) - 1
-            return max(0.0, -self._tokens / self._per_second)
-
-    def refund(self) -> None:
-        """A token that was taken is not used after all."""
-        with self._lock:
-            self._tokens = min(self._capacity, self._tokens + 1)
-
-
 def retry_after_seconds(value: str | None, wall: Callable[[], float] = time.time) -> float | None:
     """What a ``Retry-After`` header asks for (RFC 9110, section 10.2.3: seconds, or a date); None if it is no such.
 
@@ -162,12 +126,13 @@ class Retrying:
         self._server = server
         exponential = full_jitter(numbers.backoff_base_seconds, numbers.backoff_cap_seconds, chance)
         self._backoff = exponential if retry_delays is None else fixed_delays(retry_delays)
-        self._budget = RetryBudget(numbers.retry_ratio, numbers.retries_per_second, numbers.retries_saved, monotonic)
+        self._numbers = numbers
         self._monotonic = monotonic
-        self._probe_interval = numbers.probe_interval_seconds
         self._ask_first = health_retry_delays
         self._under_way: dict[asyncio.Timeout, asyncio.AbstractEventLoop] = {}
         self._lock = threading.Lock()
+        self._first_tries = 0
+        self._tokens, self._tokens_at = numbers.retries_saved, monotonic()
         self._used = False
         self._overdue = float("-inf")
         """When the timer of the probes must have fired, had its event loop not been closed."""
@@ -188,7 +153,7 @@ class Retrying:
                 self._used = True
                 if started > self._overdue:
                     self._arm(started)
-                self._budget.first_tries += 1
+                self._first_tries += 1
                 outcome = await self._try(request, request.patience_seconds)
                 if isinstance(outcome, WireReply) and outcome.status < 400:
                     return outcome
@@ -274,11 +239,26 @@ class Retrying:
         asked = None if reply is None else retry_after_seconds(reply.headers.get("Retry-After"))
         if asked is not None:
             delay += asked  # on top, so that those who were told the same moment do not all come at it
-        delay = max(delay, self._budget.spend())
+        delay = max(delay, self._spend())
         if self._monotonic() + delay >= deadline or not await self._is_there():
-            self._budget.refund()
+            with self._lock:
+                self._tokens += 1
             return None
         return delay
+
+    def _spend(self) -> float:
+        """Take a token for a retry; returns the seconds to wait until it is there.
+
+        All requests share them: some come with each first try, some with time, so that a quiet client can retry too.
+        Who finds none waits for one; nobody is refused.
+        """
+        numbers = self._numbers
+        with self._lock:
+            now = self._monotonic()
+            earned = (now - self._tokens_at) * numbers.retries_per_second + self._first_tries * numbers.retry_ratio
+            self._tokens_at, self._first_tries = now, 0
+            self._tokens = min(numbers.retries_saved, self._tokens + earned) - 1
+            return max(0.0, -self._tokens / numbers.retries_per_second)
 
     async def _pause(self, seconds: float, until_answer: bool) -> None:
         """Wait before the next try; no longer than until the server answers somebody, if that is what is missing."""
@@ -316,8 +296,9 @@ class Retrying:
         with self._lock:
             if now > self._overdue:  # else another thread was first
                 # A closed event loop takes its timers along, so one that is long overdue will never fire.
-                self._overdue = now + 2 * self._probe_interval
-                asyncio.get_running_loop().call_later(self._probe_interval, self._tick)
+                interval = self._numbers.probe_interval_seconds
+                self._overdue = now + 2 * interval
+                asyncio.get_running_loop().call_later(interval, self._tick)
 
     def _tick(self) -> None:
         self._overdue = float("-inf")

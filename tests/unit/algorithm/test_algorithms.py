@@ -285,7 +285,7 @@ async def test_what_a_run_left_unfinished_gets_the_resources_of_its_new_start() 
 
 
 def test_names_of_the_old_interface_are_where_they_were() -> None:
-    from agentlightning.adapter import TraceToMessages as FromPackage
+    from agentlightning.adapter import TraceToMessages as FromPackage  # pyright: ignore[reportAttributeAccessIssue]
     from agentlightning.algorithm import Algorithm, Baseline, FastAlgorithm, algo
 
     assert (FromPackage, Algorithm, Baseline, FastAlgorithm, algo) == (

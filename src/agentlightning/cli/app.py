@@ -227,9 +227,6 @@ class _ReportingCommand(TyperCommand):
         raise typer.Exit(code)
 
 
-# --- The program -------------------------------------------------------------------------------------
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import stat
@@ -36,6 +35,7 @@ from agentlightning.errors import (
     StoreUnreachable,
 )
 from agentlightning.http.client.cache import default_folder
+from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.types import LLM, ResourcesUpdate
 from agentlightning.types.rewards import find_final_reward
@@ -204,7 +204,8 @@ def _check_clock(offset: float, round_trip_seconds: float) -> Finding:
 
 def _check_wire(server: Server) -> Iterator[Finding]:
     parts = urlsplit(server.url)
-    if _is_loopback(parts.hostname or ""):
+    host = parts.hostname or ""
+    if is_loopback(host) or host.endswith(".localhost"):
         return
     if parts.scheme == "http":
         yield Finding(
@@ -220,13 +221,6 @@ def _check_wire(server: Server) -> Iterator[Finding]:
             f"{server} is not on this machine and asks for no key: whoever reaches it can read and change everything.",
             "Serve with `agl store --api-key`, and set AGL_API_KEY where runners are.",
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _check_database(path: Path) -> Iterator[Finding]:
@@ -247,9 +241,6 @@ def _check_database(path: Path) -> Iterator[Finding]:
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         text = f"{path} can be read by other users of this machine, and has everything in it."
         yield Finding("readable_by_others", "warning", text, f"chmod 600 {path}")
-
-
-# --- The disk ------------------------------------------------------------------------------------------
 
 
 def check_disk(free: int | None, total: int | None, what: str) -> Iterator[Finding]:
@@ -298,9 +289,6 @@ def _check_spool() -> Iterator[Finding]:
                 f"Spans that a server refused for good lie in {refused}, each with the reason ({number}).",
                 "Correct the code that makes them, then move the file away.",
             )
-
-
-# --- What is left behind -------------------------------------------------------------------------------
 
 
 def _check_models(resources: ResourcesUpdate | None) -> Iterator[Finding]:

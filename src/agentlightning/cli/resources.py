@@ -170,9 +170,6 @@ def rollback(
         typer.echo(f"{resources_id}: version {update.version} now has the content of version {version}")
 
 
-# --- Records ---------------------------------------------------------------------------------------
-
-
 async def _one(store: LightningStore, resources_id: str | None, version: int | None) -> ResourcesUpdate:
     if resources_id is None:
         latest = await store.get_latest_resources()

@@ -115,9 +115,6 @@ def _reason_or_input(rollout: Rollout) -> str:
     return one_line(": ".join(filter(None, reason_of(rollout))) if failed else rollout.input, 80)
 
 
-# --- One rollout -----------------------------------------------------------------------------------
-
-
 class _Told(NamedTuple):
     """What the spans of one attempt say."""
 

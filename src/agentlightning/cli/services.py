@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -94,9 +93,6 @@ def _store_of(db: str, durability: _Durability) -> EngineStore:
     return SqliteLightningStore(rest if separator else db, durability)
 
 
-# --- The proxy -----------------------------------------------------------------------------------------
-
-
 def proxy(
     target: Target,
     model: Annotated[
@@ -130,6 +126,7 @@ def proxy(
       agl proxy --model policy=http://a:8000/v1 --model policy=http://b:8000/v1 --no-record
     """
     from agentlightning.proxy import LLMProxy
+    from agentlightning.serving.server import ended_by_signal
 
     setup_logging(log_level)
     served = LLMProxy(
@@ -148,7 +145,7 @@ def proxy(
                 served.set_store(await stack.enter_async_context(target.open()))
             await served.start()
             stack.push_async_callback(served.stop)
-            ended = _ended_by_signal()
+            ended = ended_by_signal()
             typer.echo(f"serving {', '.join(served.models)} at {served.url}/v1")
             if proxy_key is None and served.api_key is not None:
                 typer.echo(f"agents have to show the key {served.api_key} (choose one with --proxy-key)")
@@ -167,25 +164,6 @@ def _model_list(words: list[str], config: Path | None, upstream_key_env: str | N
     if not models:
         raise InvalidValue("there is no model to serve; give --model NAME=URL, or --config FILE")
     return models
-
-
-def _ended_by_signal() -> asyncio.Event:
-    """Is set when a signal comes; a second one ends the process at once."""
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def end() -> None:
-        ended.set()
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in numbers:
-        loop.add_signal_handler(number, end)
-    return ended
-
-
-# --- Runners -------------------------------------------------------------------------------------------
 
 
 def runner(

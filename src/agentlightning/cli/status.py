@@ -161,9 +161,6 @@ def _record(overview: Overview, place: str) -> dict[str, Any]:
     }
 
 
-# --- The screen ------------------------------------------------------------------------------------
-
-
 def _screen(overview: Overview, place: str, width: int) -> Group:
     """Numbers first, then workers and failures, and at the end, where the eye is, what they mean."""
     statistics = overview.statistics

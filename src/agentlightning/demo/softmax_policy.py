@@ -32,14 +32,7 @@ _MEANS: Sequence[str] = ("loss", "entropy", "clipped", "kl")
 class SoftmaxPolicy(SoftmaxTable):
     """A table from contexts to logits that learns; `agentlightning.algorithm.policy.Policy` says what its parts do.
 
-    Args:
-        vocabulary: the known words, without repeats; each is one word (letters, digits, ``_``) or one sign.
-        actions: those that may be answers; None for all.
-        logits: rows to begin with, one number for each action.
-
-    Raises:
-        InvalidValue: a vocabulary entry is not one word or is repeated, an action is not in the vocabulary, there is
-            no action, or a row has another length.
+    Arguments, and what is raised, are those of `SoftmaxTable`.
     """
 
     _reference: SoftmaxPolicy | None = None

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import resource
+import signal
 import socket
 import ssl
 import threading
@@ -313,6 +314,23 @@ def _owner_of(port: int) -> str:
     except (psutil.Error, OSError):
         return ""
     return ""
+
+
+def ended_by_signal() -> asyncio.Event:
+    """Return an event that SIGTERM or SIGINT sets. A second signal ends the process at once. For the main thread."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def end(number: signal.Signals) -> None:
+        _log.info("%s: finishing requests, then stopping", number.name)
+        ended.set()
+        for each in numbers:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in numbers:
+        loop.add_signal_handler(number, end, number)
+    return ended
 
 
 def allow_many_files() -> None:

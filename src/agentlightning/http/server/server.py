@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving.server import ThreadedServer, TlsFiles
+from agentlightning.serving.server import ThreadedServer, TlsFiles, ended_by_signal
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
@@ -293,20 +292,9 @@ def run_service(server: LightningStoreServer, store: EngineStore, ready: Callabl
 
 
 async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def end(number: signal.Signals) -> None:
-        _log.info("%s: finishing requests, then stopping", number.name)
-        ended.set()
-        for each in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(each)
-            signal.signal(each, signal.SIG_DFL)
-
     async with store:
         await server.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end, number)
+        ended = ended_by_signal()
         # What lives for ever is not looked at by the garbage collector, and it runs less often: requests leave hardly
         # any reference cycles, and looking for them took 5 % of the processor.
         gc.collect()

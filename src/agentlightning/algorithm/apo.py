@@ -328,11 +328,8 @@ def ask_for_edit(prompt: PromptTemplate, critique: str) -> str:
 
 
 def read_prompt(reply: str, like: PromptTemplate) -> PromptTemplate:
-    """Return the template in a model's reply, in the language of ``like``.
-
-    Raises:
-        InvalidValue: the reply is empty, or the template is malformed or uses a placeholder that ``like`` lacks.
-    """
+    """Return the template in a model's reply, in the language of ``like``. Raises ``InvalidValue`` if the reply is
+    empty, or the template is malformed or uses a placeholder that ``like`` lacks."""
     tagged = _TAGS.search(reply)
     text = tagged.group(1) if tagged else reply
     fenced = _FENCE.match(text)
@@ -347,11 +344,8 @@ def read_prompt(reply: str, like: PromptTemplate) -> PromptTemplate:
 
 
 def placeholders(prompt: PromptTemplate) -> set[str] | None:
-    """Return the names of a template's placeholders; None for a language that is not parsed here.
-
-    Raises:
-        InvalidValue: the template is malformed.
-    """
+    """Return the names of a template's placeholders; None for a language that is not parsed here. Raises
+    ``InvalidValue`` if the template is malformed."""
     if prompt.engine == "f-string":
         try:
             return {name for _, name, _, _ in Formatter().parse(prompt.template) if name is not None}

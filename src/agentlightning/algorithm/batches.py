@@ -37,11 +37,7 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
 
 
 def check_datasets(**datasets: object) -> None:
-    """Raise unless each dataset is None or can be read by position.
-
-    Raises:
-        InvalidValue: one cannot.
-    """
+    """Raise ``InvalidValue`` unless each dataset is None or can be read by position."""
     for name, dataset in datasets.items():
         by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts and data frames: read by key or column
@@ -147,22 +143,14 @@ async def _cancel(store: LightningStore, rollout_id: str, message: str) -> None:
 
 
 def check_counts(*, least: int = 1, **counts: int) -> None:
-    """Raise unless all are whole numbers of at least ``least``.
-
-    Raises:
-        InvalidValue: one is not.
-    """
+    """Raise ``InvalidValue`` unless all are whole numbers of at least ``least``."""
     for name, count in counts.items():
         if type(count) is not int or count < least:
             raise InvalidValue(f"{name} is {count!r}; give a whole number, at least {least}")
 
 
 def check_seconds(**times: float) -> None:
-    """Raise unless all are finite times above 0.
-
-    Raises:
-        InvalidValue: one is not.
-    """
+    """Raise ``InvalidValue`` unless all are finite times above 0."""
     for name, seconds in times.items():
         if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
             raise InvalidValue(f"{name} is {seconds!r}; give seconds, more than 0")

@@ -98,11 +98,7 @@ class ModelEndpoint(Protocol):
         ...
 
     async def start(self) -> None:
-        """Listen; requests are answered after it returns.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
+        """Listen; requests are answered after it returns. Raises ``OSError`` if the address cannot be listened on."""
         ...
 
     async def stop(self) -> None:

@@ -60,11 +60,8 @@ class StreamRelay:
         self._held = bytearray()
 
     def feed(self, data: bytes) -> bytes:
-        """Read what the backend sent; returns what the agent may see now.
-
-        Raises:
-            EventTooLarge: one event is longer than the limit.
-        """
+        """Read what the backend sent; returns what the agent may see now. Raises ``EventTooLarge`` if one event is
+        longer than the limit."""
         shown: list[bytes] = []
         for event in self._events.feed(data):
             passed_on = self._scrubber.bytes(self._stream.feed(event))
@@ -108,11 +105,7 @@ def _read_origin(request: Request) -> CallOrigin | None:
 
 
 async def handle_model_call(session: ProxySession, dialect: WireDialect, request: Request, send: Send) -> None:
-    """Answer one model call.
-
-    Raises:
-        ProxyError: it was not admitted. Nothing was sent or recorded then.
-    """
+    """Answer one model call. Raises ``ProxyError`` if it was not admitted; nothing was sent then."""
     origin = _read_origin(request)
     session.check_can_record(origin)
     async with session.admission.admit() as grow:
@@ -245,11 +238,8 @@ class _ModelCall:
         return [{"type": "http.response.body", "body": relay.ending()}]
 
     def _keep(self, before: int, now: int) -> int:
-        """Count that the kept reply has grown to ``now`` bytes, which is returned.
-
-        Raises:
-            ProxyError: it is too large (502), or the calls in flight take too much together (503).
-        """
+        """Count that the kept reply has grown to ``now`` bytes, which is returned. Raises ``ProxyError`` if it is too
+        large (502), or the calls in flight take too much together (503)."""
         if now > _MAX_REPLY_BYTES:
             raise ProxyError(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
         self._grow(now - before)
@@ -266,11 +256,7 @@ class _ModelCall:
 
 @asynccontextmanager
 async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
-    """End the block when the agent closes its connection, whatever the block waits for.
-
-    Raises:
-        _AgentGone: that happened.
-    """
+    """End the block when the agent closes its connection, whatever the block waits for; raises ``_AgentGone`` then."""
     task = current_task()
     is_gone = False
 

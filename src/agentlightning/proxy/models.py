@@ -98,11 +98,8 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def backends_of(model_list: Sequence[ModelConfig | dict[str, Any]]) -> dict[str, tuple[ModelBackend, ...]]:
-    """Read a model list into the backends of each model, by the model's name.
-
-    Raises:
-        InvalidValue: an entry is not understood. The message names it, and never shows a key.
-    """
+    """Read a model list into the backends of each model, by the model's name. Raises ``InvalidValue`` if an entry is
+    not understood; the message names it, and never shows a key."""
     found: dict[str, list[ModelBackend]] = {}
     names: set[str] = set()
     for index, entry in enumerate(model_list):
@@ -186,11 +183,8 @@ def _api_key(key: str | None, base_url: str, where: str) -> str | None:
 
 
 def check_capture_fields(given: object, where: str) -> frozenset[CaptureField]:
-    """Return the capture fields that an argument or an entry called ``where`` names.
-
-    Raises:
-        InvalidValue: it is no list of them.
-    """
+    """Return the capture fields that an argument or an entry called ``where`` names. Raises ``InvalidValue`` if it is
+    no list of them."""
     is_list = isinstance(given, Collection) and not isinstance(given, (str, Mapping))
     if not is_list or not set(cast("Collection[Any]", given)) <= CAPTURE_FIELDS:
         raise InvalidValue(f"{where} is {given!r}; give a list of some of {', '.join(sorted(CAPTURE_FIELDS))}")
@@ -198,11 +192,8 @@ def check_capture_fields(given: object, where: str) -> frozenset[CaptureField]:
 
 
 def read_model_list(path: Path) -> list[ModelConfig]:
-    """Read the ``model_list`` of a TOML or JSON file. Its entries are checked by ``backends_of``.
-
-    Raises:
-        InvalidValue: the file cannot be read, or has no such list.
-    """
+    """Read the ``model_list`` of a TOML or JSON file. Its entries are checked by ``backends_of``. Raises
+    ``InvalidValue`` if the file cannot be read, or has no such list."""
     readers: Mapping[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
         raise InvalidValue(f"{str(path)!r} is neither .toml nor .json; write the model list as one of these")
@@ -222,11 +213,8 @@ def read_model_list(path: Path) -> list[ModelConfig]:
 
 
 def model_of_word(word: str, api_key: str | None) -> ModelConfig:
-    """Make an entry of the model list from ``NAME=URL`` and the backend's key, or ``os.environ/NAME``.
-
-    Raises:
-        InvalidValue: ``word`` does not have that form.
-    """
+    """Make an entry of the model list from ``NAME=URL`` and the backend's key, or ``os.environ/NAME``. Raises
+    ``InvalidValue`` if ``word`` does not have that form."""
     name, equals, url = word.partition("=")
     if not (name and equals and url):
         raise InvalidValue(f"{word!r} names no model; write NAME=URL, such as policy=http://gpu:8000/v1")

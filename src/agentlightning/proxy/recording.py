@@ -90,11 +90,8 @@ class CallRecord:
 
 
 def span_of(record: CallRecord) -> PlainSpan:
-    """Return the span of a call that has ended, without a sequence id: the store issues it.
-
-    Raises:
-        ValueError: the call belongs to no attempt.
-    """
+    """Return the span of a call that has ended, without a sequence id: the store issues it. Raises ``ValueError`` if
+    the call belongs to no attempt."""
     if record.origin is None:
         raise ValueError("a call that belongs to no attempt has no span")
     ended = record.ended if record.ended is not None else record.started

@@ -242,11 +242,8 @@ class ProxySession:
         return self.versions.get(model) or self.versions.get("")
 
     def check_can_record(self, origin: CallOrigin | None) -> None:
-        """Check that a call can be recorded, before it is made.
-
-        Raises:
-            ProxyError: there is no store, or too much waits for it (503).
-        """
+        """Check that a call can be recorded, before it is made. Raises ``ProxyError`` if there is no store, or too
+        much waits for it (503)."""
         if origin is None:
             return
         if self._find_store() is None:

@@ -168,11 +168,8 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def end_headers(self) -> None:
-        """Note that all headers have arrived.
-
-        Raises:
-            ValueError: they are too large, which only shows now when they arrived in one piece with other data.
-        """
+        """Note that all headers have arrived. Raises ``ValueError`` if they are too large, which only shows now when
+        they arrived in one piece with other data."""
         if max(self._received, self._chunk_bytes) > self._bounds.header_bytes:
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > self._bounds.header_bytes:

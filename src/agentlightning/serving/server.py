@@ -155,11 +155,8 @@ class ThreadedServer:
             self._ready.result()
 
     def stop(self) -> None:
-        """Take no new requests, finish those in progress and release the port. Idempotent; blocks.
-
-        Raises:
-            Exception: what the application raises when its context is left, or what ended the server's loop.
-        """
+        """Take no new requests, finish those in progress and release the port. Idempotent; blocks. Raises
+        what the application raises when its context is left, or what ended the server's loop."""
         with self._changing:  # so that a start in another thread is complete first
             if self._thread.ident is None:  # only bound, or not even that
                 self._stop_asked.set()  # for a start that comes after: it ends at once

@@ -158,11 +158,8 @@ def sanitize_attribute_value(object: Any, force: bool = True) -> AttributeValue:
 
 
 def sanitize_attributes(attributes: Mapping[str, Any], force: bool = True) -> Attributes:
-    """Each value by ``sanitize_attribute_value``.
-
-    Raises:
-        TypeError: a key is not a string, or a value does not fit and ``force`` is off.
-    """
+    """Each value by ``sanitize_attribute_value``. Raises ``TypeError`` if a key is not a string, or a value does not
+    fit and ``force`` is off."""
     sane: Attributes = {}
     for key, value in attributes.items():
         if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -175,11 +172,8 @@ def sanitize_attributes(attributes: Mapping[str, Any], force: bool = True) -> At
 
 
 def sanitize_list_attribute_sanity(maybe_list: list[Any]) -> AttributeValue:
-    """A list of scalars as the value of an attribute; integers among floats become floats.
-
-    Raises:
-        TypeError: the items are not scalars, or of several types.
-    """
+    """A list of scalars as the value of an attribute; integers among floats become floats. Raises ``TypeError`` if the
+    items are not scalars, or of several types."""
     kinds: set[type[Any]] = {type(item) for item in maybe_list}
     if kinds == {int, float} and all(math.isfinite(item) for item in maybe_list if type(item) is float):
         return [float(item) for item in maybe_list]

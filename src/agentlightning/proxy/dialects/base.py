@@ -192,11 +192,7 @@ class WireDialect(ABC):
 
     @abstractmethod
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:
-        """Read an agent's request.
-
-        Raises:
-            ProxyError: it is no valid request of this wire (400).
-        """
+        """Read an agent's request. Raises ``ProxyError`` if it is no valid request of this wire (400)."""
 
     @abstractmethod
     def missing_capture(self, body: Mapping[str, Any], wanted: Iterable[CaptureField]) -> frozenset[CaptureField]:
@@ -273,11 +269,8 @@ class EventSplitter:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the events that are complete now, each with its empty line.
-
-        Raises:
-            EventTooLarge: the event that is not complete yet is longer than the limit.
-        """
+        """Return the events that are complete now, each with its empty line. Raises ``EventTooLarge`` if the event
+        that is not complete yet is longer than the limit."""
         # Only the end of the old bytes is searched again: an event may arrive in very many pieces, and searching
         # all of it for each piece would take quadratic time.
         search_from = max(0, len(self._rest) - _LONGEST_END_BYTES + 1)

@@ -183,15 +183,8 @@ class Baseline(FastAlgorithm):
         assert ended is not None, "nobody deletes rollouts that are not finished"
         rollout = ended.rollout
         why = f", {rollout.reason_code}: {rollout.reason_message}" if rollout.reason_code else ""
-        _logger.info(
-            "rollout %s (%s) %s%s; reward %s, %d spans",
-            rollout_id,
-            rollout.mode,
-            rollout.status,
-            why,
-            ended.reward,
-            len(ended.spans),
-        )
+        told = (rollout_id, rollout.mode, rollout.status, why, ended.reward, len(ended.spans))
+        _logger.info("rollout %s (%s) %s%s; reward %s, %d spans", *told)
         for span in ended.spans:
             _logger.info("  %s", self._describe(span))
         return ended

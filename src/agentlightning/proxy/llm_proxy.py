@@ -360,20 +360,12 @@ class LLMProxy:
             model = names[0]
         elif model not in names:
             raise InvalidValue(f"the proxy does not serve the model {model!r}; it serves {names}")
-        resource = ProxyLLM(
-            endpoint=f"{self.url}/v1",
-            model=model,
-            api_key=self._key_text or _NO_KEY,
-            sampling_parameters=dict(sampling_parameters or {}),
-        )
+        key, sampling = self._key_text or _NO_KEY, dict(sampling_parameters or {})
+        resource = ProxyLLM(endpoint=f"{self.url}/v1", model=model, api_key=key, sampling_parameters=sampling)
         if rollout_id is None and attempt_id is None:
             return resource
-        return LLM(
-            endpoint=resource.get_base_url(rollout_id, attempt_id),
-            model=model,
-            api_key=resource.api_key,
-            sampling_parameters=resource.sampling_parameters,
-        )
+        url = resource.get_base_url(rollout_id, attempt_id)
+        return LLM(endpoint=url, model=model, api_key=key, sampling_parameters=sampling)
 
 
 def _capture_fields(

@@ -22,21 +22,31 @@ if TYPE_CHECKING:
 
 _FORMATTER = Formatter()
 
-# A format spec may hold placeholders, whose own spec may not: the two levels of str.format.
-_LEVELS = 2
 
-
-def format_braces(template: str, values: Mapping[str, Any]) -> str:
+def format_braces(template: str, values: Mapping[str, Any], *, levels: int = 2) -> str:
     """Fill a template as `str.format` does, save that a placeholder is a plain name.
 
     ``{name}``, ``{name!r}``, ``{name:>10}``, ``{name:{width}}``, and ``{{`` and ``}}`` for
-    literal braces. No ``{}`` or ``{0}``, no ``{name.attribute}``, no ``{name[index]}``.
+    literal braces. No ``{}`` or ``{0}``, no ``{name.attribute}``, no ``{name[index]}``. A format
+    spec may hold placeholders, whose own spec may not: the two ``levels`` of `str.format`.
 
     Raises:
         InvalidValue: The template is malformed, a placeholder is not a plain name or has no
             value, or a value does not take its format spec.
     """
-    return _fill_braces(template, values, _LEVELS)
+    if levels == 0:
+        raise InvalidValue(f"the format spec {template!r} is nested too deep; placeholders go two levels deep at most")
+    try:
+        pieces = list(_FORMATTER.parse(template))
+    except ValueError as error:
+        raise InvalidValue(f"the template is malformed: {error}; write '{{{{' and '}}}}' for literal braces") from error
+    filled: list[str] = []
+    for literal, name, spec, conversion in pieces:
+        filled.append(literal)
+        if name is not None:
+            filled_spec = format_braces(spec, values, levels=levels - 1) if spec else ""
+            filled.append(_render(name, _look_up(name, values), filled_spec, conversion))
+    return "".join(filled)
 
 
 def format_jinja(template: str, values: Mapping[str, Any]) -> str:
@@ -54,22 +64,6 @@ def format_jinja(template: str, values: Mapping[str, Any]) -> str:
         raise InvalidValue(
             f"the jinja template cannot be filled: {error} ({type(error).__name__}); {_given(values)}"
         ) from error
-
-
-def _fill_braces(template: str, values: Mapping[str, Any], levels: int) -> str:
-    if levels == 0:
-        raise InvalidValue(f"the format spec {template!r} is nested too deep; placeholders go two levels deep at most")
-    try:
-        pieces = list(_FORMATTER.parse(template))
-    except ValueError as error:
-        raise InvalidValue(f"the template is malformed: {error}; write '{{{{' and '}}}}' for literal braces") from error
-    filled: list[str] = []
-    for literal, name, spec, conversion in pieces:
-        filled.append(literal)
-        if name is not None:
-            value = _look_up(name, values)
-            filled.append(_render(name, value, _fill_braces(spec, values, levels - 1) if spec else "", conversion))
-    return "".join(filled)
 
 
 def _look_up(name: str, values: Mapping[str, Any]) -> Any:
@@ -186,12 +180,8 @@ class ProxyLLM(LLM):
 
     def with_attempted_rollout(self, rollout: AttemptedRollout) -> LLM:
         """Return a plain `LLM` whose calls the proxy records for this rollout's attempt."""
-        return LLM(
-            endpoint=self.get_base_url(rollout.rollout_id, rollout.attempt.attempt_id),
-            model=self.model,
-            api_key=self.api_key,
-            sampling_parameters=dict(self.sampling_parameters),
-        )
+        url, sampling = self.get_base_url(rollout.rollout_id, rollout.attempt.attempt_id), self.sampling_parameters
+        return LLM(endpoint=url, model=self.model, api_key=self.api_key, sampling_parameters=dict(sampling))
 
 
 class PromptTemplate(Resource):

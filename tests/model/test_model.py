@@ -21,7 +21,7 @@ from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle import attempts, deadlines, workers
 from agentlightning.lifecycle.deadlines import Due
 from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutPolicy, RolloutRow, WorkerRow
-from agentlightning.store import sweep
+from agentlightning.store import core
 from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
 from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.transaction import SqliteTransaction
@@ -152,7 +152,7 @@ def lost_workers_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
     def expire(worker: WorkerRow, now: Moment) -> tuple[WorkerRow, bool]:
         return attempts.replace(worker, deadline=None), False
 
-    patch.setattr(sweep.workers, "expire", expire)
+    patch.setattr(core.workers, "expire", expire)
 
 
 def poison_is_found_too_soon(patch: pytest.MonkeyPatch) -> None:

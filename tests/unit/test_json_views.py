@@ -98,7 +98,6 @@ SPAN = SpanRow(
         ("attempt_view", (ATTEMPT,)),
         ("rollout_view", (ROLLOUT, None)),
         ("rollout_view", (ROLLOUT, ATTEMPT)),
-        ("attempted_view", (ROLLOUT, ATTEMPT)),
         ("finished_view", (ATTEMPT, [], [])),
         ("finished_view", (ATTEMPT, [0, 7], [Pair(ROLLOUT, ATTEMPT), Pair(ROLLOUT, ATTEMPT)])),
         ("worker_view", (WORKER,)),

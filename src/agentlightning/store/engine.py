@@ -102,29 +102,18 @@ class EngineStore(ReadingStore):
         await self._core.close()
 
     def hold_claims(self) -> None:
-        """Hand out no rollout until somebody enqueues one, or waits for one to end.
-
-        For a run that is taken up again: what its earlier start left in the queue may not be claimed before its
-        algorithm is there to answer for it. Heartbeats and reports are taken meanwhile.
-        """
         self._core.claims.held = True
 
     def answering_in_json(self) -> Any:
-        """This store as a second object, whose methods return each record as its JSON, in bytes.
-
-        For a server, which would only take the records apart again.
-        """
         same = copy(self)
         same._shown = JSON
         return same
 
     @property
     def stopped(self) -> bool:
-        """Whether a fault, such as a full disk, has ended all writing for good. Reads may still be answered."""
         return self._core.backend.stopped
 
     def measures(self) -> Sequence[Measure]:
-        """Numbers that say how the backend is doing."""
         return self._core.backend.measures()
 
     # --- Rollouts and attempts -------------------------------------------------------------------
@@ -155,9 +144,7 @@ class EngineStore(ReadingStore):
         if draft.repeatable or attempt_id is not None:
             told = repr(("start_rollout", worker_id, attempt_id)).encode()
             claim = claim._replace(digest=digest_of(draft.row.digest, told))
-        return self._shown.attempted_view(
-            *await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim))
-        )
+        return self._shown.rollout_view(*await self._core.write(lambda tx: attempt_ops.start_rollout(tx, draft, claim)))
 
     async def dequeue_many_rollouts(
         self,
@@ -173,7 +160,7 @@ class EngineStore(ReadingStore):
 
         async def claim() -> Sequence[AttemptedRollout] | None:
             claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, wanted, self._mint_attempt_id))
-            return None if claimed is None else [self._shown.attempted_view(*pair) for pair in claimed]
+            return None if claimed is None else [self._shown.rollout_view(*pair) for pair in claimed]
 
         self._core.open()
         return await self._core.claims.claim_or_wait(claim, worker_id, request_id, wait_seconds)
@@ -185,7 +172,7 @@ class EngineStore(ReadingStore):
         claim = self._claim(worker_id, attempt_id)
         if attempt_id is not None:
             claim = claim._replace(digest=digest_of(repr(("start_attempt", rollout_id, worker_id)).encode()))
-        return self._shown.attempted_view(
+        return self._shown.rollout_view(
             *await self._core.write(lambda tx: attempt_ops.start_attempt(tx, rollout_id, claim))
         )
 

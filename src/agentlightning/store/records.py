@@ -55,11 +55,7 @@ class Shown(NamedTuple):
     span: Callable[[bytes], Any]
 
     def rollout_view(self, rollout: RolloutRow, attempt: AttemptRow | None) -> Any:
-        """A rollout; with its latest attempt, if there is one, it is an ``AttemptedRollout``."""
-        return _rollout(self, self.whole, rollout, attempt)
-
-    def attempted_view(self, rollout: RolloutRow, attempt: AttemptRow) -> Any:
-        """A rollout with one attempt."""
+        """A rollout; with an attempt, if there is one, it is an ``AttemptedRollout``."""
         return _rollout(self, self.whole, rollout, attempt)
 
     def attempt_view(self, row: AttemptRow) -> Any:

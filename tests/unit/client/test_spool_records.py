@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.http.client.spool import HEAD_BYTES, encode_record, read_records
+from agentlightning.http.client.spool import encode_record, read_records
 
 CONTENTS = [b"", b"a", b'{"span":1}', b"x" * 70_000, "é©\u00a9".encode(), b"0123abcd " * 5]
 JSON = st.binary(max_size=200).map(lambda content: content.replace(b"\n", b" "))
@@ -51,7 +51,7 @@ def test_one_damaged_byte_costs_one_record(seed: int) -> None:
     hit = next(number for number in range(10) if where < len(_file(contents[: number + 1])))
     records = list(read_records(bytes(data)))
     assert [each.content for each in records] == contents[:hit] + contents[hit + 1 :]
-    lost = HEAD_BYTES + len(contents[hit])
+    lost = len(encode_record(contents[hit]))
     assert sum(each.skipped_bytes for each in records) == (lost if hit < 9 else 0)
 
 

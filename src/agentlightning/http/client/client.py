@@ -118,8 +118,14 @@ class LightningStoreClient(DerivedStore):
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._inherited: list[object] = []
         self._assemble(self._arguments)
-        client = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _begin_anew(client()))
+        begin_anew = weakref.WeakMethod(self.leave_to_parent)
+
+        def in_child() -> None:
+            begin = begin_anew()
+            if begin is not None:
+                begin()
+
+        os.register_at_fork(after_in_child=in_child)
 
     def _assemble(self, given: dict[str, Any]) -> None:
         """Wire the parts together, by the arguments of the constructor; none of them does anything yet."""
@@ -167,7 +173,11 @@ class LightningStoreClient(DerivedStore):
         return partial(type(self), **self._arguments), ()
 
     def leave_to_parent(self) -> None:
-        """Begin anew, in a forked child; called by itself there."""
+        """Begin anew, in a forked child; called by itself there.
+
+        Sockets are the parent's: they are kept, unused, so that nothing closes them. Locks may be held by threads that
+        are not here, so all parts are made again.
+        """
         self._spans.abandon()
         self._inherited += [self._http, self._spans]
         self._assemble(self._arguments)
@@ -294,10 +304,3 @@ class LightningStoreClient(DerivedStore):
             elif kept:
                 cache.forget(*asked)
         return found
-
-
-def _begin_anew(client: LightningStoreClient | None) -> None:
-    """In a forked child. Sockets are the parent's: they are kept, unused, so that nothing closes them. Locks may be
-    held by threads that are not here, so all parts are made again."""
-    if client is not None:
-        client.leave_to_parent()

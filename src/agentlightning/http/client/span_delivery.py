@@ -151,12 +151,11 @@ class SpanDelivery:
             await self._wait_for_progress(deadline)
 
     def look_for_orphans(self) -> None:
-        """The first time it is called: take over the spools of dead processes on this machine."""
-        if self.orphans_unknown and self._folder is not None:
-            self.orphans_unknown = False
-            if self._folder.orphans_exist():
-                with self._lock:
-                    self._start()
+        """Take over the spools of dead processes on this machine. To be called once, when ``orphans_unknown``."""
+        self.orphans_unknown = False
+        if self._folder is not None and any(self._folder.root.glob("*.spool")):
+            with self._lock:
+                self._start()
 
     def report(self) -> SpoolReport | None:
         """What waits, and what became of what had to wait; None if nothing ever had to."""

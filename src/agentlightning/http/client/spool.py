@@ -25,8 +25,6 @@ from agentlightning.errors import AgentLightningError, SpoolFull
 
 _RECORD = re.compile(rb"([0-9a-f]{8}) ([^\n]*)\n")
 """A checksum (CRC-32) and a span, on a line of its own."""
-HEAD_BYTES = 10
-"""What a record takes beside its content."""
 
 
 class Record(NamedTuple):
@@ -347,10 +345,6 @@ class SpoolFolder:
             raise SpoolFull(
                 f"no spool can be made in {self.root}: {error}. Set AGL_SPOOL_DIR to a folder that can be written"
             ) from error
-
-    def orphans_exist(self) -> bool:
-        """Whether there may be spools of dead processes."""
-        return any(self.root.glob("*.spool"))
 
     def adopt(self) -> list[Spool]:
         """The spools of dead processes, which are this process's from now on; empty ones are removed."""

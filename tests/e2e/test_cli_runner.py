@@ -17,7 +17,7 @@ import agentlightning as agl_package
 from agentlightning.cli.terminal import ExitCode
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
-from agentlightning.runner.bundle import load_agent
+from agentlightning.runner.program import load_agent
 from certificates import self_signed
 from command_line import agl, clean_environment
 from execution_programs import wait_until

@@ -200,7 +200,7 @@ def runner(
     """
     from agentlightning.execution.client_server import ClientServerExecutionStrategy
     from agentlightning.http.client.client import LightningStoreClient
-    from agentlightning.runner.bundle import RunAgent
+    from agentlightning.runner.program import RunAgent
 
     if (agent is None) == (exec_ is None):
         raise typer.BadParameter("give either MODULE:AGENT or --exec COMMAND")

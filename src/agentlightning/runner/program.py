@@ -1,6 +1,6 @@
-"""``ProgramAgent``: a program in any language as an agent.
+"""Agents by what a command line says: a program in any language (``ProgramAgent``), or the name of a Python object.
 
-The program is started anew for each rollout, and finds in its environment
+A program is started anew for each rollout, and finds in its environment
 
 - ``AGL_TASK``: the input; a string as it is, everything else as JSON (left out when it is larger than an environment
   variable can be, 128 KiB), and ``AGL_TASK_FILE``: a file with the input as JSON, always;
@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib
+import importlib.util
+import inspect
 import json
 import os
 import secrets
@@ -28,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +40,11 @@ from aiohttp import web
 from agentlightning.emitter.annotation import emit_reward, operation
 from agentlightning.emitter.emit import emit_message
 from agentlightning.errors import InvalidValue
-from agentlightning.litagent.litagent import LitAgent
+from agentlightning.litagent.litagent import LitAgent, rollout as rollout_agent
+from agentlightning.runner.agent import LitAgentRunner
+from agentlightning.runner.base import StopEvent
+from agentlightning.store.base import LightningStore
+from agentlightning.tracer.otel import OtelTracer
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
 
 _VARIABLE_BYTES = 120 * 1024
@@ -346,3 +354,94 @@ def _emit_output(stream: str, output: ProgramOutput) -> None:
     if output.total:
         facts = {"program": {"stream": stream, "bytes": output.total, "bytes_left_out": output.missing}}
         emit_message(output.text(), facts)
+
+
+# --- Agents by name: what `agl runner` sends to its processes --------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunAgent:
+    """Makes an agent in the process that runs it, and runs it.
+
+    Args:
+        agent: ``module:name`` or ``file.py:name``, see ``load_agent``; None where there is a ``program``.
+        program: a line for ``/bin/sh``, see ``ProgramAgent``.
+        folder: where modules and files are looked up, and where programs run.
+        runner: arguments of ``LitAgentRunner``.
+    """
+
+    agent: str | None
+    program: str | None
+    folder: str
+    runner: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    async def __call__(self, store: LightningStore, worker_id: int, event: StopEvent) -> None:
+        """Work on the rollouts of the store until told to end. Raises as ``LitAgentRunner.iter``."""
+        runner = LitAgentRunner[Any](OtelTracer(), **self.runner)
+        with runner.run_context(agent=self.make(), store=store, worker_id=worker_id):
+            await runner.iter(event=event)
+
+    def make(self) -> LitAgent[Any]:
+        """The agent.
+
+        Raises:
+            InvalidValue: neither an agent nor a program is given, or there is no such agent.
+        """
+        if self.program is not None:
+            return ProgramAgent(self.program, cwd=self.folder)
+        if self.agent is None:
+            raise InvalidValue("neither an agent nor a program is given; give one")
+        return load_agent(self.agent, self.folder)
+
+
+def load_agent(spec: str, folder: str) -> LitAgent[Any]:
+    """The agent called ``module:name`` or ``file.py:name``.
+
+    It may be an agent, a class of agents that needs no arguments, or a function, which is wrapped as by ``@rollout``.
+
+    Args:
+        spec: its place and name.
+        folder: looked into first, before the installed modules.
+
+    Raises:
+        InvalidValue: there is no such object, or it is something else.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise InvalidValue(f"{spec!r} is no agent; write MODULE:NAME or FILE.py:NAME")
+    found: Any = _module(place, folder)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise InvalidValue(f"{place!r} has nothing called {name!r}")
+        found = getattr(found, part)
+    kind = type(found).__name__
+    if inspect.isroutine(found):
+        return rollout_agent(found)
+    if isinstance(found, LitAgent):
+        return found  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(found, type) and issubclass(found, LitAgent):
+        return found()  # pyright: ignore[reportUnknownVariableType]
+    raise InvalidValue(f"{spec!r} is a {kind}; it must be an agent, a class of agents, or a function")
+
+
+def _module(place: str, folder: str) -> Any:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if not place.endswith(".py") and os.sep not in place:
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module exists, and needs another one that does not
+            raise InvalidValue(f"there is no module {place!r}, neither in {folder!r} nor installed") from error
+    file = Path(folder, place)
+    known = sys.modules.get(file.stem)
+    if known is not None and getattr(known, "__file__", None) == str(file):
+        return known
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise InvalidValue(f"there is no Python file {str(file)!r}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # before it runs, so that its classes can be pickled by name
+    spec.loader.exec_module(module)
+    return module

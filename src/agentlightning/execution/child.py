@@ -90,15 +90,10 @@ class Crash:
 
 @dataclass
 class Slot:
-    """A place that one process after another fills: one that crashes is replaced, until the restarts are used up.
-
-    Args:
-        start: the command that fills it.
-        restarts: when a process that crashes is replaced; None: never.
-    """
+    """A place that one process after another fills: one that crashes is replaced, until the restarts are used up."""
 
     start: StartProcess
-    restarts: CrashCounter | None
+    restarts: CrashCounter | None  # None: a process that crashes is not replaced
     cgroup: Cgroup | None = None
     state: Literal["starting", "running", "waiting", "ended", "given up"] = "ended"
     """``waiting``: its process crashed, and the next one starts soon. ``ended``: its process has ended without a crash,
@@ -204,7 +199,7 @@ def pack(what: str, value: object) -> bytes:
 
 
 def unpack(what: str, data: bytes) -> Any:
-    """The object that was packed. Raises what its modules raise when they are imported here; ``what`` names it."""
+    """The object that was packed. Raises what its modules raise when they are imported here."""
     try:
         return pickle.loads(data)
     except ModuleNotFoundError as error:
@@ -270,13 +265,8 @@ _MAX_CHARACTERS = 40_000
 def run_child(start: StartProcess, side: str, job: ProcessJob | bytes, channel: int, launcher_pid: int) -> NoReturn:
     """Do a job, then end this process without unwinding anything that existed before the fork.
 
-    Args:
-        start: what to do.
-        side: whose job it is, for messages.
-        job: the job itself, or packed. It is unpacked only after the quotas apply, because the modules that it imports
-            run code of their own.
-        channel: descriptor of the socket to the launcher.
-        launcher_pid: number of the launcher's process.
+    A job that is packed is unpacked only after the quotas apply, because the modules that it imports run code of their
+    own. ``channel`` is the descriptor of the socket to the launcher.
     """
     connection = socket.socket(fileno=channel)
     code = EXIT_FAILED

@@ -31,10 +31,7 @@ class Quotas:
     cpus: frozenset[int] | None = None
 
     def apply(self, *, memory_is_limited: bool = False) -> None:
-        """Limit this process and what it will start.
-
-        Args:
-            memory_is_limited: whether a control group applies ``memory_bytes`` already.
+        """Limit this process and what it will start; a control group may apply ``memory_bytes`` already.
 
         Raises:
             OSError, ValueError: the system refuses a limit, for example one above what the user may have.

@@ -189,8 +189,7 @@ class SideJob:
         Args:
             name: of a runner's worker.
             event: the stop event.
-            url: of the server, where the store is served.
-            run_id: the run that it must serve; None: any.
+            url, run_id: of the server, where the store is served, and the run that it must serve; None: any.
             index: of the runner; None: it is the algorithm.
 
         Returns:

@@ -63,7 +63,7 @@ _logger = logging.getLogger(__name__)
 
 
 class WorkerSettings(NamedTuple):
-    """How much a worker does, and how patient it is."""
+    """How much a worker does, and how patient it is; see ``LitAgentRunner``."""
 
     concurrency: int
     max_rollouts: int | None

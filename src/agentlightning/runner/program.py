@@ -435,12 +435,14 @@ def _module(place: str, folder: str) -> Any:
                 raise  # the module exists, and needs another one that does not
             raise InvalidValue(f"there is no module {place!r}, neither in {folder!r} nor installed") from error
     file = Path(folder, place)
+    if not file.is_file():
+        raise InvalidValue(f"there is no file {str(file)!r}")
     known = sys.modules.get(file.stem)
     if known is not None and getattr(known, "__file__", None) == str(file):
         return known
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        raise InvalidValue(f"there is no Python file {str(file)!r}")
+    if spec is None or spec.loader is None:
+        raise InvalidValue(f"{str(file)!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # before it runs, so that its classes can be pickled by name
     spec.loader.exec_module(module)

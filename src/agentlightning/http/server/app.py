@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 from time import monotonic, perf_counter
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from typing_extensions import override
@@ -33,6 +32,7 @@ from agentlightning.telemetry.metrics import RequestMeter
 
 _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 1.0
+_WAIT_BEGINS_SECONDS = 0.05
 _well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
 """Whether the id that a client gives its request can stand in a log and in a reply."""
 _OTHER = "other"
@@ -70,16 +70,16 @@ class StoreApp:
         """What answers other paths, after the same checks."""
         self.load = Load(limits)
         """What is being worked on."""
-        self.waits: set[LongPoll] = set()
-        """Long polls that are waiting now."""
+        self._waits: set[Callable[[], None]] = set()
+        """End the calls that are waiting now."""
         self.meter = RequestMeter()
         self.open_connections: Callable[[], int] = lambda: 0
 
     def drain(self) -> None:
         """Take no new requests, and answer those that wait. Call in the server's loop."""
         self.load.draining = True
-        for wait in list(self.waits):
-            wait.end()
+        for end in list(self._waits):
+            end()
 
     def refuse(
         self, client: Sequence[Any] | None, status: int, why: str, seconds: float
@@ -162,10 +162,42 @@ class StoreApp:
             if not endpoint.may_wait or not endpoint.waits(arguments):
                 return endpoint.reply(await endpoint.call(**arguments), arguments)
             load.give_back(exchange)  # a long poll may wait for minutes and uses nothing meanwhile
-            with LongPoll(exchange, self):
-                return endpoint.reply(await endpoint.call(**arguments), arguments)
+            return await self._wait(exchange, endpoint, arguments)
         finally:
             load.give_back(exchange)
+
+    async def _wait(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> Reply:
+        """Answer a call that may wait, unless its client disconnects or the server stops before."""
+        exchange.may_wait = True
+        task, ended, forget = asyncio.current_task(), False, list[Callable[[], object]]()
+        assert task is not None
+
+        def end() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                task.cancel()
+
+        def begin() -> None:
+            self._waits.add(end)
+            forget.append(exchange.when_gone(end))
+            if self.load.draining:
+                end()
+
+        # Most of these calls are answered at once, so nothing is done for them in the beginning.
+        start = task.get_loop().call_later(_WAIT_BEGINS_SECONDS, begin)
+        try:
+            return endpoint.reply(await endpoint.call(**arguments), arguments)
+        except asyncio.CancelledError:
+            if not ended:
+                raise
+            task.uncancel()
+            raise StoreUnavailable(STOPPING) if self.load.draining else ClientGone from None
+        finally:
+            start.cancel()
+            self._waits.discard(end)
+            for each in forget:
+                each()
 
     async def _elsewhere(self, exchange: Exchange, operation: Operation | None) -> Reply:
         """Answer a path outside the table, or a wrong verb."""
@@ -209,55 +241,6 @@ def _address(client: Sequence[Any] | None) -> str:
 def _shown(path: str) -> str:
     """A path for a log line. Line breaks in it are escaped, so that it cannot forge another line."""
     return path if path.isprintable() else ascii(path)
-
-
-class LongPoll:
-    """Ends the long poll of the current task early when its client disconnects or the server stops.
-
-    Most long polls are answered at once, so it does nothing in the first 50 ms.
-
-    Args:
-        exchange: with the client.
-        app: the server.
-    """
-
-    _LATER_SECONDS = 0.05
-
-    def __init__(self, exchange: Exchange, app: StoreApp) -> None:
-        exchange.may_wait = True
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._exchange = exchange
-        self._app = app
-        self._ended = False
-        self._forget: Callable[[], object] | None = None
-        self._start = task.get_loop().call_later(self._LATER_SECONDS, self._begin)
-
-    def end(self) -> None:
-        """Cancel the task that waits."""
-        if not self._ended:
-            self._ended = True
-            self._task.cancel()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        """Stop watching. If this object has cancelled the task, take that back and raise why it did."""
-        self._start.cancel()
-        self._app.waits.discard(self)
-        if self._forget is not None:
-            self._forget()
-        if self._ended and kind is asyncio.CancelledError:
-            self._task.uncancel()
-            raise StoreUnavailable(STOPPING) if self._app.load.draining else ClientGone from None
-
-    def _begin(self) -> None:
-        self._app.waits.add(self)
-        self._forget = self._exchange.when_gone(self.end)
-        if self._app.load.draining:
-            self.end()
 
 
 # --- Small requests to the table's routes, answered without ASGI as soon as they are complete -------

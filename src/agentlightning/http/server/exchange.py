@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from agentlightning.errors import AgentLightningError, BadRequest, TooLarge, UnsupportedMedia
@@ -109,31 +109,15 @@ class Exchange(WorkContext):
         if encoding != b"identity":
             raise UnsupportedMedia(f"the body is encoded as {encoding[:80].decode('latin-1')!r}; send it as it is")
 
-    async def read_body(self, limit: int, arrived: Callable[[int], None]) -> bytes:
-        """The whole body.
-
-        Args:
-            limit: the most bytes it may have.
-            arrived: called with the size so far after each part of it; may raise.
-
-        Raises:
-            TooLarge: it is longer than ``limit``.
-            ClientGone: the connection ended before the body did.
-        """
-        parts: list[bytes] = []
-        size, more = 0, True
+    async def body_parts(self) -> AsyncIterator[bytes]:
+        """The parts of the body as they arrive. Raises ``ClientGone`` if the connection ends before the body does."""
+        more = True
         while more:
             message = await self._receive()
             if message["type"] != "http.request":
                 raise ClientGone
-            parts.append(message.get("body", b""))
             more = message.get("more_body", False)
-            size += len(parts[-1])
-            if size > limit:
-                self.close_after()
-                raise TooLarge(f"the body has more than {limit:,} bytes; send less at a time")
-            arrived(size)
-        return b"".join(parts)
+            yield message.get("body", b"")
 
     def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
         """Call ``tell`` when the client disconnects; returns a function that cancels this."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded, StoreUnavailable
+from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded, StoreUnavailable, TooLarge
 from agentlightning.http.routes import SHED_ORDER, Priority
 from agentlightning.http.server.exchange import Exchange, Reply
 from agentlightning.security.access import ANONYMOUS, KEY_HOLDER, AccessPolicy, Permission, Principal
@@ -86,8 +86,17 @@ class Load:
         self.bytes += size
 
     async def body_of(self, exchange: Exchange) -> bytes:
-        """The body of a request that was admitted. Raises as ``Exchange.read_body`` and ``grow``."""
-        return await exchange.read_body(self.body_bytes, lambda size: self.grow(exchange, size))
+        """The body of a request that was admitted. Raises as ``admit``, and as ``Exchange.body_parts``."""
+        parts: list[bytes] = []
+        size = 0
+        async for part in exchange.body_parts():
+            size += len(part)
+            if size > self.body_bytes:
+                exchange.close_after()
+                raise TooLarge(f"the body has more than {self.body_bytes:,} bytes; send less at a time")
+            self.grow(exchange, size)
+            parts.append(part)
+        return b"".join(parts)
 
     def grow(self, exchange: Exchange, size: int) -> None:
         """Count a request that was admitted with ``size`` bytes, if that is more than it had. Raises as ``admit``."""

@@ -1,8 +1,8 @@
 """``LightningStore``: the contract of every store, local or remote.
 
-The signatures and docstrings here are the only place where a method is described. The HTTP routes, the client and the
-forwarding store derive from them. To add a method: write it here, with a default if a store may lack it, write its
-operation in ``store.operations``, and add a line to the table of routes.
+The signatures and docstrings here are the only place where a method is described. Routes, client, forwarding store and
+the queries derive from them: the name of a filter says what it does (``store.queries``). CONTRIBUTING.md says how to
+add a method; give it a default here if a store may lack it.
 
 These rules hold for all methods:
 

@@ -278,12 +278,10 @@ class FileBackend(SqliteBackend):
 
     Args:
         path: the file; made if it does not exist, in a folder that does.
-        durability: what an acknowledged write survives: ``full`` power loss, ``process`` the death
-            of the process, ``none`` the death of the process too, but a power loss may damage the file.
+        durability: as for ``SqliteLightningStore``.
         clock: where time comes from.
         vfs: the name of the apsw VFS to use; None for the default.
-        checkpoint_pages: how many pages of 8 KB the write-ahead log may grow to before it is copied
-            into the database.
+        checkpoint_pages: how many pages of 8 KB the log may have before it is copied into the database.
     """
 
     name = "sqlite"

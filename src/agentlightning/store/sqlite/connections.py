@@ -73,15 +73,6 @@ CREATE INDEX workers_due ON workers (deadline) WHERE deadline IS NOT NULL;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-_VERSION_2 = """
-ALTER TABLE workers ADD COLUMN registration BLOB;
-ALTER TABLE workers ADD COLUMN directive TEXT;
-"""
-
-_VERSION_3 = """
-ALTER TABLE rollouts ADD COLUMN releases INTEGER NOT NULL DEFAULT 0;
-"""
-
 _VERSION_4 = """
 DROP INDEX spans_in_order;
 ALTER TABLE workers DROP COLUMN current_rollout_id;
@@ -91,7 +82,12 @@ UPDATE workers SET status = 'idle' WHERE status = 'busy';
 """What a worker works on is computed from its live attempts. The spans of one attempt are found by the index that
 keeps them unique and then sorted, which costs less than keeping a second index in order at every insert."""
 
-MIGRATIONS: Sequence[str] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
+MIGRATIONS: Sequence[str] = (
+    _VERSION_1,
+    "ALTER TABLE workers ADD COLUMN registration BLOB; ALTER TABLE workers ADD COLUMN directive TEXT",
+    "ALTER TABLE rollouts ADD COLUMN releases INTEGER NOT NULL DEFAULT 0",
+    _VERSION_4,
+)
 """Script number n brings a file from version n to version n + 1."""
 
 
@@ -104,12 +100,13 @@ def check_identity(connection: apsw.Connection, newest: int) -> int:
     """
     application: int = connection.pragma("application_id")
     version: int = connection.pragma("user_version")
-    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
-    if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
-        raise ForeignFile(
-            f"{connection.filename!r} is a SQLite database of another program "
-            f"(application id {application:#x}); give another path"
-        )
+    if application != APPLICATION_ID:
+        tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
+        if (application, version, tables) != (0, 0, 0):
+            raise ForeignFile(
+                f"{connection.filename!r} is a SQLite database of another program "
+                f"(application id {application:#x}); give another path"
+            )
     if version > newest:
         raise NewerSchema(
             f"{connection.filename!r} has schema version {version}, and this Agent Lightning knows up to "

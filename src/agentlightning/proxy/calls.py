@@ -148,8 +148,11 @@ class _ModelCall:
             ending = self._refuse(ProxyError(500, "internal_error", why))
         # A stop that cancels one of these steps only ends its wait: the span is already queued for the store.
         await self._unless_stopped(self._session.record_and_wait(record))
-        for message in ending:
-            await self._unless_stopped(self._send(message))
+        await self._unless_stopped(self._send_all(ending))
+
+    async def _send_all(self, messages: list[Message]) -> None:
+        for message in messages:
+            await self._send(message)
 
     async def _unless_stopped(self, step: Awaitable[None]) -> None:
         """Wait for ``step``, but no longer than until the stop of the proxy cancels the call."""

@@ -260,7 +260,10 @@ class SpanSender:
     async def _send_all(self) -> None:
         with self._lock:
             waiters, self._waiters = self._waiters, []
-        recordings = {id(each.recording): each.recording for each in waiters} | self._open
+        recordings = dict[int, Recording]()
+        for each in waiters:
+            recordings[id(each.recording)] = each.recording
+        recordings |= self._open
         by_store: dict[int, list[Recording]] = {}
         for recording in recordings.values():
             if recording.store is not None and recording.settled < len(recording.taken):

@@ -101,14 +101,10 @@ class Caller:
         request = self.request(plan, arguments)
         return plan.result(await self.send(request._replace(**limits) if limits else request))
 
-    async def post(self, method: str, body: bytes, **limits: Any) -> Any:
-        """As ``call``, with a body that is encoded already and no other arguments."""
-        plan = plan_of(method)
-        route = plan.route
-        request = WireRequest(
-            "POST", self._prefix + route.path, body, route.priority, self.timeout_seconds, self.patience_seconds
-        )
-        return plan.result(await self.send(request._replace(**limits) if limits else request))
+    def with_body(self, plan: Plan, body: bytes) -> WireRequest:
+        """The request for a call whose body is encoded already, and that has no other arguments."""
+        target, priority = self._prefix + plan.route.path, plan.route.priority
+        return WireRequest("POST", target, body, priority, self.timeout_seconds, self.patience_seconds)
 
     def request(self, plan: Plan, arguments: Mapping[str, Any]) -> WireRequest:
         """The request for a call. Raises ``InvalidValue`` if an argument is not valid."""

@@ -257,7 +257,7 @@ class LightningStoreClient(DerivedStore):
         if encoded:
             finished = await self._spans.send_with(plan.route.method, arguments, encoded)
         if finished is None:
-            issued = await self._spans.add(encoded, [ids] * len(encoded)) if encoded else []
+            issued = await self._spans.add(encoded, spans) if encoded else []
             await self._spans.settle(*ids)
             ended: FinishedAttempt = plan.result(await self._caller.send(request))
             finished = ended.model_copy(update={"sequence_ids": [number or 0 for number in issued]})
@@ -274,7 +274,7 @@ class LightningStoreClient(DerivedStore):
         encoded = encode_spans(spans)
         if not encoded:
             return []
-        issued = await self._spans.add(encoded, [(span.rollout_id, span.attempt_id) for span in spans])
+        issued = await self._spans.add(encoded, spans)
         return [
             span if number is None else stored_span(span, number)
             for span, number in zip(spans, issued, strict=True)

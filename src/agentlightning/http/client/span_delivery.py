@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 
 from agentlightning.errors import AgentLightningError, SpoolFull, StoreClosed, StoreUnavailable, StoreUnreachable
-from agentlightning.http.client.calls import Caller
+from agentlightning.http.client.calls import Caller, plan_of
 from agentlightning.http.client.health import SpoolReport
 from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
 from agentlightning.store.refusals import is_refusal, send_apart
+from agentlightning.types.plain_spans import SpanOrPlain
 
 _logger = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ class SpanDelivery:
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._stopping = False
 
-    async def add(self, encoded: Sequence[bytes], attempts: Sequence[_Attempt]) -> list[int | None]:
+    async def add(self, encoded: Sequence[bytes], spans: Sequence[SpanOrPlain]) -> list[int | None]:
         """Hand over spans.
 
         Args:
             encoded: each as JSON.
-            attempts: the rollout id and attempt id of each.
+            spans: the same spans.
 
         Returns:
             The sequence id of each, 0 for one that the server had before, None for one that waits on the disk.
@@ -81,6 +82,7 @@ class SpanDelivery:
             SpoolFull: neither the server nor the disk took them in all the caller's patience.
             AgentLightningError: the server refused them.
         """
+        plan = plan_of("add_many_spans")
         issued: list[int | None] = []
         if self.orphans_unknown:
             self.look_for_orphans()
@@ -91,7 +93,8 @@ class SpanDelivery:
                 try:
                     while len(issued) < len(encoded):
                         chunk = encoded[len(issued) : _end_of_chunk(encoded, len(issued))]
-                        issued += await self._caller.post("add_many_spans", _body(chunk), **self._limits)
+                        request = self._caller.with_body(plan, _body(chunk))._replace(**self._limits)
+                        issued += plan.result(await self._caller.send(request))
                     break
                 except StoreUnavailable as error:
                     if self._folder is None:
@@ -99,7 +102,7 @@ class SpanDelivery:
                     _logger.debug("spans go to the disk: %s", error.message)
             rest = encoded[len(issued) :]
             try:
-                await asyncio.to_thread(self._write, rest, attempts[len(issued) :])
+                await asyncio.to_thread(self._write, rest, spans[len(issued) :])
                 issued += [None] * len(rest)
             except SpoolFull:
                 with self._lock:
@@ -195,9 +198,10 @@ class SpanDelivery:
         for each in [*self._adopted, *filter(None, [self._own])]:
             each.abandon()
 
-    def _write(self, encoded: Sequence[bytes], attempts: Sequence[_Attempt]) -> None:
+    def _write(self, encoded: Sequence[bytes], spans: Sequence[SpanOrPlain]) -> None:
         """Put spans on the disk, behind all that wait there."""
         assert self._folder is not None
+        attempts = [(span.rollout_id, span.attempt_id) for span in spans]
         with self._lock:
             own = self._own = self._own or self._folder.create()
             self._folder.check_room(own, sum(map(len, encoded)))
@@ -297,7 +301,9 @@ class SpanDelivery:
             self._delivered(spool, batch, len(refused))
 
     async def _send_waiting(self, spans: Sequence[bytes]) -> object:
-        return await self._caller.post("add_many_spans", _body(spans), patience_seconds=self._caller.timeout_seconds)
+        plan = plan_of("add_many_spans")
+        request = self._caller.with_body(plan, _body(spans))._replace(patience_seconds=self._caller.timeout_seconds)
+        return plan.result(await self._caller.send(request))
 
     def _delivered(self, spool: Spool, batch: Batch, refused: int) -> None:
         with self._lock:

@@ -269,6 +269,46 @@ async def _json(server: AsgiCalls, method: str, target: str, body: Any = None) -
     return answer.status, json.loads(answer.body)
 
 
+async def _raw(server: LightningStoreServer, target: str, body: bytes, headers: dict[str, str]) -> Any:
+    """Status, headers and body of the reply to a POST that arrives in one piece."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    fields = {"host": "localhost", "x-request-id": "mine", "content-length": str(len(body)), **headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    writer.write(f"POST {target} HTTP/1.1\r\n{lines}\r\n".encode() + body)
+    status, *found = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+    shown = sorted(line for line in found if not line.startswith(b"date:"))
+    [length] = [int(line.partition(b":")[2]) for line in shown if line.startswith(b"content-length:")]
+    content = await reader.readexactly(length)
+    writer.close()
+    return status, shown, content
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        ("/queues/rollouts/enqueue", b'{"rollouts":[{"input":1,"rollout_id":"ro-1"}]}', {}, b"201"),
+        ("/queues/rollouts/dequeue", b'{"worker_id":"w-1"}', {}, b"200"),
+        ("/queues/rollouts/dequeue", b'{"limit":0}', {"content-type": "application/json; charset=utf-8"}, b"422"),
+        ("/queues/rollouts/dequeue", b"{", {}, b"422"),
+        ("/queues/rollouts/dequeue", b'{"limit":"x"}', {}, b"422"),
+        ("/queues/rollouts/dequeue", b"{}", {"content-type": "text/plain"}, b"415"),
+        ("/queues/rollouts/dequeue", b"{}", {"content-encoding": "gzip"}, b"415"),
+        ("/rollouts/ro-none/attempts/at-1", b'{"status":"running"}', {}, b"404"),
+        ("/rollouts/{}/attempts/latest", b"{}", {}, b"422"),
+        ("/workers/w-1", b"{}", {"origin": "https://evil.example"}, b"403"),
+        ("/workers/w-1", b"{}", {"host": "evil.example"}, b"403"),
+        ("/resources/rs-none/rollback", b'{"version":1}', {}, b"404"),
+    ],
+)
+async def test_a_small_request_gets_the_same_reply_without_asgi(
+    path: str, body: bytes, headers: dict[str, str], status: bytes
+) -> None:
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        direct = await _raw(server, f"/agl/v1{path}", body, headers)
+        assert direct[0].split()[1] == status
+        assert await _raw(server, f"/agl/v1{path}?", body, headers) == direct  # "?" is one of the things that need ASGI
+
+
 async def test_unknown_ids_are_null_for_clients_of_0_3() -> None:
     async with InMemoryLightningStore() as store:
         server = AsgiCalls(store)

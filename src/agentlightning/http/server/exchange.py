@@ -121,13 +121,13 @@ class Exchange(WorkContext):
 
     def when_gone(self, tell: Callable[[], None]) -> Callable[[], object]:
         """Call ``tell`` when the client disconnects; returns a function that cancels this."""
-        listening = asyncio.ensure_future(self._hear_of_end())
-        listening.add_done_callback(lambda done: None if done.cancelled() else tell())
-        return listening.cancel
 
-    async def _hear_of_end(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        async def listen() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            tell()
+
+        return asyncio.ensure_future(listen()).cancel
 
     # --- The reply -------------------------------------------------------------------------------
 

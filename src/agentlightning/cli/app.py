@@ -133,14 +133,10 @@ def build(
         if isinstance(entry, Command):
             listed = TyperCommand(name, help=entry.help, rich_help_panel=entry.panel)
         else:
-            listed = build(_no_options, entry.commands, entry.help, add_completion=False)
+            listed = build(lambda: None, entry.commands, entry.help, add_completion=False)
             listed.name, listed.rich_help_panel = name, entry.panel
         group.add_command(listed, name)
     return group
-
-
-def _no_options() -> None:
-    pass
 
 
 def _load(name: str | None, target: str) -> Any:

@@ -53,7 +53,8 @@ def demo(
     from agentlightning.demo.training import DemoLines, DemoTable, train
 
     console = Console(highlight=False)
-    name = _free_name() if keep else _cleared(_NAME)
+    others = (f"{_NAME}-{number}" for number in count(2))
+    name = next(each for each in others if not (_RUNS / each).exists()) if keep else _cleared(_NAME)
     console.print(
         "[bold]A number from 1 to 15, four guesses, told higher or lower.[/bold] The policy begins by guessing blindly."
     )
@@ -72,10 +73,6 @@ def _cleared(name: str) -> str:
     if (_RUNS / name).exists():
         shutil.rmtree(_RUNS / name)
     return name
-
-
-def _free_name() -> str:
-    return next(name for number in count(2) if not (_RUNS / (name := f"{_NAME}-{number}")).exists())
 
 
 def _print_result(console: Console, result: DemoResult, *, wanted_kill: bool) -> None:

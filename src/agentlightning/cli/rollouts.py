@@ -93,7 +93,7 @@ def ls(
             Column("status", lambda each: each.status),
             Column("tries", _tries, right=True),
             Column("made", lambda each: ago(each.start_time, now), right=True),
-            Column("took", _took, right=True),
+            Column("took", lambda each: duration(each.end_time - each.start_time) if each.end_time else "", right=True),
             Column("reason, or input", _reason_or_input, wide=True),
         ),
         empty="No rollouts.",
@@ -102,10 +102,6 @@ def ls(
 
 def _tries(rollout: Rollout) -> str:
     return str(rollout.attempt.sequence_id) if isinstance(rollout, AttemptedRollout) else "0"
-
-
-def _took(rollout: Rollout) -> str:
-    return "" if rollout.end_time is None else duration(rollout.end_time - rollout.start_time)
 
 
 def _reason_or_input(rollout: Rollout) -> str:

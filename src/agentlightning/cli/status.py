@@ -176,7 +176,7 @@ def _screen(overview: Overview, place: str, width: int) -> Group:
         columns: tuple[Column[Failures], ...] = (
             Column("failed", lambda each: f"{each.number} of {len(overview.ended)}", right=True),
             Column("reason", lambda each: each.reason, style="red"),
-            Column("the newest said", _newest_said, wide=True),
+            Column("the newest said", lambda each: one_line(reason_of(each.newest)[1], 60), wide=True),
             Column("rollout", lambda each: each.newest.rollout_id),
         )
         parts += [Text(), *table(columns, overview.failures[:_SHOWN_FAILURES], width)]
@@ -187,10 +187,6 @@ def _screen(overview: Overview, place: str, width: int) -> Group:
         if finding.fix:
             parts.append(Text.assemble("  ", (clean(finding.fix), "dim")))
     return Group(*parts)
-
-
-def _newest_said(failures: Failures) -> str:
-    return one_line(reason_of(failures.newest)[1], 60)
 
 
 def _facts(overview: Overview) -> Iterator[tuple[str, Text | str]]:

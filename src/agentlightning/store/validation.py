@@ -115,7 +115,8 @@ def encode_json(value: object, what: str) -> bytes:
         encoded = _encode(value) if exact else _encode_subclasses(value).encode()
     except UnicodeEncodeError as error:
         raise NotJson(f"{what} holds a lone surrogate, which UTF-8 cannot carry: {error}") from error
-    check_json_size(encoded, what)
+    if len(encoded) > MAX_JSON_BYTES or b"\\" in encoded:  # a NUL is written with a backslash
+        check_json_size(encoded, what)
     return encoded
 
 
@@ -234,12 +235,12 @@ def check_json_value(value: object, what: str, depth: int = 0) -> bool:
         for key, item in cast(dict[object, object], value).items():
             if not isinstance(key, str):
                 raise NotJson(f"{what} has the key {key!r}, a {type(key).__name__}; JSON keys are strings")
-            exact &= check_json_value(item, what, depth + 1) and type(key) is str
+            exact &= (type(item) is str or check_json_value(item, what, depth + 1)) and type(key) is str
         return exact
     if isinstance(value, (list, tuple)):
         exact = kind is list or kind is tuple
         for item in cast(Sequence[object], value):
-            exact &= check_json_value(item, what, depth + 1)
+            exact &= type(item) is str or check_json_value(item, what, depth + 1)
         return exact
     if isinstance(value, int):
         if not -INT64_END <= value < INT64_END:

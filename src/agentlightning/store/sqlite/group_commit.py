@@ -140,13 +140,22 @@ class GroupCommit:
         """Run an operation; the future has its result when it is durable."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._accept(_Job(operation, loop, future))
+        with self._lock:
+            if self._closed or self._fault is not None:
+                self._check_open()
+            self._jobs.append(_Job(operation, loop, future))
+            if loop in self._woken:
+                return future
+            self._woken.add(loop)
+        loop.call_soon(self._work, loop)
         return future
 
     def run_blocking(self, operation: Operation[T]) -> T:
         """``run`` for a thread without an event loop."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._accept(_Job(operation, None, future))
+        with self._lock:
+            self._check_open()
+            self._jobs.append(_Job(operation, None, future))
         while not future.done():
             with self._turn:
                 if not future.done():
@@ -193,17 +202,6 @@ class GroupCommit:
             self._connection.close()
 
     # --- Queue -----------------------------------------------------------------------------------
-
-    def _accept(self, job: _Job[Any]) -> None:
-        with self._lock:
-            if self._closed or self._fault is not None:
-                self._check_open()
-            self._jobs.append(job)
-            loop = job.loop
-            if loop is None or loop in self._woken:
-                return
-            self._woken.add(loop)
-        loop.call_soon(self._work, loop)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -154,17 +154,13 @@ WORKERS: Codec[WorkerRow] = Codec(
     encoded={"status": (lambda status: "idle" if status == "busy" else status, None)},
 )
 
-_BY_ROW: dict[type[msgspec.Struct], Codec[Any]] = {
+CODECS: dict[type[Any], Codec[Any]] = {
     RolloutRow: ROLLOUTS,
     AttemptRow: ATTEMPTS,
     ResourcesRow: RESOURCES,
     WorkerRow: WORKERS,
 }
-
-
-def codec_of(row: msgspec.Struct) -> Codec[Any]:
-    """The codec of a row's class."""
-    return _BY_ROW[type(row)]
+"""By the class of the rows that it stores."""
 
 
 # --- A ``PageQuery`` as SQL ---

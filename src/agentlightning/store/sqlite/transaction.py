@@ -25,7 +25,7 @@ from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, R
 from agentlightning.store.backend import Event, Page, PageQuery, ResourcesBy, Row, SpanValues
 from agentlightning.store.sqlite.reads import SqliteReads
 from agentlightning.store.sqlite.row_cache import RowCache, Shelf, Undo
-from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, codec_of
+from agentlightning.store.sqlite.rows import ATTEMPTS, CODECS, ROLLOUTS, WORKERS
 
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
 H = TypeVar("H", AttemptRow, WorkerRow)
@@ -101,7 +101,8 @@ class SqliteTransaction(SqliteReads):
 
     def finish(self) -> None:
         """Write what the operations have changed and counted. Call once, after the last one."""
-        self._flush()
+        if self._changed:
+            self._flush()
         self.wrote = self.wrote or self._wrote_statement
         sums: dict[str, int] = {}
         for name, change in self._counts:
@@ -157,17 +158,15 @@ class SqliteTransaction(SqliteReads):
             self._update(shelf, stored, row)
 
     def _flush(self) -> None:
-        """Write the rows that were put. Call before a statement that searches their tables."""
-        changed = self._changed
-        if changed:
-            for shelf, key in changed:
-                stored = shelf.stored.get(key)
-                if stored is not None:
-                    row = shelf.rows[key]
-                    if row.version != stored.version:
-                        del shelf.stored[key]
-                        self._update(shelf, stored, row)
-            changed.clear()
+        """Write the rows that were put. Call before a statement that searches their tables, if there are any."""
+        for shelf, key in self._changed:
+            stored = shelf.stored.get(key)
+            if stored is not None:
+                row = shelf.rows[key]
+                if row.version != stored.version:
+                    del shelf.stored[key]
+                    self._update(shelf, stored, row)
+        self._changed.clear()
 
     def _update(self, shelf: Shelf, stored: Any, row: Any) -> None:
         self._write()
@@ -204,14 +203,14 @@ class SqliteTransaction(SqliteReads):
         """Store a new row; returns it with its ``seq``."""
         if type(row) is AttemptRow:
             self._flush()  # the attempt that it replaces must not be live any more in the index of live ones
-        elif type(row) is RolloutRow:
+        elif type(row) is RolloutRow and self._ahead:
             self._note_queue(row, known=False)
         elif type(row) is ResourcesRow:
             newest = self._cache.newest_resources
             for key in (row.resources_id, ""):
                 self._log.append((newest, key, newest.rows.pop(key, None), None))
         self._write()
-        codec = codec_of(row)
+        codec = CODECS[type(row)]
         self._execute(codec.insert, codec.encode(row))
         stored = replace(row, seq=self._connection.last_insert_rowid())
         if isinstance(stored, AttemptRow):
@@ -227,7 +226,8 @@ class SqliteTransaction(SqliteReads):
         key = shelf.key(new)
         row = replace(new, version=old.version + 1)
         if isinstance(row, RolloutRow):
-            self._note_queue(row, known=True)
+            if self._ahead:
+                self._note_queue(row, known=True)
         elif isinstance(row, AttemptRow) and isinstance(old, AttemptRow):
             self._cache.note_live(old, row, self._log)
         cached = shelf.rows.get(key)
@@ -289,21 +289,23 @@ class SqliteTransaction(SqliteReads):
     async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
         """The attempts that a claim with this ``request_id`` made, the oldest first."""
         rows = self._rows(_ATTEMPTS_OF_REQUEST, (request_id,))  # needs no flush: no update changes a request_id
-        return [self._found(ATTEMPTS.decode(row)) for row in rows]
+        return [self._found(ATTEMPTS.decode(row)) for row in rows] if rows else []
 
     def live_attempts_of(self, worker_id: str) -> Sequence[str]:
         """The ids of the live attempts that name this worker, the oldest first."""
         return [attempt_id for _, attempt_id in self._cache.live.rows.get(worker_id, ())]
 
     async def page(self, query: PageQuery) -> Page:
-        self._flush()
+        if self._changed:
+            self._flush()
         return await super().page(query)
 
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
         """Take the next rollouts of the queue."""
         ahead = self._ahead
         if len(ahead) < limit:
-            self._flush()
+            if self._changed:
+                self._flush()
             # The first claim of a batch reads no more than it wants; further ones show that more are coming.
             wanted = max(limit, self._read_ahead)
             self._read_ahead = min(4 * wanted, _READ_AHEAD_LIMIT)
@@ -317,8 +319,6 @@ class SqliteTransaction(SqliteReads):
     def _note_queue(self, row: RolloutRow, *, known: bool) -> None:
         """A rollout is inserted or changed: what was read ahead of the queue may not be its head any more."""
         ahead = self._ahead
-        if not ahead:
-            return
         if known:
             outdated = row.claimable or row.seq in ahead
         else:
@@ -328,7 +328,8 @@ class SqliteTransaction(SqliteReads):
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:
         """Rows whose deadline has passed, the earliest first."""
-        self._flush()
+        if self._changed:
+            self._flush()
         attempts = self._rows(f"{ATTEMPTS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
         workers = self._rows(f"{WORKERS.select} WHERE deadline <= ? ORDER BY deadline LIMIT ?", (lease, limit))
         rows = [*map(ATTEMPTS.decode, attempts), *map(WORKERS.decode, workers)]
@@ -336,7 +337,8 @@ class SqliteTransaction(SqliteReads):
 
     async def next_deadline(self) -> float | None:
         """The earliest deadline of all rows."""
-        self._flush()
+        if self._changed:
+            self._flush()
         sql = (
             "SELECT min(at) FROM (SELECT min(deadline) AS at FROM attempts WHERE deadline IS NOT NULL "
             "UNION ALL SELECT min(deadline) FROM workers WHERE deadline IS NOT NULL)"
@@ -353,7 +355,8 @@ class SqliteTransaction(SqliteReads):
 
     async def delete_rollout(self, rollout: RolloutRow) -> int:
         """Delete a rollout and its attempts; returns the number of attempts."""
-        self._flush()
+        if self._changed:
+            self._flush()
         self._write()
         self._execute("DELETE FROM attempts WHERE rollout_id = ?", (rollout.rollout_id,))
         deleted = self._connection.changes()

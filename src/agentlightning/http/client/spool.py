@@ -12,8 +12,8 @@ import fcntl
 import json
 import logging
 import os
-import re
 import secrets
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,9 @@ from zlib import crc32
 
 from agentlightning.errors import AgentLightningError, SpoolFull
 
-_RECORD = re.compile(rb"([0-9a-f]{8}) ([^\n]*)\n")
-"""A checksum (CRC-32) and a span, on a line of its own."""
+_MARK = b"\xa9sp\n"
+_HEAD = struct.Struct("<4sII")
+"""Of a record: the mark, the number of bytes of the span that follows, and their checksum (CRC-32)."""
 
 
 class Record(NamedTuple):
@@ -38,19 +39,22 @@ class Record(NamedTuple):
 
 
 def encode_record(content: bytes) -> bytes:
-    """A record with this content, which has no line feed."""
-    return b"%08x %b\n" % (crc32(content), content)
+    """A record with this content."""
+    return _HEAD.pack(_MARK, len(content), crc32(content)) + content
 
 
 def read_records(data: bytes, start: int = 0) -> Iterator[Record]:
     """The whole and undamaged records in ``data``, from ``start`` on."""
     position = searched_from = start
-    while (found := _RECORD.search(data, searched_from)) is not None:
-        if crc32(found[2]) == int(found[1], 16):
-            yield Record(found[2], found.end(), found.start() - position)
-            position = searched_from = found.end()
+    while 0 <= (found := data.find(_MARK, searched_from)) <= len(data) - _HEAD.size:
+        _, length, checksum = _HEAD.unpack_from(data, found)
+        end = found + _HEAD.size + length
+        content = data[found + _HEAD.size : end]
+        if len(content) == length and crc32(content) == checksum:
+            yield Record(content, end, found - position)
+            position = searched_from = end
         else:
-            searched_from = found.start() + 1
+            searched_from = found + 1
 
 
 _logger = logging.getLogger(__name__)

@@ -71,7 +71,7 @@ class SqliteReads:
     async def get(self, kind: type[R], key: str) -> R | None:
         """The rollout, attempt or worker with this id."""
         codec, sql = _GETS[kind]
-        rows = self._execute(sql, (key,)).fetchall()
+        rows: list[Any] = self._execute(sql, (key,)).fetchall()
         return self._found(codec.decode(rows[0])) if rows else None
 
     def _found(self, row: Any) -> Any:

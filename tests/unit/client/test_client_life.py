@@ -133,7 +133,7 @@ async def test_calls_under_way_end_with_the_client(url: str) -> None:
         rollout = await client.enqueue_rollout(1, rollout_id="ro-1")
         assert (await waiting[0]) is not None
         waiting[0] = asyncio.create_task(client.dequeue_rollout("w", wait_seconds=60))
-        waiting[1] = asyncio.create_task(client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60))
+        waiting.append(asyncio.create_task(client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)))
         await asyncio.sleep(0.1)
     for task in waiting:
         with pytest.raises(StoreClosed, match="was closed while POST"):

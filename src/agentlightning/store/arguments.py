@@ -95,7 +95,11 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
         raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
     if type(request.priority) is not int or not -(2**31) <= request.priority < 2**31:
         raise InvalidValue(f"priority {shown(request.priority)} is not valid; give a signed 32-bit number")
-    mode, resources_id = _mode(request.mode), _FIELDS["resources_id"](request.resources_id)
+    mode, resources_id = request.mode, request.resources_id
+    if mode is not None:
+        check_one_of(mode, _MODES, "mode")
+    if resources_id is not None:
+        check_id(resources_id, "resources_id")
     repeatable = request.rollout_id is not None
     rollout_id = check_id(request.rollout_id, "rollout_id") if repeatable else ids.mint("ro-")
     content = encode_json(request.input, "input")

@@ -122,7 +122,8 @@ class EngineStore(ReadingStore):
         check_batch(rollouts, "rollouts")
         drafts = [draft_of(request, self._ids) for request in rollouts]
         done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
-        self._core.claims.release()
+        if self._core.claims.held:
+            self._core.claims.release()
         return [self._shown.rollout_view(*each) for each in done]
 
     async def start_rollout(

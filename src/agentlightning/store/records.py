@@ -50,7 +50,7 @@ class Shown(NamedTuple):
     """Makes a record that is a field of another one."""
     value: Callable[[bytes], Any]
     """Converts a field that is stored as JSON; so do the next three, for fields with a type of their own."""
-    config: Callable[[RolloutPolicy], Any]
+    config: Callable[[RolloutPolicy], Any] | None
     resources: Callable[[bytes], Any]
     span: Callable[[bytes], Any]
 
@@ -119,7 +119,7 @@ def _rollout(
         "resources_version": row.resources_version,
         "status": row.status,
         "priority": row.priority,
-        "config": form.config(row.policy),
+        "config": row.policy if form.config is None else form.config(row.policy),
         "metadata": None if row.metadata is None else form.value(row.metadata),
         "reason_code": row.reason_code,
         "reason_message": row.reason_message,
@@ -189,7 +189,7 @@ JSON = Shown(
     _as_json,
     _as_fields,
     value=msgspec.Raw,
-    config=_as_it_is,  # a struct with the fields of RolloutConfig
+    config=None,  # a struct with the fields of RolloutConfig
     resources=msgspec.Raw,
     span=_as_it_is,
 )

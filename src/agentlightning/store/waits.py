@@ -210,6 +210,8 @@ class ClaimWaiters(_Waiters):
 
     def wake(self, count: int) -> None:
         """Wake one caller for each of ``count`` rollouts that have become claimable."""
+        if not self._line:  # who joins it only now looks at the queue after this
+            return
         with self._lock:
             self._call_next(count)
 

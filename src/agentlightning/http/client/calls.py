@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import repeat
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
@@ -174,7 +175,7 @@ class Plan:
         for content in places["content"].values():
             return target, content
         if "rollouts" in places["body"]:
-            places["body"]["rollouts"] = [_new_rollout(each, ids) for each in places["body"]["rollouts"]]
+            places["body"]["rollouts"] = list(map(_new_rollout, places["body"]["rollouts"], repeat(ids)))
         return target, _encode(places["body"]) if self._has_body else None
 
     def result(self, reply: WireReply) -> Any:

@@ -10,6 +10,7 @@ from agentlightning.lifecycle.attempts import Started
 from agentlightning.lifecycle.deadlines import attempt_throttle, worker_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
+from agentlightning.lifecycle.states import CLAIMABLE, FINAL
 from agentlightning.store.backend import Deadline, Finished, ReadTransaction, Transaction, Waiting
 
 
@@ -88,7 +89,7 @@ async def insert_rollout(tx: Transaction, rollout: RolloutRow) -> RolloutRow:
     """Store a new rollout."""
     rollout = await tx.insert(rollout)
     tx.count({f"rollouts.{rollout.status}": 1})
-    if rollout.claimable:
+    if rollout.status in CLAIMABLE:
         tx.publish(Waiting(1))
     return rollout
 
@@ -147,8 +148,8 @@ async def _save_rollout(tx: Transaction, before: RolloutRow, after: RolloutRow) 
     saved = await tx.put(before, after)
     if saved.status != before.status:
         tx.count({f"rollouts.{before.status}": -1, f"rollouts.{saved.status}": 1})
-        if saved.final:
+        if saved.status in FINAL:
             tx.publish(Finished(saved.rollout_id))
-        elif saved.claimable and not before.claimable:
+        elif saved.status in CLAIMABLE and before.status not in CLAIMABLE:
             tx.publish(Waiting(1))
     return saved

@@ -33,7 +33,8 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
         NotFound: a rollout or attempt is unknown.
     """
     first = drafts[0]
-    if all(draft[0] == first[0] and draft[1] == first[1] for draft in drafts):  # as nearly always
+    of_one = len(drafts) == 1 or all(draft[0] == first[0] and draft[1] == first[1] for draft in drafts)
+    if of_one:  # as nearly always
         return await _add_spans_of(tx, first.rollout_id, first.attempt_id, drafts)
     by_attempt: dict[tuple[str, str], list[int]] = {}
     for position, draft in enumerate(drafts):

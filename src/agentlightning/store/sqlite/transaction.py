@@ -288,7 +288,8 @@ class SqliteTransaction(SqliteReads):
 
     async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
         """The attempts that a claim with this ``request_id`` made, the oldest first."""
-        rows = self._rows(_ATTEMPTS_OF_REQUEST, (request_id,))  # needs no flush: no update changes a request_id
+        # No flush is needed, because no update changes a request_id.
+        rows: list[Any] = self._execute(_ATTEMPTS_OF_REQUEST, (request_id,)).fetchall()
         return [self._found(ATTEMPTS.decode(row)) for row in rows] if rows else []
 
     def live_attempts_of(self, worker_id: str) -> Sequence[str]:

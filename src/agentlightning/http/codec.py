@@ -183,7 +183,7 @@ def decode_strict(raw: bytes, what: str = "the body") -> Any:
     # bits. To see this in their bytes takes a tenth of the time of a walk over the decoded values.
     is_simple = raw.count(b"{") + raw.count(b"[") <= MAX_BODY_DEPTH and b"0" * 19 not in raw.translate(_DIGITS)
     if not is_simple or encode_json_value(value) != raw:
-        keys = _count_keys([value], MAX_BODY_DEPTH + 1, what)
+        keys = keys_in([value], what)
         if keys and encode_json_value(value) != raw:  # JSON that we would write ourselves has no key twice
             check_unique_keys(raw, keys, what)
     return value
@@ -193,7 +193,7 @@ _DIGITS = bytes(48 if 48 <= each < 58 else each for each in range(256))
 """For ``bytes.translate``: makes a 0 of every digit."""
 
 
-def _count_keys(container: Any, depth: int, what: str) -> int:
+def keys_in(container: Any, what: str, depth: int = MAX_BODY_DEPTH + 1) -> int:
     """How many keys all objects in this one have together; checks depth and integers on the way."""
     if depth == 0:
         raise _too_deep(what)
@@ -204,7 +204,7 @@ def _count_keys(container: Any, depth: int, what: str) -> int:
     for item in items:
         kind = cast("type[Any]", type(item))
         if kind is dict or kind is list:
-            keys += _count_keys(item, depth - 1, what)
+            keys += keys_in(item, what, depth - 1)
         elif kind is int and not -INT64_END <= item < INT64_END:
             raise NotJson(f"{what} holds an integer outside ±2^63; send it as a string")
     return keys

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
-from agentlightning.errors import AgentLightningError
+from agentlightning.errors import AgentLightningError, NotJson
 from agentlightning.http.codec import decode_strict
-from agentlightning.http.server.endpoints import drafts_of, plain_drafts
+from agentlightning.http.server.endpoints import drafts_of, plain_drafts, plain_report
 from agentlightning.store.arguments import span_drafts
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json
@@ -160,3 +160,45 @@ def test_one_that_is_not_plain_takes_all_of_its_request_the_other_way() -> None:
 def test_what_are_no_spans(body: Any) -> None:
     with pytest.raises(ValidationError):
         drafts_of(json.dumps(body).encode(), many=True)
+
+
+# --- Spans beside other fields: the report that an attempt has ended --------------------------------------
+
+REPORT: dict[str, Any] = {"status": "succeeded", "metadata": {"a": {"b": [1]}}, "claim_limit": 1, "worker_id": "w"}
+
+
+@pytest.mark.parametrize("spaces", [(",", ":"), (", ", ": ")], ids=["as we write it", "with spaces"])
+def test_a_report_is_taken_apart(spaces: tuple[str, str]) -> None:
+    body = {"status": REPORT["status"], "spans": [PLAIN, PLAIN | {"span_id": "2" * 16}], **REPORT}
+    parts = plain_report(json.dumps(body, separators=spaces, ensure_ascii=False).encode())
+    assert parts is not None
+    drafts, report = parts
+    assert report == REPORT
+    assert drafts == span_drafts([Span.model_validate(each) for each in body["spans"]])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"claim_limit":1', '"claim_limit":1,"claim_limit":2'),
+        ('"worker_id":"w"', '"worker_id":"w","spans":[]'),
+        ('"b":[1]', '"b":[1],"b":[2]'),
+        ('"b":1', '"b":1,"b":2'),
+        ('"name":"call é"', '"name":"call é","name":"x"'),
+        ('"schema_url":""', '"schema_url":"","schema_url":""'),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["report first", "spans first"])
+def test_a_key_that_stands_twice_in_a_report_is_refused(old: str, new: str, first: bool) -> None:
+    body = {**REPORT, "spans": [PLAIN]} if first else {"spans": [PLAIN], **REPORT}
+    raw = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+    assert raw.count(old) == 1
+    assert plain_report(raw.encode()) is not None
+    with pytest.raises(NotJson, match="twice"):
+        plain_report(raw.replace(old, new).encode())
+
+
+@pytest.mark.parametrize("spans", [None, [PLAIN | {"extra": 1}], [PLAIN | {"attributes": {"a": None}}], "x"])
+def test_a_report_whose_spans_are_not_plain_is_left_to_pydantic(spans: Any) -> None:
+    body = REPORT if spans is None else {**REPORT, "spans": spans}
+    assert plain_report(json.dumps(body).encode()) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
@@ -19,6 +19,7 @@ from agentlightning.http.codec import (
     decode_strict,
     encode_page_parts,
     encode_result,
+    keys_in,
 )
 from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, Dialect, Route
 from agentlightning.http.server.exchange import Reply
@@ -97,6 +98,10 @@ class Endpoint:
             try:
                 if self._keeps_spans:
                     arguments["drafts"] = drafts_of(raw, many=self.route.sends_sequence_ids)
+                elif self._splits_spans and (parts := plain_report(raw)) is not None:
+                    spans, report = parts
+                    self._add_body(arguments, report)
+                    arguments["spans"] = spans
                 else:
                     self._add_body(arguments, decode_strict(raw))
             except ValidationError as error:
@@ -150,12 +155,6 @@ class Endpoint:
         return Reply(self.route.status, b"[]", ((DIRECTIVE_HEADER, worker.directive.encode()),))
 
     def _add_body(self, arguments: dict[str, Any], decoded: Any) -> None:
-        """Take the arguments from the body. A store that keeps spans as bytes gets them as such, if all are plain."""
-        drafts = None
-        if self._splits_spans and isinstance(decoded, dict) and "spans" in decoded:
-            drafts = plain_drafts_of(decoded["spans"])
-            if drafts is not None:
-                del decoded["spans"]
         body = self._body.validate_python(decoded)
         if self.route.body_argument is not None:
             arguments[self.route.body_argument] = body
@@ -164,8 +163,6 @@ class Endpoint:
         for name in body.__pydantic_fields_set__:
             if name in values:  # a field that the record does not know is elsewhere
                 arguments[name] = values[name]
-        if drafts:
-            arguments["spans"] = drafts
 
     def _from_query(self, query: bytes) -> dict[str, Any]:
         given: dict[str, Any] = {}
@@ -307,8 +304,17 @@ class _PlainBody(msgspec.Struct, forbid_unknown_fields=True):
     spans: list[PlainSpan]
 
 
+_REPORTED = [name for name in CLIENT_ROUTES["finish_attempt"].body.model_fields if name != "spans"]
+_PlainReport = msgspec.defstruct(
+    "_PlainReport",
+    [("spans", list[PlainSpan]), *[(name, msgspec.Raw, msgspec.Raw()) for name in _REPORTED]],
+    forbid_unknown_fields=True,
+)
+"""The body of ``finish_attempt``, with plain spans."""
+
 _decode_span = msgspec.json.Decoder(PlainSpan).decode
 _decode_body = msgspec.json.Decoder(_PlainBody).decode
+_decode_report = cast("Any", msgspec.json.Decoder(_PlainReport).decode)
 
 
 def drafts_of(raw: bytes, *, many: bool) -> list[SpanDraft]:
@@ -337,50 +343,64 @@ def drafts_of(raw: bytes, *, many: bool) -> list[SpanDraft]:
 
 def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
     """As ``drafts_of``, if all spans are plain and the JSON is strict; else None, and pydantic decides."""
-    if b"\\u0000" in raw:
+    body = _read_plain(raw, _decode_body if many else _decode_span)
+    if body is None:
         return None
-    if len(raw) > MAX_NODES:
-        check_node_count(raw, "the body")
-    try:
-        spans = _decode_body(raw).spans if many else [_decode_span(raw)]
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    if many:
-        check_batch(spans, "spans")
+    spans: list[PlainSpan] = body.spans if many else [body]
+    check_batch(spans, "spans")
     if not all(map(has_plain_values, spans)):
         return None
     encoded: list[bytes] = list(map(encode_plain, spans))
     canonical = b'{"spans":[' + b",".join(encoded) + b"]}" if many else encoded[0]
     if canonical != raw:  # else it is what we would write ourselves, and that has no key twice
         check_unique_keys(raw, many + sum(map(count_keys, spans)), "the body")
-    return list(map(_draft, spans, encoded))
+    return _drafts(spans, encoded)
 
 
-def plain_drafts_of(value: Any) -> list[SpanDraft] | None:
-    """The spans that a value of strict JSON is, if it is a list of plain ones; else None, and pydantic decides.
+def plain_report(raw: bytes) -> tuple[list[SpanDraft], dict[str, Any]] | None:
+    """The spans in the body of ``finish_attempt``, and its other fields, under the conditions of ``plain_drafts``."""
+    body = _read_plain(raw, _decode_report)
+    if body is None:
+        return None
+    check_batch(body.spans, "spans")
+    if not all(map(has_plain_values, body.spans)):
+        return None
+    given = {name: part for name in _REPORTED if bytes(part := getattr(body, name))}
+    report = decode_strict(msgspec.json.encode(given))
+    encoded: list[bytes] = list(map(encode_plain, body.spans))
+    keys, canonical = 1 + keys_in([report], "the body"), b'"spans":[' + b",".join(encoded) + b"]"
+    start = raw.find(b'"spans":[')
+    if raw.startswith(canonical, start):  # as in ``plain_drafts``; only what stands around the spans is looked at
+        check_unique_keys(raw[:start] + b'"spans":0' + raw[start + len(canonical) :], keys, "the body")
+    else:
+        check_unique_keys(raw, keys + sum(map(count_keys, body.spans)), "the body")
+    return _drafts(body.spans, encoded), report
 
-    Raises:
-        InvalidId: one of the ids is not valid.
-        TooLarge: there are too many spans, or one of them has too many bytes.
-    """
+
+def _read_plain(raw: bytes, decode: Callable[[bytes], Any]) -> Any | None:
+    if b"\\u0000" in raw:
+        return None
+    if len(raw) > MAX_NODES:
+        check_node_count(raw, "the body")
     try:
-        spans = msgspec.convert(value, list[PlainSpan])
-    except msgspec.ValidationError:
+        return decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    check_batch(spans, "spans")
-    if not all(map(has_plain_values, spans)):
-        return None
-    encoded: list[bytes] = list(map(encode_plain, spans))
-    return list(map(_draft, spans, encoded))
 
 
-def _draft(span: PlainSpan, encoded: bytes) -> SpanDraft:
-    rollout_id, attempt_id = check_id(span.rollout_id, "rollout_id"), check_id(span.attempt_id, "attempt_id")
-    span_id = check_id(span.span_id, "span_id")
-    body = body_of(span, encoded)
-    if len(body) > MAX_JSON_BYTES:
-        check_json_size(body, "span", span_id)
-    return SpanDraft(rollout_id, attempt_id, span.sequence_id, span_id, body)
+def _drafts(spans: Sequence[PlainSpan], encoded: Sequence[bytes]) -> list[SpanDraft]:
+    drafts: list[SpanDraft] = []
+    rollout_id = attempt_id = None
+    for span, whole in zip(spans, encoded, strict=True):
+        if span.rollout_id != rollout_id:
+            rollout_id = check_id(span.rollout_id, "rollout_id")
+        if span.attempt_id != attempt_id:
+            attempt_id = check_id(span.attempt_id, "attempt_id")
+        span_id, body = check_id(span.span_id, "span_id"), body_of(span, whole)
+        if len(body) > MAX_JSON_BYTES:
+            check_json_size(body, "span", span_id)
+        drafts.append(SpanDraft(span.rollout_id, span.attempt_id, span.sequence_id, span_id, body))
+    return drafts
 
 
 def _check_large(value: Any) -> None:

@@ -15,7 +15,7 @@ from agentlightning.serving.connections import ConnectionBounds
 _MIB = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits(ConnectionBounds):
     """Limits on everything that clients can make a server hold in memory.
 

@@ -218,6 +218,7 @@ class Ledger:
 
     def _believe(self, promise: Promise) -> None:
         self.promises += 1
+        self._may_have_ended.update(promise.may_have_ended)
         for rollout_id, status, *resources in promise.rollouts:
             if status in FINAL:
                 self._may_have_ended.add(rollout_id)
@@ -300,7 +301,10 @@ class Ledger:
             # A claim that is repeated gets the same attempts while they live; one that was cancelled does not.
             given_up = self.leases_end or attempt.reason_code == "cancelled"
             if attempt.worker_id not in possible.claimers | self._unsure.claimers and not given_up:
-                findings.doubled.append(f"attempt {attempt_id} of {attempt.worker_id}")
+                findings.doubled.append(
+                    f"attempt {attempt_id} of {attempt.worker_id}, {attempt.status} {attempt.reason_code}: "
+                    f"{attempt.reason_message}"
+                )
 
     def _compare_spans(self, found: Contents, possible: Possible, findings: Findings) -> None:
         for (attempt_id, span_id), sequence_id in self._spans.items():

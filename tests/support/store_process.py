@@ -118,6 +118,8 @@ class Promise(msgspec.Struct, omit_defaults=True):
     """Of a claim that has no answer yet: attempts of this worker may be stored."""
     refused: str | None = None
     """The code of the error that the call got; then nothing is promised."""
+    may_have_ended: list[str] = []
+    """Rollouts that are gone, which an earlier try of the call may have ended."""
 
 
 def told(*records: Rollout | Attempt) -> Promise:
@@ -694,7 +696,10 @@ class StoreProcess:
         except NotFound as error:
             if not self._life.deletes:
                 raise
-            return Promise(refused=error.code)
+            # A finish that is repeated after its rollout was deleted does not say what it claimed the first time; those
+            # attempts are handed out again when they are not confirmed.
+            ended = [call.rollout_id] if isinstance(call, (Report, Finish, Cancel)) else []
+            return Promise(refused=error.code, claimed_by=call.at_most().claimed_by, may_have_ended=ended)
 
     def _note(self, line: Line) -> None:
         os.write(self._journal, msgspec.json.encode(line) + b"\n")

@@ -97,6 +97,7 @@ class ClientServerRun:
         leaving = asyncio.create_task(self._send_away(directive, graceful))
         if self._supervisor is not None:
             await self._supervisor.abort(abort_stages(graceful, terminate), self._signals.is_hurried)
+            await self._supervisor.report_ended()
         left = await leaving
         if left and directive == "drain":
             left = await self._send_away("stop", terminate)

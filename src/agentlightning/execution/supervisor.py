@@ -132,6 +132,15 @@ class Supervisor:
         if self._recoveries:
             await asyncio.wait(self._recoveries, timeout=_COLLECT_SECONDS)
 
+    async def report_ended(self) -> None:
+        """After ``abort``: tell the store that no worker of this machine is left.
+
+        Each has deregistered when it ended in time. A heartbeat that was under way meanwhile may have registered it
+        again.
+        """
+        for slot in self._slots.values():
+            await self._report_lost(slot.name, "its process has ended")
+
     async def _until(self, met: Callable[[Slot], bool], seconds: float) -> bool:
         """Wait until every slot meets a condition; returns whether that was in time."""
         with contextlib.suppress(TimeoutError):

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
@@ -95,10 +95,11 @@ class ClientServerRun:
     async def _end_processes(self, directive: WorkerDirective) -> None:
         graceful, terminate = self._settings.graceful_timeout, self._settings.terminate_timeout
         leaving = asyncio.create_task(self._send_away(directive, graceful))
+        ended: Collection[str] = ()
         if self._supervisor is not None:
             await self._supervisor.abort(abort_stages(graceful, terminate), self._signals.is_hurried)
-            await self._supervisor.report_ended()
-        left = await leaving
+            ended = await self._supervisor.report_ended()
+        left = [each for each in await leaving if each not in ended]
         if left and directive == "drain":
             left = await self._send_away("stop", terminate)
         if left:

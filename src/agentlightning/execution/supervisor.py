@@ -132,14 +132,15 @@ class Supervisor:
         if self._recoveries:
             await asyncio.wait(self._recoveries, timeout=_COLLECT_SECONDS)
 
-    async def report_ended(self) -> None:
-        """After ``abort``: tell the store that no worker of this machine is left.
+    async def report_ended(self) -> Collection[str]:
+        """After ``abort``: tell the store that no worker of this supervisor is left; returns their ids.
 
         Each has deregistered when it ended in time. A heartbeat that was under way meanwhile may have registered it
         again.
         """
-        for slot in self._slots.values():
-            await self._report_lost(slot.name, "its process has ended")
+        for worker_id in self._slots:
+            await self._report_lost(worker_id, "its process has ended")
+        return self._slots.keys()
 
     async def _until(self, met: Callable[[Slot], bool], seconds: float) -> bool:
         """Wait until every slot meets a condition; returns whether that was in time."""

@@ -168,7 +168,7 @@ class Transaction(ReadTransaction, Protocol):
         """The attempts that a claim with this ``request_id`` made, the oldest first."""
         ...
 
-    def live_attempts_of(self, worker_id: str) -> Sequence[str]:
+    async def live_attempts_of(self, worker_id: str) -> Sequence[str]:
         """The ids of the live attempts that name this worker, the oldest first."""
         ...
 

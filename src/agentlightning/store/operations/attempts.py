@@ -217,7 +217,7 @@ def _reported(before: Pair, said: Report, now: Moment) -> Pair:
 async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
     """End all live attempts of a worker that is gone."""
     lost: list[AttemptRow] = []
-    for attempt_id in tx.live_attempts_of(worker_id):
+    for attempt_id in await tx.live_attempts_of(worker_id):
         attempt = await tx.get(AttemptRow, attempt_id)
         rollout = attempt and await tx.get(RolloutRow, attempt.rollout_id)
         if attempt is not None and rollout is not None:

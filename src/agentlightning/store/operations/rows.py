@@ -125,7 +125,7 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
     """Note that a worker does not work on an attempt any more."""
     worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
     if worker is not None:
-        held = tx.live_attempts_of(worker.worker_id)
+        held = await tx.live_attempts_of(worker.worker_id)
         other = await tx.get(AttemptRow, held[-1]) if held else None
         await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 

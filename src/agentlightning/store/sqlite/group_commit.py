@@ -294,6 +294,7 @@ class GroupCommit:
                 self._jobs.clear()
             else:
                 jobs = [self._jobs.popleft() for _ in range(_BATCH_LIMIT)]
+        # The clocks are read after the jobs were taken: a job must not see a moment before it was queued.
         transaction = SqliteTransaction(self._connection, self._moment(), self.cache)
         try:
             if self._fault is not None:

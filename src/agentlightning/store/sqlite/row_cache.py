@@ -9,7 +9,7 @@ from typing import Any, cast
 import apsw
 from msgspec.structs import replace
 
-from agentlightning.lifecycle.records import AttemptRow, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, Codec
 
 _LARGEST = 4096
@@ -22,20 +22,7 @@ _LIVE_ATTEMPTS = (
 """As bytes, so that a damaged id does not keep the store from being opened: whoever reads the row is told of it."""
 
 
-class Undoable:
-    """Values by key, whose changes can be taken back."""
-
-    __slots__ = ("rows", "stored")
-
-    def __init__(self) -> None:
-        self.rows: dict[str, Any] = {}
-        """The newest state of each row."""
-        self.stored: dict[str, Any] = {}
-        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
-        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
-
-
-class Shelf(Undoable):
+class Shelf:
     """The cached rows of one kind, the oldest first.
 
     Args:
@@ -44,21 +31,25 @@ class Shelf(Undoable):
         contents: the names of the fields that callers can make large.
     """
 
-    __slots__ = ("codec", "contents", "key")
+    __slots__ = ("codec", "contents", "key", "rows", "stored")
 
     def __init__(self, codec: Codec[Any], key: str, contents: Sequence[str]) -> None:
-        super().__init__()
         self.codec = codec
         self.key = attrgetter(key)
         self.contents = attrgetter(*contents)
+        self.rows: dict[str, Any] = {}
+        """The newest state of each row."""
+        self.stored: dict[str, Any] = {}
+        """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
+        a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
 
     def is_large(self, row: Any) -> bool:
         """Whether a row has too many bytes to be kept."""
         return sum(map(len, filter(None, cast("tuple[bytes | str | None, ...]", self.contents(row))))) > _LARGEST
 
 
-Undo = tuple[Undoable, str, Any, Any]
-"""What a shelf held under a key before a change: (shelf, key, newest row, stored row). A plain tuple, because several
+Undo = tuple[dict[str, Any], str, Any]
+"""What a dictionary held under a key before a change: (dictionary, key, value or None). A plain tuple, because several
 are made for each operation and a named one takes three times as long to make."""
 
 
@@ -70,12 +61,12 @@ class RowCache:
     """
 
     def __init__(self, connection: apsw.Connection) -> None:
-        self.live = Undoable()
+        self.live: dict[str, tuple[tuple[int, str], ...]] = {}
         """By ``worker_id`` the (seq, attempt_id) of all live attempts, in a sorted tuple. It is complete, so no search
         of the database is needed to tell what else a worker holds when an attempt of it ends."""
         for worker, seq, attempt in cast("Iterable[tuple[bytes, int, bytes]]", connection.execute(_LIVE_ATTEMPTS)):
             worker_id, attempt_id = worker.decode(errors="replace"), attempt.decode(errors="replace")
-            self.live.rows[worker_id] = (*self.live.rows.get(worker_id, ()), (seq, attempt_id))
+            self.live[worker_id] = (*self.live.get(worker_id, ()), (seq, attempt_id))
         self.shelves: dict[type[Any], Shelf] = {
             RolloutRow: Shelf(ROLLOUTS, "rollout_id", ("input", "metadata", "reason_message")),
             AttemptRow: Shelf(ATTEMPTS, "attempt_id", ("metadata", "reason_message")),
@@ -83,7 +74,7 @@ class RowCache:
         }
         self._attempts = self.shelves[AttemptRow].rows
         self._workers = self.shelves[WorkerRow].rows
-        self.newest_resources = Undoable()
+        self.newest_resources: dict[str, tuple[ResourcesRow | None]] = {}
         """By ``resources_id``, and by "" for the latest of all, a tuple of the newest version, or of None."""
 
     def note_live(self, before: AttemptRow | None, after: AttemptRow, log: list[Undo]) -> None:
@@ -92,19 +83,16 @@ class RowCache:
         holds = after.worker_id if after.live else None
         if held_by == holds:
             return
-        entry = (after.seq, after.attempt_id)
-        live = self.live.rows
-        for worker_id, taken in ((held_by, False), (holds, True)):
-            if worker_id is not None:
-                entries = live.get(worker_id, ())
-                log.append((self.live, worker_id, entries or None, None))
-                entries = (
-                    tuple(sorted((*entries, entry))) if taken else tuple([each for each in entries if each != entry])
-                )
-                if entries:
-                    live[worker_id] = entries
-                else:
-                    del live[worker_id]
+        live, entry = self.live, (after.seq, after.attempt_id)
+        if held_by is not None:
+            entries = live.pop(held_by, ())
+            log.append((live, held_by, entries or None))
+            if left := tuple([each for each in entries if each != entry]):
+                live[held_by] = left
+        if holds is not None:
+            entries = live.get(holds, ())
+            log.append((live, holds, entries or None))
+            live[holds] = tuple(sorted((*entries, entry)))
 
     def attempt_now(self, row: AttemptRow) -> AttemptRow:
         """An attempt as read from the database, with the newest sign of life.
@@ -128,10 +116,9 @@ class RowCache:
 
     def restore(self, log: list[Undo], since: int) -> None:
         """Take back the changes in ``log[since:]``, and drop them from it."""
-        for shelf, key, row, stored in reversed(log[since:]):
-            for rows, before in ((shelf.rows, row), (shelf.stored, stored)):
-                if before is None:
-                    rows.pop(key, None)
-                else:
-                    rows[key] = before
+        for values, key, before in reversed(log[since:]):
+            if before is None:
+                values.pop(key, None)
+            else:
+                values[key] = before
         del log[since:]

@@ -67,13 +67,12 @@ class Codec(Generic[R]):
     def encode(self, row: R) -> list[Any]:
         """The values for ``insert``."""
         values: list[Any] = [*astuple(row)]
+        flags = [] if self.flag is None else [int(values[self._status] in self._flagged)]
         for index, encode in self._encode.items():
             values[index] = encode(values[index])
         if self._computed:
             values = [value for index, value in enumerate(values) if index not in self._computed]
-        elif self.flag is not None:
-            values.append(int(values[self._status] in self._flagged))
-        return values[1:]
+        return [*values[1:], *flags]
 
     def decode(self, values: Sequence[Any]) -> R:
         """The row with these values of its fields."""

@@ -125,8 +125,8 @@ class SqliteTransaction(SqliteReads):
         """Take a row that is as stored into the cache."""
         if shelf.is_large(row):
             return
-        self._log.append((shelf, key, None, None))
         rows = shelf.rows
+        self._log.append((rows, key, None))
         rows[key] = row
         if len(rows) > _ROWS_OF_A_KIND:
             oldest = next(iter(rows))
@@ -134,7 +134,8 @@ class SqliteTransaction(SqliteReads):
             self._drop(shelf, oldest)
 
     def _drop(self, shelf: Shelf, key: str) -> None:
-        self._log.append((shelf, key, shelf.rows.pop(key, None), shelf.stored.pop(key, None)))
+        for values in (shelf.rows, shelf.stored):
+            self._log.append((values, key, values.pop(key, None)))
 
     def _found(self, row: Any) -> Any:
         """The row as the running transaction has it; it is kept, if it was not here."""
@@ -151,7 +152,7 @@ class SqliteTransaction(SqliteReads):
         stored = shelf.stored.get(key)
         if stored is not None:
             row = shelf.rows[key]
-            self._log.append((shelf, key, row, stored))
+            self._log += ((shelf.rows, key, row), (shelf.stored, key, stored))
             if row.version == stored.version:
                 row = shelf.rows[key] = replace(row, version=row.version + 1)
             del shelf.stored[key]
@@ -188,15 +189,15 @@ class SqliteTransaction(SqliteReads):
         if selection.version is not None or selection.request_id is not None:
             return await super().get_resources(selection)
         newest, key = self._cache.newest_resources, selection.resources_id or ""
-        known = newest.rows.get(key)
+        known = newest.get(key)
         if known is not None:
             return known[0]
         row = await super().get_resources(selection)
         if row is None or len(row.resources) <= _LARGEST_RESOURCES:
-            if len(newest.rows) >= _ROWS_OF_A_KIND:
-                newest.rows.clear()
-            self._log.append((newest, key, None, None))
-            newest.rows[key] = (row,)
+            if len(newest) >= _ROWS_OF_A_KIND:
+                newest.clear()
+            self._log.append((newest, key, None))
+            newest[key] = (row,)
         return row
 
     async def insert(self, row: Row) -> Any:
@@ -208,7 +209,7 @@ class SqliteTransaction(SqliteReads):
         elif type(row) is ResourcesRow:
             newest = self._cache.newest_resources
             for key in (row.resources_id, ""):
-                self._log.append((newest, key, newest.rows.pop(key, None), None))
+                self._log.append((newest, key, newest.pop(key, None)))
         self._write()
         codec = CODECS[type(row)]
         self._execute(codec.insert, codec.encode(row))
@@ -238,7 +239,7 @@ class SqliteTransaction(SqliteReads):
         if cached.version != old.version or cached.seq != old.seq:
             raise Conflict(f"{type(old).__name__} {old.seq} has changed since it was read; read it again")
         stored = shelf.stored.get(key)
-        self._log.append((shelf, key, cached, stored))
+        self._log += ((shelf.rows, key, cached), (shelf.stored, key, stored))
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = row
@@ -259,7 +260,7 @@ class SqliteTransaction(SqliteReads):
         stored = shelf.stored.get(key)
         if new.beaten_lease - (stored or cached).beaten_lease >= write_after:
             return await self.put(old, new)
-        self._log.append((shelf, key, cached, stored))
+        self._log += ((shelf.rows, key, cached), (shelf.stored, key, stored))
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = new
@@ -292,9 +293,9 @@ class SqliteTransaction(SqliteReads):
         rows: list[Any] = self._execute(_ATTEMPTS_OF_REQUEST, (request_id,)).fetchall()
         return [self._found(ATTEMPTS.decode(row)) for row in rows] if rows else []
 
-    def live_attempts_of(self, worker_id: str) -> Sequence[str]:
+    async def live_attempts_of(self, worker_id: str) -> Sequence[str]:
         """The ids of the live attempts that name this worker, the oldest first."""
-        return [attempt_id for _, attempt_id in self._cache.live.rows.get(worker_id, ())]
+        return [attempt_id for _, attempt_id in self._cache.live.get(worker_id, ())]
 
     async def page(self, query: PageQuery) -> Page:
         if self._changed:

@@ -98,7 +98,8 @@ class ClientServerRun:
         ended: Collection[str] = ()
         if self._supervisor is not None:
             await self._supervisor.abort(abort_stages(graceful, terminate), self._signals.is_hurried)
-            ended = await self._supervisor.report_ended()
+            if self._guests is not None:  # the store is here; where it is elsewhere it may be gone
+                ended = await self._supervisor.report_ended()
         left = [each for each in await leaving if each not in ended]
         if left and directive == "drain":
             left = await self._send_away("stop", terminate)

@@ -135,11 +135,9 @@ class Supervisor:
     async def report_ended(self) -> Collection[str]:
         """After ``abort``: tell the store that no worker of this supervisor is left; returns their ids.
 
-        Each has deregistered when it ended in time. A heartbeat that was under way meanwhile may have registered it
-        again.
+        One that ended in time has deregistered, but a heartbeat that was under way may have registered it again.
         """
-        for worker_id in self._slots:
-            await self._report_lost(worker_id, "its process has ended")
+        await asyncio.gather(*(self._report_lost(each, "its process has ended") for each in self._slots))
         return self._slots.keys()
 
     async def _until(self, met: Callable[[Slot], bool], seconds: float) -> bool:

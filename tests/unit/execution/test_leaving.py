@@ -130,6 +130,36 @@ def test_one_that_crashes_while_it_drains_is_not_replaced(folder: Path, caplog: 
     assert len(programs.noted(folder, "runner")) == 2
 
 
+class LateBeats(InMemoryLightningStore):
+    """As if a last heartbeat of each worker were taken just after its goodbye."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[str] = []
+
+    async def report_worker_lost(self, worker_id: str, **said: Any) -> Any:
+        lost = await super().report_worker_lost(worker_id, **said)
+        if worker_id not in self.late:
+            self.late.append(worker_id)
+            await self.update_worker(worker_id, lease_seconds=60.0)
+        return lost
+
+
+def test_a_worker_whose_process_has_ended_here_is_not_waited_for(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LateBeats()
+
+    async def algorithm(store: Any, event: Any) -> None:
+        await programs.until(lambda: len(programs.noted(folder, "runner")) == 2)
+        while len(list(await store.query_workers())) < 2:
+            await asyncio.sleep(0.01)
+
+    ClientServerExecutionStrategy(server_port=0, n_runners=2, **QUICK).execute(algorithm, programs.works, store)
+    assert len(store.late) == 2
+    assert "have not left" not in caplog.text
+
+
 # --- A host that stays -------------------------------------------------------------------------------
 
 

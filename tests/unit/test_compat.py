@@ -39,6 +39,7 @@ def test_a_module_of_03_answers_for_each_of_its_names(module: str) -> None:
         ("from agentlightning.store.client_server import LightningStoreServer", "LightningStoreServer"),
         ("from agentlightning.litagent import LitAgent", "LitAgent"),
         ("from agentlightning.litagent.decorator import rollout", "rollout"),
+        ("from agentlightning.litagent.decorator import FunctionalLitAgent", "FunctionalLitAgent"),
         ("from agentlightning.runner.agent import Hook", "Hook"),
         ("from agentlightning.types.core import RolloutConfig", "RolloutConfig"),
         ("from agentlightning.reward import find_final_reward", "find_final_reward"),

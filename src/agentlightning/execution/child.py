@@ -269,6 +269,7 @@ def run_child(start: StartProcess, side: str, job: ProcessJob | bytes, channel: 
     own. ``channel`` is the descriptor of the socket to the launcher.
     """
     connection = socket.socket(fileno=channel)
+    connection.settimeout(None)  # whatever `socket.setdefaulttimeout` the program has called
     code = EXIT_FAILED
     try:
         _settle(start, launcher_pid)

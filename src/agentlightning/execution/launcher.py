@@ -74,6 +74,8 @@ class Launcher:
         if orders.method != "fork":
             orders = orders._replace(job=pack(orders.side, orders.job))
         ours, theirs = socket.socketpair()
+        for each in (ours, theirs):
+            each.setblocking(True)  # whatever `socket.setdefaulttimeout` the program has called
         with theirs:
             if orders.method == "fork":
                 self.pid = _fork(ours, theirs, orders)

@@ -16,6 +16,7 @@ import aiohttp
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound, WrongServer
 from agentlightning.execution.child import Slot
 from agentlightning.http.routes import CANONICAL, parse_address
+from agentlightning.lifecycle import reasons
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
@@ -165,7 +166,7 @@ async def deregister_worker(store: LightningStore, worker_id: str, error: BaseEx
     """
     message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
     message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
-    reason_code = "resource_exhausted" if isinstance(error, MemoryError) else None
+    reason_code = reasons.RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else None
     problem = await report_lost(store, worker_id, message, reason_code, _DEREGISTER_SECONDS)
     if problem is not None:
         _log.debug("%s could not deregister: %s", worker_id, problem)

@@ -32,7 +32,15 @@ from agentlightning.execution.membership import (
     may_rejoin,
     unserved_rollouts,
 )
-from agentlightning.execution.run import LoopThread, RunSettings, SideJob
+from agentlightning.execution.run import (
+    LoopThread,
+    RunSettings,
+    SideJob,
+    runner_slots,
+    server_url,
+    start_of,
+    worker_names,
+)
 from agentlightning.execution.supervisor import Supervisor
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.base import LightningStore
@@ -116,7 +124,8 @@ class ClientServerRun:
                 await asyncio.wait([asking], timeout=0.05)
             return asking.result() if asking.done() else []
         except (AgentLightningError, NotImplementedError, TimeoutError) as error:
-            _log.warning("workers on other machines could not be asked to leave: %s", error)
+            why = str(error) or "the store did not answer in time"
+            _log.warning("workers on other machines could not be asked to leave: %s", why)
             return []
         finally:
             asking.cancel()
@@ -136,6 +145,7 @@ class AlgorithmRun(ClientServerRun):
         self._event = ThreadingEvent()
         self._main_task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._main_end_requested = False
+        self._pressing: asyncio.Task[Any] | None = None
         self._algorithm_over = asyncio.Event()
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle) -> None:
@@ -152,7 +162,7 @@ class AlgorithmRun(ClientServerRun):
                     self._run_here(runner_job, store, url, run_id)
                 else:
                     if self._supervisor is not None:
-                        self._begin(settings.runner_slots(url, run_id), store)
+                        self._begin(runner_slots(settings, url, run_id), store)
                     self._run_main(algorithm(store, self._event))
                 self._thread.begin(self._end("drain"))
             finally:
@@ -193,8 +203,8 @@ class AlgorithmRun(ClientServerRun):
     def _run_here(self, job: SideJob, store: LightningStore, url: str, run_id: str | None) -> None:
         """Run the one runner in this thread, and the algorithm in a process of its own."""
         settings = self._settings
-        self._begin([Slot(settings.start_of(_ALGORITHM, url, run_id, None), None)], store)
-        start = settings.start_of(settings.worker_names()[0], url, run_id, 0)
+        self._begin([Slot(start_of(settings, _ALGORITHM, url, run_id, None), None)], store)
+        start = start_of(settings, worker_names(1)[0], url, run_id, 0)
         with _environment(start.environment):
             self._run_main(job.run(start.slot, self._event, url=url, run_id=run_id, index=0))
         if not self._algorithm_over.is_set():  # runners may work on other machines
@@ -214,7 +224,11 @@ class AlgorithmRun(ClientServerRun):
                 await work
 
         try:
-            asyncio.run(run())
+            try:
+                asyncio.run(run())
+            finally:
+                self._main_task = None
+                self._thread.call(self._stop_pressing())  # an interrupt that is under way arrives in here
         except BaseException as error:
             ended = self._main_end_requested and isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
             if not ended and self._signals.number is None and self._failure is None:
@@ -222,7 +236,6 @@ class AlgorithmRun(ClientServerRun):
             _log.debug("the side of the run in this process ended with %r", error)
         finally:
             work.close()
-            self._main_task = None
 
     def _end_main(self, delay_seconds: float) -> None:
         """Ask the side in the main thread to end, after so many seconds, in which it may end by itself."""
@@ -232,6 +245,7 @@ class AlgorithmRun(ClientServerRun):
 
     async def _press_main(self, delay_seconds: float) -> None:
         """Cancel the side in the main thread, then interrupt that thread, until it ends."""
+        self._pressing = asyncio.current_task()
         await asyncio.sleep(delay_seconds)
         if (running := self._main_task) is not None:
             with contextlib.suppress(RuntimeError):  # it has just ended
@@ -243,6 +257,11 @@ class AlgorithmRun(ClientServerRun):
                 return
             _log.warning("what runs in the main thread does not end within %g s; interrupting it", seconds)
             self._signals.interrupt_main_thread()
+
+    async def _stop_pressing(self) -> None:
+        """Interrupt the main thread no more."""
+        if self._pressing is not None:
+            self._pressing.cancel()
 
     # --- What ends the run early -------------------------------------------------------------------------------------
 
@@ -332,14 +351,14 @@ class RunnerHostRun(ClientServerRun):
         if self._unserved is not None:
             await self._work_for_runs(self._unserved)
             return
-        async with LightningStoreClient(self._settings.url, api_key=self._settings.api_key) as store:
+        async with LightningStoreClient(server_url(self._settings), api_key=self._settings.api_key) as store:
             await self._work_for_runs(store)
 
     async def _work_for_runs(self, store: LightningStore) -> None:
         """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped."""
         settings, supervisor = self._settings, self._supervisor
         assert supervisor is not None
-        slots = settings.runner_slots(settings.url, settings.run_id)
+        slots = runner_slots(settings, server_url(settings), settings.run_id)
         codes = settings.allowed_exit_codes
         await supervisor.begin(slots, allowed_exit_codes=codes, store=store, on_ready=self._all_ready)
         while True:
@@ -349,7 +368,7 @@ class RunnerHostRun(ClientServerRun):
             left = [slot for slot in slots if slot.has_left]
             if supervisor.over.is_set() and not (settings.stay and left and supervisor.failure is None):
                 if len(left) == len(slots) and all(slot.result and slot.result.status == "gone" for slot in left):
-                    self._failure = ExecutionFailed(f"the server at {settings.url} cannot be reached any more")
+                    self._failure = ExecutionFailed(f"the server at {server_url(settings)} cannot be reached any more")
                 self._failure = supervisor.failure or self._failure
                 return
             if supervisor.over.is_set():
@@ -363,7 +382,7 @@ class RunnerHostRun(ClientServerRun):
         joined = _NO_SERVER
         if self._unserved is None:
             joined = await join_server(
-                settings.url,
+                server_url(settings),
                 api_key=settings.api_key,
                 run_id=settings.run_id,
                 limit_seconds=limit_seconds,
@@ -395,5 +414,5 @@ class RunnerHostRun(ClientServerRun):
         if not self._join_was_logged and self._server is not None:
             self._join_was_logged = True
             what = f"run {self._server.run_id}" if self._server.run_id else "the store"
-            where = "" if self._unserved is not None else f" at {self._settings.url}"
+            where = "" if self._unserved is not None else f" at {server_url(self._settings)}"
             _log.info("joined %s%s; runners ready: %d", what, where, self._settings.n_runners)

@@ -129,32 +129,36 @@ class RunSettings:
                 "or serve this machine only, with server_host='localhost'"
             )
 
-    @property
-    def url(self) -> str:
-        """Of a server on another machine."""
-        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
-        return self.server_url or f"http://{host}:{self.server_port}"
 
-    def worker_names(self) -> list[str]:
-        """New worker ids, unique across machines, processes and calls; each belongs to one runner, also a new one."""
-        prefix = f"{host_part()}-{os.getpid()}-{secrets.token_hex(4)}"
-        return [f"{prefix}-{index}" for index in range(self.n_runners)]
+def server_url(settings: RunSettings) -> str:
+    """The URL of the server, for role ``runner``."""
+    host = f"[{settings.server_host}]" if ":" in settings.server_host else settings.server_host
+    return settings.server_url or f"http://{host}:{settings.server_port}"
 
-    def runner_slots(self, url: str, run_id: str | None) -> list[Slot]:
-        """The slots of the runners on this machine; for ``url`` and ``run_id`` see ``SideJob.run``."""
-        starts = [self.start_of(name, url, run_id, index) for index, name in enumerate(self.worker_names())]
-        return [Slot(start, CrashCounter(self.restarts)) for start in starts]
 
-    def start_of(self, name: str, url: str, run_id: str | None, index: int | None) -> StartProcess:
-        """The command for the process of a side: of the runner with this index, or None: of the algorithm.
+def worker_names(count: int) -> list[str]:
+    """New worker ids, unique across machines, processes and calls; each belongs to one runner, also a new one."""
+    prefix = f"{host_part()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return [f"{prefix}-{index}" for index in range(count)]
 
-        The key goes by the environment, which few can read.
-        """
-        environment = {} if self.api_key is None else {LightningEnvVar.AGL_API_KEY.value: self.api_key}
-        if index is not None:
-            environment[LightningEnvVar.AGL_WORKER_NAME.value] = name
-        quotas = None if index is None else self.quotas
-        return StartProcess(name, {"url": url, "run_id": run_id, "index": index}, environment, quotas)
+
+def runner_slots(settings: RunSettings, url: str, run_id: str | None) -> list[Slot]:
+    """The slots of the runners on this machine; for ``url`` and ``run_id`` see ``SideJob.run``."""
+    names = enumerate(worker_names(settings.n_runners))
+    starts = [start_of(settings, name, url, run_id, index) for index, name in names]
+    return [Slot(start, CrashCounter(settings.restarts)) for start in starts]
+
+
+def start_of(settings: RunSettings, name: str, url: str, run_id: str | None, index: int | None) -> StartProcess:
+    """The command for the process of a side: of the runner with this index, or None: of the algorithm.
+
+    The key goes by the environment, which few can read.
+    """
+    environment = {} if settings.api_key is None else {LightningEnvVar.AGL_API_KEY.value: settings.api_key}
+    if index is not None:
+        environment[LightningEnvVar.AGL_WORKER_NAME.value] = name
+    quotas = None if index is None else settings.quotas
+    return StartProcess(name, {"url": url, "run_id": run_id, "index": index}, environment, quotas)
 
 
 # --- What the processes of a run do: one side of it, with a store ----------------------------------------------------
@@ -180,7 +184,7 @@ class SideJob:
     is_guest: bool = False
 
     def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
-        """Run it in a process of its own; see ``RunSettings.start_of`` and ``run``."""
+        """Run it in a process of its own; see ``start_of`` and ``run``."""
         return asyncio.run(self.run(slot, event, **arguments))
 
     async def run(self, name: str, event: ExecutionEvent, *, url: str, run_id: str | None, index: int | None) -> str:
@@ -208,15 +212,15 @@ class SideJob:
                 join = partial(join_server, url, api_key=key, run_id=run_id, limit_seconds=_JOIN_SECONDS)
                 async with _while_served(store, name, join) if self.is_guest else contextlib.nullcontext():
                     await cast("RunnerBundle", self.bundle)(store, index, event)
+                try:
+                    status = await find_directive(store, name, _DIRECTIVE_SECONDS) or "done"
+                except (TimeoutError, StoreUnavailable):
+                    status = "gone"
             except StoreUnreachable:
                 return "gone"
             except BaseException as error:
                 await deregister_worker(store, name, error)
                 raise
-            try:
-                status = await find_directive(store, name, _DIRECTIVE_SECONDS) or "done"
-            except (TimeoutError, StoreUnavailable):
-                status = "gone"
             await deregister_worker(store, name)
             return status
 

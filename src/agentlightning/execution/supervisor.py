@@ -29,6 +29,7 @@ from agentlightning.execution.child import (
 from agentlightning.execution.launcher import Launcher, LauncherOrders
 from agentlightning.execution.membership import find_directive, report_lost
 from agentlightning.execution.process_tree import MARK, ProcessTree, make_cgroup, send_signal
+from agentlightning.lifecycle import reasons
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
@@ -170,7 +171,7 @@ class Supervisor:
             self._tree.add_session(event.pid)
         elif event.what == "ready":
             slot.state = "running"
-            if not any(each.state in ("starting", "waiting") for each in self._slots.values()):
+            if not any(each.state in ("starting", "waiting", "given up") for each in self._slots.values()):
                 self._on_ready()
         else:
             self._end(slot, event)
@@ -210,7 +211,7 @@ class Supervisor:
     async def _recover(self, slot: Slot, crash: Crash) -> None:
         """Report the loss to the store, then start the next process after a delay, unless the slot is given up."""
         stopped = self._stop_requested.is_set()
-        reason_code = "resource_exhausted" if crash.exhausted else None
+        reason_code = reasons.RESOURCE_EXHAUSTED if crash.exhausted else None
         # The store is told first: otherwise the next process, which has the same worker id, would renew the lease of
         # the dead one, and the attempts of the dead one would seem to run on.
         await self._report_lost(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)

@@ -11,13 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from agentlightning.litagent.litagent import LitAgent, is_v0_1_rollout_api
 from agentlightning.types import AttemptedRollout, NamedResources, Span, SpanCoreFields
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 _E = TypeVar("_E", bound=BaseException)
@@ -42,15 +39,20 @@ class AgentThreads:
         self._lock = threading.Lock()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Call ``function`` in a thread, in a copy of the current context. Its result or exception is the future's."""
+        """Call ``function`` in a thread, in a copy of the current context. Its result or exception is the future's.
+
+        Raises:
+            RuntimeError: the system has no more threads.
+        """
         future: Future[T] = Future()
-        self._calls.put(partial(self._carry_out, future, function, contextvars.copy_context()))
         with self._lock:
-            self._free -= 1
-            if self._free < 0:
-                self._free = 0
+            if self._free > 0:
+                self._free -= 1
+            else:  # started before the call is queued: where no thread can be started, nothing is called
+                name = f"{self._name}-{self._threads + 1}"
+                threading.Thread(target=self._work, name=name, daemon=True).start()
                 self._threads += 1
-                threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
+        self._calls.put(partial(self._carry_out, future, function, contextvars.copy_context()))
         return future
 
     def close(self) -> None:

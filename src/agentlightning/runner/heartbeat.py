@@ -85,7 +85,7 @@ class Heartbeat:
         self._lease_seconds = lease_seconds
         self._include_gpu = include_gpu
         self._in_thread = in_thread
-        self._labels = labels
+        self._registration = registration(labels)
         self._begun: dict[str, _BegunAttempt] = {}
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
@@ -196,7 +196,7 @@ class Heartbeat:
         awaiting = list(self._awaiting_beat)
         # nvidia-smi takes a while
         stats = await asyncio.to_thread(system_statistics, True) if self._include_gpu else system_statistics()
-        about: dict[str, Any] | Unset = registration(self._labels) if first else UNSET
+        about: dict[str, Any] | Unset = self._registration if first else UNSET
         try:
             worker = await self._store.update_worker(
                 self.worker_id,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from agentlightning.errors import AgentLightningError, InvalidValue
@@ -110,7 +109,7 @@ class Curve:
         self._recent.append(value)
         self._open.append(value)
         if len(self._open) == self._width:
-            self._means.append(fmean(self._open))
+            self._means.append(_mean(self._open))
             self._open.clear()
         if len(self._means) > self._limit:
             last = self._means.pop()
@@ -122,12 +121,17 @@ class Curve:
     @property
     def means(self) -> list[float]:
         """The points of the curve, oldest first; the last one may still be incomplete."""
-        return [*self._means, fmean(self._open)] if self._open else list(self._means)
+        return [*self._means, _mean(self._open)] if self._open else list(self._means)
 
     @property
     def recent_mean(self) -> float | None:
         """Mean of the newest values; None if there is none yet."""
-        return fmean(self._recent) if self._recent else None
+        return _mean(self._recent) if self._recent else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    """As ``statistics.fmean``, which raises where the sum is not finite: a chart must not end a run."""
+    return sum(values) / len(values)
 
 
 class Progress:
@@ -377,16 +381,21 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     whole = round(seconds)
-    return f"{whole} s" if whole < 60 else str(timedelta(seconds=whole)).lstrip("0:")
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """Return the values as ``width`` bars at most, scaled between the lowest and the highest value."""
+    values = [value for value in values if math.isfinite(value)]
     if not values or width < 1:
         return ""
     if len(values) > width:
         edges = [index * len(values) // width for index in range(width + 1)]
-        values = [fmean(values[start:end]) for start, end in pairwise(edges)]
+        values = [_mean(values[start:end]) for start, end in pairwise(edges)]
     low, high = min(values), max(values)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] for value in values)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ class Inputs:
         self.seconds = time.monotonic() - began
         self.attempts = [list(await store.query_attempts(each)) for each in ids]
         assert len(self.ended) == len(ids)
+
+
+def test_a_default_timeout_of_sockets_ends_no_runner(folder: Path) -> None:
+    inputs = Inputs(1)
+
+    async def algorithm(store: Any, event: Any) -> None:
+        await programs.until(lambda: len(programs.noted(folder, "runner")) == 1)
+        await asyncio.sleep(0.6)  # three times as long as the runner's own sockets would wait
+        await inputs(store, event)
+
+    socket.setdefaulttimeout(0.2)
+    try:
+        ClientServerExecutionStrategy(n_runners=1, start_method="fork", **QUICK).execute(
+            algorithm, programs.works, InMemoryLightningStore()
+        )
+    finally:
+        socket.setdefaulttimeout(None)
+    assert [each.status for each in inputs.ended] == ["succeeded"]
+    assert len(programs.noted(folder, "runner")) == 1
 
 
 @pytest.mark.parametrize("end_by", ["kill", "exit", "raise"])

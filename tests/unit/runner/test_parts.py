@@ -87,6 +87,25 @@ def test_there_is_always_a_free_one() -> None:
     threads.close()
 
 
+def test_a_call_for_which_there_is_no_thread_is_not_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, gate = AgentThreads("test"), threading.Event()
+    blocked, made = threads.call(gate.wait), list[str]()
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.call(lambda: made.append("orphan"))
+    assert threads.call(lambda: 1).result(10) == 1  # in a thread of its own: the first one is not free
+    gate.set()
+    assert blocked.result(10)
+    assert threads.call(lambda: 2).result(10) == 2
+    threads.close()
+    assert made == []
+
+
 async def test_the_context_is_carried_over_and_exceptions_back() -> None:
     threads, variable = AgentThreads("test"), contextvars.ContextVar("variable", default=0)
     variable.set(7)

@@ -23,6 +23,16 @@ def test_a_curve_stays_small_and_keeps_the_mean(values: list[float]) -> None:
     assert curve.recent_mean == pytest.approx(sum(recent) / len(recent), abs=1e-6)
 
 
+def test_no_value_ends_a_run_for_its_curve() -> None:
+    curve = Curve(points=2)
+    for value in (1e308, 1e308, float("inf"), float("-inf"), 1.0):
+        curve.add(value)
+    assert curve.count == 5
+    assert curve.recent_mean is not None
+    assert curve.means
+    assert sparkline([*curve.means, 1.0, float("nan"), 2.0], 8)
+
+
 def test_points_are_means_over_equally_many_values() -> None:
     curve = Curve(points=4)
     for value in range(16):

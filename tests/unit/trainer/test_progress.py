@@ -166,7 +166,8 @@ def test_auto_is_log_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "?"), (0.4, "0 s"), (59.4, "59 s"), (200, "3:20"), (3725, "1:02:05")]
+    ("seconds", "text"),
+    [(None, "?"), (0.4, "0 s"), (59.4, "59 s"), (200, "3:20"), (3725, "1:02:05"), (90_000, "25:00:00")],
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text

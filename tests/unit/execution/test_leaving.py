@@ -8,17 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.membership import ask_workers_to_leave, deregister_worker, unserved_rollouts
+from agentlightning.execution.run import SideJob
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.types import WorkerDirective
@@ -89,6 +91,29 @@ async def test_rollouts_are_stranded_only_without_workers() -> None:
         assert await unserved_rollouts(store) == 1
         await store.update_worker("worker", lease_seconds=60)
         assert await unserved_rollouts(store) == 0
+
+
+class RefusesLookUps(InMemoryLightningStore):
+    """A store that does not say what a worker was asked to do."""
+
+    lost: ClassVar[list[str]] = []
+
+    async def get_worker_by_id(self, worker_id: str) -> Any:
+        raise NotImplementedError("no look-ups")
+
+    async def report_worker_lost(self, worker_id: str, **said: Any) -> Any:
+        self.lost.append(worker_id)
+        return await super().report_worker_lost(worker_id, **said)
+
+
+async def test_a_worker_says_goodbye_also_when_the_store_does_not_answer_what_it_was_asked_to_do() -> None:
+    async def registers(store: Any, worker_id: int, event: Any) -> None:
+        await store.update_worker("worker-1", lease_seconds=60.0)
+
+    async with RefusesLookUps() as store:
+        with pytest.raises(NotImplementedError):
+            await SideJob(registers, store).run("worker-1", threading.Event(), url="", run_id=None, index=0)
+        assert store.lost == ["worker-1"]
 
 
 def test_an_operator_drains_one_worker(folder: Path) -> None:

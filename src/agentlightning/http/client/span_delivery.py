@@ -40,7 +40,8 @@ _PAUSES = (0.5, 1.0, 2.0, 5.0)
 _INTERNAL_ERROR_ROUNDS = 3
 """After so many rounds in which one span alone makes the server fail, it counts as refused."""
 
-_Attempt = tuple[str, str]
+_Attempt = tuple[str, str | None]
+"""Ids of a rollout and its attempt; None: all of them."""
 
 
 class SpanDelivery:
@@ -139,11 +140,7 @@ class SpanDelivery:
         deadline = time.monotonic() + self._caller.patience_seconds
         while self._waiting:
             with self._lock:
-                waiting = sum(
-                    number
-                    for (rollout, attempt), number in self._by_attempt.items()
-                    if rollout == rollout_id and attempt_id in (None, attempt)
-                )
+                waiting = self._by_attempt[rollout_id, attempt_id]
             if not waiting:
                 return
             if time.monotonic() >= deadline:
@@ -210,6 +207,7 @@ class SpanDelivery:
                 _logger.warning("the server is out of reach: spans go to %s", own.folder)
             self._waiting.extend(attempts)
             self._by_attempt.update(attempts)
+            self._by_attempt.update((rollout_id, None) for rollout_id, _ in attempts)
             self._counts["spooled"] += len(attempts)
             self._start()
 
@@ -275,19 +273,30 @@ class SpanDelivery:
         """Send what the spool holds now, and put away what the server refuses for good."""
         failed_rounds = 0
         refused: list[tuple[bytes, AgentLightningError]] = []
+        suspects = Counter[bytes]()
+        """In how many rounds each span alone made the server fail."""
+        open_cases: list[AgentLightningError] = []
 
         async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> None:
-            if not is_refusal(error) and failed_rounds + 1 < _INTERNAL_ERROR_ROUNDS:
-                raise error
+            if not is_refusal(error):
+                suspects[spans[0]] += 1
+                if max(suspects.values()) == 1:
+                    raise error  # it may have been the server: what comes behind keeps its place
+                if suspects[spans[0]] < _INTERNAL_ERROR_ROUNDS:
+                    open_cases.append(error)
+                    return
             refused.append((spans[0], error))
 
         while True:
             refused.clear()
+            open_cases.clear()
             try:
                 batch = spool.next_batch(_SPOOLED_SPANS, _SPOOLED_BYTES)
                 if batch is None:
                     return
                 await send_apart(batch.spans, self._send_waiting, put_away, is_refusal=_may_be_refusal)
+                if open_cases:
+                    raise open_cases[0]
                 for span, error in refused:
                     folder.quarantine(span, error)
                     _logger.error("a span was refused for good, and put into %s: %s", folder.quarantine_file, error)
@@ -297,6 +306,7 @@ class SpanDelivery:
                 failed_rounds += 1
                 continue
             failed_rounds = 0
+            suspects.clear()
             spool.acknowledge(batch)
             self._delivered(spool, batch, len(refused))
 
@@ -311,7 +321,11 @@ class SpanDelivery:
             self._counts["refused"] += refused
             if spool is self._own:
                 for _ in range(min(len(batch.spans), len(self._waiting))):
-                    self._by_attempt[self._waiting.popleft()] -= 1
+                    rollout_id, attempt_id = self._waiting.popleft()
+                    for key in ((rollout_id, attempt_id), (rollout_id, None)):
+                        self._by_attempt[key] -= 1
+                        if not self._by_attempt[key]:
+                            del self._by_attempt[key]
                 if spool.empty:
                     self._waiting.clear()
                     self._by_attempt.clear()

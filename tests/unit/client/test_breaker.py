@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from agentlightning.http.client.health import BreakerNumbers, BreakerState, Fail
 from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import WireRequest
 from agentlightning.http.routes import SHED_ORDER, Priority
-from scripted_transport import Act, ScriptedTransport, lost, replies
+from scripted_transport import Act, ScriptedTransport, lost, replies, silent
 from virtual_time import in_virtual_time
 
 NUMBERS = BreakerNumbers()
@@ -107,8 +108,36 @@ def test_a_probe_that_its_caller_gives_up_makes_room_for_another() -> None:
     bench.wait(NUMBERS.open_seconds)
     assert bench.passes()
     assert not bench.passes()
-    bench.health.abandoned()
+    bench.health.abandoned("write")
     assert bench.passes()
+
+
+@pytest.mark.parametrize("given_up", ["a vital call", "a call from before"])
+def test_a_call_that_took_no_permit_gives_none_back(given_up: str) -> None:
+    async def scene(clock: Callable[[], float]) -> None:
+        http = ScriptedTransport([silent(1000.0), silent(1000.0)], clock)
+        made = Retrying(
+            http, server="http://s", probe=WireRequest("GET", "/health"), numbers=Resilience(), monotonic=clock
+        )
+        before = asyncio.ensure_future(made.send(WireRequest("POST", "/", timeout_seconds=1000.0)))
+        await asyncio.sleep(0)
+        for _ in range(NUMBERS.min_calls):
+            made.health.unanswered("lost")
+        await asyncio.sleep(NUMBERS.open_seconds)
+        assert made.health.admit("write") == 0.0, "the only permit"
+        beat = asyncio.ensure_future(made.send(WireRequest("POST", "/beat", priority="heartbeat")))
+        await asyncio.sleep(0)
+        gone = before if given_up == "a call from before" else beat
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        assert http.cancelled == 1
+        assert made.health.admit("write") > 0.0
+        for each in (before, beat):
+            each.cancel()
+        await asyncio.wait([before, beat])
+
+    in_virtual_time(scene)
 
 
 def test_a_probe_that_takes_long_makes_room_for_another() -> None:

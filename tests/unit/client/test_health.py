@@ -123,12 +123,17 @@ def test_the_gate_of_a_retry() -> None:
     in_virtual_time(scene)
 
 
-def _asking_first(http: ScriptedTransport, clock: Clock, retry_delays: tuple[float, ...]) -> Retrying:
+def _asking_first(
+    http: ScriptedTransport,
+    clock: Clock,
+    retry_delays: tuple[float, ...],
+    breaker: BreakerNumbers = BreakerNumbers(),  # noqa: B008
+) -> Retrying:
     return Retrying(
         http,
         server="http://s",
         probe=PROBE,
-        numbers=Resilience(),
+        numbers=Resilience(breaker=breaker),
         retry_delays=retry_delays,
         health_retry_delays=(0.1, 0.2, 0.5),
         monotonic=clock,
@@ -143,6 +148,24 @@ def test_0_3_style_retries_end_early_when_the_server_is_gone() -> None:
             await made.send(REQUEST)
         assert [each.target for each in http.requests] == ["/work"] + ["/health"] * 4
         assert clock() == pytest.approx(0.8)
+
+    in_virtual_time(scene)
+
+
+def test_0_3_style_questions_are_told_but_do_not_move_the_breaker() -> None:
+    async def scene(clock: Clock) -> None:
+        http = ScriptedTransport(lost(5), clock)
+        made = _asking_first(http, clock, (1.0,), BreakerNumbers(min_calls=2))
+        with pytest.raises(StoreUnreachable):
+            await made.send(REQUEST)
+        report = _now(made)
+        assert (report.calls, report.failures, report.failures_in_a_row) == (5, 5, 5)
+        assert (report.state, report.breaker) == ("unreachable", BreakerState.CLOSED)
+        made.health.unanswered("lost")
+        assert _now(made).breaker is BreakerState.OPEN, "the second call that failed"
+        made.health.answered(200, guarded=False)
+        assert _now(made).breaker is BreakerState.OPEN
+        assert _now(made).failures_in_a_row == 0
 
     in_virtual_time(scene)
 

@@ -214,10 +214,10 @@ class Health:
             self._renew_at = now + _PROBE_SECONDS
             return 0.0
 
-    def abandoned(self) -> None:
-        """A call that was let through was given up by its caller; it says nothing about the server."""
+    def abandoned(self, priority: Priority) -> None:
+        """A call that ``admit`` let through was given up by its caller; it says nothing about the server."""
         with self._lock:
-            self._permits += 1
+            self._permits += priority not in _VITAL
 
     def _admit_vital(self, now: float) -> float:
         numbers = self._numbers
@@ -269,38 +269,40 @@ class Health:
 
     # --- What happens ----------------------------------------------------------------------------
 
-    def answered(self, status: int) -> None:
-        """A try brought a reply."""
+    def answered(self, status: int, *, guarded: bool = True) -> None:
+        """A try brought a reply. ``guarded``: the breaker had a say in it, and learns from it."""
         with self._lock:
             now = self._answered_at = self._monotonic()
             if status in _TROUBLE:
-                self._fail(now, f"status {status}")
+                self._fail(now, f"status {status}", guarded)
                 return
             self._calls += 1
             self._in_a_row = 0
             self.well_answered += 1
-            self._window.add(now, ok=True)
             since, self._failing_since = self._failing_since, None
             if since is not None:
                 _logger.info("%s answers again, after %.1f s", self._server, now - since)
-            if self.breaker is not BreakerState.CLOSED:
-                self._recover(now)
+            if guarded:
+                self._window.add(now, ok=True)
+                if self.breaker is not BreakerState.CLOSED:
+                    self._recover(now)
 
-    def unanswered(self, why: str) -> None:
-        """A try brought none."""
+    def unanswered(self, why: str, *, guarded: bool = True) -> None:
+        """A try brought none. ``guarded``: see ``answered``."""
         with self._lock:
-            self._fail(self._monotonic(), why)
+            self._fail(self._monotonic(), why, guarded)
 
-    def _fail(self, now: float, why: str) -> None:
+    def _fail(self, now: float, why: str, guarded: bool) -> None:
         self._calls += 1
         self._failures += 1
         self._in_a_row += 1
         self._last_failure = why
-        self._window.add(now, ok=False)
         if self._failing_since is None:
             self._failing_since = now
             _logger.warning("%s does not answer as it should: %s", self._server, why)
-        self._open_if_needed(now)
+        if guarded:
+            self._window.add(now, ok=False)
+            self._open_if_needed(now)
 
     def retried(self, request: WireRequest, why: str, delay_seconds: float) -> None:
         """A request is sent again after this delay."""

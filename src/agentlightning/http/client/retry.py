@@ -182,7 +182,8 @@ class Retrying:
     ) -> WireReply | StoreUnreachable | float:
         """What came of one try, of which the health is told; the seconds to wait if the breaker held it back."""
         health = self.health
-        if guarded and health.breaker is not BreakerState.CLOSED:
+        is_admitted = guarded and health.breaker is not BreakerState.CLOSED
+        if is_admitted:
             wait = health.admit(request.priority)
             if wait > 0:
                 return wait
@@ -195,12 +196,13 @@ class Retrying:
         except TimeoutError:
             lost = StoreUnreachable(f"no reply to {request.method} {request.target} within {seconds:g} s")
         except BaseException:  # the caller gave up, which says nothing about the server
-            health.abandoned()
+            if is_admitted:
+                health.abandoned(request.priority)
             raise
         else:
-            health.answered(reply.status)
+            health.answered(reply.status, guarded=guarded)
             return reply
-        health.unanswered(lost.message)
+        health.unanswered(lost.message, guarded=guarded)
         return lost
 
     async def _try_again(
@@ -209,7 +211,7 @@ class Retrying:
         """Go on after a first try that was no answer."""
         deadline = started + request.patience_seconds
         failed = 0
-        while _may_change(outcome) or not isinstance(outcome, WireReply):
+        while not isinstance(outcome, WireReply) or _may_change(outcome.status):
             left = deadline - self._monotonic()
             if isinstance(outcome, int | float):
                 if left <= 0 or not request.waits_while_shed:
@@ -281,7 +283,10 @@ class Retrying:
     # --- Probes ----------------------------------------------------------------------------------
 
     async def _is_there(self) -> bool:
-        """Whether the server says that it is well, where that has to be asked; also while the breaker is open."""
+        """Whether the server says that it is well, where that has to be asked; past the breaker, which learns nothing.
+
+        An answer to this question says little of how the server takes calls.
+        """
         if self._ask_first is None:
             return True
         for delay in (0.0, *self._ask_first):
@@ -313,9 +318,6 @@ class Retrying:
         await self._try(self._probe, self._probe.timeout_seconds)
 
 
-def _may_change(outcome: WireReply | StoreUnreachable | float) -> bool:
+def _may_change(status: int) -> bool:
     """Whether the same request may get another answer later. 501 and 505 say that it never will."""
-    if not isinstance(outcome, WireReply):
-        return True
-    status = outcome.status
     return status in _TRANSIENT or 507 < status < 600

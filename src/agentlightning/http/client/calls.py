@@ -396,7 +396,10 @@ class Claims:
         """The id of a claim like this one that had no answer; it is the caller's now."""
         with self._lock:
             waiting = self._unanswered.get((worker_id, limit))
-            return waiting.popleft() if waiting else None
+            request_id = waiting.popleft() if waiting else None
+            if not waiting:
+                self._unanswered.pop((worker_id, limit), None)
+            return request_id
 
     def keep(self, worker_id: str | None, limit: int, request_id: str) -> None:
         """A claim had no answer. Of very many, the oldest are let go: the server hands their rollouts out again."""

@@ -137,6 +137,8 @@ class BoundedConnection(HttpToolsProtocol):
         was_in_message = self._in_message
         self._received += len(data)
         super().data_received(data)
+        if self._ignores_input:  # refused just now
+            return
         if not self._in_message:
             self._cancel_deadline()
             return

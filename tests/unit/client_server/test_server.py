@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ import pytest
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
+from agentlightning.http.server.app import DirectExchange
 from agentlightning.http.server.limits import ServerLimits
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.base import LightningStore
@@ -89,6 +91,24 @@ async def test_a_connection_is_closed_when_it_was_idle_since_its_last_reply() ->
         began = time.monotonic()
         assert await asyncio.wait_for(reader.read(), 20) == b""
         assert time.monotonic() - began > 0.5
+        writer.close()
+
+
+async def test_an_answered_request_needs_no_collector() -> None:
+    request = b"POST /agl/v1/workers/w-1 HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r")[0]))
+            left = sum(type(each) is DirectExchange for each in gc.get_objects())
+        finally:
+            gc.enable()
+        assert left <= 2, "the last one, which its connection keeps; its predecessor, whose task may be ending"
         writer.close()
 
 

@@ -141,6 +141,7 @@ class StoreApp:
             self.meter.note(label, status, seconds)
             if exchange.task is not None and exchange.tasks is not None:
                 exchange.tasks.discard(exchange.task)
+                exchange.task = None  # its context holds the exchange: together they would wait for the collector
             if status >= 500 or seconds > _SLOW_SECONDS or _log.isEnabledFor(logging.DEBUG):
                 self._note(exchange, status, seconds)
 

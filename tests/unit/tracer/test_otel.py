@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import pickle
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,12 +20,14 @@ from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.tracer.base import DummyTracer, clear_active_tracer, get_active_tracer, set_active_tracer
 from agentlightning.tracer.otel import (
+    OPEN_SPANS_LIMIT,
     LightningSpanProcessor,
     OtelTracer,
     attach_processor,
     get_span_processors,
     get_tracer_provider,
 )
+from agentlightning.tracer.sender import current
 from agentlightning.types import AttemptedRollout, Span
 from scenes import started
 
@@ -107,6 +110,30 @@ async def test_many_rollouts_at_once_keep_their_spans_apart() -> None:
         await asyncio.gather(*map(one, rollouts))
         for rollout in rollouts:
             assert await names(store, rollout) == [rollout.rollout_id] * 4
+
+
+async def test_a_span_costs_the_same_however_many_never_end() -> None:
+    async with tracing() as (store, tracer):
+        rollout = await started(store)
+        async with tracer.trace_context(**of(rollout)) as otel:
+            processor, recording = tracer._wiring()[0], current.get()
+            assert recording is not None
+            never_ending = range(1, OPEN_SPANS_LIMIT + 1)
+            processor._starting.update(dict.fromkeys(never_ending, recording))
+            first = otel.start_span("first")
+            tracemalloc.start()
+            try:
+                second = otel.start_span("second")
+                _, most = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert most < OPEN_SPANS_LIMIT, "bytes"
+            assert len(processor._starting) == OPEN_SPANS_LIMIT
+            for each in never_ending:
+                processor._starting.pop(each, None)
+            first.end()
+            second.end()
+        assert await names(store, rollout) == ["first", "second"]
 
 
 async def test_a_span_belongs_to_the_trace_it_began_in_wherever_it_ends() -> None:

@@ -312,6 +312,23 @@ async def test_a_reply_that_is_none_is_recorded_as_a_failure() -> None:
         assert attribute(span, Call.RESPONSE) == "<html>welcome</html>"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_numbers_that_no_span_can_hold_do_not_spoil_the_record(stream: bool) -> None:
+    backend = OpenAIBackend()
+    choice = {"index": 0, "token_ids": [2**63], "finish_reason": "stop"}
+    says = {"role": "assistant", "content": "hi"}
+    reply = {"id": "c", "usage": {"prompt_tokens": 2**70, "completion_tokens": 1}, "prompt_token_ids": [2**63]}
+    async with proxied(backend) as scene:
+        whole = json.dumps(reply | {"choices": [choice | {"message": says}]}).encode()
+        backend.plan(Say([reply | {"choices": [choice | {"delta": says}]}]) if stream else Write(whole))
+        assert await ask(scene, stream=stream)
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, GenAI.USAGE_OUTPUT_TOKENS)) == ("OK", 1)
+        for name in (GenAI.USAGE_INPUT_TOKENS, Call.PROMPT_TOKEN_IDS, Call.RESPONSE_TOKEN_IDS):
+            assert attribute(span, name) is None
+        assert body_of(span, Call.RESPONSE)["choices"][0]["message"] == says
+
+
 async def test_a_stream_without_end_is_cut_off_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_MAX_REPLY_BYTES", 1_000_000)
     backend = OpenAIBackend()

@@ -82,6 +82,19 @@ def test_other_texts_and_lists_of_a_message_are_kept() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("pieces", "whole"),
+    [
+        ([[], [{"url": "a"}], [{"url": "b"}]], [{"url": "a"}, {"url": "b"}]),
+        ([[], [{"index": 0, "x": "a"}], [], [{"index": 0, "x": "b"}]], [{"x": "ab"}]),
+        ([["a"], [], [{"index": 0}]], ["a", {"index": 0}]),
+        ([[], []], []),
+    ],
+)
+def test_an_empty_list_does_not_say_what_follows(pieces: list[list[Any]], whole: list[Any]) -> None:
+    assert message_of(*({"parts": piece} for piece in pieces))["parts"] == whole
+
+
 def test_choices_are_kept_apart_and_in_order() -> None:
     stream, body = assembled(
         {"index": 1, "delta": {"content": "b"}, "token_ids": [2]},
@@ -127,6 +140,32 @@ def test_one_missing_log_probability_makes_all_unusable() -> None:
     good = {"index": 0, "delta": {}, "logprobs": {"content": [{"logprob": -1.0}]}}
     stream, _ = assembled(good, {"index": 0, "delta": {}, "logprobs": {"content": [{"logprob": None}]}}, good)
     assert stream.recorded().logprobs is None
+
+
+@pytest.mark.parametrize("odd", [[2**63], [-(2**63) - 1], [True], ["2"], 2])
+def test_token_ids_that_no_span_can_hold_make_all_of_the_choice_unusable(odd: object) -> None:
+    good, last = ({"index": 0, "delta": {"content": "a"}, "token_ids": [each]} for each in (2**63 - 1, -(2**63)))
+    stream, body = assembled(good, {"index": 0, "delta": {"content": "b"}, "token_ids": odd}, last)
+    assert stream.recorded().token_ids is None, "those of the other chunks do not stand for the whole text"
+    assert body["choices"][0]["message"]["content"] == "aba"
+    assert "token_ids" not in body["choices"][0]
+    stream, _ = assembled(good, {"index": 0, "delta": {}, "token_ids": None}, last)
+    assert list(stream.recorded().token_ids or ()) == [2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("huge", [2**63, 2**70, 10**400], ids=["2**63", "2**70", "10**400"])
+def test_numbers_that_no_span_can_hold_are_left_out_of_the_record(huge: int) -> None:
+    usage = {"prompt_tokens": huge, "completion_tokens": 2}
+    choice = {"index": 0, "token_ids": [huge], "logprobs": {"content": [{"logprob": 10**400}]}, "finish_reason": "stop"}
+    reply = {"usage": usage, "prompt_token_ids": [huge], "choices": [choice | {"message": {"content": "a"}}]}
+    whole = CHAT.read_reply(json.dumps(reply).encode(), frozenset())
+    stream = CHAT.open_stream(frozenset())
+    feed(stream, reply | {"choices": [choice | {"delta": {"content": "a"}}]})
+    for answer in (whole, stream.recorded()):
+        assert answer is not None
+        assert (answer.prompt_token_ids, answer.token_ids, answer.logprobs) == (None, None, None)
+        assert (answer.input_tokens, answer.output_tokens, answer.finish_reasons) == (None, 2, ["stop"])
+        assert json.loads(answer.body)["usage"] == usage, "the agent reads what the backend wrote"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import msgspec
+from typing_extensions import TypeIs
 
 from agentlightning.proxy.dialects.base import BackendError, CaptureField, RecordedReply, data_of, event_of
 
@@ -201,6 +202,7 @@ class _PartialChoice:
         self._has_logprobs = False
         self.finish_reason: str | None = None
         self.token_ids: array[int] | None = None
+        self._lacks_token_ids = False
 
     def add(self, given: dict[str, Any]) -> None:
         for name, value in given.items():
@@ -214,14 +216,19 @@ class _PartialChoice:
             elif name == "finish_reason" and isinstance(value, str):
                 self.finish_reason = value
             elif name == "token_ids":
-                ids = _integers(value)
-                if ids is not None:
-                    self.token_ids = array("q") if self.token_ids is None else self.token_ids
-                    self.token_ids.extend(ids)
+                self._add_token_ids(value)
             elif name == "logprobs":
                 self._add_logprobs(value)
             else:
                 self._others[name] = value
+
+    def _add_token_ids(self, value: object) -> None:
+        ids = _integers(value)
+        if ids is None:  # from here on ids would no longer stand for the whole text
+            self._lacks_token_ids, self.token_ids = True, None
+        elif not self._lacks_token_ids:
+            self.token_ids = array("q") if self.token_ids is None else self.token_ids
+            self.token_ids.extend(ids)
 
     def _add_logprobs(self, value: object) -> None:
         numbers = _logprobs_of(value)
@@ -293,14 +300,15 @@ class _MergedObject:
 
     def _add_list(self, name: str, items: list[Any]) -> None:
         kept: Any = self.parts.get(name)
-        if all(isinstance(item, dict) and type(cast("dict[str, Any]", item).get("index")) is int for item in items):
-            if not isinstance(kept, dict | list):
-                kept = self.parts[name] = dict[int, _MergedObject]()
-            if isinstance(kept, dict):
-                for item in items:
-                    cast("dict[int, _MergedObject]", kept).setdefault(item["index"], _MergedObject()).add(item)
-        elif isinstance(kept, list):
+        if not items:  # says nothing of the kind of list that follows
+            self.parts.setdefault(name, [])
+        elif isinstance(kept, list) and kept:
             cast("list[Any]", kept).extend(items)
+        elif all(isinstance(item, dict) and type(cast("dict[str, Any]", item).get("index")) is int for item in items):
+            merged: dict[int, _MergedObject] = kept if isinstance(kept, dict) else {}
+            self.parts[name] = merged
+            for item in items:
+                merged.setdefault(item["index"], _MergedObject()).add(item)
         elif not isinstance(kept, dict):
             self.parts[name] = [*items]
 
@@ -346,14 +354,19 @@ def _read_head_and_usage(head: dict[str, Any], usage: object, record: RecordedRe
     )
     if isinstance(usage, dict):
         record.input_tokens, record.output_tokens = (
-            value if type(value := cast("dict[str, Any]", usage).get(name)) is int else None
+            value if _is_int64(value := cast("dict[str, Any]", usage).get(name)) else None
             for name in ("prompt_tokens", "completion_tokens")
         )
 
 
+def _is_int64(value: object) -> TypeIs[int]:
+    """Whether it is an integer that a span can hold. JSON has larger ones."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 def _integers(value: object) -> Sequence[int] | None:
-    """Return ``value`` if it is a list of integers."""
-    if isinstance(value, list) and all(type(each) is int for each in cast("list[Any]", value)):
+    """Return ``value`` if it is a list of integers that a span can hold."""
+    if isinstance(value, list) and all(map(_is_int64, cast("list[Any]", value))):
         return cast("list[int]", value)
     return None
 
@@ -373,7 +386,10 @@ def _logprobs_of(value: object) -> Sequence[float] | None:
         numbers = facts.get("token_logprobs")
     if not isinstance(numbers, list) or not all(type(each) in (float, int) for each in cast("list[Any]", numbers)):
         return None
-    return [float(each) for each in cast("list[float]", numbers)]
+    try:
+        return [float(each) for each in cast("list[float]", numbers)]
+    except OverflowError:
+        return None
 
 
 def _bytes_of(text: str) -> bytes:

@@ -123,7 +123,7 @@ async def _steering(agent: AsyncOpenAI, url: str) -> None:
 def test_without_a_key_there_is_no_steering_and_ctrl_c_ends_the_program() -> None:
     with OpenAIBackend() as backend:
         words = ("proxy", "--model", f"policy={backend.url}", "--port", 0, "--no-record", "--host", "0.0.0.0")
-        with program(*words) as (process, line):
+        with program(*words, AGL_SERVER_URL="ftp://no-store") as (process, line):  # which nobody asks for
             assert process.stdout is not None
             told = process.stdout.readline()
             key = told.split()[6]
@@ -156,6 +156,8 @@ def test_without_a_key_there_is_no_steering_and_ctrl_c_ends_the_program() -> Non
             "AGL_NOT_SET, which is not set",
         ),
         (("--model", "p=http://127.0.0.1:9/v1", "--url", "http://127.0.0.1:9"), 4, "127.0.0.1:9"),
+        (("--url", "ftp://no-store"), 2, "ftp://no-store"),
+        (("--url", "ftp://no-store", "--no-record"), 2, "give --model NAME=URL"),
     ],
 )
 def test_what_is_wrong_is_said(words: tuple[str, ...], code: int, text: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,6 +261,63 @@ def test_a_command_that_fails_is_found(manner: str, text: str, tmp_path: Path) -
     """The negative control."""
     with pytest.raises(AssertionError, match="exit code"):
         run_session([Block(ROOT / "docs" / "made-up.md", 1, "bash", manner, text)], tmp_path)
+
+
+# --- Names in the text -----------------------------------------------------------------------------
+
+_CODE = re.compile(r"`([^`\n]+)`")
+_FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|pyi)|(?:src|tests|examples|bench|scripts|docs)(?:/[\w.-]+)+/?")
+_DOTTED = re.compile(r"agentlightning(?!\.db)(?:\.\w+)+")
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+TEXTS = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "bench" / "README.md",
+    ROOT / "changes" / "README.md",
+]
+PATHS = [
+    f"/{path.relative_to(ROOT)}"
+    for folder in ("src", "tests", "examples", "bench", "scripts", "docs")
+    for path in (ROOT / folder).rglob("*")
+]
+ATTRIBUTES = (ROOT / "src" / "agentlightning" / "semconv.py").read_text(encoding="utf-8")
+
+
+def names_without_a_thing(text: str, folder: Path) -> list[str]:
+    """What a page names in its text, outside of code blocks, and what is not there: files, modules, links."""
+    prose = re.sub(r"^( *)(`{3,}|~{3,}).*?^ *\2`*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    missing = [link for link in _LINK.findall(prose) if not (folder / link).exists()]
+    for code in _CODE.findall(prose):
+        is_there = True
+        if _FILE.fullmatch(code) and "NAME" not in code:
+            is_there = any(path.endswith(f"/{code.rstrip('/')}") for path in PATHS)
+        elif _DOTTED.fullmatch(code):
+            is_there = f'"{code}"' in ATTRIBUTES or can_be_imported(code)
+        missing += [] if is_there else [code]
+    return missing
+
+
+def can_be_imported(dotted: str) -> bool:
+    """Whether it is a module, or a name in one."""
+    module, _, name = dotted.rpartition(".")
+    with contextlib.suppress(ImportError):
+        return bool(import_module(dotted))
+    with contextlib.suppress(ImportError):
+        return hasattr(import_module(module), name)
+    return False
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=[page.name for page in TEXTS])
+def test_what_a_page_names_is_there(page: Path) -> None:
+    assert names_without_a_thing(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_a_name_without_a_thing_is_found() -> None:
+    """The negative control."""
+    text = "`demo/gone.py`, `agentlightning.gone`, `tests/gone/`, [x](gone.md)\n```text\n`demo/shown.py`\n```\n"
+    found = names_without_a_thing(text + "`demo/agent.py`, `agentlightning.types.Span`, [x](README.md#y)", ROOT)
+    assert found == ["gone.md", "demo/gone.py", "agentlightning.gone", "tests/gone/"]
 
 
 # --- Blocks by themselves --------------------------------------------------------------------------

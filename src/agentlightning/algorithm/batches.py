@@ -99,7 +99,7 @@ async def enqueue_inputs(
 
 @dataclass(frozen=True)
 class EndedRollout:
-    """A rollout that has ended, and the spans of its newest attempt."""
+    """A rollout that has ended, and the spans of its newest attempt, if they were to be read."""
 
     rollout: Rollout
     spans: Sequence[Span]
@@ -111,11 +111,16 @@ class EndedRollout:
 
 
 async def wait_for_ends(
-    store: LightningStore, rollout_ids: Sequence[str], timeout_seconds: float | None = None
+    store: LightningStore,
+    rollout_ids: Sequence[str],
+    timeout_seconds: float | None = None,
+    *,
+    reads_failed: bool = True,
 ) -> list[EndedRollout | None]:
     """Wait until all rollouts have ended, and return them in order; None for one that is not in the store any more.
 
     Args:
+        reads_failed: whether the spans of those that did not succeed are wanted, too.
         timeout_seconds: those that have not ended by then are cancelled, and returned as None.
     """
     slots = asyncio.Semaphore(_READS_AT_ONCE)
@@ -125,7 +130,9 @@ async def wait_for_ends(
     async def read(rollout_id: str) -> EndedRollout | None:
         async with slots:
             if rollout_id in ended:
-                return EndedRollout(ended[rollout_id], list(await store.query_spans(rollout_id, "latest")))
+                rollout = ended[rollout_id]
+                is_wanted = reads_failed or rollout.status == "succeeded"
+                return EndedRollout(rollout, list(await store.query_spans(rollout_id, "latest")) if is_wanted else [])
             if timeout_seconds is not None:
                 await _cancel(store, rollout_id, f"not done after {timeout_seconds:g} s")
             return None

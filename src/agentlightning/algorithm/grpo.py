@@ -21,14 +21,8 @@ from typing_extensions import TypeVar
 from agentlightning.adapter.adapters import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import EndedRollout, check_counts, check_datasets, enqueue_inputs, wait_for_ends
-from agentlightning.algorithm.policy import (
-    GroupReader,
-    ModelEndpoint,
-    Policy,
-    PolicyBatch,
-    PolicyUpdate,
-    StepGroups,
-)
+from agentlightning.algorithm.groups import GroupReader, StepGroups
+from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
 from agentlightning.algorithm.run import ModelProxy, reassign_unfinished, running_proxy
 from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.types import LLM, Dataset, RolloutMode
@@ -229,7 +223,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
         if not inputs:
             return []
         rollout_ids = await enqueue_inputs(self, inputs, mode=mode, resources_id=resources_id, step=step, kind=kind)
-        return await wait_for_ends(self.get_store(), rollout_ids)
+        return await wait_for_ends(self.get_store(), rollout_ids, reads_failed=False)
 
     async def _learn(self, step: int, groups: StepGroups, endpoint: ModelEndpoint) -> dict[str, float]:
         """Update the policy. The proxy is paused meanwhile, so that no call mixes two versions of the weights."""

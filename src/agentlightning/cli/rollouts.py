@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args
 
 import typer
 
@@ -29,11 +29,8 @@ from agentlightning.cli.terminal import (
 )
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Attempt, AttemptedRollout, Rollout
+from agentlightning.types import Attempt, AttemptedRollout, Rollout, RolloutStatus
 from agentlightning.types.rewards import find_final_reward
-
-if TYPE_CHECKING:
-    from agentlightning.types import RolloutStatus
 
 _SHOWN_ATTEMPTS = 20
 _SHOWN_NAMES = 12
@@ -41,17 +38,10 @@ _MANY_SPANS = 5_000
 
 Id = Annotated[str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")]
 
-
-class Status(StrEnum):
-    """The states of a rollout."""
-
-    QUEUING = "queuing"
-    PREPARING = "preparing"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    REQUEUING = "requeuing"
+if TYPE_CHECKING:
+    Status = RolloutStatus
+else:  # typer takes a list of an enum, and none of a Literal
+    Status = StrEnum("Status", {each.upper(): each for each in get_args(RolloutStatus)})
 
 
 def ls(
@@ -81,7 +71,7 @@ def ls(
     target.print_page(
         output,
         lambda store: store.query_rollouts(
-            status_in=cast("list[RolloutStatus]", [each.value for each in status]) if status else None,
+            status_in=status or None,
             rollout_id_contains=match,
             sort_by=sort,
             sort_order="asc" if oldest_first else "desc",

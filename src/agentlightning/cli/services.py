@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from agentlightning.cli.target import Server, Target
+from agentlightning.cli.target import ApiKey, Server, Target, Url, locate
 from agentlightning.cli.terminal import LogLevel
 from agentlightning.errors import InvalidValue
 from agentlightning.telemetry.logs import setup_logging
 
 if TYPE_CHECKING:
     from agentlightning.execution.base import ExecutionEvent
-    from agentlightning.proxy import ModelConfig
+    from agentlightning.proxy import LLMProxy, ModelConfig
     from agentlightning.store.base import LightningStore
     from agentlightning.store.engine import EngineStore
 
@@ -94,7 +94,8 @@ def _store_of(db: str, durability: _Durability) -> EngineStore:
 
 
 def proxy(
-    target: Target,
+    url: Url = None,
+    api_key: ApiKey = None,
     model: Annotated[
         list[str] | None, _models("--model", "-m", metavar="NAME=URL", help="A backend; again for more.")
     ] = None,
@@ -126,9 +127,9 @@ def proxy(
       agl proxy --model policy=http://a:8000/v1 --model policy=http://b:8000/v1 --no-record
     """
     from agentlightning.proxy import LLMProxy
-    from agentlightning.serving.server import ended_by_signal
 
     setup_logging(log_level)
+    target = None if no_record else locate(url, api_key)
     served = LLMProxy(
         port,
         _model_list(model or [], config, upstream_key_env),
@@ -139,19 +140,23 @@ def proxy(
         public_url=public_url,
     )
 
-    async def serve() -> None:
-        async with AsyncExitStack() as stack:
-            if not no_record:
-                served.set_store(await stack.enter_async_context(target.open()))
-            await served.start()
-            stack.push_async_callback(served.stop)
-            ended = ended_by_signal()
-            typer.echo(f"serving {', '.join(served.models)} at {served.url}/v1")
-            if proxy_key is None and served.api_key is not None:
-                typer.echo(f"agents have to show the key {served.api_key} (choose one with --proxy-key)")
-            await ended.wait()
+    asyncio.run(_serve(served, target, served.api_key if proxy_key is None else None))
 
-    asyncio.run(serve())
+
+async def _serve(served: LLMProxy, target: Target | None, new_key: str | None) -> None:
+    """Run the proxy until a signal comes; it records into ``target``, if there is one, and says the key that is new."""
+    from agentlightning.serving.server import ended_by_signal
+
+    async with AsyncExitStack() as stack:
+        if target is not None:
+            served.set_store(await stack.enter_async_context(target.open()))
+        await served.start()
+        stack.push_async_callback(served.stop)
+        ended = ended_by_signal()
+        typer.echo(f"serving {', '.join(served.models)} at {served.url}/v1")
+        if new_key is not None:
+            typer.echo(f"agents have to show the key {new_key} (choose one with --proxy-key)")
+        await ended.wait()
 
 
 def _model_list(words: list[str], config: Path | None, upstream_key_env: str | None) -> list[ModelConfig]:

@@ -193,15 +193,16 @@ class _CompletionRequest(_CallRequest):
 def _read(kind: type[_CallRequest], body: bytes, model: str) -> _CallRequest:
     try:
         fields: Any = json.loads(body)
-        if not isinstance(fields, dict):
-            raise InvalidValue("the body is not a JSON object")
+    except (ValueError, RecursionError) as error:  # the first also for integers of thousands of digits
+        raise InvalidValue(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidValue("the body is not a JSON object")
+    try:
         request = kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidValue(f"{where or 'the request'} is not valid: {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"the body is not JSON: {error}") from error
     if request.model != model:
         raise NotFound(f"the model {request.model!r} does not exist; this endpoint serves {model!r}")
     for name, neutral in _NOT_OFFERED.items():

@@ -21,6 +21,7 @@ from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, Pro
 from agentlightning.proxy.models import ModelConfig, backends_of, check_capture_fields
 from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing, Upstream
+from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import is_loopback
 from agentlightning.security.keys import ApiKey
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds
@@ -105,6 +106,7 @@ class LLMProxy:
             In both cases it is in the resources that ``as_resource`` returns.
         control_key: opens ``POST /control/pause``, ``/control/resume`` and ``/control/model_version``, for algorithms
             in other processes. Default: there are no such routes.
+        access_policy: decides what a caller with the right key may do. Default: everything.
         public_url: how agents reach the proxy, if not by its host and port: ``http://name:port``.
         max_calls: how many calls may be in flight; more get 503.
         record_wait_seconds: how long the end of a reply waits for the store to accept the span, at most.
@@ -131,6 +133,7 @@ class LLMProxy:
         ask_for: Collection[CaptureField] | None = None,
         api_key: str | None = None,
         control_key: str | None = None,
+        access_policy: AccessPolicy | None = None,
         public_url: str | None = None,
         max_calls: int = 4_096,
         record_wait_seconds: float = 5.0,
@@ -150,6 +153,7 @@ class LLMProxy:
         self._key_text = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
         self._api_key = None if self._key_text is None else ApiKey(self._key_text)
         self._control_key = None if control_key is None else ApiKey(control_key)
+        self._access_policy = access_policy
         self._store = store
         backends_of(model_list or ())  # so that a mistake in it is reported here rather than by ``start``
         self._model_list = cast("list[ModelConfig]", list(model_list or ()))
@@ -234,7 +238,7 @@ class LLMProxy:
             session = self._session = ProxySession(settings, upstream, self.get_store, self._versions)
             session.start()
             try:
-                yield ProxyApp(session, ProxyAccess(self._api_key, self._control_key))
+                yield ProxyApp(session, ProxyAccess(self._api_key, self._control_key, self._access_policy))
             finally:
                 await session.close()
 

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, cast
@@ -185,10 +185,11 @@ def _api_key(key: str | None, base_url: str, where: str) -> str | None:
 def check_capture_fields(given: object, where: str) -> frozenset[CaptureField]:
     """Return the capture fields that an argument or an entry called ``where`` names. Raises ``InvalidValue`` if it is
     no list of them."""
-    is_list = isinstance(given, Collection) and not isinstance(given, (str, Mapping))
-    if not is_list or not set(cast("Collection[Any]", given)) <= CAPTURE_FIELDS:
-        raise InvalidValue(f"{where} is {given!r}; give a list of some of {', '.join(sorted(CAPTURE_FIELDS))}")
-    return frozenset(cast("Collection[CaptureField]", given))
+    try:
+        return msgspec.convert(given, frozenset[CaptureField])
+    except msgspec.ValidationError as error:
+        known = ", ".join(sorted(CAPTURE_FIELDS))
+        raise InvalidValue(f"{where} is {given!r}; give a list of some of {known}") from error
 
 
 def read_model_list(path: Path) -> list[ModelConfig]:

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import MutableMapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -116,14 +117,31 @@ def setup_logging(
         stream = logging.StreamHandler(sys.stderr)
         stream.setFormatter(_formatter(format or ("console" if on_terminal else "json"), colors=on_terminal))
         handlers.append(stream)
-    for file in [files] if isinstance(files, (str, Path)) else files or ():
-        try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            rotating = RotatingFileHandler(file, maxBytes=max_file_bytes, backupCount=kept_files, encoding="utf-8")
-        except OSError as error:
-            raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
-        rotating.setFormatter(_formatter(format or "json", colors=False))
-        handlers.append(rotating)
+    paths = [files] if isinstance(files, (str, Path)) else files or ()
+    handlers += _open_files(paths, format or "json", max_file_bytes, kept_files)
+    _replace_handlers(handlers, number, propagate=propagate)
+
+
+def _open_files(
+    files: Sequence[str | Path], format: LogFormat, max_bytes: int, kept: int
+) -> Sequence[RotatingFileHandler]:
+    """Return handlers that write to the files: to all of them, or none is left open."""
+    found: list[RotatingFileHandler] = []
+    with ExitStack() as opened:
+        for file in files:
+            try:
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+                handler = RotatingFileHandler(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
+            except OSError as error:
+                raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
+            opened.callback(handler.close)
+            handler.setFormatter(_formatter(format, colors=False))
+            found.append(handler)
+        opened.pop_all()
+    return found
+
+
+def _replace_handlers(handlers: Sequence[logging.Handler], level: int, *, propagate: bool) -> None:
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         for old in [each for each in logger.handlers if getattr(each, _OURS, False)]:
@@ -134,7 +152,7 @@ def setup_logging(
             logger.addHandler(handler)
         logger.propagate = propagate
         # At INFO uvicorn repeats what this package logs itself about every start and stop.
-        logger.setLevel(number if name == "agentlightning" else max(number, logging.WARNING))
+        logger.setLevel(level if name == "agentlightning" else max(level, logging.WARNING))
 
 
 def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:

@@ -12,13 +12,13 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.adapter.adapters import TraceToMessages
-from agentlightning.algorithm.batches import enqueue_inputs
+from agentlightning.algorithm.batches import enqueue_inputs, wait_for_ends
 from agentlightning.algorithm.run import reassign_unfinished
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore
-from agentlightning.types import RolloutConfig
-from scenes import claimed, finish, llm
+from agentlightning.types import AttemptStatus, RolloutConfig
+from scenes import claimed, finish, llm, span_of
 
 # --- The base --------------------------------------------------------------------------------------
 
@@ -284,8 +284,20 @@ async def test_what_a_run_left_unfinished_gets_the_resources_of_its_new_start() 
         await finish(store, kept)
 
 
+async def test_spans_of_failed_rollouts_are_read_if_they_are_wanted() -> None:
+    async with InMemoryLightningStore() as store:
+        statuses: tuple[AttemptStatus, ...] = ("succeeded", "failed")
+        for status in statuses:
+            rollout = await store.start_rollout({}, rollout_id=status)
+            await store.add_span(span_of(rollout))
+            await store.update_attempt(status, rollout.attempt.attempt_id, status)
+        for wanted, counts in ((True, [1, 1]), (False, [1, 0])):
+            ended = await wait_for_ends(store, ["succeeded", "failed"], reads_failed=wanted)
+            assert [each and len(each.spans) for each in ended] == counts
+
+
 def test_names_of_the_old_interface_are_where_they_were() -> None:
-    from agentlightning.adapter import TraceToMessages as FromPackage  # pyright: ignore[reportAttributeAccessIssue]
+    from agentlightning.adapter import TraceToMessages as FromPackage, __all__ as adapters
     from agentlightning.algorithm import Algorithm, Baseline, FastAlgorithm, algo
 
     assert (FromPackage, Algorithm, Baseline, FastAlgorithm, algo) == (
@@ -296,3 +308,5 @@ def test_names_of_the_old_interface_are_where_they_were() -> None:
         agl.algo,
     )
     assert RolloutConfig() == agl.RolloutConfig()
+    assert len(adapters) == 12
+    assert {"Adapted", "OpenAIMessages", "RewardMatchPolicy", "TraceTree", "UnusableSpan"} < set(adapters)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.algorithm.policy import group_advantages
+from agentlightning.algorithm.groups import group_advantages
 from agentlightning.demo import softmax_table as maths
 
 LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=6)

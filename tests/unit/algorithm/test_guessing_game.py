@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from agentlightning.algorithm.policy import GroupMember, PolicyBatch, PolicyUpdate, SampledCall, group_advantages
+from agentlightning.algorithm.groups import group_advantages
+from agentlightning.algorithm.policy import GroupMember, PolicyBatch, PolicyUpdate, SampledCall
 from agentlightning.demo import game
 from agentlightning.demo.game import in_words, win_rate
 from agentlightning.demo.softmax_policy import SoftmaxPolicy

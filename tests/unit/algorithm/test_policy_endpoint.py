@@ -146,6 +146,8 @@ async def test_what_the_policy_learns_is_said_with_the_next_call() -> None:
     ("body", "says"),
     [
         (b"{", "not JSON"),
+        (b'{"n": ' + b"9" * 5_000 + b"}", "5000 digits"),
+        (b"[" * 100_000, "not JSON"),
         ([1], "not a JSON object"),
         ({"model": "policy"}, "messages"),
         ({**CHAT, "messages": []}, "messages"),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -20,6 +21,7 @@ import typer
 from agentlightning import SqliteLightningStore, errors
 from agentlightning.cli.app import COMMANDS, Command, Group, _unwrapped, build, exit_code
 from agentlightning.cli.terminal import ExitCode
+from agentlightning.types import RolloutStatus
 from command_line import Done, agl, agl_process, clean_environment
 
 HEAVY = ("aiohttp", "apsw", "asyncio", "fastapi", "jinja2", "msgspec", "opentelemetry", "psutil", "pydantic", "uvicorn")
@@ -89,6 +91,11 @@ def test_a_group_lists_its_commands() -> None:
     done = agl("rollouts", "--help").ok()
     assert "ls" in done.out
     assert "show" in done.out
+
+
+def test_every_state_of_a_rollout_can_be_asked_for() -> None:
+    words = [word for state in get_args(RolloutStatus) for word in ("-s", state)]
+    assert "there is no database" in agl("rollouts", "ls", *words, "--url", "none.db").err, "so all were understood"
 
 
 # --- Wrong usage -------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ def test_the_defaults_of_0_3_say_nothing() -> None:
         ({"callbacks": ["opentelemetry"], "ask_for": []}, "not both"),
         ({"ask_for": ["token-ids"]}, "some of logprobs, token_ids, usage"),
         ({"ask_for": "usage"}, "some of"),
+        ({"ask_for": [["usage"]]}, "some of"),
+        ({"ask_for": {"usage": True}}, "some of"),
         ({"num_retries": -1}, "at least 0"),
         ({"num_retries": True}, "at least 0"),
         ({"max_calls": 0}, "at least 1"),

@@ -99,9 +99,12 @@ def test_what_is_not_understood_is_refused_and_no_key_is_shown(params: dict[str,
         ({"model_name": "*", "litellm_params": {}}, "of one model, not a pattern"),
         ({"model_name": "p"}, "missing required field `litellm_params`"),
         ({"model_name": "p", "litellm_params": {}, "weight": 2}, "unknown field `weight`"),
-        (
-            {"model_name": "p", "litellm_params": {"model": "m", "api_base": URL}, "model_info": {"ask_for": ["x"]}},
-            "ask_for",
+        *(
+            (
+                {"model_name": "p", "litellm_params": {"model": "m", "api_base": URL}, "model_info": {"ask_for": each}},
+                "ask_for",
+            )
+            for each in (["x"], "usage", 3, [{}])
         ),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agentlightning.errors import InvalidValue
@@ -111,6 +112,17 @@ def test_what_is_no_level_or_format(level: str, format: str | None) -> None:
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="cannot write"):
         setup_logging(console=False, files=tmp_path)
+
+
+def test_a_file_that_cannot_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
+    setup_logging(console=False, files=tmp_path / "before")
+    handlers = list(logging.getLogger("agentlightning").handlers)
+    with pytest.raises(InvalidValue, match="cannot write") as caught:  # it holds the frames, and what is open in them
+        setup_logging(console=False, files=[tmp_path / "first", tmp_path])
+    assert str(tmp_path / "first") not in {file.path for file in psutil.Process().open_files()}, caught
+    assert logging.getLogger("agentlightning").handlers == handlers
+    logging.getLogger("agentlightning").info("x")
+    assert len(_lines(tmp_path / "before")) == 1
 
 
 def test_lines_carry_the_ids_of_their_work(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ class _MergedObject:
         elif isinstance(kept, list) and kept:
             cast("list[Any]", kept).extend(items)
         elif all(isinstance(item, dict) and type(cast("dict[str, Any]", item).get("index")) is int for item in items):
-            merged: dict[int, _MergedObject] = kept if isinstance(kept, dict) else {}
+            merged = cast("dict[int, _MergedObject]", kept) if isinstance(kept, dict) else {}
             self.parts[name] = merged
             for item in items:
                 merged.setdefault(item["index"], _MergedObject()).add(item)

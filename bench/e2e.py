@@ -192,7 +192,7 @@ def with_tracer(attributes: dict[str, Any]) -> tuple[float, list[Any], list[Any]
     from opentelemetry import trace
 
     from agentlightning import OtelTracer
-    from agentlightning.tracer.sender import current
+    from agentlightning.tracer.recording import current
 
     tracer = OtelTracer()
     taken: list[Any] = []

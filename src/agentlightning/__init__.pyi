@@ -189,10 +189,8 @@ from agentlightning.tracer.base import (
     get_active_tracer as get_active_tracer,
     set_active_tracer as set_active_tracer,
 )
-from agentlightning.tracer.otel import (
-    LightningSpanProcessor as LightningSpanProcessor,
-    OtelTracer as OtelTracer,
-)
+from agentlightning.tracer.otel import OtelTracer as OtelTracer
+from agentlightning.tracer.processor import LightningSpanProcessor as LightningSpanProcessor
 from agentlightning.trainer.trainer import Trainer as Trainer
 from agentlightning.types import (
     LLM as LLM,

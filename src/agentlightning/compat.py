@@ -38,7 +38,7 @@ MOVED = {
     "flatten_attributes": "types.attributes",
     "format_exception_attributes": "types.attributes",
     "full_qualified_name": "types.attributes",
-    "get_tracer_provider": "tracer.otel",
+    "get_tracer_provider": "tracer.provider",
     "group_genai_dict": "adapter.adapters",
     "load_class": "trainer.components",
     "main": "cli.app",

@@ -17,7 +17,8 @@ from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, Pro
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
 from agentlightning.proxy.upstream import Upstream
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
-from agentlightning.tracer.sender import Recording, SpanSender
+from agentlightning.tracer.recording import Recording
+from agentlightning.tracer.sender import SpanSender
 
 _logger = logging.getLogger(__name__)
 

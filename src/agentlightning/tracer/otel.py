@@ -1,210 +1,31 @@
-"""``OtelTracer``: traces agents by OpenTelemetry, whose spans it assigns to the traces of attempts.
-
-OpenTelemetry has one provider per process, and a runner has many rollouts at once. A span is assigned when it starts,
-by the context of the code that starts it, because it may end elsewhere, as the spans of streamed replies do. A thread
-that the agent started by itself has no such context. Then the span's parent decides, or else the open trace if
-there is exactly one in the process.
-"""
+"""``OtelTracer``: traces agents by OpenTelemetry (see ``LightningSpanProcessor``)."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from opentelemetry import context as otel_context, trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, Span as SdkSpan, SpanLimits, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.sdk.trace import ReadableSpan
 
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer, activated, recorded
-from agentlightning.tracer.conversion import SpanConverter
-from agentlightning.tracer.sender import DeferredTrace, Recording, SpanSender, current, last
+from agentlightning.tracer.processor import LightningSpanProcessor, attach_processor
+from agentlightning.tracer.provider import get_tracer_provider, own_tracer
+from agentlightning.tracer.recording import Recording
+from agentlightning.tracer.sender import DeferredTrace, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.attributes import convert_attributes, convert_timestamp
-
-OPEN_SPANS_LIMIT = 100_000
-"""How many started spans are remembered. Beyond that, the oldest are dropped: most of them will never end."""
-_TRACER_NAME = "agentlightning"
-_logger = logging.getLogger(__name__)
 
 
 def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
     """OpenTelemetry's value for our status code."""
     return trace.StatusCode[status_code]
-
-
-class LightningSpanProcessor(SpanProcessor):
-    """Records the spans of each trace, and passes them to the sender of its store.
-
-    Args:
-        disable_store_submission: keep spans in memory only.
-    """
-
-    def __init__(self, disable_store_submission: bool = False) -> None:
-        self.disable_store_submission = disable_store_submission
-        """Whether the spans of traces that are opened from now on are kept in memory only."""
-        self._converter = SpanConverter()
-        self._sender = SpanSender()
-        self._starting = OrderedDict[int, Recording]()
-        self._traces: dict[int, Recording] = {}
-        self._warned = False
-
-    def begin(
-        self,
-        store: LightningStore | None,
-        rollout_id: str | None,
-        attempt_id: str | None,
-        name: str | None = None,
-        sender: SpanSender | None = None,
-    ) -> Recording:
-        """Open a trace, for the running context and those that are copied from it.
-
-        Args:
-            store: where the spans go; None, or a missing id: nowhere.
-            rollout_id, attempt_id: the attempt that the spans belong to.
-            name: name of the trace in logs and errors.
-            sender: sends the spans; default: the processor's own.
-        """
-        if self.disable_store_submission or not rollout_id or not attempt_id:
-            store = None
-        recording = Recording(self._converter.convert, store, rollout_id or "", attempt_id or "", name)
-        if recording.store is not None:
-            sender = sender or self._sender
-            sender.start()
-            sender.open(recording)
-        self._traces[id(recording)] = recording
-        recording.outer = current.get()
-        current.set(recording)
-        return recording
-
-    def end(self, recording: Recording) -> None:
-        """Close a trace. Its spans that end later are still sent."""
-        recording.closed = True
-        self._traces.pop(id(recording), None)
-        if current.get() is recording:
-            current.set(recording.outer)
-        last.set(recording)
-
-    def recording(self) -> Recording | None:
-        """The trace of the running code: that of its context, or else the only open one.
-
-        Raises:
-            RuntimeError: several are open, and the context names none.
-        """
-        recording = current.get()
-        traces = list(self._traces.values())
-        if recording is not None or not traces:
-            return recording
-        if len(traces) > 1:
-            raise RuntimeError(
-                f"this thread has no context that says which of {len(traces)} running rollouts it works for; start it "
-                "with asyncio.to_thread, or run its function by contextvars.copy_context().run(function)"
-            )
-        return traces[0]
-
-    # --- Properties of 0.3 -----------------------------------------------------------------------
-
-    @property
-    def store(self) -> LightningStore | None:
-        """The store that gets the spans of the running code."""
-        recording = current.get()
-        return None if recording is None else recording.store
-
-    @property
-    def rollout_id(self) -> str | None:
-        """The rollout that the running code works on."""
-        recording = current.get()
-        return None if recording is None else recording.rollout_id or None
-
-    @property
-    def attempt_id(self) -> str | None:
-        """The attempt that the running code works on."""
-        recording = current.get()
-        return None if recording is None else recording.attempt_id or None
-
-    def spans(self) -> list[Span]:
-        """The spans of the running code's open trace, or else of its last one."""
-        recording = current.get() or last.get()
-        return [] if recording is None else recording.spans()
-
-    @contextmanager
-    def with_context(
-        self, store: LightningStore, rollout_id: str, attempt_id: str
-    ) -> Generator[LightningSpanProcessor]:
-        """Trace the block for an attempt. Its spans are in the store afterwards.
-
-        The end of the block blocks until the store has answered; in a coroutine use ``OtelTracer.trace_context``.
-
-        Raises:
-            StoreUnavailable: at the end of the block, when the store did not accept the spans.
-        """
-        recording = self.begin(store, rollout_id, attempt_id)
-        try:
-            yield self
-        finally:
-            self.end(recording)
-            if recording.store is not None:
-                self._sender.flush(recording).result()
-
-    # --- Called by OpenTelemetry -----------------------------------------------------------------
-
-    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
-        """Assign a span to a trace."""
-        starting = self._starting
-        recording = current.get()
-        if recording is None and span.parent is not None:
-            recording = starting.get(span.parent.span_id)
-        if recording is None:
-            recording = self._only_one()
-        context = span.context
-        if recording is not None and context is not None:
-            starting[context.span_id] = recording
-            while len(starting) > OPEN_SPANS_LIMIT:
-                starting.popitem(last=False)  # of a plain dict it would cost a pass over those taken out before
-
-    def on_end(self, span: ReadableSpan) -> None:
-        """Add an ended span to its trace; a span without a trace is dropped."""
-        context = span.context
-        if context is not None:
-            recording = self._starting.pop(context.span_id, None)
-            if recording is not None:
-                recording.add(span)
-
-    def shutdown(self) -> None:
-        """Send the remaining spans, and end the thread that sends."""
-        self._sender.stop()
-
-    def force_flush(self, timeout_millis: int = 30000) -> bool:
-        """Send all present spans; returns whether their stores have them within the time (milliseconds)."""
-        waiting = [self._sender.flush(each) for each in list(self._traces.values()) if each.store is not None]
-        try:
-            for done in waiting:
-                done.result(timeout_millis / 1000)
-        except Exception as error:  # noqa: BLE001 - OpenTelemetry expects False, not an exception
-            _logger.warning("flush failed: %s: %s", type(error).__name__, error)
-            return False
-        return True
-
-    def _only_one(self) -> Recording | None:
-        traces = list(self._traces.values())
-        if len(traces) > 1 and not self._warned:
-            self._warned = True
-            _logger.warning(
-                "a span is dropped, because its thread has no context that says which of %d running rollouts it works "
-                "for; start such threads with asyncio.to_thread or contextvars.copy_context().run",
-                len(traces),
-            )
-        return traces[0] if len(traces) == 1 else None
 
 
 class OtelTracer(Tracer):
@@ -236,6 +57,8 @@ class OtelTracer(Tracer):
 
     def teardown_worker(self, worker_id: int) -> None:
         """Send the remaining spans, and end the thread that sends."""
+        if self._wired is not None:
+            self._wired[0].forked.collect()
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.stop()
@@ -313,7 +136,8 @@ class OtelTracer(Tracer):
         """Our processor and the OpenTelemetry tracer of this process; set up on first use."""
         if self._wired is None:
             provider = get_tracer_provider()
-            self._wired = (attach_processor(provider), provider.get_tracer(_TRACER_NAME))
+            processor = attach_processor(provider)
+            self._wired = (processor, own_tracer(provider, processor))
         return self._wired
 
     def _sending(self) -> SpanSender:
@@ -386,52 +210,3 @@ class OtelSpanRecordingContext:
 
 def _nanoseconds(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds * 1e9)
-
-
-_P = TypeVar("_P", bound=SpanProcessor)
-_attached: WeakKeyDictionary[TracerProvider, LightningSpanProcessor] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-def get_tracer_provider() -> TracerProvider:
-    """The global OpenTelemetry provider; made if there is none.
-
-    A global provider that is not of the OpenTelemetry SDK takes no span processor. Then a private provider is made,
-    which records the spans of our emitters but not those of libraries, and a warning says so.
-    """
-    known = trace.get_tracer_provider()
-    if isinstance(known, TracerProvider):
-        return known
-    made = TracerProvider(
-        sampler=ALWAYS_ON,
-        resource=Resource.create({"service.name": "agentlightning"}),
-        span_limits=SpanLimits(*[SpanLimits.UNSET] * 8),  # none
-        shutdown_on_exit=False,
-    )
-    if isinstance(known, trace.ProxyTracerProvider):
-        trace.set_tracer_provider(made)
-        current = trace.get_tracer_provider()  # another thread may have set one first
-        return current if isinstance(current, TracerProvider) else made
-    _logger.warning(
-        "the global OpenTelemetry provider is a %s, which takes no span processor: spans of instrumented libraries "
-        "are not recorded, only those of agentlightning's emitters",
-        type(known).__name__,
-    )
-    return made
-
-
-def attach_processor(provider: TracerProvider) -> LightningSpanProcessor:
-    """Our processor on this provider, added on the first call. OpenTelemetry cannot remove a processor again."""
-    with _lock:
-        processor = _attached.get(provider)
-        if processor is None:
-            processor = _attached[provider] = LightningSpanProcessor()
-            provider.add_span_processor(processor)
-        return processor
-
-
-def get_span_processors(tracer_provider: TracerProvider, expected_type: type[_P]) -> list[_P]:
-    """The processors of this class that ``attach_processor`` put on the provider."""
-    with _lock:
-        processor = _attached.get(tracer_provider)
-    return [processor] if isinstance(processor, expected_type) else []

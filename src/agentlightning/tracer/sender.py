@@ -13,10 +13,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from agentlightning.errors import (
 from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.store.base import LightningStore
 from agentlightning.store.refusals import is_refusal, send_apart
+from agentlightning.tracer.recording import Recording
 from agentlightning.types import Span
 from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
@@ -47,90 +47,6 @@ _PERMANENT = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllow
 _REFUSAL = "agentlightning.refused"
 
 _logger = logging.getLogger(__name__)
-
-
-class Recording:
-    """The spans of one trace, from the moment they end until the store has them.
-
-    Taking a span is one append: nothing is converted, locked or waited for in the agent's thread.
-
-    Args:
-        convert: makes our span of what ended, a rollout id and an attempt id.
-        store: where the spans go; None: nowhere.
-        rollout_id, attempt_id: the attempt of the spans; empty where there is no rollout.
-        name: name of the trace in logs and errors.
-        size_bytes: about how large the spans are; 0: small.
-    """
-
-    def __init__(
-        self,
-        convert: Callable[[Any, str, str], PlainSpan],
-        store: LightningStore | None,
-        rollout_id: str,
-        attempt_id: str,
-        name: str | None = None,
-        *,
-        size_bytes: int = 0,
-    ) -> None:
-        self.store = store
-        self.rollout_id = rollout_id
-        self.attempt_id = attempt_id
-        self.name = name or rollout_id or "a trace without a rollout"
-        self.size_bytes = size_bytes
-        self.closed = False
-        self.outer: Recording | None = None
-        """The trace that was open in this context before."""
-        self.on_late: Callable[[Recording], None] | None = None
-        """Called with this recording for each span that ends after the trace was closed."""
-        self.settled = 0
-        """How many of the spans are in the store, or were lost because they could not be converted."""
-        self._convert = convert
-        self.taken: list[Any] = []
-        """All spans: as they ended, then converted in their places; None in place of one that cannot be."""
-        self._converted = 0
-        self._lock = threading.Lock()
-
-    def add(self, span: Any) -> None:
-        """Take a span that has ended."""
-        self.taken.append(span)
-        if self.closed and self.on_late is not None:
-            self.on_late(self)
-
-    def spans(self) -> list[Span]:
-        """All spans so far, in the order in which they ended. Their attributes are those that are sent: do not change
-        them."""
-        return [span.to_span() for span in self.unsent(start=0)[0]]
-
-    def unsent(self, limit: int | None = None, *, start: int | None = None) -> tuple[list[PlainSpan], int]:
-        """The spans from ``start`` on, at most ``limit``, and the position behind the last one.
-
-        Default for ``start``: the first that is not marked as stored.
-        """
-        spans, convert = self.taken, self._convert
-        with self._lock:
-            end = len(spans)
-            for position in range(self._converted, end):
-                try:
-                    spans[position] = convert(spans[position], self.rollout_id, self.attempt_id)
-                except Exception:
-                    _logger.exception("span %r of %s cannot be converted, and is lost", spans[position].name, self.name)
-                    spans[position] = None
-            self._converted = end
-            start = self.settled if start is None else start
-            part = spans[start : end if limit is None else min(end, start + limit)]
-            return part if None not in part else [span for span in part if span is not None], start + len(part)
-
-    def mark_stored(self, end: int) -> None:
-        """The store has the spans before this position. Two senders may say so of the same spans, in any order."""
-        with self._lock:
-            self.settled = max(self.settled, end)
-
-
-current: ContextVar[Recording | None] = ContextVar("agentlightning_recording", default=None)
-"""The open trace of the running code."""
-
-last: ContextVar[Recording | None] = ContextVar("agentlightning_last_recording", default=None)
-"""The trace that the running code closed last."""
 
 
 class _Waiter(NamedTuple):

@@ -19,15 +19,15 @@ from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.tracer.base import DummyTracer, clear_active_tracer, get_active_tracer, set_active_tracer
-from agentlightning.tracer.otel import (
+from agentlightning.tracer.otel import OtelTracer
+from agentlightning.tracer.processor import (
     OPEN_SPANS_LIMIT,
     LightningSpanProcessor,
-    OtelTracer,
     attach_processor,
     get_span_processors,
-    get_tracer_provider,
 )
-from agentlightning.tracer.sender import current
+from agentlightning.tracer.provider import get_tracer_provider
+from agentlightning.tracer.recording import current
 from agentlightning.types import AttemptedRollout, Span
 from scenes import started
 

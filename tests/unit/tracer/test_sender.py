@@ -15,7 +15,8 @@ from agentlightning.errors import InvalidValue, StoreClosed, StoreUnavailable
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.tracer.conversion import SpanConverter
 from agentlightning.tracer.otel import OtelTracer
-from agentlightning.tracer.sender import Recording, SpanSender
+from agentlightning.tracer.recording import Recording
+from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import AttemptedRollout, Span
 from agentlightning.types.plain_spans import PlainSpan
 from scenes import started

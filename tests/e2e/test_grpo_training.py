@@ -34,15 +34,27 @@ class Reports:
         return sum(numbers[name] for _, numbers in self.steps)
 
 
+class WatchedStore(InMemoryLightningStore):
+    """A store that knows whose spans were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[str] = []
+
+    async def query_spans(self, rollout_id: str, *others: Any, **more: Any) -> Any:
+        self.read.append(rollout_id)
+        return await super().query_spans(rollout_id, *others, **more)
+
+
 @asynccontextmanager
 async def ready(
     algorithm: GRPO,
     fault: Callable[[AttemptedRollout], Fault | None] | None = None,
     proxy: LLMProxy | None = None,
-) -> AsyncIterator[tuple[LightningStore, GameRunners, Reports]]:
+) -> AsyncIterator[tuple[WatchedStore, GameRunners, Reports]]:
     """The algorithm with everything it needs but the call of ``run``."""
     reports = Reports()
-    async with InMemoryLightningStore() as store, GameRunners(store, fault) as runners:
+    async with WatchedStore() as store, GameRunners(store, fault) as runners:
         algorithm.set_store(store)
         algorithm.set_llm_proxy(proxy)
         algorithm.set_reporter(reports)
@@ -94,8 +106,11 @@ async def test_a_group_with_failed_rollouts_is_dropped_whole_and_counted() -> No
 
     policy = SoftmaxPolicy(game.VOCABULARY)
     algorithm = GRPO(policy, group_size=2, n_steps=1)
-    async with ready(algorithm, secret_three_fails) as (_, runners, reports):
+    async with ready(algorithm, secret_three_fails) as (store, runners, reports):
         await algorithm.run(SECRETS[:4])
+        failed = {each.rollout_id for each in await store.query_rollouts(status_in=["failed"])}
+    assert len(failed) == 2
+    assert set(store.read) == {*runners.played} - failed, "what failed is not learned from, so it is not read"
     numbers = reports.steps[0][1]
     assert len(runners.played) == 2 * 4
     assert (numbers["groups_used"], numbers["groups_dropped"]) == (3, 1)

@@ -141,6 +141,15 @@ class TestSignsOfLife:
     def test_of_a_preparing_attempt_are_not_steady(self) -> None:
         assert not attempts.steady(an_attempt("preparing"))
 
+    def test_need_not_be_durable_unless_something_else_came_with_them(self) -> None:
+        before = an_attempt(span_sequence=3)
+        for spans in (None, 7):
+            after = attempts.touch(before, NOW, spans)
+            assert after.span_sequence == (spans or 3)
+            assert attempts.only_heard(before, after)
+            assert not attempts.only_heard(before, attempts.replace(after, reason_code="x"))
+        assert not attempts.only_heard(before, attempts.ended(before, "failed", WHY, NOW))
+
     def test_bring_back_an_attempt_that_fell_silent(self) -> None:
         pair = pair_of("requeuing", "unresponsive", SILENT)
         after = attempts.beat(pair, NOW)

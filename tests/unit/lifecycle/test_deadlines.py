@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from agentlightning.lifecycle.deadlines import Due, attempt_deadline, attempt_due, worker_due
+from agentlightning.lifecycle.deadlines import (
+    Due,
+    attempt_deadline,
+    attempt_due,
+    attempt_throttle,
+    worker_due,
+    worker_throttle,
+)
 from agentlightning.lifecycle.records import RolloutPolicy
 from rows import a_worker, an_attempt, policies
 
@@ -57,3 +64,24 @@ def test_a_sign_of_life_never_brings_the_end_nearer(
 def test_a_worker_lives_as_long_as_its_lease() -> None:
     assert worker_due(a_worker(beaten_lease=950.0, lease_seconds=20.0)) == 970.0
     assert worker_due(a_worker(beaten_lease=950.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "confirm_seconds", "throttle"),
+    [
+        (RolloutPolicy(), None, 60.0),
+        (RolloutPolicy(), 10.0, 1.0),
+        (RolloutPolicy(unresponsive_seconds=20.0), None, 2.0),
+        (RolloutPolicy(unresponsive_seconds=20.0, timeout_seconds=5.0), 10.0, 0.5),
+        (RolloutPolicy(timeout_seconds=3_600.0), None, 360.0),
+    ],
+)
+def test_a_stored_sign_of_life_is_older_by_a_tenth_of_the_shortest_term_at_most(
+    policy: RolloutPolicy, confirm_seconds: float | None, throttle: float
+) -> None:
+    assert attempt_throttle(policy, an_attempt(confirm_seconds=confirm_seconds)) == pytest.approx(throttle)
+
+
+@pytest.mark.parametrize(("lease_seconds", "throttle"), [(None, 60.0), (20.0, 2.0), (3_600.0, 360.0)])
+def test_and_that_of_a_worker_by_a_tenth_of_its_lease(lease_seconds: float | None, throttle: float) -> None:
+    assert worker_throttle(a_worker(lease_seconds=lease_seconds)) == pytest.approx(throttle)

@@ -180,3 +180,31 @@ class TestDirectives:
     def test_neither_a_heartbeat_nor_a_loss_takes_it_back(self) -> None:
         asked = a_worker(directive="stop", lease_seconds=20.0, deadline=950.0)
         assert workers.beat(workers.lose(asked), 5.0, b"{}", NOW).directive == "stop"
+
+
+class TestOnlyHeard:
+    """What need not be durable: all that a store knows again when it is opened."""
+
+    @pytest.mark.parametrize(
+        "after",
+        [
+            workers.beat(a_worker(status="idle"), None, None, NOW),
+            workers.took(a_worker(status="idle"), an_attempt(), NOW),
+            workers.came_empty(a_worker(status="idle"), NOW),
+        ],
+    )
+    def test_a_beat_a_claim_and_an_empty_claim(self, after: WorkerRow) -> None:
+        assert workers.only_heard(a_worker(status="idle"), after)
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (a_worker(status="unknown"), a_worker(status="idle")),
+            (a_worker(status="busy"), a_worker(status="unknown")),
+            (a_worker(status="idle"), a_worker(status="idle", heartbeat_stats=b"{}")),
+            (a_worker(status="idle"), a_worker(status="idle", lease_seconds=20.0)),
+            (a_worker(status="idle"), a_worker(status="busy", directive="drain")),
+        ],
+    )
+    def test_not_what_else_is_said_of_it(self, before: WorkerRow, after: WorkerRow) -> None:
+        assert not workers.only_heard(before, after)

@@ -142,6 +142,24 @@ async def test_a_claim_is_confirmed_while_the_agent_is_busy() -> None:
             await until(runs)
 
 
+async def test_an_attempt_is_heard_of_as_often_as_it_asks_for() -> None:
+    class Counting(InMemoryLightningStore):
+        listed = 0
+
+        async def update_worker(self, *args: Any, **more: Any) -> Any:
+            self.listed += bool(more["attempt_ids"])
+            return await super().update_worker(*args, **more)
+
+    async with Counting() as store:
+        rollout = await store.enqueue_rollout("task", config=RolloutConfig(unresponsive_seconds=3.0))
+        agent = Waiting()
+        async with running(store, agent, heartbeat_interval=600, max_rollouts=1) as (_, task):
+            await until(lambda: store.listed > 2)  # one a second
+            agent.go.set()
+            await task
+        assert await statuses(store, rollout.rollout_id) == ("succeeded", ["succeeded"])
+
+
 async def test_what_the_store_knows_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_WORKER_NAME", "slot-7")
     options = {"labels": {"gpu": "no"}, "heartbeat_include_gpu": True}

@@ -61,7 +61,9 @@ class AlgorithmBundle(Protocol):
 class RunnerBundle(Protocol):
     """The side of one runner, ready to be called; ``worker_id`` counts the runners of this strategy from 0.
 
-    It ends when it is done, soon after ``event`` is set, or when its task is cancelled.
+    It ends when it is done, soon after ``event`` is set, or when its task is cancelled. If it also has a method
+    ``wants_main_thread(worker_id)``, that is called first in a process of its own; where it is true, the coroutine runs
+    in another thread, so that the main thread is free for agents (``Runner.wants_main_thread``).
     """
 
     async def __call__(self, store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:

@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -27,12 +28,15 @@ from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ThreadingEvent
 from agentlightning.execution.process_tree import Cgroup, die_with_parent
 from agentlightning.execution.quotas import CrashCounter, Quotas, exhausted
+from agentlightning.runner.main_thread import MainThread
+from agentlightning.runner.vital_signs import VITAL_SIGNS, VitalSigns
 
 _log = logging.getLogger(__name__)
 
 ProcessJob = Callable[[str, ThreadingEvent, Mapping[str, Any]], str]
 """What the processes of a run do. It gets the name of its slot, the stop event, soon after which it ends, and plain
-values; it returns in one word how it ended."""
+values; it returns in one word how it ended. If it has a method ``wants_main_thread``, that gets the same values first,
+and if it is true, the job runs in another thread, with a ``MAIN_THREAD``."""
 
 # --- Messages between the supervisor and a launcher ------------------------------------------------------------------
 
@@ -46,6 +50,7 @@ class StartProcess(NamedTuple):
     quotas: Quotas | None = None
     cgroup: str | None = None  # directory of the control group that it joins
     memory_is_limited: bool = False  # whether that group limits its memory
+    signs_place: int | None = None  # its place in the memory for vital signs
 
 
 LauncherCommand = StartProcess | Literal["stop", "close"]
@@ -95,6 +100,7 @@ class Slot:
     start: StartProcess
     restarts: CrashCounter | None  # None: a process that crashes is not replaced
     cgroup: Cgroup | None = None
+    signs: VitalSigns | None = None
     state: Literal["starting", "running", "waiting", "ended", "given up"] = "ended"
     """``waiting``: its process crashed, and the next one starts soon. ``ended``: its process has ended without a crash,
     or is not needed any more."""
@@ -122,6 +128,8 @@ class Slot:
     def next_start(self, now: float) -> StartProcess:
         """Begin the next process; return the command for the launcher."""
         self.state, self.pid, self.began, self.result = "starting", 0, now, None
+        if self.signs is not None:
+            self.signs.clear()
         if self.cgroup is None:
             return self.start
         most = None if self.start.quotas is None else self.start.quotas.memory_bytes
@@ -262,22 +270,40 @@ _MAX_CHARACTERS = 40_000
 """Of the traceback that is reported, and of its last line."""
 
 
-def run_child(start: StartProcess, side: str, job: ProcessJob | bytes, channel: int, launcher_pid: int) -> NoReturn:
+def run_child(
+    start: StartProcess, side: str, job: ProcessJob | bytes, channel: int, launcher_pid: int, signs_file: int
+) -> NoReturn:
     """Do a job, then end this process without unwinding anything that existed before the fork.
 
     A job that is packed is unpacked only after the quotas apply, because the modules that it imports run code of their
-    own. ``channel`` is the descriptor of the socket to the launcher.
+    own. ``channel`` is the descriptor of the socket to the launcher, ``signs_file`` that of the memory for vital signs.
     """
     connection = socket.socket(fileno=channel)
     connection.settimeout(None)  # whatever `socket.setdefaulttimeout` the program has called
-    code = EXIT_FAILED
-    try:
+
+    def do_all() -> str:
         _settle(start, launcher_pid)
+        if start.signs_place is not None:
+            VITAL_SIGNS.set(VitalSigns(signs_file, start.signs_place))
+        os.close(signs_file)
         event = ThreadingEvent()
         threading.Thread(target=_watch_launcher, args=(connection, event), name="agl-control", daemon=True).start()
         do_job: ProcessJob = unpack(side, job) if isinstance(job, bytes) else job
         _report(connection, READY)
-        result = ProcessResult(do_job(start.slot, event, start.arguments))
+        work = partial(do_job, start.slot, event, start.arguments)
+        wants_main_thread = getattr(do_job, "wants_main_thread", None)
+        if wants_main_thread is not None and wants_main_thread(start.arguments):
+            MainThread().serve(partial(_end_with, connection, work))
+        return work()
+
+    _end_with(connection, do_all)
+
+
+def _end_with(connection: socket.socket, work: Callable[[], str]) -> NoReturn:
+    """Do the work, report how that ended, and end this process; any thread may call."""
+    code = EXIT_FAILED
+    try:
+        result = ProcessResult(work())
         code = 0
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

@@ -61,6 +61,7 @@ class LauncherOrders(NamedTuple):
     """``fork`` and ``forkserver``: processes are forks of the launcher; ``spawn``: each is a new interpreter."""
     mark: str  # of the processes of the run
     cgroup: Cgroup | None  # of the run; the launcher removes it at the end
+    signs_file: int  # descriptor of the memory for vital signs
 
 
 class Launcher:
@@ -81,7 +82,7 @@ class Launcher:
                 self.pid = _fork(ours, theirs, orders)
             else:
                 with _letter(theirs.fileno(), orders) as letter:
-                    passed = (theirs.fileno(), letter.fileno())
+                    passed = (theirs.fileno(), letter.fileno(), orders.signs_file)
                     process = subprocess.Popen(_command(letter), pass_fds=passed, start_new_session=True)
                 process.returncode = 0  # `close` waits for it; without this Popen would warn that it still runs
                 self.pid = process.pid
@@ -302,12 +303,14 @@ class LauncherProcess:
             os.close(self._wake_write)
             for channel in (ours, *(process.channel for process in self._running.values())):
                 channel.close()
-            run_child(start, self._orders.side, self._orders.job, theirs.detach(), launcher)
+            run_child(start, self._orders.side, self._orders.job, theirs.detach(), launcher, self._orders.signs_file)
         return pid
 
     def _spawn(self, start: StartProcess, theirs: socket.socket) -> int:
-        with _letter(start, self._orders.side, self._orders.job, theirs.fileno(), os.getpid()) as letter:
-            passed = (theirs.fileno(), letter.fileno())
+        orders = self._orders
+        content = (start, orders.side, orders.job, theirs.fileno(), os.getpid(), orders.signs_file)
+        with _letter(*content) as letter:
+            passed = (theirs.fileno(), letter.fileno(), orders.signs_file)
             for end in passed:
                 os.set_inheritable(end, True)  # only for a moment: there is no other thread that could pass them on
             try:

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 MARK = "AGL_RUN_MARK"
 """Name of the environment variable that marks the processes of a run."""
 
-_DEAD_STATES = "ZXx"
+_DEAD_STATES, _STOPPED_STATES = "ZXx", "Tt"
 _PROC = Path("/proc")
 
 
@@ -51,6 +51,17 @@ def snapshot() -> dict[int, ProcessInfo]:
     # Read here rather than by psutil, which takes ten times as long; an abort does this every few milliseconds.
     found = (_read_stat(int(entry)) for entry in os.listdir(_PROC) if entry.isdigit())
     return {process.pid: process for process in found if process is not None}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has neither ended nor been stopped (SIGSTOP, a debugger)."""
+    if not _PROC.joinpath("self", "stat").exists():
+        try:
+            return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
+        except psutil.Error:
+            return False
+    fields = _stat_fields(pid)
+    return fields is not None and fields[0] not in _DEAD_STATES + _STOPPED_STATES
 
 
 def descendants(table: dict[int, ProcessInfo], ancestor: int) -> set[int]:
@@ -126,17 +137,22 @@ class ProcessTree:
 
 
 def _read_stat(pid: int) -> ProcessInfo | None:
+    fields = _stat_fields(pid)
+    if fields is None or fields[0] in _DEAD_STATES:
+        return None
+    return ProcessInfo(pid, int(fields[1]), int(fields[3]), float(fields[19]), fields[-1])
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """State, parent, process group, session … of a process, and its name at the end; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:  # it has ended
+    except OSError:
         return None
     # "pid (name) state ppid pgrp session … starttime(22nd) …" (proc_pid_stat(5)). The name may contain spaces and
     # parentheses, so the fields are counted from the last parenthesis.
     name, _, rest = stat.partition("(")[2].rpartition(")")
-    fields = rest.split()
-    if fields[0] in _DEAD_STATES:
-        return None
-    return ProcessInfo(pid, int(fields[1]), int(fields[3]), float(fields[19]), name)
+    return [*rest.split(), name]
 
 
 def _snapshot_by_psutil() -> dict[int, ProcessInfo]:

@@ -35,6 +35,7 @@ from agentlightning.execution.quotas import CrashCounter, Quotas, RestartPolicy
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import parse_address
 from agentlightning.runner.heartbeat import host_part
+from agentlightning.runner.main_thread import MAIN_THREAD
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 from agentlightning.store.base import LightningStore
@@ -185,7 +186,13 @@ class SideJob:
 
     def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
         """Run it in a process of its own; see ``start_of`` and ``run``."""
-        return asyncio.run(self.run(slot, event, **arguments))
+        main, work = MAIN_THREAD.get(), self.run(slot, event, **arguments)
+        return asyncio.run(work) if main is None else main.run(work)
+
+    def wants_main_thread(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the runner, if it is one, runs agents in the main thread; see ``RunnerBundle``."""
+        wants, index = getattr(self.bundle, "wants_main_thread", None), arguments["index"]
+        return index is not None and wants is not None and wants(index)
 
     async def run(self, name: str, event: ExecutionEvent, *, url: str, run_id: str | None, index: int | None) -> str:
         """Run it to its end, and deregister the worker of a runner.

@@ -29,7 +29,9 @@ from agentlightning.execution.child import (
 from agentlightning.execution.launcher import Launcher, LauncherOrders
 from agentlightning.execution.membership import find_directive, report_lost
 from agentlightning.execution.process_tree import MARK, ProcessTree, make_cgroup, send_signal
+from agentlightning.execution.stand_in import StandIn
 from agentlightning.lifecycle import reasons
+from agentlightning.runner.vital_signs import make_places, open_shared_memory
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
@@ -64,9 +66,12 @@ class Supervisor:
         method = choose_start_method(start_method, what, job)
         self._mark = secrets.token_hex(8)
         self._cgroup = make_cgroup(f"agl-{self._mark}")
+        self._signs_file = open_shared_memory()
+        orders = LauncherOrders(os.getpid(), what, job, method, self._mark, self._cgroup, self._signs_file)
         try:
-            self._launcher = Launcher(LauncherOrders(os.getpid(), what, job, method, self._mark, self._cgroup))
+            self._launcher = Launcher(orders)
         except BaseException:
+            os.close(self._signs_file)
             if self._cgroup is not None:
                 self._cgroup.remove()
             raise
@@ -74,6 +79,7 @@ class Supervisor:
         self._slots: dict[str, Slot] = {}
         self._allowed_exit_codes = frozenset[int]()
         self._store: LightningStore | None = None
+        self._stand_in: StandIn | None = None
         self._on_ready: Callable[[], None] = lambda: None
         self._stop_requested = asyncio.Event()
         self._recoveries: set[asyncio.Task[None]] = set()
@@ -88,6 +94,7 @@ class Supervisor:
     def close(self) -> None:
         """End the launcher and everything that is left; blocks."""
         self._launcher.close()
+        os.close(self._signs_file)
         if self._cgroup is not None:
             self._cgroup.remove()
 
@@ -104,11 +111,16 @@ class Supervisor:
         ``store`` is told which workers are dead; None: nobody needs to know. ``on_ready`` is called when a process has
         begun with its job and so has one in every other slot.
         """
+        places = make_places(self._signs_file, len(slots))
         for number, slot in enumerate(slots):
-            slot.start = slot.start._replace(environment={**slot.start.environment, MARK: self._mark})
+            environment = {**slot.start.environment, MARK: self._mark}
+            slot.start, slot.signs = slot.start._replace(environment=environment, signs_place=number), places[number]
             slot.cgroup = None if self._cgroup is None else self._cgroup.child(f"{self._side}-{number}")
         self._slots = {slot.name: slot for slot in slots}
         self._allowed_exit_codes, self._store, self._on_ready = allowed_exit_codes, store, on_ready
+        if store is not None:
+            self._stand_in = StandIn(slots, store)
+            self._stand_in.start()
         asyncio.get_running_loop().add_reader(self._launcher.fileno(), self._read)
         self.begin_again(self._slots)
 
@@ -189,7 +201,8 @@ class Supervisor:
             self._later(self._recover(slot, crash))
             return
         _log.info("%s (pid %d) has ended", slot.name, event.pid)
-        if event.result is None:  # an allowed exit code, but the worker has not deregistered
+        if event.result is None or (self._stand_in and self._stand_in.speaks_for(slot.name)):
+            # With an allowed exit code, but the worker has not deregistered, or is registered again at this moment.
             self._later(self._report_lost(slot.name, f"its process (pid {event.pid}) has ended"))
         self._check_over()
 
@@ -244,6 +257,8 @@ class Supervisor:
     async def _report_lost(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
         if self._store is None:
             return
+        if self._stand_in is not None:
+            await self._stand_in.fall_silent(worker_id)
         seconds = _LAST_REPORT_SECONDS if self._stop_requested.is_set() else _REPORT_SECONDS
         error = await report_lost(self._store, worker_id, message, reason_code, seconds)
         if error is not None:

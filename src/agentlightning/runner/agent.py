@@ -13,6 +13,8 @@ from agentlightning.runner.attempt import AttemptParts, AttemptRun, RolloutResou
 from agentlightning.runner.base import Runner, StopEvent, stop_watch
 from agentlightning.runner.calling import AgentThreads
 from agentlightning.runner.heartbeat import Heartbeat, worker_name
+from agentlightning.runner.main_thread import MAIN_THREAD
+from agentlightning.runner.vital_signs import VITAL_SIGNS
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
@@ -24,7 +26,8 @@ T = TypeVar("T")
 class LitAgentRunner(Runner[T]):
     """Claims rollouts, runs the agent on up to ``concurrency`` of them at once, and reports how each ended.
 
-    Agents that are coroutines share the runner's event loop; plain functions run in threads. An exception of an
+    Agents that are coroutines share the runner's event loop. A plain function runs in the main thread of its process
+    if ``concurrency`` is 1 and a strategy or ``agl runner`` has made the process, else in a thread. An exception of an
     agent fails its attempt and is kept in the trace; whether there is another attempt is decided by the store.
 
     While agents take at most 0.1 s each, the runner claims one rollout ahead, so that it need not wait for the next.
@@ -101,6 +104,10 @@ class LitAgentRunner(Runner[T]):
         for hook in self._hooks:
             hook.init()
 
+    def wants_main_thread(self, agent: LitAgent[T]) -> bool:
+        """Whether ``agent`` is a plain function, and called on one rollout at a time."""
+        return self._worker_settings.concurrency == 1 and not agent.is_async()
+
     def init_worker(self, worker_id: int, store: LightningStore, **kwargs: Any) -> None:
         """Get ready in a worker, and start its heartbeat, which registers it with the store.
 
@@ -112,9 +119,10 @@ class LitAgentRunner(Runner[T]):
         self._tracer.init_worker(worker_id, store)
         for hook in self._hooks:
             hook.init_worker(worker_id)
-        threads = AgentThreads(f"agent-{worker_id}")
+        main = MAIN_THREAD.get() if self.wants_main_thread(agent) else None
+        threads = AgentThreads(f"agent-{worker_id}", main)
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
-        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id))
+        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id), signs=VITAL_SIGNS.get())
         self._heartbeat.start()
 
     def teardown_worker(self, worker_id: int, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from agentlightning.emitter.emit import emit_exception
 from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames
+from agentlightning.runner.main_thread import AgentInterrupted
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.logs import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
@@ -224,6 +225,8 @@ class AttemptRun:
             if self._given_up is not None or (self._task is not None and self._task.cancelling() > 0):
                 raise
             return failed("agent_error", error), None  # the agent cancelled something of its own
+        except AgentInterrupted as error:  # by SIGINT, which ends the runner, too
+            return failed("aborted", error), None
         except Exception as error:
             ids = self.rollout.rollout_id, self.attempt_id
             shown = without_runner_frames(error)

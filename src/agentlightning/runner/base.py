@@ -74,6 +74,10 @@ class Runner(ParallelWorkerBase, Generic[T]):
         finally:
             self.teardown()
 
+    def wants_main_thread(self, agent: LitAgent[T]) -> bool:
+        """Whether this runner, in a process of its own, has its loop in a thread, to call ``agent`` in the main one."""
+        return False
+
     @abstractmethod
     async def iter(self, *, event: StopEvent | None = None) -> None:
         """Work on the rollouts of the queue until told to end.

@@ -14,10 +14,13 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from agentlightning.litagent.litagent import LitAgent, is_v0_1_rollout_api
+from agentlightning.runner.main_thread import MainThread
 from agentlightning.types import AttemptedRollout, NamedResources, Span, SpanCoreFields
 
 T = TypeVar("T")
 _E = TypeVar("_E", bound=BaseException)
+_MAIN_THREAD_SECONDS = 5.0
+"""How long a call waits for the main thread, in which an agent that was given up may still be."""
 _logger = logging.getLogger(__name__)
 
 
@@ -28,11 +31,13 @@ class AgentExit(RuntimeError):
 class AgentThreads:
     """Threads for agents that are plain functions. An idle thread is reused; otherwise a new one is started.
 
-    There is no upper limit: a pool of fixed size would deadlock on agents that never return.
+    There is no upper limit: a pool of fixed size would deadlock on agents that never return. ``main`` is used by
+    ``run`` as long as it is free.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, main: MainThread | None = None) -> None:
         self._name = name
+        self._main = main
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._free = 0
         self._threads = 0
@@ -52,8 +57,26 @@ class AgentThreads:
                 name = f"{self._name}-{self._threads + 1}"
                 threading.Thread(target=self._work, name=name, daemon=True).start()
                 self._threads += 1
-        self._calls.put(partial(self._carry_out, future, function, contextvars.copy_context()))
+        self._calls.put(partial(_carry_out, future, function, contextvars.copy_context(), self._free_again))
         return future
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call ``function`` in the main thread, or else in another one. Raises what it raises.
+
+        If the waiting task is cancelled, a call in the main thread is interrupted; one in another thread goes on.
+        """
+        main = self._main
+        if main is None or not await main.is_free(_MAIN_THREAD_SECONDS):
+            if main is not None:
+                _logger.warning("an agent that was given up does not leave the main thread; the next runs in another")
+            return await asyncio.wrap_future(self.call(function))
+        future: Future[T] = Future()
+        main.put(future, partial(_carry_out, future, function, contextvars.copy_context(), main.release))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            main.interrupt(future)
+            raise
 
     def close(self) -> None:
         """End each thread after its present call."""
@@ -67,24 +90,27 @@ class AgentThreads:
             call()
             del call  # otherwise this frame keeps the result alive until the next call
 
-    def _carry_out(self, future: Future[T], function: Callable[[], T], context: contextvars.Context) -> None:
-        wanted = future.set_running_or_notify_cancel()
-        try:
-            result = context.run(function) if wanted else None
-        except BaseException as error:  # noqa: BLE001 - also SystemExit, which must not end this thread
-            if isinstance(error, StopIteration):  # `await` cannot raise it; PEP 479 does the same
-                cause, error = error, RuntimeError(f"a function raised StopIteration({error.value!r})")
-                error.__cause__ = cause
-            self._free_again()
-            future.set_exception(error)
-        else:
-            self._free_again()  # first, so that a caller who learns of the result finds this thread idle
-            if wanted:
-                future.set_result(cast("T", result))
-
     def _free_again(self) -> None:
         with self._lock:
             self._free += 1
+
+
+def _carry_out(
+    future: Future[T], function: Callable[[], T], context: contextvars.Context, release: Callable[[], None]
+) -> None:
+    wanted = future.set_running_or_notify_cancel()
+    try:
+        result = context.run(function) if wanted else None
+    except BaseException as error:  # noqa: BLE001 - also SystemExit, which must not end this thread
+        if isinstance(error, StopIteration):  # `await` cannot raise it; PEP 479 does the same
+            cause, error = error, RuntimeError(f"a function raised StopIteration({error.value!r})")
+            error.__cause__ = cause
+        release()
+        future.set_exception(error)
+    else:
+        release()  # first, so that a caller who learns of the result finds this thread idle
+        if wanted:
+            future.set_result(cast("T", result))
 
 
 async def call_agent(
@@ -107,7 +133,7 @@ async def call_agent(
             if is_v0_1_rollout_api(each):
                 plain, arguments = each, (rollout.input, rollout.rollout_id, resources)
                 break
-        return await asyncio.wrap_future(threads.call(partial(plain, *arguments)))
+        return await threads.run(partial(plain, *arguments))
     except SystemExit as error:
         raise AgentExit(f"the agent called sys.exit({error.code!r})") from without_runner_frames(error)
 

@@ -1,8 +1,9 @@
 """A worker's heartbeat: tells the store that the worker lives, and receives the store's instructions.
 
 The heartbeat runs in a thread with an event loop of its own, because an agent that blocks the runner's loop must not
-look dead. Each beat lists the attempts that the worker has begun; the reply names those that it has lost, and says
-whether the worker was asked to drain or to stop. Claims whose work has begun are confirmed here for the same reason.
+look dead. While an agent holds the interpreter itself, the supervisor beats instead (``vital_signs``). Each beat lists
+the attempts that the worker has begun; the reply names those that it has lost, and says whether the worker was asked to
+drain or to stop. Claims whose work has begun are confirmed here for the same reason.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, Literal, TypeAlias
 import psutil
 
 from agentlightning.errors import Conflict, NotFound
+from agentlightning.runner.vital_signs import Times, VitalSigns
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
 from agentlightning.types import UNSET, AttemptedRollout, Unset
@@ -38,6 +40,9 @@ Directive: TypeAlias = Literal["drain", "stop"]
 
 CONFIRM_SECONDS = 0.25
 """A claim is confirmed when its attempt has run for so long. A shorter attempt is confirmed by its report."""
+_SHORTEST_INTERVAL_SECONDS = 0.2
+_BEATS_PER_TERM = 3
+"""How often an attempt with ``unresponsive_seconds`` is heard of in that time, at least."""
 _REPORT_SECONDS = 2.0
 """How long a report may take before its claim is confirmed by a call of its own; an overloaded store gets fewer."""
 _LONGEST_RETRY_SECONDS = 1.0
@@ -55,6 +60,7 @@ _logger = logging.getLogger(__name__)
 class _BegunAttempt:
     rollout_id: str
     since: float
+    interval_seconds: float
     confirmed: bool = False
 
 
@@ -72,6 +78,7 @@ class Heartbeat:
         include_gpu: bool,
         in_thread: bool,
         labels: dict[str, str],
+        signs: VitalSigns | None = None,
     ) -> None:
         self.on_stale: Callable[[str], None] | None = None
         """Called, in the heartbeat's thread, with the id of each attempt that has lost its rollout."""
@@ -85,6 +92,7 @@ class Heartbeat:
         self._lease_seconds = lease_seconds
         self._include_gpu = include_gpu
         self._in_thread = in_thread
+        self._signs = signs
         self._registration = registration(labels)
         self._begun: dict[str, _BegunAttempt] = {}
         self._thread: threading.Thread | None = None
@@ -120,6 +128,8 @@ class Heartbeat:
         self._call_in_loop(lambda: self._task and self._task.cancel())  # of a beat that no server answers
         if thread is not None:
             thread.join()
+        if self._signs is not None:
+            self._signs.clear()
 
     def beat_now(self) -> None:
         """Beat at once, because the reply may carry an instruction."""
@@ -146,7 +156,11 @@ class Heartbeat:
 
     def begin(self, rollout: AttemptedRollout) -> None:
         """List this attempt in beats from now on. A claim whose work has not begun must not be listed."""
-        self._begun[rollout.attempt.attempt_id] = _BegunAttempt(rollout.rollout_id, time.monotonic())
+        attempt_id, term = rollout.attempt.attempt_id, rollout.config.unresponsive_seconds
+        interval = math.inf if term is None else max(term / _BEATS_PER_TERM, _SHORTEST_INTERVAL_SECONDS)
+        self._begun[attempt_id] = _BegunAttempt(rollout.rollout_id, time.monotonic(), interval)
+        if self._signs is not None:
+            self._signs.begin(attempt_id)
 
     def reporting(self, attempt_id: str) -> None:
         """The agent has finished, and the report of the attempt, which confirms its claim, is under way."""
@@ -155,6 +169,12 @@ class Heartbeat:
     def end(self, attempt_id: str) -> None:
         """Stop listing this attempt."""
         self._begun.pop(attempt_id, None)
+        if self._signs is not None:
+            self._signs.end(attempt_id)
+
+    def _longest_pause(self) -> float:
+        """How long the attempts that have ``unresponsive_seconds`` may not be heard of."""
+        return min((each.interval_seconds for each in list(self._begun.values())), default=math.inf)
 
     def _call_in_loop(self, function: Callable[[], object]) -> None:
         loop = self._loop
@@ -174,22 +194,30 @@ class Heartbeat:
             self._loop = self._wake = None
 
     async def _beat_until_stopped(self, wake: asyncio.Event) -> None:
-        due, first = 0.0, True
+        self._show_life(asyncio.get_running_loop())
+        beaten, pause, first = -math.inf, 0.0, True
         while not self._stopping:
-            if self._beat_requested or time.monotonic() >= due:
+            if self._beat_requested or time.monotonic() >= beaten + min(pause, self._longest_pause()):
                 self._beat_requested = False
                 answered = await self._beat(first)
                 first = first and not answered
-                pause = min(_LONGEST_RETRY_SECONDS, self._interval)
+                beaten, pause = time.monotonic(), min(_LONGEST_RETRY_SECONDS, self._interval)
                 if answered:  # the jitter keeps the workers of a fleet that started together from beating in step
                     spread = min(self._jitter, self._interval / 2)
                     pause = self._interval + random.uniform(-spread, spread)
-                due = time.monotonic() + pause
             await self._confirm()
+            due = beaten + min(pause, self._longest_pause())
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - time.monotonic()))):
                     await wake.wait()
             wake.clear()
+
+    def _show_life(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Note for the supervisor, again and again, that this loop gets its turns, also while a beat is under way."""
+        if self._signs is not None and not self._stopping:
+            interval = min(self._interval, self._longest_pause())
+            self._signs.show_life(Times(time.monotonic(), interval, self._lease_seconds))
+            loop.call_later(CONFIRM_SECONDS, self._show_life, loop)
 
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""

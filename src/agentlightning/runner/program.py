@@ -241,7 +241,7 @@ def _emit_output(stream: str, output: ProgramOutput) -> None:
 # --- Agents by name: what `agl runner` sends to its processes --------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunAgent:
     """Makes an agent in the process that runs it, and runs it.
 
@@ -256,12 +256,18 @@ class RunAgent:
     program: str | None
     folder: str
     runner: dict[str, Any] = field(default_factory=dict[str, Any])
+    made: LitAgent[Any] | None = field(default=None, init=False)
 
     async def __call__(self, store: LightningStore, worker_id: int, event: StopEvent) -> None:
         """Work on the rollouts of the store until told to end. Raises as ``LitAgentRunner.iter``."""
         runner = LitAgentRunner[Any](OtelTracer(), **self.runner)
-        with runner.run_context(agent=self.make(), store=store, worker_id=worker_id):
+        with runner.run_context(agent=self.made or self.make(), store=store, worker_id=worker_id):
             await runner.iter(event=event)
+
+    def wants_main_thread(self, worker_id: int) -> bool:
+        """Make the agent, and return whether it is to be called in the main thread. Raises as ``make``."""
+        self.made = self.make()
+        return LitAgentRunner[Any](OtelTracer(), **self.runner).wants_main_thread(self.made)
 
     def make(self) -> LitAgent[Any]:
         """The agent.

@@ -340,9 +340,15 @@ class RunnerRole:
     make_runner: Callable[[int], Runner[Any]]
     agent: LitAgent[Any]
     hooks: Sequence[Hook]
+    _made: Runner[Any] | None = None
+
+    def wants_main_thread(self, worker_id: int) -> bool:
+        """Make the runner, and return whether it wants to call the agent in the main thread."""
+        self._made = self.make_runner(worker_id)
+        return self._made.wants_main_thread(self.agent)
 
     async def __call__(self, store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
         """Work until the event is set, or the runner has done its ``max_rollouts``."""
-        runner = self.make_runner(worker_id)
+        runner = self._made or self.make_runner(worker_id)
         with runner.run_context(agent=self.agent, store=store, hooks=self.hooks, worker_id=worker_id):
             await runner.iter(event=event)

@@ -109,7 +109,7 @@ async def _steering(agent: AsyncOpenAI, url: str) -> None:
     """Pause, new weights, resume; all by HTTP, and not with the key that agents have."""
     status, body = await steer(url, "pause", key=KEY)
     assert (status, body["error"]["code"]) == (401, "invalid_control_key")
-    assert await steer(url, "pause", retry_after_seconds=0.01) == (200, {"calls_in_flight": 0})
+    assert await steer(url, "pause", hold_seconds=0, retry_after_seconds=0.01) == (200, {"calls_in_flight": 0})
     call = asyncio.create_task(
         agent.with_options(max_retries=1000).chat.completions.create(model="policy", messages=MESSAGES)
     )

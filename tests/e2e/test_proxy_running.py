@@ -29,6 +29,7 @@ from agentlightning import (
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
 from agentlightning.proxy import llm_proxy
 from agentlightning.proxy.app import ProxyApp
+from agentlightning.proxy.session import CallAdmission
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from agentlightning.serving import connections as connection
 from agentlightning.serving.connections import ConnectionBounds
@@ -61,7 +62,7 @@ async def test_a_pause_lets_calls_end_and_turns_new_ones_away() -> None:
     async with proxied(backend) as scene:
         first = asyncio.create_task(ask(scene))
         await reached(hold.reached)
-        assert await scene.proxy.pause(retry_after_seconds=2.5, timeout_seconds=0.01) == 1
+        assert await scene.proxy.pause(hold_seconds=0, retry_after_seconds=2.5, timeout_seconds=0.01) == 1
         assert (await health(scene.proxy))["status"] == "paused"
         with pytest.raises(RateLimitError) as caught:
             await ask(scene)
@@ -79,7 +80,7 @@ async def test_a_pause_lets_calls_end_and_turns_new_ones_away() -> None:
 
 async def test_openais_client_comes_back_after_a_pause_by_itself() -> None:
     async with proxied(OpenAIBackend()) as scene:
-        await scene.proxy.pause(retry_after_seconds=0.05)
+        await scene.proxy.pause(hold_seconds=0, retry_after_seconds=0.05)
         call = asyncio.create_task(ask(scene, max_retries=1000))
         await asyncio.sleep(0)
         scene.proxy.set_model_version("step-2")
@@ -88,17 +89,39 @@ async def test_openais_client_comes_back_after_a_pause_by_itself() -> None:
         assert attribute(await scene.only_span(), Call.MODEL_VERSION) == "step-2"
 
 
-async def test_a_pause_can_hold_calls_instead() -> None:
+async def test_a_pause_holds_calls() -> None:
     async with proxied(OpenAIBackend()) as scene:
-        await scene.proxy.pause(hold_seconds=WAIT_SECONDS)
+        await scene.proxy.pause()
         call = asyncio.create_task(ask(scene))
         done, _ = await asyncio.wait({call}, timeout=0.1)
         assert not done
         await scene.proxy.resume()
         assert (await call).choices[0].message.content
         await scene.proxy.pause(hold_seconds=0.01)
-        with pytest.raises(RateLimitError):
+        with pytest.raises(RateLimitError) as caught:
             await ask(scene)
+        assert 20 <= float(caught.value.response.headers["retry-after"]) <= 60, "OpenAI's clients ignore more than 60"
+
+
+async def test_a_pause_that_follows_at_once_holds_the_held_calls_again() -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        admission = CallAdmission(max_calls=10)
+        begun = asyncio.Event()
+
+        async def call() -> None:
+            begun.set()
+            async with admission.admit():
+                assert not admission.is_paused
+
+        await admission.pause(1.0, WAIT_SECONDS, None)
+        held = asyncio.create_task(call())
+        await begun.wait()
+        await admission.resume()
+        await admission.pause(1.0, WAIT_SECONDS, None)
+        done, _ = await asyncio.wait({held}, timeout=0.05)
+        assert not done
+        await admission.resume()
+        await held
 
 
 async def test_a_large_request_that_is_held_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:

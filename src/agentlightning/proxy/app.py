@@ -16,7 +16,7 @@ from agentlightning.errors import NotAllowed
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import ProxyError
-from agentlightning.proxy.session import ProxySession
+from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession
 from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
@@ -98,8 +98,8 @@ class ProxyAccess:
 class _PauseOptions(msgspec.Struct):
     """The body of ``POST /control/pause``."""
 
-    retry_after_seconds: _Seconds = 1.0
-    hold_seconds: _Seconds = 0.0
+    retry_after_seconds: _Seconds = RETRY_AFTER_SECONDS
+    hold_seconds: _Seconds = HOLD_SECONDS
     timeout_seconds: _Seconds | None = None
 
 

@@ -19,7 +19,7 @@ from agentlightning.proxy.app import ProxyAccess, ProxyApp
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
 from agentlightning.proxy.models import ModelConfig, backends_of, check_capture_fields
-from agentlightning.proxy.session import ProxySession, ProxySettings
+from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing, Upstream
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import is_loopback
@@ -278,15 +278,20 @@ class LLMProxy:
         self._versions[model or ""] = version
 
     async def pause(
-        self, *, retry_after_seconds: float = 1.0, hold_seconds: float = 0.0, timeout_seconds: float | None = None
+        self,
+        *,
+        retry_after_seconds: float = RETRY_AFTER_SECONDS,
+        hold_seconds: float = HOLD_SECONDS,
+        timeout_seconds: float | None = None,
     ) -> int:
-        """Take no new calls, and wait until those in flight have ended, so that weights can be changed.
+        """Pass no new calls on, and wait until those in flight have ended, so that weights can be changed.
 
-        New calls get 429 with ``Retry-After``, which OpenAI's clients obey (twice, by default), until ``resume``.
+        New calls wait for ``resume``: their agents see a slow reply. One that has waited for ``hold_seconds`` gets 429
+        with ``Retry-After``, which OpenAI's clients obey (twice, by default).
 
         Args:
-            retry_after_seconds: what they are told: about how long the pause will last.
-            hold_seconds: how long a new call is kept waiting before it gets 429.
+            retry_after_seconds: what calls are told that were held in vain.
+            hold_seconds: how long a new call is held. 0: it gets 429 at once.
             timeout_seconds: how long to wait for calls in flight; None: without limit.
 
         Returns:

@@ -23,6 +23,11 @@ from agentlightning.tracer.sender import SpanSender
 _logger = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 2.0
+HOLD_SECONDS = 300.0
+"""How long a pause holds calls: less than the 600 s that OpenAI's clients wait for a reply."""
+RETRY_AFTER_SECONDS = 30.0
+"""What a call that was held in vain is told. OpenAI's clients obey up to 60 s, and repeat sooner if told more; some
+programs give up at once without it."""
 _MAX_BYTES = 256 * 1024 * 1024
 """How much memory the requests and kept replies of calls in flight may take together."""
 
@@ -69,8 +74,8 @@ class CallAdmission:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._retry_after_seconds = 1.0
-        self._hold_seconds = 0.0
+        self._retry_after_seconds = RETRY_AFTER_SECONDS
+        self._hold_seconds = HOLD_SECONDS
         self.is_closed = False
 
     @property
@@ -80,7 +85,7 @@ class CallAdmission:
 
     @property
     def is_paused(self) -> bool:
-        """Whether calls are refused until ``resume``."""
+        """Whether calls are held, or refused, until ``resume``."""
         return not self._open.is_set()
 
     @asynccontextmanager
@@ -124,7 +129,8 @@ class CallAdmission:
             self._held += 1
             try:
                 async with asyncio.timeout(self._hold_seconds):
-                    await self._open.wait()
+                    while not self._open.is_set():  # the next pause may have begun before this task woke up
+                        await self._open.wait()
                     return
             except TimeoutError:
                 pass  # refused below, like a call that is not held

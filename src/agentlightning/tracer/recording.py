@@ -7,13 +7,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Span
-from agentlightning.types.plain_spans import PlainSpan
+from agentlightning.types.plain_spans import PlainSpan, SpanOrPlain
 
 _numbers = itertools.count()
 _logger = logging.getLogger(__name__)
@@ -87,13 +87,18 @@ class Recording:
     def spans(self) -> list[Span]:
         """All spans so far, in the order in which they ended. Their attributes are those that are sent: do not change
         them."""
-        return [span.to_span() for span in self.unsent(start=0)[0]]
+        return [span.to_span() for span in self._converted_from(0)[0]]
 
-    def unsent(self, limit: int | None = None, *, start: int | None = None) -> tuple[list[PlainSpan], int]:
-        """The spans from ``start`` on, at most ``limit``, and the position behind the last one.
+    def unsent(self, limit: int | None = None) -> tuple[Sequence[SpanOrPlain], int]:
+        """The spans that are not marked as stored, at most ``limit``, as the store takes them; and the position behind
+        the last one."""
+        spans, end = self._converted_from(None, limit)
+        if self.store is None or self.store.capabilities.get("plain_spans", False):
+            return spans, end
+        return [span.to_span() for span in spans], end
 
-        Default for ``start``: the first that is not marked as stored.
-        """
+    def _converted_from(self, start: int | None, limit: int | None = None) -> tuple[list[PlainSpan], int]:
+        """The spans from ``start`` on; None: from the first that is not marked as stored."""
         spans, convert = self.taken, self._convert
         with self._lock:
             end = len(spans)

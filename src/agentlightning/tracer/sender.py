@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
@@ -79,6 +79,8 @@ class SpanSender:
         self._stopping = False
         self._pid = 0
         self._failures = 0
+        self._told: dict[int, type[Exception]] = {}
+        """What was logged last: of each store that takes no spans, by the id of the object; 0: of this sender."""
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -127,9 +129,7 @@ class SpanSender:
             return done
         with self._lock:
             self._waiters.append(_Waiter(recording, target, done, time.monotonic() + self._patience))
-        loop = self._loop
-        if loop is not None:
-            loop.call_soon_threadsafe(self._wake.set)
+        self._notify()
         return done
 
     def leave(self, recording: Recording) -> None:
@@ -180,28 +180,46 @@ class SpanSender:
         for each in waiters:
             recordings[id(each.recording)] = each.recording
         recordings |= self._open
-        by_store: dict[int, list[Recording]] = {}
+        try:
+            errors = await self._send_new(recordings.values())
+            self._failures = self._failures + 1 if errors else 0
+            waiting = [each for each in waiters if not self._settle(each, errors.get(id(each.recording.store)))]
+            self._told.pop(0, None)
+        except Exception as error:  # without this loop, whoever waits would wait for ever
+            self._failures += 1
+            if self._is_news(0, error):
+                left = sum(len(each.taken) - each.settled for each in recordings.values())
+                _logger.exception("the sender of spans has failed and tries again; %d spans wait", left)
+            waiting = [each for each in waiters if not (each.done.done() or self._settle(each, error))]
+        with self._lock:
+            self._waiters = waiting + self._waiters
         for recording in recordings.values():
+            self._forget(recording)
+
+    def _is_news(self, key: int, error: Exception) -> bool:
+        """Whether the last failure told under this key was of another kind; it is now of this one."""
+        before, self._told[key] = self._told.get(key), type(error)
+        return before is not type(error)
+
+    async def _send_new(self, recordings: Iterable[Recording]) -> Mapping[int, Exception]:
+        """Send the new spans of some traces; returns the errors by store, of which each new kind is logged."""
+        by_store: dict[int, list[Recording]] = {}
+        for recording in recordings:
             if recording.store is not None and recording.settled < len(recording.taken):
                 by_store.setdefault(id(recording.store), []).append(recording)
         errors: dict[int, Exception] = {}
         for key, group in by_store.items():
             try:
                 await self._send_group(group)
-            except Exception as error:  # noqa: BLE001 - a store may fail in any way; waiting callers get the error
+                self._told.pop(key, None)
+            except Exception as error:  # a store may fail in any way; waiting callers get the error
                 errors[key] = error
-        self._failures = self._failures + 1 if errors else 0
-        if self._failures == 1:
-            error = next(iter(errors.values()))
-            known = isinstance(error, (AgentLightningError, OSError))
-            _logger.warning(
-                "the store does not accept spans; they are kept in memory: %s", error, exc_info=None if known else error
-            )
-        waiting = [each for each in waiters if not self._settle(each, errors.get(id(each.recording.store)))]
-        with self._lock:
-            self._waiters = waiting + self._waiters
-        for recording in recordings.values():
-            self._forget(recording)
+                if self._is_news(key, error):
+                    trace = None if isinstance(error, (AgentLightningError, OSError)) else error
+                    _logger.warning(
+                        "the store does not accept spans; they are kept in memory: %s", error, exc_info=trace
+                    )
+        return errors
 
     def _settle(self, waiter: _Waiter, error: Exception | None) -> bool:
         """Complete the future of a waiting caller; False if the caller has to wait on."""
@@ -239,8 +257,6 @@ class SpanSender:
             more, end = recording.unsent(BATCH_SPANS - len(spans))
             spans += more
             parts.append((recording, end))
-        if not store.capabilities.get("plain_spans", False):
-            spans = [span.to_span() if isinstance(span, PlainSpan) else span for span in spans]
         try:
             if spans:
                 await store.add_many_spans(spans)
@@ -343,7 +359,7 @@ class DeferredTrace(AbstractAsyncContextManager[Any]):
 
     def unsent(self) -> Sequence[SpanOrPlain]:
         """The spans that the store does not have yet; from now on it is the caller who sends them."""
-        if self._recording is None:
+        if self._recording is None or self._recording.store is None:
             return ()
         self._sender.leave(self._recording)
         spans, self._taken = self._recording.unsent()

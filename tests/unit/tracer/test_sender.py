@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from agentlightning.errors import InvalidValue, StoreClosed, StoreUnavailable
+from agentlightning.store.contract import LightningStoreCapabilities
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.tracer.conversion import SpanConverter
 from agentlightning.tracer.otel import OtelTracer
@@ -220,3 +222,127 @@ async def test_what_is_left_is_sent_at_the_end() -> None:
         late.end()
         await asyncio.to_thread(tracer.teardown_worker, 0)
         assert [span.name for span in await store.query_spans(rollout.rollout_id)] == ["late"]
+
+
+# --- Spans that somebody else sends ----------------------------------------------------------------
+
+
+class StoreOfRecords(InMemoryLightningStore):
+    """A store that takes spans only as records."""
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        return {**super().capabilities, "plain_spans": False}
+
+
+@pytest.mark.parametrize(("made", "kind"), [(StoreOfRecords, Span), (InMemoryLightningStore, PlainSpan)])
+async def test_who_sends_the_last_spans_gets_them_as_the_store_takes_them(
+    made: type[InMemoryLightningStore], kind: type[Any]
+) -> None:
+    async with made() as store:
+        tracer = OtelTracer()
+        with tracer.lifespan(store):
+            rollout = await started(store)
+            trace = tracer.trace_context(**of(rollout))
+            trace.defer()
+            async with trace:
+                tracer.create_span("last")
+            spans = trace.unsent()
+            assert list(map(type, spans)) == [kind]
+            ended = await store.finish_attempt(
+                rollout.rollout_id, rollout.attempt.attempt_id, "succeeded", spans, claim_limit=0
+            )
+            assert len(ended.sequence_ids) == 1
+            trace.stored()
+            assert list(trace.unsent()) == []
+
+
+async def test_nobody_is_given_spans_that_are_to_stay_in_memory() -> None:
+    async with InMemoryLightningStore() as store:
+        tracer = OtelTracer()
+        with tracer.lifespan(store):
+            processor = tracer._wiring()[0]
+            trace = tracer.trace_context(**of(await started(store)))
+            trace.defer()
+            processor.disable_store_submission = True
+            try:
+                async with trace:
+                    tracer.create_span("kept")
+            finally:
+                processor.disable_store_submission = False
+            assert list(trace.unsent()) == []
+            assert [span.name for span in tracer.get_last_trace()] == ["kept"]
+
+
+# --- What the log says -----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def sending(**times: float) -> AsyncIterator[SpanSender]:
+    sender = SpanSender(**times)
+    sender.start()
+    try:
+        async with asyncio.timeout(30):
+            yield sender
+    finally:
+        await asyncio.to_thread(sender.stop)
+
+
+def one_span(store: InMemoryLightningStore, rollout: AttemptedRollout) -> Recording:
+    """A trace with one span, that nobody has opened."""
+    provider = TracerProvider(shutdown_on_exit=False)
+    span = provider.get_tracer("test").start_span("one")
+    span.end()
+    recording = Recording(SpanConverter().convert, store, rollout.rollout_id, rollout.attempt.attempt_id)
+    recording.add(span)
+    return recording
+
+
+def logged(caplog: pytest.LogCaptureFixture, level: str) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == level]
+
+
+async def test_each_kind_of_failure_is_told_when_it_begins(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentlightning.tracer.sender._FIRST_RETRY_SECONDS", 0.001)
+    away, reset = StoreUnavailable("away"), OSError("reset")
+    faults = iter([away, away, reset, reset, away])
+    async with FaultyStore(lambda spans: next(faults, None)) as store, sending() as sender:
+        rollout = await started(store)
+        await asyncio.wrap_future(sender.flush(one_span(store, rollout)))
+        said = "the store does not accept spans; they are kept in memory: "
+        assert logged(caplog, "WARNING") == [f"{said}{error}" for error in (away, reset, away)]
+        faults = iter([away])
+        await asyncio.wrap_future(sender.flush(one_span(store, rollout)))
+        assert len(logged(caplog, "WARNING")) == 4, "it had taken spans meanwhile"
+
+
+async def test_a_store_that_never_takes_spans_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with FaultyStore(lambda spans: StoreClosed("closed")) as store, sending(interval_seconds=0.001) as sender:
+        rollout = await started(store)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable, match="1 of 1 spans"):
+                await asyncio.wrap_future(sender.flush(one_span(store, rollout)))
+            while sender._failures:  # until a round in which there is nothing to send
+                await asyncio.sleep(0.001)
+    assert len(logged(caplog, "WARNING")) == 1
+
+
+class Unspeakable(Exception):
+    """An exception that a store of somebody else's may raise."""
+
+    def __str__(self) -> str:
+        raise ArithmeticError("no text")
+
+
+async def test_a_sender_that_fails_says_what_waits_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    fault: list[Exception | None] = [Unspeakable()]
+    async with FaultyStore(lambda spans: fault[0]) as store, sending(patience_seconds=0.2) as sender:
+        rollout = await started(store)
+        with pytest.raises(StoreUnavailable, match="ArithmeticError: no text"):
+            await asyncio.wrap_future(sender.flush(one_span(store, rollout)))
+        assert set(logged(caplog, "ERROR")) == {"the sender of spans has failed and tries again; 1 spans wait"}
+        fault[0] = None
+        await asyncio.wrap_future(sender.flush(one_span(store, rollout)))
+        assert (await store.query_spans(rollout.rollout_id)).total == 1

@@ -25,6 +25,8 @@ from scenes import enqueued
 from served_store import served
 
 AGENT = """
+import signal
+import time
 import agentlightning as agl
 
 def plain(task):
@@ -33,6 +35,16 @@ def plain(task):
 @agl.rollout
 async def agent(task):
     return task * 3
+
+def limited(task):
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(60)
+    except TimeoutError:
+        return task * 5
 
 class Agent(agl.LitAgent):
     def rollout(self, task, resources, rollout):
@@ -83,9 +95,10 @@ async def rewards(server: LightningStoreServer, *tasks: Any, then: str | None = 
         (["mine:plain"], 2.0),
         (["mine.py:agent", "-c", "2"], 3.0),
         (["mine:Agent"], 4.0),
+        (["mine:limited"], 5.0),
         (["--exec", "test -f mine.py && echo $AGL_TASK"], 1.0),
     ],
-    ids=["function", "file", "class", "program"],
+    ids=["function", "file", "class", "alarm", "program"],
 )
 def test_agents_of_every_kind(words: list[str], reward: float, folder: Path, server: LightningStoreServer) -> None:
     process = start(folder, server, *words)

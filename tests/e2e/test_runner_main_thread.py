@@ -150,6 +150,7 @@ def verifies(task: dict[str, str]) -> float:
 
 @pytest.mark.slow
 def test_math_verify_as_it_is(folder: Path) -> None:
+    """Seen with math-verify 0.9.0."""
     pytest.importorskip("math_verify")
     algorithm = Inputs(
         {"gold": "$\\frac{1}{2}$", "answer": "$0.5$"},

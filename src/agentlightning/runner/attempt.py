@@ -228,6 +228,8 @@ class AttemptRun:
         except AgentInterrupted as error:  # by SIGINT, which ends the runner, too
             return failed("aborted", error), None
         except Exception as error:
+            if isinstance(error, ValueError) and "only works in main thread" in str(error):
+                error.add_note("plain functions run there with concurrency=1, in the processes of the strategy 'cs'")
             ids = self.rollout.rollout_id, self.attempt_id
             shown = without_runner_frames(error)
             _logger.warning("rollout %s, attempt %s: the agent failed", *ids, exc_info=shown)

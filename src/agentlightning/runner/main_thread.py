@@ -63,7 +63,8 @@ class MainThread:
                 call, self._current = self._current, None
                 if call is not None and not call.done():
                     call.set_exception(error)
-                _logger.warning("%r was raised between two agents; the last one has left a signal behind", error)
+                if not isinstance(error, AgentInterrupted):
+                    _logger.warning("%r was raised between two agents; the last one has left a signal behind", error)
 
     def _make_calls(self) -> NoReturn:
         while True:

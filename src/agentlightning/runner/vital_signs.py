@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 import tempfile
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ class VitalSigns:
 
 def open_shared_memory() -> int:
     """New memory without a name, which lives as long as a process has it; its descriptor."""
-    if hasattr(os, "memfd_create"):
+    with suppress(AttributeError, OSError):  # another system than Linux
         return os.memfd_create("agl-vital-signs")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

@@ -6,7 +6,7 @@ generative AI (https://opentelemetry.io/docs/specs/semconv/gen-ai/) by what trai
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 from pydantic import BaseModel
 
@@ -113,7 +113,8 @@ class LLMCallAttributes(Enum):
     PROMPT_TOKEN_IDS = "agentlightning.llm.prompt_token_ids"
     """List of integers."""
     RESPONSE_TOKEN_IDS = "agentlightning.llm.response_token_ids"
-    """List of integers, of the first choice."""
+    """List of integers, of the first choice. Those of the choice ``n`` are ``agentlightning.llm.choices.n`` and what
+    stands here after ``agentlightning.llm``; its prompt is there only if it is another one."""
     RESPONSE_LOGPROBS = "agentlightning.llm.response_logprobs"
     """List of floats, one for each of ``RESPONSE_TOKEN_IDS``: natural logarithms of probabilities."""
     MODEL_VERSION = "agentlightning.llm.model_version"
@@ -125,3 +126,27 @@ class LLMCallAttributes(Enum):
     RETRIES = "agentlightning.llm.retries"
     """How often the proxy tried again."""
     STREAMED = "agentlightning.llm.streamed"
+    UNUSABLE = "agentlightning.llm.unusable"
+    """Why the call is no example to learn from: one of ``UnusableReason``. Absent if it is one."""
+
+
+class UnusableReason(StrEnum):
+    """Why a recorded model call is no example to learn from, although its span may be without an error."""
+
+    TOKEN_IDS_INCOMPLETE = "token_ids_incomplete"
+    """The token ids of the reply are not as many as the backend says that it wrote."""
+    PROMPT_TOKEN_IDS_INCOMPLETE = "prompt_token_ids_incomplete"
+    """The token ids of the prompt are not as many as the backend says that it read."""
+    UNREADABLE_CHUNK = "unreadable_chunk"
+    """A part of the stream was no JSON, so what it said is missing."""
+    FINISHED_WITH_ERROR = "finished_with_error"
+    """The backend gave up in the middle of the reply: its finish reason is ``error`` or ``abort``."""
+    CALL_FAILED = "call_failed"
+    """There is no reply, or it is an error; the span's status says which."""
+    NOT_RECEIVED = "not_received"
+    """The agent closed its connection before it had the reply; it may have asked again."""
+
+
+def choice_attribute(attribute: LLMCallAttributes, number: int) -> str:
+    """Return the name of an attribute that is about one choice of a reply; 0 is the first."""
+    return attribute.value if number == 0 else attribute.value.replace(".llm.", f".llm.choices.{number}.")

@@ -63,6 +63,8 @@ class ModelCall:
         """Why the call cannot be used for training; None if it can."""
         if self.span.status.status_code == "ERROR":
             return f"the call failed: {self.span.status.description or 'no description'}"
+        if LLMCallAttributes.UNUSABLE.value in self.span.attributes:
+            return str(self.span.attributes[LLMCallAttributes.UNUSABLE.value])
         if self.response_token_ids and self.prompt_token_ids:
             return None
         if self.conversation.messages and self.conversation.reply is not None:

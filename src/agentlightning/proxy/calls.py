@@ -26,7 +26,7 @@ from agentlightning.proxy.dialects.base import (
     Scrubber,
     WireDialect,
 )
-from agentlightning.proxy.recording import CallOrigin, CallRecord
+from agentlightning.proxy.recording import DISCONNECTED, CallOrigin, CallRecord
 from agentlightning.proxy.session import ProxySession, current_task
 from agentlightning.proxy.upstream import UpstreamReply
 from agentlightning.store.validation import check_id
@@ -132,7 +132,7 @@ class _ModelCall:
             record.request = self._dialect.read_request(record.raw_request, request.path_params)
             ending = await self._pass_on(request.receive)
         except _AgentGone:
-            record.fail("client_disconnected", "the agent closed the connection before the reply had ended")
+            record.fail(DISCONNECTED, "the agent closed the connection before the reply had ended")
             self._session.record(record)
             return
         except ProxyError as error:
@@ -196,6 +196,8 @@ class _ModelCall:
         else:
             answer.scrub(scrubber)
             record.reply, body = answer, answer.body
+            if answer.error is not None:  # under a status that says success
+                record.fail(scrubber.text(answer.error.code), scrubber.text(answer.error.message))
         record.reply.body = body
         return _whole(status, headers, body)
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from agentlightning.proxy.dialects.base import ModelRequest, ProxyError, RecordedReply, WireDialect
-from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
+from agentlightning.semconv import GenAIAttributes, LLMCallAttributes, UnusableReason, choice_attribute
+from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.types.plain_spans import (
     PlainAttributes,
     PlainContext,
@@ -34,8 +35,8 @@ _REQUEST_NUMBERS: Mapping[str, GenAIAttributes] = {
     "max_completion_tokens": GenAIAttributes.REQUEST_MAX_TOKENS,
     "seed": GenAIAttributes.REQUEST_SEED,
 }
-_NO_NUL = "\N{REPLACEMENT CHARACTER}"
-"""No store takes NUL, and a model may well write one."""
+DISCONNECTED = "client_disconnected"
+"""The ``error.type`` of a call whose reply the agent did not wait for."""
 _OVERHEAD_BYTES = 1_000
 _TOKEN_BYTES = 36
 """The size of a number in a list, as Python keeps it."""
@@ -73,6 +74,13 @@ class CallRecord:
     error_type: str | None = None
     error_message: str | None = None
 
+    @property
+    def unusable(self) -> UnusableReason | None:
+        """Why the call is no example to learn from; None: it is one."""
+        if self.error_type is None:
+            return self.reply.unusable
+        return UnusableReason.NOT_RECEIVED if self.error_type == DISCONNECTED else UnusableReason.CALL_FAILED
+
     def fail(self, error_type: str, message: str, status: int | None = None) -> None:
         """Record that the call failed."""
         self.error_type, self.error_message = error_type, message
@@ -85,7 +93,9 @@ class CallRecord:
 
     def span_bytes(self) -> int:
         """Return about how much memory the call's span takes."""
-        tokens = len(self.reply.prompt_token_ids or ()) + 2 * len(self.reply.token_ids or ())
+        tokens = len(self.reply.prompt_token_ids or ()) + sum(
+            2 * len(each.token_ids or ()) for each in self.reply.choices
+        )
         return _OVERHEAD_BYTES + len(self.raw_request) + len(self.reply.body) + _TOKEN_BYTES * tokens
 
 
@@ -100,7 +110,7 @@ def span_of(record: CallRecord) -> PlainSpan:
     model = record.request.model if record.request else "unknown"
     status = PlainStatus(status_code="OK")
     if record.error_type is not None:
-        status = PlainStatus("ERROR", (record.error_message or record.error_type).replace("\0", _NO_NUL))
+        status = PlainStatus("ERROR", sanitize_text(record.error_message or record.error_type))
     return PlainSpan(
         rollout_id=record.origin.rollout_id,
         attempt_id=record.origin.attempt_id,
@@ -108,7 +118,7 @@ def span_of(record: CallRecord) -> PlainSpan:
         trace_id=trace_id,
         span_id=span_id,
         parent_id=record.origin.parent_span_id,
-        name=f"{record.dialect.operation} {model}".replace("\0", _NO_NUL),
+        name=sanitize_text(f"{record.dialect.operation} {model}"),
         status=status,
         attributes=_attributes_of(record, ended),
         events=[],
@@ -124,9 +134,6 @@ def span_of(record: CallRecord) -> PlainSpan:
 def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
     request, reply = record.request, record.reply
     body: Mapping[str, Any] = {} if request is None else request.body
-    tokens, logprobs = reply.token_ids, reply.logprobs
-    if logprobs is not None and tokens is not None and len(logprobs) != len(tokens):
-        logprobs = None  # they do not stand beside their tokens
     found: dict[GenAIAttributes | LLMCallAttributes, PlainValue | None] = {
         GenAIAttributes.OPERATION_NAME: record.dialect.operation,
         GenAIAttributes.PROVIDER_NAME: record.dialect.provider,
@@ -145,9 +152,7 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         GenAIAttributes.USAGE_INPUT_TOKENS: reply.input_tokens,
         GenAIAttributes.USAGE_OUTPUT_TOKENS: reply.output_tokens,
         LLMCallAttributes.RESPONSE: _body_text(reply.body),
-        LLMCallAttributes.PROMPT_TOKEN_IDS: None if reply.prompt_token_ids is None else list(reply.prompt_token_ids),
-        LLMCallAttributes.RESPONSE_TOKEN_IDS: None if tokens is None else list(tokens),
-        LLMCallAttributes.RESPONSE_LOGPROBS: None if logprobs is None else list(logprobs),
+        LLMCallAttributes.UNUSABLE: record.unusable and record.unusable.value,
         GenAIAttributes.HTTP_STATUS_CODE: record.status,
         GenAIAttributes.ERROR_TYPE: record.error_type,
         LLMCallAttributes.LATENCY_SECONDS: ended - record.started,
@@ -155,11 +160,33 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         LLMCallAttributes.STREAMED: request is not None and request.is_streamed,
         LLMCallAttributes.FIRST_BYTE_SECONDS: None if record.first_byte is None else record.first_byte - record.started,
     }
-    return {
-        name.value: value.replace("\0", _NO_NUL) if isinstance(value, str) else value
-        for name, value in found.items()
-        if value is not None
+    known = {name.value: value for name, value in found.items() if value is not None} | _token_attributes(reply)
+    return {name: _mended(value) for name, value in known.items()}
+
+
+def _token_attributes(reply: RecordedReply) -> PlainAttributes:
+    """Return ids and log-probabilities: of the first choice, and below ``llm.choices.n`` of each further one."""
+    found: dict[str, Sequence[int] | Sequence[float] | None] = {
+        LLMCallAttributes.PROMPT_TOKEN_IDS.value: reply.prompt_token_ids
     }
+    for number, choice in enumerate(reply.choices):
+        tokens, logprobs = choice.token_ids, choice.logprobs
+        if logprobs is not None and tokens is not None and len(logprobs) != len(tokens):
+            logprobs = None  # they do not stand beside their tokens
+        if number:
+            found[choice_attribute(LLMCallAttributes.PROMPT_TOKEN_IDS, number)] = choice.prompt_token_ids
+        found[choice_attribute(LLMCallAttributes.RESPONSE_TOKEN_IDS, number)] = tokens
+        found[choice_attribute(LLMCallAttributes.RESPONSE_LOGPROBS, number)] = logprobs
+    return {name: list(numbers) for name, numbers in found.items() if numbers is not None}
+
+
+def _mended(value: PlainValue) -> PlainValue:
+    """Return a value as stores take it: without NUL and without halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value if fits(value) else sanitize_text(value)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return [sanitize_text(str(each)) for each in value]
+    return value
 
 
 def _body_text(body: bytes) -> str | None:

@@ -20,9 +20,9 @@ from io import BytesIO
 from typing import Any
 
 import aiohttp
-import msgspec
 
 from agentlightning.proxy.dialects.base import CaptureField, ModelRequest, ProxyError, WireDialect
+from agentlightning.proxy.dialects.lenient import write_json
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
@@ -236,7 +236,7 @@ class Upstream:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **backend.headers}
         if backend.api_key:
             headers["Authorization"] = f"Bearer {backend.api_key}"
-        data = msgspec.json.encode(body)
+        data = write_json(body)
         return await self._client.post(
             backend.base_url + dialect.backend_path,
             # A large body is written in pieces, so that other calls go on in between.

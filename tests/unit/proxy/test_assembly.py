@@ -95,6 +95,65 @@ def test_an_empty_list_does_not_say_what_follows(pieces: list[list[Any]], whole:
     assert message_of(*({"parts": piece} for piece in pieces))["parts"] == whole
 
 
+def call(index: int | None, id: str | None, name: str | None, arguments: str) -> dict[str, Any]:
+    """A piece of a tool call."""
+    function = {"arguments": arguments} | ({} if name is None else {"name": name})
+    places = {} if index is None else {"index": index}
+    return {"tool_calls": [{**places, **({} if id is None else {"id": id, "type": "function"}), "function": function}]}
+
+
+@pytest.mark.parametrize("index", [0, None])
+def test_tool_calls_with_other_ids_are_others_though_all_say_index_0(index: int | None) -> None:
+    message = message_of(
+        call(index, "a", "f", "{"),
+        call(index, None, None, "1}"),
+        call(index, "b", "g", "{"),
+        call(index, None, None, "2}"),
+        call(index, "a", None, ""),
+    )
+    assert [(each["id"], each["function"]) for each in message["tool_calls"]] == [
+        ("a", {"name": "f", "arguments": "{1}"}),
+        ("b", {"name": "g", "arguments": "{2}"}),
+    ]
+
+
+def test_a_piece_with_an_id_of_its_own_but_without_a_name_is_of_the_same_call() -> None:
+    message = message_of(call(0, "a", "f", "{"), call(0, "x", None, "1"), call(0, "y", "", "}"))
+    assert [(each["id"], each["function"]["arguments"]) for each in message["tool_calls"]] == [("a", "{1}")]
+
+
+def test_constants_that_each_piece_repeats_are_said_once() -> None:
+    details = [
+        {"type": "reasoning.text", "text": text, "format": "f-v1", "provider": "p", "index": 0, **more}
+        for text, more in (("let me ", {}), ("see", {}), ("", {"signature": "S=="}))
+    ]
+    message = message_of(*({"reasoning_details": [each], "model_name": "m"} for each in details))
+    assert message["reasoning_details"] == [
+        {"type": "reasoning.text", "text": "let me see", "format": "f-v1", "provider": "p", "signature": "S=="}
+    ]
+    assert message["model_name"] == "m"
+    assert message_of({"content": "ha"}, {"content": "ha"})["content"] == "haha"
+
+
+def test_content_is_a_list_and_then_a_text_or_the_other_way_round() -> None:
+    thought = [{"type": "thinking", "thinking": [{"type": "text", "text": text}]} for text in ("let ", "me")]
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    message = message_of(
+        *({"content": [part]} for part in thought),
+        {"content": "4"},
+        {"content": ""},
+        {"content": "2"},
+        {"content": [image]},
+    )
+    assert message["content"] == [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "let me"}]},
+        {"type": "text", "text": "42"},
+        image,
+    ]
+    message = message_of({"content": "4"}, {"content": [{"type": "text", "text": "2"}]})
+    assert message["content"] == [{"type": "text", "text": "42"}]
+
+
 def test_choices_are_kept_apart_and_in_order() -> None:
     stream, body = assembled(
         {"index": 1, "delta": {"content": "b"}, "token_ids": [2]},

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
+from agentlightning.semconv import UnusableReason
+
 CaptureField: TypeAlias = Literal["token_ids", "logprobs", "usage"]
 """What the proxy asks backends for beyond what agents ask, for the record only: token ids of prompt and reply,
 log-probabilities of the reply's tokens, and usage of streams."""
@@ -106,6 +108,26 @@ class ModelRequest(NamedTuple):
     body: dict[str, Any]
 
 
+class BackendError(NamedTuple):
+    """An error that the backend sent."""
+
+    code: str
+    """Its code or type, or else the HTTP status."""
+    message: str
+
+
+@dataclass(slots=True)
+class RecordedChoice:
+    """What is recorded of one choice of a reply. What the backend did not send is None."""
+
+    finish_reason: str | None = None
+    token_ids: Sequence[int] | None = None
+    logprobs: Sequence[float] | None = None
+    """One natural logarithm for each of its tokens."""
+    prompt_token_ids: Sequence[int] | None = None
+    """Of its prompt, if that is another than the reply's: a text completion may have several prompts."""
+
+
 @dataclass(slots=True)
 class RecordedReply:
     """What is recorded of a reply. What the backend did not send is None or empty."""
@@ -116,14 +138,31 @@ class RecordedReply:
     model: str | None = None
     fingerprint: str | None = None
     """The backend's own name of its weights."""
-    finish_reasons: list[str] = field(default_factory=list[str])
     input_tokens: int | None = None
     output_tokens: int | None = None
+    """Of all choices together."""
     prompt_token_ids: Sequence[int] | None = None
-    token_ids: Sequence[int] | None = None
     """Of the first choice."""
-    logprobs: Sequence[float] | None = None
-    """Of the first choice: one natural logarithm for each of its tokens."""
+    choices: list[RecordedChoice] = field(default_factory=list[RecordedChoice])
+    error: BackendError | None = None
+    """The error that the reply is, although its HTTP status says success."""
+    unusable: UnusableReason | None = None
+    """Why the reply is no example to learn from, although it is no error; None: it is one."""
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Those of the choices that have one."""
+        return [choice.finish_reason for choice in self.choices if choice.finish_reason is not None]
+
+    @property
+    def token_ids(self) -> Sequence[int] | None:
+        """Of the first choice."""
+        return self.choices[0].token_ids if self.choices else None
+
+    @property
+    def logprobs(self) -> Sequence[float] | None:
+        """Of the first choice."""
+        return self.choices[0].logprobs if self.choices else None
 
     def scrub(self, scrubber: Scrubber) -> None:
         """Remove the backend's secrets from the body and from every text."""
@@ -131,15 +170,8 @@ class RecordedReply:
         self.response_id = self.response_id and scrubber.text(self.response_id)
         self.model = self.model and scrubber.text(self.model)
         self.fingerprint = self.fingerprint and scrubber.text(self.fingerprint)
-        self.finish_reasons = [scrubber.text(reason) for reason in self.finish_reasons]
-
-
-class BackendError(NamedTuple):
-    """An error that the backend sent."""
-
-    code: str
-    """Its code or type, or else the HTTP status."""
-    message: str
+        for choice in self.choices:
+            choice.finish_reason = choice.finish_reason and scrubber.text(choice.finish_reason)
 
 
 class ReplyStream(Protocol):
@@ -154,6 +186,11 @@ class ReplyStream(Protocol):
     @property
     def is_complete(self) -> bool:
         """Whether the reply may end here: else the connection to the backend broke."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the agent has got all that the model wrote, though perhaps not the last word."""
         ...
 
     @property
@@ -301,3 +338,11 @@ def data_of(event: bytes) -> bytes | None:
 def event_of(data: bytes) -> bytes:
     """Return an event with this data, which must not contain a line break."""
     return b"data: " + data + b"\n\n"
+
+
+def with_data(event: bytes, data: bytes) -> bytes:
+    """Return an event with other data, which must not contain a line break; its other lines stay."""
+    if event.startswith(b"data:") and event.count(b"\n") == 2:
+        return event_of(data)
+    others = [line for line in event.splitlines() if line and not line.startswith(b"data:")]
+    return b"".join(line + b"\n" for line in others) + event_of(data)

@@ -23,13 +23,9 @@ from agentlightning.proxy.dialects.base import (
     WireDialect,
     event_of,
 )
-from agentlightning.proxy.dialects.replies import (
-    OpenAIStream,
-    read_error_in,
-    read_object,
-    read_whole_reply,
-    remove_hidden,
-)
+from agentlightning.proxy.dialects.lenient import read_object, read_request_json, write_json
+from agentlightning.proxy.dialects.replies import is_error, read_error_in, read_whole_reply, remove_hidden
+from agentlightning.proxy.dialects.streams import OpenAIStream
 
 _CAPTURE_NAMES: Mapping[CaptureField, tuple[bytes, ...]] = {
     "token_ids": (b"return_token_ids",),
@@ -56,8 +52,8 @@ class OpenAIDialect(WireDialect):
     @override
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:
         try:
-            fields = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            fields = read_request_json(body)
+        except (ValueError, RecursionError) as error:
             raise ProxyError(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
         if not isinstance(fields, dict):
             raise ProxyError(400, "invalid_json", f"The body is a JSON {type(fields).__name__}; send an object.")
@@ -107,9 +103,11 @@ class OpenAIDialect(WireDialect):
             return None
         record = read_whole_reply(reply)
         record.body = body
-        if hidden:
+        if is_error(reply):
+            record.error = read_error_in(reply, 200)
+        elif hidden:
             remove_hidden(reply, hidden)
-            record.body = msgspec.json.encode(reply)
+            record.body = write_json(reply)
         return record
 
     @override

@@ -119,6 +119,9 @@ class LLMCallAttributes(Enum):
     """List of floats, one for each of ``RESPONSE_TOKEN_IDS``: natural logarithms of probabilities."""
     MODEL_VERSION = "agentlightning.llm.model_version"
     """Which weights answered: what the algorithm last said, or else what the backend says of itself."""
+    IMPOSED_SAMPLING = "agentlightning.llm.imposed_sampling"
+    """Sampling parameters that the proxy changed for training, as a JSON string: by name, what the agent ``asked`` and
+    what was ``sent``. ``REQUEST`` has what was asked, ``gen_ai.request.*`` what was sent."""
     BACKEND = "agentlightning.llm.backend"
     """Name of the backend that answered; never its key."""
     LATENCY_SECONDS = "agentlightning.llm.latency_seconds"

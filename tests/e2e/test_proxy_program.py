@@ -114,6 +114,10 @@ async def _steering(agent: AsyncOpenAI, url: str) -> None:
         agent.with_options(max_retries=1000).chat.completions.create(model="policy", messages=MESSAGES)
     )
     assert await steer(url, "model_version", version="step-7", model="policy") == (200, {"policy": "step-7"})
+    imposed = {"temperature": 1.0, "seed": None}
+    assert await steer(url, "sampling", parameters=imposed, model="policy") == (200, {"policy": imposed})
+    status, body = await steer(url, "sampling", parameters={"stop": 1})
+    assert (status, body["error"]["param"]) == (422, "parameters")
     status, body = await steer(url, "pause", hold_seconds=-1)
     assert (status, body["error"]["param"]) == (422, "hold_seconds")
     assert (await steer(url, "resume"))[0] == 200

@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from agentlightning.errors import NotAllowed
+from agentlightning.errors import InvalidValue, NotAllowed
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import ProxyError
+from agentlightning.proxy.sampling import check_sampling
 from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession
 from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
@@ -110,6 +111,13 @@ class _VersionOfModel(msgspec.Struct):
     model: str = ""
 
 
+class _SamplingOfModel(msgspec.Struct):
+    """The body of ``POST /control/sampling``."""
+
+    parameters: dict[str, float | None]
+    model: str = ""
+
+
 class _Route(NamedTuple):
     """One route. Those with the permission ``run`` also answer below ``/v1`` and below an attempt."""
 
@@ -147,6 +155,7 @@ class ProxyApp:
                 _Route("POST", re.compile("/control/pause"), "operate", self._pause),
                 _Route("POST", re.compile("/control/resume"), "operate", self._resume),
                 _Route("POST", re.compile("/control/model_version"), "operate", self._set_model_version),
+                _Route("POST", re.compile("/control/sampling"), "operate", self._impose_sampling),
             ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,6 +224,14 @@ class ProxyApp:
         given = _read_options(await request.body(), _VersionOfModel)
         self._session.versions[given.model] = given.version
         return dict(self._session.versions)
+
+    async def _impose_sampling(self, request: Request) -> dict[str, Any]:
+        given = _read_options(await request.body(), _SamplingOfModel)
+        try:
+            self._session.imposed[given.model] = check_sampling(given.parameters)
+        except InvalidValue as error:
+            raise ProxyError(422, "invalid_value", error.message, param="parameters") from error
+        return dict(self._session.imposed)
 
 
 def _read_options(body: bytes, kind: type[_T]) -> _T:

@@ -166,15 +166,16 @@ class _ModelCall:
     async def _pass_on(self, receive: Receive) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
         session, record = self._session, self._record
-        request = record.request
-        assert request is not None
+        assert record.request is not None
         # Taken when the call begins: weights are changed while no call is in flight.
-        record.model_version = session.version_of(request.model)
-        async with _cancelled_by_hangup(receive), session.upstream.call(request, record) as reply:
-            record.status = reply.response.status
-            if reply.response.content_type == "text/event-stream" and record.status < 400:
-                return await self._relay_stream(reply)
-            return await self._relay_whole(reply)
+        record.model_version = session.version_of(record.request.model)
+        async with _cancelled_by_hangup(receive):
+            await session.sampling.impose(record)
+            async with session.upstream.call(record.request, record) as reply:
+                record.status = reply.response.status
+                if reply.response.content_type == "text/event-stream" and record.status < 400:
+                    return await self._relay_stream(reply)
+                return await self._relay_whole(reply)
 
     async def _relay_whole(self, reply: UpstreamReply) -> list[Message]:
         record, dialect, status = self._record, self._dialect, reply.response.status

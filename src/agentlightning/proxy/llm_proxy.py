@@ -6,7 +6,6 @@ import asyncio
 import os
 import secrets
 import socket
-import warnings
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -17,8 +16,10 @@ from typing_extensions import override
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.proxy.app import ProxyAccess, ProxyApp
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
-from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
-from agentlightning.proxy.models import ModelConfig, backends_of, check_capture_fields
+from agentlightning.proxy.dialects.base import CaptureField, ProxyError
+from agentlightning.proxy.legacy_arguments import capture_fields, warn_of_unused
+from agentlightning.proxy.models import ModelConfig, backends_of
+from agentlightning.proxy.sampling import check_sampling
 from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing, Upstream
 from agentlightning.security.access import AccessPolicy
@@ -40,15 +41,6 @@ _READ_BYTES = 16 * 1024
 more slowly than the backend writes."""
 _KEEPALIVE_SECONDS = 4.0
 """Shorter than servers keep idle connections (uvicorn: 5 s), so that no call goes out on one that is being closed."""
-_BUILT_IN_MIDDLEWARES = ("rollout_attempt", "stream_conversion", "message_inspection")
-"""The middlewares of agentlightning 0.3, whose work this proxy does by itself."""
-
-_FIELDS_OF_CALLBACKS: Mapping[str, frozenset[CaptureField]] = {
-    "return_token_ids": frozenset({"token_ids"}),
-    "logprobs": frozenset({"logprobs"}),
-    "opentelemetry": frozenset({"usage"}),
-}
-"""The callbacks of agentlightning 0.3 that made LiteLLM capture something."""
 
 _active: list[LLMProxy] = []
 """At most one proxy. The interface of 0.3 is a pair of module functions, so its state belongs to the module."""
@@ -104,8 +96,8 @@ class LLMProxy:
             ``logprobs``, ``usage`` (of streams). Default: all. A backend that refuses one is not asked for it again.
         api_key: what agents must show. Default: none if only this machine can connect, otherwise a random one.
             In both cases it is in the resources that ``as_resource`` returns.
-        control_key: opens ``POST /control/pause``, ``/control/resume`` and ``/control/model_version``, for algorithms
-            in other processes. Default: there are no such routes.
+        control_key: opens ``POST /control/pause``, ``/control/resume``, ``/control/model_version`` and
+            ``/control/sampling``, for algorithms in other processes. Default: there are no such routes.
         access_policy: decides what a caller with the right key may do. Default: everything.
         public_url: how agents reach the proxy, if not by its host and port: ``http://name:port``.
         max_calls: how many calls may be in flight; more get 503.
@@ -139,13 +131,13 @@ class LLMProxy:
         record_wait_seconds: float = 5.0,
         grace_seconds: float = 5.0,
     ) -> None:
-        _warn_of_unused(litellm_config, num_workers, launch_mode, launcher_args, middlewares)
+        warn_of_unused(litellm_config, num_workers, launch_mode, launcher_args, middlewares)
         self._host = host or _LOOPBACK
         self._wanted_port = port or 0
         self._public_url = None if public_url is None else public_url.rstrip("/").removesuffix("/v1")
         self._settings = ProxySettings(
             num_retries=num_retries,
-            capture=_capture_fields(ask_for, callbacks),
+            capture=capture_fields(ask_for, callbacks),
             max_calls=max_calls,
             record_wait_seconds=record_wait_seconds,
             grace_seconds=grace_seconds,
@@ -158,6 +150,7 @@ class LLMProxy:
         backends_of(model_list or ())  # so that a mistake in it is reported here rather than by ``start``
         self._model_list = cast("list[ModelConfig]", list(model_list or ()))
         self._versions: dict[str, str] = {}
+        self._imposed: dict[str, dict[str, float | None]] = {}
         self._port: int | None = None
         self._owner_pid: int | None = None
         self._server: ThreadedServer | None = None
@@ -235,7 +228,7 @@ class LLMProxy:
             settings = self._settings
             routing = Routing(backends_of(self._model_list))
             upstream = Upstream(client, routing, num_retries=settings.num_retries, capture=settings.capture)
-            session = self._session = ProxySession(settings, upstream, self.get_store, self._versions)
+            session = self._session = ProxySession(settings, upstream, self.get_store, self._versions, self._imposed)
             session.start()
             try:
                 yield ProxyApp(session, ProxyAccess(self._api_key, self._control_key, self._access_policy))
@@ -276,6 +269,22 @@ class LLMProxy:
             model: the model that they belong to; None: all models without a version of their own.
         """
         self._versions[model or ""] = version
+
+    def impose_sampling(self, parameters: Mapping[str, float | None], model: str | None = None) -> None:
+        """Replace sampling parameters in the calls of rollouts in mode ``train`` from now on.
+
+        All other calls are passed on as they are: those of validation, and those that belong to no rollout. A span
+        says what was asked and what was sent (``LLMCallAttributes.IMPOSED_SAMPLING``).
+
+        Args:
+            parameters: by name, such as ``{"temperature": 1.0, "seed": None}``. None removes what the agent sends;
+                parameters that are not named are the agent's own. Empty: nothing is imposed any more.
+            model: the model that is trained; None: all models without parameters of their own.
+
+        Raises:
+            InvalidValue: a name is not known, or a value is neither None nor a finite number.
+        """
+        self._imposed[model or ""] = check_sampling(parameters)
 
     async def pause(
         self,
@@ -375,66 +384,6 @@ class LLMProxy:
             return resource
         url = resource.get_base_url(rollout_id, attempt_id)
         return LLM(endpoint=url, model=model, api_key=key, sampling_parameters=sampling)
-
-
-def _capture_fields(
-    ask_for: Collection[CaptureField] | None, callbacks: Sequence[object] | None
-) -> frozenset[CaptureField]:
-    if callbacks is None:
-        return CAPTURE_FIELDS if ask_for is None else check_capture_fields(ask_for, "ask_for")
-    if ask_for is not None:
-        raise InvalidValue("give ask_for or callbacks, not both")
-    given = [each if isinstance(each, str) else repr(each) for each in callbacks]
-    unknown = [each for each in given if each not in _FIELDS_OF_CALLBACKS]
-    if unknown:
-        raise InvalidValue(
-            f"callbacks has {unknown!r}; the proxy has no LiteLLM and knows only {', '.join(_FIELDS_OF_CALLBACKS)} "
-            "(in place of the first two, give ask_for)"
-        )
-    if "opentelemetry" not in given:
-        raise InvalidValue(
-            "callbacks leaves out 'opentelemetry', but the proxy always records the calls of an attempt; "
-            "let agents call the backend itself if nothing is to be recorded"
-        )
-    return frozenset[CaptureField]().union(*(_FIELDS_OF_CALLBACKS[each] for each in given))
-
-
-def _warn_of_unused(
-    litellm_config: Mapping[str, Any] | None,
-    num_workers: int,
-    launch_mode: str | None,
-    launcher_args: object,
-    middlewares: Sequence[object] | None,
-) -> None:
-    """Warn of arguments of 0.3 that have no effect; refuse those that would change what is answered or recorded."""
-    if litellm_config and "model_list" in litellm_config:
-        raise InvalidValue("litellm_config has a model_list; give it as the argument model_list")
-    unknown = [each for each in middlewares or () if each not in _BUILT_IN_MIDDLEWARES]
-    if unknown:
-        raise InvalidValue(
-            f"middlewares has {unknown!r}, which would change requests or replies without a record of it; "
-            "put them before the backend, or into the agent's client"
-        )
-    names = ", ".join(litellm_config or ())
-    process = "`agl proxy`, which is a process of its own"
-    for argument, is_given, reason, instead in (
-        ("litellm_config", bool(litellm_config), f"LiteLLM is not used, so {names} have no effect", "model_list"),
-        (
-            "num_workers",
-            num_workers != 1,
-            "one event loop serves all calls",
-            "several proxies with the same model_list",
-        ),
-        ("launch_mode", launch_mode not in (None, "thread"), "the proxy runs in a thread of this process", process),
-        ("launcher_args", launcher_args is not None, "there is no launcher", "host and port"),
-        ("middlewares", middlewares is not None, "the work of these is built in", "nothing"),
-    ):
-        if is_given:
-            warnings.warn(
-                f"LLMProxy({argument}=…) of agentlightning 0.3 has no effect: {reason}; what replaces it: {instead}",
-                DeprecationWarning,
-                stacklevel=3,
-            )
 
 
 def _outward_address() -> str:

@@ -65,6 +65,8 @@ class CallRecord:
     backend: str | None = None
     model_version: str | None = None
     retries: int = 0
+    imposed: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Sampling parameters that the proxy changed, each with what the agent ``asked`` and what was ``sent``."""
     first_byte: float | None = None
     """When the backend's first byte of the reply came, on the clock of ``started``."""
     ended: float | None = None
@@ -144,6 +146,7 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
             for name, attribute in _REQUEST_NUMBERS.items()
             if type(body.get(name)) in (int, float) and -(2**63) <= body[name] < 2**63
         },
+        LLMCallAttributes.IMPOSED_SAMPLING: msgspec.json.encode(record.imposed).decode() if record.imposed else None,
         LLMCallAttributes.BACKEND: record.backend,
         LLMCallAttributes.MODEL_VERSION: record.model_version or reply.fingerprint,
         GenAIAttributes.RESPONSE_ID: reply.response_id,

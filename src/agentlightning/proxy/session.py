@@ -15,6 +15,7 @@ from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
+from agentlightning.proxy.sampling import ImposedSampling
 from agentlightning.proxy.upstream import Upstream
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.tracer.recording import Recording
@@ -208,6 +209,7 @@ class ProxySession:
         upstream: sends calls to backends.
         store: returns where spans go now.
         versions: versions of weights by model; the one of ``""`` holds for all models without one of their own.
+        sampling: parameters to impose, see ``ImposedSampling``.
     """
 
     def __init__(
@@ -216,10 +218,13 @@ class ProxySession:
         upstream: Upstream,
         store: Callable[[], LightningStore | None],
         versions: dict[str, str],
+        sampling: dict[str, dict[str, float | None]],
     ) -> None:
         self.settings = settings
         self.upstream = upstream
         self.versions = versions
+        self.imposed = sampling
+        self.sampling = ImposedSampling(sampling, store)
         self.admission = CallAdmission(settings.max_calls)
         self._find_store = store
         self._store = _CurrentStore(store)

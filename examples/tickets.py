@@ -64,7 +64,7 @@ def main(path: Path) -> int:
     print(f"{len(train)} tickets to learn from, {len(held_out)} kept apart, {len(teams)} teams")
     print(f"right before: {accuracy(policy, held_out):.0%}")
 
-    algorithm = agl.GRPO(policy=policy, batch_size=len(train), group_size=8, n_steps=6)
+    algorithm = agl.GRPO(policy=policy, batch_size=len(train), group_size=8, n_steps=4)
     trainer = agl.Trainer(algorithm=algorithm, llm_proxy=agl.LLMProxy(), n_runners=2, runner={"concurrency": 16})
     trainer.fit(route_ticket, train)
 

@@ -140,13 +140,14 @@ async def _bad_id() -> None:
     raise InvalidId("this id is allowed here and nowhere else")
 
 
-@pytest.mark.parametrize("use", ID_USES)
-async def test_bad_ids(stores: Stores, use: str) -> None:
+@pytest.mark.parametrize("method", sorted({use.partition(" ")[0] for use in ID_USES}))
+async def test_bad_ids(stores: Stores, method: str) -> None:
     async with stores.open() as (store, _):
         claim = await _scene(store)
-        async with unchanged(store):
-            for bad in BAD_IDS:
-                await _refused(InvalidId, ID_USES[use](store, claim, bad), bad)
+        for use in (use for use in ID_USES if use.partition(" ")[0] == method):
+            async with unchanged(store):
+                for bad in BAD_IDS:
+                    await _refused(InvalidId, ID_USES[use](store, claim, bad), use)
 
 
 @pytest.mark.parametrize("good", ["x", "x" * 128, "A.b_c~d:e@f-0", "Latest", "...", "0"])

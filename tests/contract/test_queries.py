@@ -159,19 +159,20 @@ def _place(field: str) -> Callable[[BaseModel], tuple[int, Any]]:
     return key
 
 
-@pytest.mark.parametrize(("table", "field"), SORTABLE)
-async def test_every_order(stores: Stores, rollout_id: str, table: str, field: str) -> None:
+@pytest.mark.parametrize("table", NOT_SORTABLE)
+async def test_every_order(stores: Stores, rollout_id: str, table: str) -> None:
     async with stores.open() as (store, clock):
         query = (await _filled(store, clock, rollout_id))[table]
         unsorted = list(await query(sort_by=None))
         assert len(unsorted) > 1
-        expected = sorted(unsorted, key=_place(field))
-        assert list(await query(sort_by=field)) == expected
-        assert list(await query(sort_by=field, sort_order="desc")) == expected[::-1]
         assert list(await query(sort_by=None, sort_order="desc")) == unsorted[::-1]
-        page = await query(sort_by=field, sort_order="desc", limit=2, offset=1)
-        assert list(page) == expected[::-1][1:3]
-        assert page.total == len(expected)
+        for field in (field for of, field in SORTABLE if of == table):
+            expected = sorted(unsorted, key=_place(field))
+            assert list(await query(sort_by=field)) == expected, field
+            assert list(await query(sort_by=field, sort_order="desc")) == expected[::-1], field
+            page = await query(sort_by=field, sort_order="desc", limit=2, offset=1)
+            assert list(page) == expected[::-1][1:3], field
+            assert page.total == len(expected)
 
 
 async def test_spans_by_sequence_id_are_sorted_by_attempt_first(stores: Stores, rollout_id: str) -> None:

@@ -25,7 +25,7 @@ from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.types import WorkerDirective
 
-QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}
+QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0, "start_method": "fork"}
 _HOST = """
 import sys
 import execution_programs as programs

@@ -28,7 +28,9 @@ from execution_agents import AgentRunner, HoardingAgent
 
 RETRIES = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "failed"])
 SOON = RestartPolicy(first_delay=0.02, longest_delay=0.1, most_per_minute=5)
-QUICK: dict[str, Any] = {"server_port": 0, "graceful_timeout": 5.0, "terminate_timeout": 2.0, "restarts": SOON}
+IN_TIME: dict[str, Any] = {"server_port": 0, "graceful_timeout": 5.0, "terminate_timeout": 2.0, "restarts": SOON}
+QUICK = IN_TIME | {"start_method": "fork"}
+"""A fork has the package imported already; what depends on how processes are started says so."""
 
 
 class Inputs:
@@ -65,9 +67,7 @@ def test_a_default_timeout_of_sockets_ends_no_runner(folder: Path) -> None:
 
     socket.setdefaulttimeout(0.2)
     try:
-        ClientServerExecutionStrategy(n_runners=1, start_method="fork", **QUICK).execute(
-            algorithm, programs.works, InMemoryLightningStore()
-        )
+        ClientServerExecutionStrategy(n_runners=1, **QUICK).execute(algorithm, programs.works, InMemoryLightningStore())
     finally:
         socket.setdefaulttimeout(None)
     assert [each.status for each in inputs.ended] == ["succeeded"]
@@ -78,9 +78,7 @@ def test_a_default_timeout_of_sockets_ends_no_runner(folder: Path) -> None:
 def test_a_crash_is_told_at_once_and_the_runner_is_back(end_by: str, folder: Path) -> None:
     """The attempt has no time-out of its own, and the lease of the worker is far from its end."""
     algorithm = Inputs({"end_by": end_by}, 1, 2, config=RETRIES)
-    ClientServerExecutionStrategy(n_runners=1, start_method="fork", **QUICK).execute(
-        algorithm, programs.works, InMemoryLightningStore()
-    )
+    ClientServerExecutionStrategy(n_runners=1, **QUICK).execute(algorithm, programs.works, InMemoryLightningStore())
     assert [each.status for each in algorithm.ended] == ["succeeded"] * 3
     first, second = algorithm.attempts[0]
     assert (first.status, first.reason_code) == ("unresponsive", "worker_lost")
@@ -189,7 +187,7 @@ def test_the_death_of_the_launcher_ends_the_run(folder: Path) -> None:
         await asyncio.Event().wait()
 
     with pytest.raises(ExecutionFailed, match="the launcher"):
-        ClientServerExecutionStrategy(n_runners=2, start_method="forkserver", **QUICK).execute(
+        ClientServerExecutionStrategy(n_runners=2, start_method="forkserver", **IN_TIME).execute(
             algorithm, programs.works, InMemoryLightningStore()
         )
     programs.wait_until(lambda: not programs.alive(folder), "the runners have ended")
@@ -207,7 +205,7 @@ def test_the_death_of_the_launcher_ends_the_run(folder: Path) -> None:
 )
 def test_a_runner_that_has_used_up_its_quota_is_reported_as_that(end_by: str, quotas: Quotas, folder: Path) -> None:
     algorithm = Inputs({"end_by": end_by}, config=RETRIES)
-    ClientServerExecutionStrategy(n_runners=1, start_method="forkserver", quotas=quotas, **QUICK).execute(
+    ClientServerExecutionStrategy(n_runners=1, start_method="forkserver", quotas=quotas, **IN_TIME).execute(
         algorithm, programs.works, InMemoryLightningStore()
     )
     [attempts] = algorithm.attempts
@@ -222,7 +220,7 @@ def test_an_agent_that_gets_no_more_memory_is_reported_as_that(folder: Path) -> 
     """Whether the kernel kills its runner for it, or Python tells the agent; rollouts after it are run."""
     algorithm = Inputs(64, 1)
     quotas = Quotas(memory_bytes=600 * 1024 * 1024)
-    ClientServerExecutionStrategy(n_runners=1, start_method="forkserver", quotas=quotas, **QUICK).execute(
+    ClientServerExecutionStrategy(n_runners=1, start_method="forkserver", quotas=quotas, **IN_TIME).execute(
         algorithm, AgentRunner(HoardingAgent()), InMemoryLightningStore()
     )
     (greedy,), (modest,) = algorithm.attempts

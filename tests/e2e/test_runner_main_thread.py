@@ -87,6 +87,12 @@ def test_coroutines_are_there_too(folder: Path) -> None:
     assert algorithm.rewards == [1.0]
 
 
+def test_a_runner_inside_an_agent_takes_nothing_from_that_outside(folder: Path) -> None:
+    algorithm = Inputs(1)
+    fit(algorithm, plain_agents.has_a_runner)
+    assert algorithm.rewards == [1.0]
+
+
 def test_an_alarm_that_an_agent_leaves_behind_hits_nobody(folder: Path) -> None:
     algorithm = Inputs(1, 2, 3)
     fit(algorithm, plain_agents.leaves_an_alarm)

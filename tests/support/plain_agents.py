@@ -9,9 +9,11 @@ import time
 from typing import Any
 
 import agentlightning as agl
+from agentlightning.runner.main_thread import MAIN_THREAD
+from agentlightning.runner.vital_signs import VITAL_SIGNS
 from execution_programs import note
 
-__all__ = ["alarms", "holds_the_interpreter", "keeps_on", "leaves_an_alarm", "sleeps", "where"]
+__all__ = ["alarms", "has_a_runner", "holds_the_interpreter", "keeps_on", "leaves_an_alarm", "sleeps", "where"]
 
 
 class TimeIsUp(Exception):
@@ -51,6 +53,12 @@ def leaves_an_alarm(task: Any) -> float:
 async def where(task: Any) -> float:
     """A coroutine."""
     return float(threading.current_thread() is threading.main_thread())
+
+
+@agl.rollout
+def has_a_runner(task: Any) -> float:
+    """It would make a runner of its own, which must not take what its own runner was given."""
+    return float(MAIN_THREAD.get() is None and VITAL_SIGNS.get() is None)
 
 
 @agl.rollout

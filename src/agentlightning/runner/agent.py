@@ -119,10 +119,12 @@ class LitAgentRunner(Runner[T]):
         self._tracer.init_worker(worker_id, store)
         for hook in self._hooks:
             hook.init_worker(worker_id)
-        main = MAIN_THREAD.get() if self.wants_main_thread(agent) else None
-        threads = AgentThreads(f"agent-{worker_id}", main)
+        main, signs = MAIN_THREAD.get(), VITAL_SIGNS.get()
+        for each in (MAIN_THREAD, VITAL_SIGNS):  # they are of this runner, and not of one that its agent may make
+            each.set(None)
+        threads = AgentThreads(f"agent-{worker_id}", main if self.wants_main_thread(agent) else None)
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
-        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id), signs=VITAL_SIGNS.get())
+        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id), signs=signs)
         self._heartbeat.start()
 
     def teardown_worker(self, worker_id: int, *args: Any, **kwargs: Any) -> None:

@@ -137,6 +137,18 @@ def test_what_a_runner_leaves_is_bounded_and_forgotten() -> None:
         os.close(file)
 
 
+def test_a_new_process_in_a_slot_inherits_no_signs() -> None:
+    file = open_shared_memory()
+    try:
+        [signs] = make_places(file, 1)
+        signs.show_life(Times(1.0, 2.0, 3.0))
+        signs.begin("at-1")
+        Slot(StartProcess("slot", {}, {}), None, signs=signs).next_start(0.0)
+        assert (signs.times(), signs.attempt_ids()) == (None, [])
+    finally:
+        os.close(file)
+
+
 @pytest.mark.parametrize("number", [0, 2**22 + 1])
 def test_a_process_that_is_not_there_does_not_run(number: int) -> None:
     assert not is_running(number)

@@ -36,9 +36,10 @@ _SPOOLED_SPANS = 512
 _SPOOLED_BYTES = 2 * 1024 * 1024
 _LOOK_AGAIN_SECONDS = 1.0
 _PAUSES = (0.5, 1.0, 2.0, 5.0)
-"""Seconds between rounds in which the server could not be reached; each round has its own retries."""
-_INTERNAL_ERROR_ROUNDS = 3
-"""After so many rounds in which one span alone makes the server fail, it counts as refused."""
+"""Seconds between rounds in which the server could not be reached, and before a span that alone made it fail is sent
+again. Each round has its own retries."""
+_INTERNAL_ERRORS = 3
+"""A span that alone makes the server fail so often counts as refused."""
 
 _Attempt = tuple[str, str | None]
 """Ids of a rollout and its attempt; None: all of them."""
@@ -274,29 +275,31 @@ class SpanDelivery:
         failed_rounds = 0
         refused: list[tuple[bytes, AgentLightningError]] = []
         suspects = Counter[bytes]()
-        """In how many rounds each span alone made the server fail."""
-        open_cases: list[AgentLightningError] = []
+        """How often each span alone made the server fail."""
 
         async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> None:
-            if not is_refusal(error):
-                suspects[spans[0]] += 1
-                if max(suspects.values()) == 1:
-                    raise error  # it may have been the server: what comes behind keeps its place
-                if suspects[spans[0]] < _INTERNAL_ERROR_ROUNDS:
-                    open_cases.append(error)
+            [span] = spans
+            while not is_refusal(error):  # it may have been the server: try it here, before what comes behind it
+                suspects[span] += 1
+                if suspects[span] >= _INTERNAL_ERRORS:
+                    break
+                await asyncio.sleep(_PAUSES[min(suspects[span], len(_PAUSES)) - 1])
+                try:
+                    await self._send_waiting(spans)
                     return
-            refused.append((spans[0], error))
+                except AgentLightningError as again:
+                    if not _may_be_refusal(again):
+                        raise
+                    error = again
+            refused.append((span, error))
 
         while True:
             refused.clear()
-            open_cases.clear()
             try:
                 batch = spool.next_batch(_SPOOLED_SPANS, _SPOOLED_BYTES)
                 if batch is None:
                     return
                 await send_apart(batch.spans, self._send_waiting, put_away, is_refusal=_may_be_refusal)
-                if open_cases:
-                    raise open_cases[0]
                 for span, error in refused:
                     folder.quarantine(span, error)
                     _logger.error("a span was refused for good, and put into %s: %s", folder.quarantine_file, error)

@@ -44,13 +44,14 @@ class TryTemplates(agl.Algorithm):
             ]
             ids = [rollout.rollout_id for rollout in rollouts]
             finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
-            rewards = [
+            found = [
                 agl.find_final_reward(await store.query_spans(rollout.rollout_id, attempt_id="latest"))
                 for rollout in finished
             ]
-            assert len(rewards) == len(ids), "a rollout did not end"
-            assert None not in rewards, "a rollout has no reward"
-            scores[text] = sum(reward or 0.0 for reward in rewards) / len(rewards)
+            assert len(found) == len(ids), "a rollout did not end"
+            rewards = [reward for reward in found if reward is not None]
+            assert len(rewards) == len(found), "a rollout has no reward"
+            scores[text] = sum(rewards) / len(rewards)
             print(f"{scores[text]:.2f}  {text}")
         best = max(scores, key=scores.__getitem__)
         assert scores[best] == 1.0

@@ -40,9 +40,16 @@ async def try_all(store: agl.LightningStore, train_dataset: Any) -> None:
             for word in train_dataset
         ]
         ended = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id for rollout in enqueued])
-        rewards = [agl.find_final_reward(await store.query_spans(rollout.rollout_id)) or 0.0 for rollout in ended]
+        found = [agl.find_final_reward(await store.query_spans(rollout.rollout_id, "latest")) for rollout in ended]
+        rewards = [reward for reward in found if reward is not None]
+        # A rollout without a reward has failed: that is no reward of 0, and the rest says nothing of the template.
+        if len(rewards) < len(found):
+            print(f"{name}: {len(found) - len(rewards)} of {len(found)} rollouts have no reward", flush=True)
+            continue
         scores[name] = sum(rewards) / len(rewards)
         print(f"{name}: {scores[name]:.2f}", flush=True)
+    if not scores:
+        raise RuntimeError("no template has a reward for every rollout; `agl rollouts ls -s failed` says why")
     best = max(scores, key=scores.__getitem__)
     await store.add_resources({"prompt_template": agl.PromptTemplate(template=TEMPLATES[best], engine="f-string")})
     print(f"best: {best}", flush=True)

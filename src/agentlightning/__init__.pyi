@@ -12,6 +12,11 @@ from agentlightning.adapter.adapters import (
     TraceToTripletBase as TraceToTripletBase,
     UnusableSpan as UnusableSpan,
 )
+from agentlightning.adapter.calls import (
+    Conversation as Conversation,
+    ModelCall as ModelCall,
+)
+from agentlightning.adapter.filters import CallFilter as CallFilter
 from agentlightning.adapter.tree import (
     RewardMatchPolicy as RewardMatchPolicy,
     TraceTree as TraceTree,

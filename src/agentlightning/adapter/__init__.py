@@ -12,12 +12,16 @@ from agentlightning.adapter.adapters import (
     TraceToTripletBase,
     UnusableSpan,
 )
+from agentlightning.adapter.calls import ModelCall
+from agentlightning.adapter.filters import CallFilter
 from agentlightning.adapter.tree import RewardMatchPolicy, TraceTree
 
 __all__ = [
     "Adapted",
     "Adapter",
+    "CallFilter",
     "LlmProxyTraceToTriplet",
+    "ModelCall",
     "OpenAIMessages",
     "OtelTraceAdapter",
     "RewardMatchPolicy",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict, TypeVar
 
-from agentlightning.adapter.calls import Conversation, Message, has_token_ids, read_model_call
-from agentlightning.adapter.tree import LLM_CALL_MATCH, RewardMatchPolicy, TraceTree
+from agentlightning.adapter.calls import Conversation, ModelCall, has_token_ids
+from agentlightning.adapter.filters import Predicate
+from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
+from agentlightning.adapter.shapes import Message
+from agentlightning.adapter.tree import RewardMatchPolicy, TraceTree
+from agentlightning.errors import InvalidValue
 from agentlightning.semconv import LLMCallAttributes
 from agentlightning.types import Span, Triplet
+from agentlightning.types.attempt_spans import by_attempt, newest_attempts, order_of
 from agentlightning.types.attributes import filter_and_unflatten_attributes
-from agentlightning.types.rewards import get_reward_value
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -22,7 +26,15 @@ T_from = TypeVar("T_from")
 T_to = TypeVar("T_to")
 T = TypeVar("T")
 
+Attempts: TypeAlias = Literal["newest", "all"]
+"""Whose calls an adapter uses, if it gets spans of several attempts of a rollout."""
+
 _NO_TOKEN_IDS = "token ids of prompt or response were not recorded; does the backend know return_token_ids?"
+
+_EARLIER = "an earlier attempt of the rollout made the call; attempts='all' uses these too"
+_REPEATED = "another record of a call that is used"
+_FILTERED = "call_filter leaves the call out"
+_NO_AGENT = "no agent that agent_match finds made the call"
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +65,7 @@ class TraceAdapter(Adapter[Sequence[Span], T_to], Generic[T_to]):
 
 @dataclass(frozen=True)
 class UnusableSpan:
-    """A span of a model call that nothing could be made of."""
+    """A span of a model call that nothing was made of."""
 
     span_id: str
     name: str
@@ -66,6 +78,8 @@ class Adapted(Generic[T]):
 
     made: list[T]
     unusable: list[UnusableSpan]
+    set_aside: list[UnusableSpan] = field(default_factory=list[UnusableSpan])
+    """Spans of model calls that were left out on purpose: further records of the same call, and what was asked for."""
 
     def made_with_warning(self) -> list[T]:
         """Return what was made; log one warning about the unusable spans: how many per reason, and the first one."""
@@ -96,50 +110,41 @@ class TraceToTripletBase(TraceAdapter[list[Triplet]]):
         return self.examine(source).made_with_warning()
 
 
-def _triplet(span: Span, agent_name: str, reward: float | None, *, needs_token_ids: bool) -> Triplet | UnusableSpan:
-    call = read_model_call(span)
-    problem = call.problem
-    if problem is None and needs_token_ids and not (call.prompt_token_ids and call.response_token_ids):
-        problem = _NO_TOKEN_IDS
-    return call.triplet(agent_name, reward) if problem is None else UnusableSpan(span.span_id, span.name, problem)
-
-
-def _sorted_out(results: Sequence[T | UnusableSpan]) -> Adapted[T]:
-    return Adapted(
-        [each for each in results if not isinstance(each, UnusableSpan)],
-        [each for each in results if isinstance(each, UnusableSpan)],
-    )
-
-
 class TracerTraceToTriplet(TraceToTripletBase):
     """Makes triplets from all records of calls: of a tracer with any instrumentation, of the proxy, or of both.
 
-    A call without token ids still makes a triplet if its messages were recorded; its ``token_ids`` are empty then.
+    A call that several of them recorded makes one triplet: that of the proxy, which has token ids. A call without
+    token ids still makes a triplet if its messages were recorded; its ``token_ids`` are empty then. Calls and rewards
+    have the order in which the store got them; times count only where spans have no sequence ids.
 
     Args:
         repair_hierarchy: put spans that lost their parent below the span that they happened in.
-        llm_call_match: regular expression that is searched for in the names of spans; it finds the model calls.
+        llm_call_match: regular expression that is searched for in the names of spans; it alone finds the model calls.
+            None: the attributes of the spans tell, or where they say nothing, usual names.
         agent_match: only calls of agents in whose name this regular expression is found; None: all calls.
         exclude_llm_call_in_reward: leave out calls that a reward function made.
         reward_match: which reward belongs to which call.
         _skip_empty_token_spans: calls without token ids are unusable.
+        call_filter: only calls for which it returns true, such as ``CallFilter(has_tools=True)``; None: all calls.
+        attempts: the calls of the newest attempt of each rollout, or of all attempts, each by itself.
     """
 
     def __init__(
         self,
         repair_hierarchy: bool = True,
-        llm_call_match: str = LLM_CALL_MATCH,
+        llm_call_match: str | None = None,
         agent_match: str | None = None,
         exclude_llm_call_in_reward: bool = True,
         reward_match: RewardMatchPolicy = RewardMatchPolicy.FIRST_OCCURRENCE,
         _skip_empty_token_spans: bool = False,
+        *,
+        call_filter: Predicate | None = None,
+        attempts: Attempts = "newest",
     ) -> None:
         self._repair_hierarchy = repair_hierarchy
-        self._llm_call_match = llm_call_match
-        self._agent_match = agent_match
-        self._exclude_llm_call_in_reward = exclude_llm_call_in_reward
         self._reward_match = RewardMatchPolicy(reward_match)
         self._skip_empty_token_spans = _skip_empty_token_spans
+        self._finder = _CallFinder(llm_call_match, agent_match, exclude_llm_call_in_reward, call_filter, attempts)
 
     def visualize(
         self,
@@ -149,30 +154,23 @@ class TracerTraceToTriplet(TraceToTripletBase):
         interested_span_match: str | None = None,
     ) -> TraceTree:
         """Write the tree of the spans to ``FILENAME.dot``, and return it. See ``TraceTree.visualize``."""
-        tree = self._tree(source)
+        tree = self._tree(_as_spans(source))
         tree.visualize(filename, interested_span_match)
         return tree
 
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
-        """Return the triplets in the order of the calls, and the spans of calls that none could be made of."""
-        if not source:
-            return Adapted([], [])
-        tree = self._tree(source)
-        calls = tree.find_llm_calls(
-            llm_call_match=self._llm_call_match,
-            agent_match=self._agent_match,
-            within_reward=False if self._exclude_llm_call_in_reward else None,
-            within_llm_call=False,
-            existing_llm_call_response_ids=set(),
-        )
-        rewards = tree.match_rewards(self._reward_match, [call for call, _ in calls])
-        strict = self._skip_empty_token_spans
-        return _sorted_out(
-            [_triplet(call.span, agent, rewards[call.id], needs_token_ids=strict) for call, agent in calls]
-        )
+        """Return the triplets in the order of the calls, attempt by attempt, and the spans that none were made of."""
+        adapted = Adapted[Triplet]([], [])
+        for spans in self._finder.attempts_of(_as_spans(source), adapted):
+            tree = self._tree(spans)
+            records = self._finder.calls_of(tree, adapted)
+            rewards = tree.rewards_of(self._reward_match, {each.call.span.span_id: each.span_ids for each in records})
+            for each in records:
+                _add_triplet(adapted, each, rewards[each.call.span.span_id], self._skip_empty_token_spans)
+        return adapted
 
-    def _tree(self, source: Sequence[Span] | Sequence[ReadableSpan]) -> TraceTree:
-        tree = TraceTree.from_spans(_as_spans(source))
+    def _tree(self, spans: Sequence[Span]) -> TraceTree:
+        tree = TraceTree.from_spans(spans)
         if self._repair_hierarchy:
             tree.repair_hierarchy()
         return tree
@@ -181,26 +179,110 @@ class TracerTraceToTriplet(TraceToTripletBase):
 class LlmProxyTraceToTriplet(TraceToTripletBase):
     """Makes triplets from the calls that the LLM proxy recorded, and from nothing else.
 
-    Calls must have token ids. A call's reward is the first one that was emitted after it began. The spans need not
-    form one tree, because the proxy knows the attempt of a call, but not always the agent's span that made it.
+    Calls must have token ids. A call's reward is the first one that the store got after it. The spans need not form
+    one tree, because the proxy knows the attempt of a call, but not always the agent's span that made it.
+
+    Args:
+        call_filter: only calls for which it returns true; None: all calls.
+        attempts: the calls of the newest attempt of each rollout, or of all attempts, each by itself.
     """
 
+    def __init__(self, *, call_filter: Predicate | None = None, attempts: Attempts = "newest") -> None:
+        self._finder = _CallFinder(None, None, False, call_filter, attempts, only_proxied=True)
+
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
-        """Return the triplets in the order of the calls, and the spans of calls that none could be made of."""
-        spans = sorted(_as_spans(source), key=lambda span: (span.start_time or 0.0, span.sequence_id))
-        results: list[Triplet | UnusableSpan] = []
-        reward: float | None = None
-        for span in reversed(spans):  # so that the last reward seen is the first one after the call
-            value = get_reward_value(span)
-            if value is not None:
-                reward = value
-            elif LLMCallAttributes.REQUEST.value in span.attributes or has_token_ids(span):
-                results.append(_triplet(span, "", reward, needs_token_ids=True))
-        return _sorted_out(results[::-1])
+        """Return the triplets in the order of the calls, attempt by attempt, and the spans that none were made of."""
+        adapted = Adapted[Triplet]([], [])
+        for spans in self._finder.attempts_of(_as_spans(source), adapted):
+            tree = TraceTree.from_spans(spans)
+            records = self._finder.calls_of(tree, adapted)
+            calls = {each.call.span.span_id: each.span_ids for each in records}
+            rewards = tree.rewards_of(RewardMatchPolicy.FIRST_OCCURRENCE, calls)
+            for each in records:
+                each.agent = None
+                _add_triplet(adapted, each, rewards[each.call.span.span_id], needs_token_ids=True)
+        return adapted
 
 
 def _as_spans(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
     return [span if isinstance(span, Span) else Span.from_opentelemetry(span, "", "", 0) for span in source]
+
+
+def _add_triplet(adapted: Adapted[Triplet], record: RecordedCall, reward: float | None, needs_token_ids: bool) -> None:
+    call = record.call
+    problem = call.problem
+    if problem is None and needs_token_ids and not call.has_token_ids:
+        problem = _NO_TOKEN_IDS
+    if problem is None:
+        adapted.made.append(call.triplet(record.agent or "", reward))
+    else:
+        adapted.unusable.append(_unusable(call.span, problem))
+
+
+def _unusable(span: Span, reason: str) -> UnusableSpan:
+    return UnusableSpan(span.span_id, span.name, reason)
+
+
+@dataclass(frozen=True)
+class _CallFinder:
+    """Finds the calls that an adapter is to use, and says of the others why it does not."""
+
+    llm_call_match: str | None
+    agent_match: str | None
+    exclude_in_reward: bool
+    call_filter: Predicate | None
+    attempts: Attempts
+    only_proxied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attempts not in ("newest", "all"):
+            raise InvalidValue(f"attempts={self.attempts!r} is neither 'newest' nor 'all'")
+
+    def attempts_of(self, spans: Sequence[Span], adapted: Adapted[Any]) -> Iterator[list[Span]]:
+        """Yield the spans of each attempt that is to be used."""
+        groups = by_attempt(spans)
+        used = groups.keys() if self.attempts == "all" else set(newest_attempts(list(groups)).values())
+        for key, group in groups.items():
+            if key in used:
+                yield group
+            else:
+                records = self._records(TraceTree.from_spans(group))
+                adapted.unusable.extend(_unusable(each.call.span, _EARLIER) for each in records)
+
+    def calls_of(self, tree: TraceTree, adapted: Adapted[Any]) -> list[RecordedCall]:
+        """Return one record of each call of an attempt, in the order of the store."""
+        records = self._set_aside(self._records(tree), adapted, lambda each: each.left_out)
+        order = order_of([each.call.span for each in records])
+        kept = sorted(without_nested(records), key=lambda each: order(each.call.span))
+        kept = kept if self.only_proxied else without_repeated(kept)
+        repeated = [span_id for each in kept for span_id in each.span_ids[1:]]
+        names = {each.call.span.span_id: each.call.span.name for each in records} if repeated else {}
+        adapted.set_aside.extend(UnusableSpan(span_id, names[span_id], _REPEATED) for span_id in repeated)
+        return self._set_aside(kept, adapted, self._why_not)
+
+    def _records(self, tree: TraceTree) -> list[RecordedCall]:
+        records = tree.records(self.llm_call_match, self.agent_match)
+        if self.only_proxied:
+            records = [each for each in records if each.call.is_proxied or has_token_ids(each.call.span)]
+        for each in records:
+            each.left_out = each.left_out if self.exclude_in_reward else None
+        return records
+
+    def _why_not(self, record: RecordedCall) -> str | None:
+        if self.agent_match is not None and record.agent is None:
+            return _NO_AGENT
+        return None if self.call_filter is None or self.call_filter(record.call) else _FILTERED
+
+    def _set_aside(
+        self, records: Sequence[RecordedCall], adapted: Adapted[Any], why: Callable[[RecordedCall], str | None]
+    ) -> list[RecordedCall]:
+        reasons = [why(each) for each in records]
+        adapted.set_aside.extend(
+            _unusable(each.call.span, reason)
+            for each, reason in zip(records, reasons, strict=True)
+            if reason is not None
+        )
+        return [each for each, reason in zip(records, reasons, strict=True) if reason is None]
 
 
 # --- Conversations in OpenAI's shape, for fine-tuning and for people ---------------------------------
@@ -226,14 +308,20 @@ def convert_to_openai_messages(prompt_completion_list: Iterable[Conversation]) -
 
 
 class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
-    """Makes one conversation of each model call, in the order of the calls.
+    """Makes one conversation of each model call, in the order of the calls, attempt by attempt.
 
     Args:
-        llm_call_match: regular expression that is searched for in the names of spans; it finds the model calls.
+        llm_call_match, call_filter, attempts: see ``TracerTraceToTriplet``.
     """
 
-    def __init__(self, llm_call_match: str = LLM_CALL_MATCH) -> None:
-        self._llm_call_match = llm_call_match
+    def __init__(
+        self,
+        llm_call_match: str | None = None,
+        *,
+        call_filter: Predicate | None = None,
+        attempts: Attempts = "newest",
+    ) -> None:
+        self._finder = _CallFinder(llm_call_match, None, False, call_filter, attempts)
 
     def get_tool_calls(self, completion: Span, all_spans: Sequence[Span], /) -> Iterable[Message]:
         """Yield the tools that ran below a model call's span, as OpenAI's tool calls.
@@ -255,29 +343,30 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
             }
 
     def examine(self, source: Sequence[Span], /) -> Adapted[OpenAIMessages]:
-        """Return the conversations, and the spans of model calls that none could be made of."""
-        if not source:
-            return Adapted([], [])
-        calls = TraceTree.from_spans(source).find_llm_calls(
-            llm_call_match=self._llm_call_match,
-            agent_match=None,
-            within_llm_call=False,
-            existing_llm_call_response_ids=set(),
-        )
-        return _sorted_out([self._conversation(call.span, source) for call, _ in calls])
+        """Return the conversations, and the spans of model calls that none were made of."""
+        adapted = Adapted[OpenAIMessages]([], [])
+        for spans in self._finder.attempts_of(source, adapted):
+            below: dict[str | None, list[Span]] = defaultdict(list)
+            for span in spans:
+                below[span.parent_id].append(span)
+            tree = TraceTree.from_spans(spans)
+            for each in self._finder.calls_of(tree, adapted):
+                self._add_conversation(adapted, each.call, below[each.call.span.span_id])
+        return adapted
 
     def adapt(self, source: Sequence[Span], /) -> list[OpenAIMessages]:
         """Return the conversations of ``examine``, and log the spans that cannot be used."""
         return self.examine(source).made_with_warning()
 
-    def _conversation(self, span: Span, source: Sequence[Span]) -> OpenAIMessages | UnusableSpan:
-        call = read_model_call(span)
+    def _add_conversation(self, adapted: Adapted[OpenAIMessages], call: ModelCall, below: Sequence[Span]) -> None:
         conversation = call.conversation
-        if not conversation.messages or conversation.reply is None:
-            failed = span.status.status_code == "ERROR" and call.problem is not None
-            return UnusableSpan(span.span_id, span.name, str(call.problem) if failed else "no messages were recorded")
+        is_marked = LLMCallAttributes.UNUSABLE.value in call.span.attributes
+        if is_marked or not conversation.messages or conversation.reply is None:
+            reason = str(call.problem) if is_marked or call.failed else "no messages were recorded"
+            adapted.unusable.append(_unusable(call.span, reason))
+            return
         if not conversation.reply.get("tool_calls"):
-            tool_calls = list(self.get_tool_calls(span, source))
+            tool_calls = list(self.get_tool_calls(call.span, below))
             if tool_calls:
                 conversation.reply = {**conversation.reply, "tool_calls": tool_calls}
-        return next(convert_to_openai_messages([conversation]))
+        adapted.made.extend(convert_to_openai_messages([conversation]))

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from agentlightning.adapter.calls import has_token_ids, read_model_call, response_id_of
+from agentlightning.adapter.calls import has_token_ids, read_model_call
+from agentlightning.adapter.containment import shortest_around
+from agentlightning.adapter.instrumentations import PROXY, instrumentation_of, is_told_otherwise
+from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.semconv import GenAIAttributes
 from agentlightning.types import Span, Triplet
+from agentlightning.types.attempt_spans import AttemptKey, order_of
 from agentlightning.types.rewards import get_reward_value
 
 T = TypeVar("T")
 
 LLM_CALL_MATCH = r"openai\.chat|openai\.completion|^(chat|text_completion|generate_content)( |$)"
-"""Matches the names of spans of model calls: those of AgentOps and OpenLLMetry, and of OpenTelemetry's conventions."""
+"""Matches the names of spans of model calls: those of AgentOps and OpenLLMetry, and of OpenTelemetry's conventions.
+
+Only asked of spans whose attributes say nothing."""
 
 _AGENT_NAMES = (GenAIAttributes.AGENT_NAME.value, "agent.name")
+_IN_REWARD = "a reward function made the call"
 
 
 class RewardMatchPolicy(StrEnum):
     """Which reward belongs to a model call."""
 
     FIRST_SIBLING = "first_sibling"
-    """The first reward after it below the same parent, unless another call comes between."""
+    """The first reward after it below the same parent, unless another call comes between, in the order of the store."""
 
     FIRST_OCCURRENCE = "first_occurrence"
-    """The first reward after it in time, anywhere in the tree."""
+    """The first reward after it in the order of the store, anywhere in the tree."""
 
 
 class TraceTree:
@@ -47,6 +55,8 @@ class TraceTree:
         self.id = id
         self.span = span
         self.children = children if children is not None else []
+        self.is_guessed = False
+        """Whether it stands where it does because of its times, not because of the parent that its span names."""
 
     # --- Building --------------------------------------------------------------------------------
 
@@ -54,19 +64,21 @@ class TraceTree:
     def from_spans(cls, spans: Sequence[Span]) -> TraceTree:
         """Build the tree of some spans, with children in the order of their times.
 
-        A span whose parent is missing, or that is its own ancestor, counts as one without a parent. If there are
-        several of those, they get a virtual root.
+        A span is never put below one of another attempt, whatever its parent's id is. A span whose parent is missing,
+        or that is its own ancestor, counts as one without a parent. If there are several of those, they get a virtual
+        root.
 
         Raises:
             ValueError: there are no spans.
         """
-        nodes = {span.span_id: cls(span.span_id, span) for span in spans}
+        nodes = {_place_of(span, span.span_id): cls(span.span_id, span) for span in spans}
         if not nodes:
             raise ValueError("a tree cannot be built from no spans; give at least one")
         roots: list[TraceTree] = []
-        root_ids = _root_ids({node.id: node.span.parent_id for node in nodes.values()})
-        for node in nodes.values():
-            (roots if node.id in root_ids else nodes[str(node.span.parent_id)].children).append(node)
+        parents = {place: _place_of(node.span, node.span.parent_id) for place, node in nodes.items()}
+        root_places = _roots_of(parents)
+        for place, node in nodes.items():
+            (roots if place in root_places else nodes[parents[place]].children).append(node)
         for node in nodes.values():
             node.children.sort(key=_when)
         if len(roots) == 1:
@@ -91,29 +103,46 @@ class TraceTree:
         """Move spans that lost their parent below the span that they happened in.
 
         Instrumentations that do not know of each other write spans as siblings where one contains the other. Each
-        direct child of this tree moves below the shortest other span that was open during its whole time.
+        direct child of this tree moves below the shortest other span that was open during its whole time. Times are
+        compared within one trace of one process only: the clocks of two hosts need not agree, and so the proxy's
+        records stay where they are.
         """
-        # The ids of the spans below each child, which may not become its parent.
-        inside = {child.id: {node.id for node in child.traverse()} for child in self.children}
-        everyone = [node for node in self.traverse() if node is not self]
-        for child in list(self.children):
-            around = [
-                node
-                for node in everyone
-                if node.id not in inside[child.id]
-                and node.start_time <= child.start_time
-                and child.end_time <= node.end_time
-                and (node.start_time, node.end_time) != (child.start_time, child.end_time)
-            ]
-            if not around:
+        top = {id(node): child for child in self.children for node in child.traverse()}
+        processes: dict[tuple[str, str], list[TraceTree]] = defaultdict(list)
+        for node in self.traverse():
+            if node is not self and instrumentation_of(node.span) != PROXY:
+                processes[node.span.trace_id, repr(sorted(node.span.resource.attributes.items()))].append(node)
+        parents: dict[int, TraceTree] = {}
+        for nodes in processes.values():
+            children = [node for node in nodes if top[id(node)] is node]
+            # One that is longer than the child it belongs to contains it, and so nothing that the child belongs into.
+            around = [node for node in nodes if top[id(node)] is node or not _contains(node, top[id(node)])]
+            found = shortest_around([_times(node) for node in children], [_times(node) for node in around])
+            parents |= {
+                id(child): around[place] for child, place in zip(children, found, strict=True) if place is not None
+            }
+        self._move(parents, top)
+
+    def _move(self, parents: Mapping[int, TraceTree], top: Mapping[int, TraceTree]) -> None:
+        """Move direct children below their new parents, unless these have themselves come to stand below them."""
+        above: dict[int, TraceTree] = {}
+
+        def top_now(node: TraceTree) -> TraceTree:
+            found = top[id(node)]
+            while id(found) in above:
+                above[id(found)] = found = above.get(id(above[id(found)]), above[id(found)])
+            return found
+
+        for child in self.children:
+            parent = parents.get(id(child))
+            if parent is None or top_now(parent) is child:
                 continue
-            parent = min(around, key=lambda node: node.end_time - node.start_time)
-            self.children.remove(child)
+            above[id(child)] = top_now(parent)
+            child.is_guessed = True
             parent.children.append(child)
+        self.children = [child for child in self.children if id(child) not in above]
+        for parent in {id(each): each for each in parents.values()}.values():
             parent.children.sort(key=_when)
-            for members in inside.values():
-                if parent.id in members:
-                    members |= inside[child.id]
 
     # --- Reading ---------------------------------------------------------------------------------
 
@@ -195,63 +224,118 @@ class TraceTree:
     def find_llm_calls(
         self,
         *,
-        llm_call_match: str,
+        llm_call_match: str | None,
         agent_match: str | None,
         within_matching_subtree: str | None = None,
         within_reward: bool | None = None,
         within_llm_call: bool | None = None,
         existing_llm_call_response_ids: set[str] | None = None,
     ) -> list[tuple[TraceTree, str]]:
-        """Return the spans of model calls in the order of their times, each with the name of its agent.
+        """Return the spans of model calls in their order, each with the name of its agent.
 
         Args:
-            llm_call_match: regular expression that is searched for in their names.
+            llm_call_match: regular expression that is searched for in their names; None: their attributes tell.
             agent_match: only calls of agents in whose name this is found; None: all calls.
             within_matching_subtree: the agent that this tree is part of; None: none.
             within_reward: whether this tree is part of a reward; its calls are left out then. None: all are taken.
-            within_llm_call: whether this tree is part of a model call. Of calls inside of each other one is
-                kept: the outermost, unless only an inner one has token ids. None: all are taken.
-            existing_llm_call_response_ids: ids of replies that were seen before; the ids found are added. Of
-                several calls with the same reply one is kept, preferably with token ids. None: all are taken.
+            within_llm_call: whether this tree is part of a model call. Of records of the same call inside of each
+                other one is kept: the outermost, unless only an inner one has token ids. None: all are taken.
+            existing_llm_call_response_ids: the ids of the replies found are added. Of several records of the same
+                call (see ``records``) one is kept, preferably with token ids. None: all are taken.
         """
-        is_call = re.compile(llm_call_match)
-        found: list[_FoundCall] = []
-        pending: list[tuple[TraceTree, str | None, bool, str | None]] = [
-            (self, within_matching_subtree, bool(within_reward), None)
+        records = self.records(llm_call_match, agent_match, within_matching_subtree)
+        if within_reward is not None:
+            records = [] if within_reward else [each for each in records if each.left_out is None]
+        if within_llm_call is not None:
+            records = [] if within_llm_call else without_nested(records)
+        order = order_of([each.call.span for each in records])
+        records.sort(key=lambda each: order(each.call.span))
+        if existing_llm_call_response_ids is not None:
+            records = without_repeated(records)
+            existing_llm_call_response_ids |= {each.call.response_id for each in records if each.call.response_id}
+        nodes = {id(node.span): node for node in self.traverse()}
+        return [
+            (nodes[id(each.call.span)], each.agent or "")
+            for each in records
+            if agent_match is None or each.agent is not None
+        ]
+
+    def records(
+        self, llm_call_match: str | None, agent_match: str | None, agent: str | None = None
+    ) -> list[RecordedCall]:
+        """Return what each span of a model call tells, those inside of others after these.
+
+        Args:
+            llm_call_match: see ``find_llm_calls``.
+            agent_match: which agents' names the records get; None: the innermost ones.
+            agent: the agent that this tree is part of; None: none.
+        """
+        by_name = re.compile(LLM_CALL_MATCH if llm_call_match is None else llm_call_match)
+        is_agent = re.compile(agent_match or "")
+        found: list[RecordedCall] = []
+        path = () if agent is None else (agent,)
+        pending: list[tuple[TraceTree, str | None, tuple[str, ...], bool, RecordedCall | None, bool]] = [
+            (self, agent, path, False, None, False)
         ]
         while pending:
-            node, agent, in_reward, outermost = pending.pop()
+            node, agent, path, in_reward, above, is_guessed = pending.pop()
             name = node.agent_name()
-            if name is not None and (agent_match is None or re.search(agent_match, name)):
-                agent = name
-            in_reward = in_reward or (within_reward is not None and node.is_reward_span())
-            if is_call.search(node.span.name) and not in_reward and (agent_match is None or agent is not None):
-                outermost = outermost or node.id
-                found.append(_FoundCall(node, agent or "", outermost))
-            pending.extend((child, agent, in_reward, outermost) for child in node.children)
-        if within_llm_call is not None:
-            found = [] if within_llm_call else _without_nested(found)
-        if existing_llm_call_response_ids is not None:
-            found = _without_repeated_replies(found, existing_llm_call_response_ids)
-        return [(call.node, call.agent) for call in sorted(found, key=lambda call: _when(call.node))]
+            if name is not None:
+                path = path if path[-1:] == (name,) else (*path, name)
+                agent = name if is_agent.search(name) else agent
+            in_reward = in_reward or node.is_reward_span()
+            is_guessed = is_guessed or node.is_guessed
+            if node._is_call(by_name, is_name_enough=llm_call_match is not None):
+                record = RecordedCall(read_model_call(node.span, path), agent, above, is_guessed)
+                record.left_out = _IN_REWARD if in_reward else None
+                found.append(record)
+                above, is_guessed = record, False
+            pending.extend((child, agent, path, in_reward, above, is_guessed) for child in reversed(node.children))
+        return found
+
+    def _is_call(self, by_name: re.Pattern[str], *, is_name_enough: bool) -> bool:
+        if is_name_enough:
+            return by_name.search(self.span.name) is not None
+        if instrumentation_of(self.span) is not None or has_token_ids(self.span):
+            return True
+        return by_name.search(self.span.name) is not None and not is_told_otherwise(self.span)
 
     def match_rewards(
         self, reward_match: RewardMatchPolicy | str, llm_calls: Sequence[TraceTree]
     ) -> dict[str, float | None]:
-        """Return the reward of each call, by the id of its span; None for a call without one."""
-        calls = {call.id for call in llm_calls}
-        if RewardMatchPolicy(reward_match) is RewardMatchPolicy.FIRST_SIBLING:
-            matched = dict[str, float | None].fromkeys(calls)
-            for node in self.traverse():
-                matched |= _sibling_rewards(node.children, calls)
-            return matched
-        rewards = sorted((node for node in self.traverse() if node.is_reward_span()), key=_when)
-        times = [_when(node) for node in rewards]
-        following = {call.id: bisect_right(times, _when(call)) for call in llm_calls}
-        return {
-            id: get_reward_value(rewards[place].span) if place < len(rewards) else None
-            for id, place in following.items()
-        }
+        """Return the reward of each call, by the id of its span; None for a call without one.
+
+        Rewards come in the order of the store (see ``order_of``), and belong to calls of their own attempt only.
+        """
+        return self.rewards_of(reward_match, {call.id: [call.id] for call in llm_calls})
+
+    def rewards_of(
+        self, reward_match: RewardMatchPolicy | str, calls: Mapping[str, Sequence[str]]
+    ) -> dict[str, float | None]:
+        """Return the reward of each call by its id; None for a call without one.
+
+        Args:
+            reward_match: which reward belongs to which call.
+            calls: the ids of the spans that tell of a call, by the id of the one that the call is known by.
+        """
+        call_of = {span_id: call for call, span_ids in calls.items() for span_id in span_ids}
+        attempts: dict[AttemptKey, list[Span]] = defaultdict(list)
+        nodes = self.traverse()
+        for node in nodes:
+            if node.id in call_of or node.is_reward_span():
+                attempts[node.span.rollout_id, node.span.attempt_id].append(node.span)
+        families = [[child.span for child in node.children] for node in nodes] if _by_sibling(reward_match) else None
+        matched = dict[str, float | None].fromkeys(calls)
+        for spans in attempts.values():
+            order = order_of(spans)
+            if families is None:
+                matched |= _first_occurrences(sorted(spans, key=order), set(calls), order)
+            else:
+                known = set(map(id, spans))
+                for family in families:
+                    siblings = sorted((span for span in family if id(span) in known), key=order)
+                    matched |= _sibling_rewards(siblings, call_of)
+        return matched
 
     def span_to_triplet(self, span: Span, agent_name: str) -> Triplet:
         """Return one model call as a training example, without a reward. See ``ModelCall.triplet``."""
@@ -259,7 +343,7 @@ class TraceTree:
 
     def to_trajectory(
         self,
-        llm_call_match: str = LLM_CALL_MATCH,
+        llm_call_match: str | None = None,
         agent_match: str | None = None,
         exclude_llm_call_in_reward: bool = True,
         dedup_llm_call: bool = True,
@@ -267,7 +351,7 @@ class TraceTree:
         final_reward: float | None = None,
         _skip_empty_token_spans: bool = False,
     ) -> list[Triplet]:
-        """Return the model calls as training examples, in the order of their times.
+        """Return the model calls as training examples, in their order.
 
         Args:
             llm_call_match, agent_match: see ``find_llm_calls``.
@@ -292,59 +376,37 @@ class TraceTree:
         return triplets
 
 
-class _FoundCall(NamedTuple):
-    """A span of a model call, found in a tree."""
-
-    node: TraceTree
-    agent: str
-    outermost: str
-    """The id of the outermost call that contains it; its own if none does."""
-
-
-def _without_nested(calls: Sequence[_FoundCall]) -> list[_FoundCall]:
-    """Keep one record of each call that several instrumentations recorded inside of each other.
-
-    The outermost record is kept; but if only inner ones have token ids, those are, because the others cannot be
-    trained on.
-    """
-    groups: dict[str, list[_FoundCall]] = {}
-    for call in calls:
-        groups.setdefault(call.outermost, []).append(call)
-    kept: list[_FoundCall] = []
-    for outermost, group in groups.items():
-        recorded = [call for call in group if has_token_ids(call.node.span)]
-        are_inner = bool(recorded) and all(call.node.id != outermost for call in recorded)
-        kept += recorded if are_inner else [call for call in group if call.node.id == outermost]
-    return kept
-
-
-def _without_repeated_replies(calls: Sequence[_FoundCall], seen: set[str]) -> list[_FoundCall]:
-    """Keep one call for each response id that is not in ``seen``, preferably with token ids; add the ids to it."""
-    kept: list[_FoundCall] = []
-    for call in sorted(calls, key=lambda call: not has_token_ids(call.node.span)):
-        response_id = response_id_of(call.node.span)
-        if response_id is None or response_id not in seen:
-            kept.append(call)
-        if response_id is not None:
-            seen.add(response_id)
-    return kept
-
-
 def _when(node: TraceTree) -> tuple[float, int]:
     # The sequence id orders spans that began at the same time: clocks of different hosts are coarse.
     return node.start_time, node.span.sequence_id
 
 
-def _root_ids(parents: dict[str, str | None]) -> set[str]:
-    """Return the ids of spans that nothing is above of: without a parent here, or the first one of a cycle."""
-    roots: set[str] = set()
-    settled: set[str] = set()
+def _times(node: TraceTree) -> tuple[float, float]:
+    return node.start_time, node.end_time
+
+
+def _contains(node: TraceTree, other: TraceTree) -> bool:
+    return node.start_time <= other.start_time and other.end_time <= node.end_time
+
+
+_Place = tuple[str, str, str | None]
+"""Where a span stands: rollout, attempt, and id."""
+
+
+def _place_of(span: Span, span_id: str | None) -> _Place:
+    return span.rollout_id, span.attempt_id, span_id
+
+
+def _roots_of(parents: Mapping[_Place, _Place]) -> set[_Place]:
+    """Return the spans that nothing is above of: without a parent here, or the first one of a cycle."""
+    roots: set[_Place] = set()
+    settled: set[_Place] = set()
     for current in parents:
-        path: set[str] = set()
+        path: set[_Place] = set()
         while current not in settled and current not in path:
             path.add(current)
             parent = parents[current]
-            if parent is None or parent not in parents:
+            if parent not in parents:
                 break
             current = parent
         if current not in settled:
@@ -353,13 +415,26 @@ def _root_ids(parents: dict[str, str | None]) -> set[str]:
     return roots
 
 
-def _sibling_rewards(siblings: Sequence[TraceTree], calls: set[str]) -> dict[str, float | None]:
+def _by_sibling(reward_match: RewardMatchPolicy | str) -> bool:
+    return RewardMatchPolicy(reward_match) is RewardMatchPolicy.FIRST_SIBLING
+
+
+def _first_occurrences(
+    spans: Sequence[Span], calls: set[str], order: Callable[[Span], tuple[float, float]]
+) -> dict[str, float | None]:
+    values = [(order(span), value) for span in spans if (value := get_reward_value(span)) is not None]
+    places = [place for place, _ in values]
+    following = {span.span_id: bisect_right(places, order(span)) for span in spans if span.span_id in calls}
+    return {call: values[place][1] if place < len(values) else None for call, place in following.items()}
+
+
+def _sibling_rewards(siblings: Sequence[Span], call_of: Mapping[str, str]) -> dict[str, float | None]:
     matched: dict[str, float | None] = {}
     waiting: str | None = None
-    for node in siblings:
-        if node.id in calls:
-            waiting = node.id
-        elif waiting is not None and node.is_reward_span():
-            matched[waiting] = get_reward_value(node.span)
+    for span in siblings:
+        if span.span_id in call_of:
+            waiting = call_of[span.span_id]
+        elif waiting is not None and (value := get_reward_value(span)) is not None:
+            matched[waiting] = value
             waiting = None
     return matched

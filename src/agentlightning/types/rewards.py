@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from agentlightning.semconv import AGL_REWARD, LightningSpanAttributes, RewardAttributes, RewardPydanticModel
+from agentlightning.types.attempt_spans import by_attempt, only_newest
 from agentlightning.types.spans import SpanLike
 
 _S = TypeVar("_S", bound=SpanLike)
@@ -68,12 +69,16 @@ def find_reward_spans(spans: Sequence[_S]) -> list[_S]:
 
 
 def find_final_reward(spans: Sequence[SpanLike]) -> float | None:
-    """The primary dimension of the last reward among the spans; None if there is none."""
-    for span in reversed(spans):
-        value = get_reward_value(span)
-        if value is not None:
-            return value
-    return None
+    """The primary dimension of the last reward of the newest attempt among the spans; None if there is none.
+
+    The last one is that with the highest sequence id; if a span has none, that which comes last.
+    """
+    rewards = find_reward_spans(only_newest(by_attempt(spans)))
+    if len({getattr(span, "rollout_id", "") for span in rewards}) == 1 and all(
+        getattr(span, "sequence_id", 0) > 0 for span in rewards
+    ):
+        rewards.sort(key=lambda span: getattr(span, "sequence_id", 0))
+    return get_reward_value(rewards[-1]) if rewards else None
 
 
 def _old_value(name: str, attributes: Mapping[str, Any]) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import Link as OtelLink, Status, StatusCode
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import IdReused, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import AttemptedRollout, Event, Link, OtelResource, Span, SpanContext, TraceStatus
 from scenes import attempts_of, enqueued, finish, rollout_now, span_of, started, statuses
@@ -68,10 +68,41 @@ async def test_a_span_is_stored_once(stores: Stores) -> None:
         stored = await store.add_span(span)
         async with unchanged(store):
             assert await store.add_span(span) is None
-            assert await store.add_span(span.model_copy(update={"name": "second", "sequence_id": 9})) is None
+            assert await store.add_span(span.model_copy(update={"sequence_id": 9})) is None
             assert await store.add_many_spans([span, span]) == []
         assert list(await store.query_spans(claim.rollout_id)) == [stored]
         assert await store.get_next_span_sequence_id(claim.rollout_id, claim.attempt.attempt_id) == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"attributes": {"agentlightning.reward.0.value": 1.0}}, {"name": "second", "parent_id": "p"}]
+)
+async def test_another_span_under_a_known_id_is_refused(stores: Stores, other: dict[str, Any]) -> None:
+    async with stores.open() as (store, _):
+        claim = await started(store)
+        first, new = await store.add_span(span_of(claim)), span_of(claim)
+        assert first is not None
+        second = first.model_copy(update={"sequence_id": 0, **other})
+        async with unchanged(store):
+            with pytest.raises(IdReused, match=first.span_id):
+                await store.add_span(second)
+            with pytest.raises(IdReused, match=first.span_id):
+                await store.add_many_spans([new, second])
+            with pytest.raises(IdReused, match=new.span_id):
+                await store.add_many_spans([new, new.model_copy(update=other)])
+            with pytest.raises(IdReused, match=first.span_id):
+                await store.finish_attempt(claim.rollout_id, claim.attempt.attempt_id, "succeeded", [second])
+
+
+async def test_a_repeat_may_tell_less_of_its_origin(stores: Stores) -> None:
+    """An exporter of OTLP and our tracer send the same span with different resources."""
+    async with stores.open() as (store, _):
+        claim = await started(store)
+        span = span_of(claim)
+        await store.add_span(span)
+        resource = span.resource.model_copy(update={"attributes": {"service.name": "other"}})
+        async with unchanged(store):
+            assert await store.add_span(span.model_copy(update={"resource": resource, "context": None})) is None
 
 
 async def test_a_repeat_within_one_call_is_passed_over(stores: Stores) -> None:

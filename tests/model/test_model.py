@@ -22,7 +22,7 @@ from agentlightning.lifecycle import attempts, deadlines, workers
 from agentlightning.lifecycle.deadlines import Due
 from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.store import core
-from agentlightning.store.operations import attempts as attempt_ops, workers as worker_ops
+from agentlightning.store.operations import attempts as attempt_ops, spans as span_ops, workers as worker_ops
 from agentlightning.store.sqlite.row_cache import RowCache
 from agentlightning.store.sqlite.transaction import SqliteTransaction
 from model_compare import Divergence
@@ -223,6 +223,10 @@ def a_finish_stores_no_spans(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attempt_ops, "insert_spans", forgetful)
 
 
+def another_span_is_taken_for_a_repeat(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(span_ops, "same_body", lambda *_: True)
+
+
 def a_release_uses_up_an_attempt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RolloutRow, "counted_attempts", property(lambda self: self.attempts - self.redeliveries))
 
@@ -263,6 +267,7 @@ FIRST_SEEDS: dict[Callable[[pytest.MonkeyPatch], None], int] = {
         a_repeated_finish_claims_nothing,
         a_stale_finish_loses_its_spans,
         a_finish_stores_no_spans,
+        another_span_is_taken_for_a_repeat,
         a_release_uses_up_an_attempt,
         a_released_attempt_comes_back,
     ],

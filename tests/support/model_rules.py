@@ -360,7 +360,8 @@ class StoreMachine(AskingMachine):
                 "attempt_id": attempt_id,
                 "sequence_id": number,
                 "span_id": f"{each:016x}",
-                "name": self._name("span"),
+                # Mostly a known id comes with the known content, as repeats do.
+                "name": f"span {each}" if each != number else "another span",
             }
             for each, number in drawn
         ]

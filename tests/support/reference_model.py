@@ -189,6 +189,7 @@ class ReferenceStore(ReferenceRecords):
         attempt = self._known_attempt(rollout_id, attempt_id)
         repeat = not live(attempt) and attempt["status"] == status
         lost = self.standing(attempt) == "lost" and not repeat
+        self._same_as_known(spans)
         if claim[0] and not lost:
             self._same_claim(*claim)
         new = self._keep_spans(attempt, spans, numbers)
@@ -366,8 +367,9 @@ class ReferenceStore(ReferenceRecords):
             spans: each with its ids and ``sequence_id``, 0 where the store is to issue one.
             numbers: those that the store has given, by attempt and span; see ``_issue``.
         """
-        for span in spans:
-            self._known_attempt(span["rollout_id"], span["attempt_id"])
+        for ids in dict.fromkeys((span["rollout_id"], span["attempt_id"]) for span in spans):
+            self._known_attempt(*ids)
+            self._same_as_known([each for each in spans if (each["rollout_id"], each["attempt_id"]) == ids])
         new: dict[tuple[str, str], Facts] = {}
         for attempt_id in dict.fromkeys(span["attempt_id"] for span in spans):
             attempt = self.attempts[attempt_id]
@@ -376,6 +378,13 @@ class ReferenceStore(ReferenceRecords):
             self._begin(attempt)
         keys = dict.fromkeys((span["attempt_id"], span["span_id"]) for span in spans)
         return [new[key] for key in keys if key in new]
+
+    def _same_as_known(self, spans: Sequence[Facts]) -> None:
+        """A known span id comes with its content."""
+        contents = {(each["attempt_id"], each["span_id"]): each["name"] for each in self.spans}
+        for span in spans:
+            if contents.setdefault((span["attempt_id"], span["span_id"]), span["name"]) != span["name"]:
+                raise Refused("id_reused")
 
     def _keep_spans(
         self, attempt: Facts, spans: Sequence[Facts], numbers: Mapping[tuple[str, str], int]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from agentlightning.emitter.annotation import emit_reward
 from agentlightning.emitter.emit import emit_exception
-from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound, StoreClosed
+from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames
 from agentlightning.runner.main_thread import AgentInterrupted
@@ -155,6 +155,9 @@ class AttemptRun:
                 self._spans_stored()
                 return finished.claimed
             except (Conflict, NotFound) as error:
+                if spans and isinstance(error, IdReused):  # a span has the id of another one
+                    outcome = await self._send_spans(outcome)
+                    continue
                 self._spans_stored()  # a store keeps late spans under their attempt
                 _logger.warning("attempt %s ended %s, too late: %s", self.attempt_id, outcome.status, error)
                 return []

@@ -193,6 +193,10 @@ class Transaction(ReadTransaction, Protocol):
         """Store spans; for each whether it was new. Known is (attempt, ``span_id``)."""
         ...
 
+    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
+        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
+        ...
+
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
         """Rollouts that wait, higher priority first, then by ``seq``. The caller must claim all of them."""
         ...

@@ -307,7 +307,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
             NotFound: the rollout or the attempt is unknown.
             StaleAttempt: the attempt has lost its rollout. Its spans are stored under it; nothing else is done.
             InvalidValue: a span belongs to another attempt, or an argument is not valid.
-            IdReused: ``request_id`` was used for another claim.
+            IdReused: ``request_id`` was used for another claim, or the id of a span for another span.
         """
         stored = await self.add_many_spans(spans) if spans else ()
         attempt = await self.update_attempt(

@@ -126,7 +126,7 @@ class SpanMethods(ABC):
     async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
         """Store spans, all or none; each is a sign of life of its attempt, which becomes ``running``.
 
-        A span is identified by (rollout, attempt, ``span_id``); one that was stored before is skipped. One without a
+        A span is identified by (rollout, attempt, ``span_id``); a repeat is skipped. One without a
         ``sequence_id`` (0) gets the next of its attempt. Spans of an attempt that has ended are stored under it and
         change nothing else. A store whose ``capabilities`` include ``plain_spans`` also takes each span as a
         ``PlainSpan``, and returns that one in the same form.
@@ -137,6 +137,7 @@ class SpanMethods(ABC):
         Raises:
             NotFound: a rollout or attempt is unknown.
             NotJson, TooLarge, InvalidValue: a span is not valid; the message names its ``span_id``.
+            IdReused: the ``span_id`` is that of another span of the attempt, with other content.
         """
 
     async def add_otel_span(

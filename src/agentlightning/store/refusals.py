@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import TypeVar
 
-from agentlightning.errors import AgentLightningError, Conflict, InvalidValue, NotFound
+from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound
 
 SpanT = TypeVar("SpanT")
 
@@ -42,7 +42,8 @@ async def send_apart(
         if not is_refusal(error):
             raise
         of_one_attempt = attempt_of is not None and len(set(map(attempt_of, spans))) == 1
-        if len(spans) == 1 or (of_one_attempt and isinstance(error, (NotFound, Conflict))):
+        about_attempt = isinstance(error, (NotFound, Conflict)) and not isinstance(error, IdReused)
+        if len(spans) == 1 or (of_one_attempt and about_attempt):
             await refused(spans, error)
             return
         for half in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):

@@ -8,6 +8,7 @@ while that call runs, so batches grow with the load. Tracer and proxy share this
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from agentlightning.errors import (
     AgentLightningError,
     BadRequest,
+    IdReused,
     InvalidValue,
     NotAllowed,
     NotAuthenticated,
@@ -45,6 +47,7 @@ _FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.1, 5.0
 _PERMANENT = (StoreClosed, StoreForked, StoreStopped, NotAuthenticated, NotAllowed, BadRequest)
 """Errors about the store or the caller: any spans would be refused again."""
 _REFUSAL = "agentlightning.refused"
+_REPEATED_ID = "agentlightning.repeated_span_id"
 
 _logger = logging.getLogger(__name__)
 
@@ -273,7 +276,8 @@ class SpanSender:
 async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -> int:
     """Store spans so that those that the store refuses do not hold up the others (see ``store.refusals``).
 
-    A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused.
+    A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused. A
+    span whose id another one has is stored under an id that is made of its content, so that a repeat is known.
 
     Returns:
         How many spans are lost, because the store does not know their attempt or refuses what is in them. The log names
@@ -286,9 +290,12 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -
 
     async def replace(given: Sequence[SpanOrPlain], error: AgentLightningError) -> None:
         nonlocal lost
-        if isinstance(error, InvalidValue):
+        if isinstance(error, (InvalidValue, IdReused)):
+            if isinstance(error, IdReused):
+                _logger.warning("a span of rollout %s gets another id: %s", given[0].rollout_id, error)
+            other = _renamed(given[0]) if isinstance(error, IdReused) else _stub(given[0], error)
             try:
-                await store.add_many_spans([_stub(given[0], error)])
+                await store.add_many_spans([other])
                 return
             except AgentLightningError as again:
                 if not is_refusal(again):
@@ -305,6 +312,14 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -
 
     await send_apart(spans, store.add_many_spans, replace, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
     return lost
+
+
+def _renamed(span: SpanOrPlain) -> Span:
+    record = span.to_span() if isinstance(span, PlainSpan) else span
+    content = record.model_dump_json(exclude={"sequence_id"}).encode()
+    attributes = {**record.attributes, _REPEATED_ID: span.span_id}
+    span_id = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return record.model_copy(update={"span_id": span_id, "context": None, "attributes": attributes})
 
 
 def _stub(span: SpanOrPlain, error: Exception) -> Span:

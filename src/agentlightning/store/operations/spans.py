@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from agentlightning.errors import IdReused
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.deadlines import attempt_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import SpanValues, Transaction
 from agentlightning.store.operations.rows import attempt_of, load_rollout, save
+from agentlightning.store.span_json import same_body
 
 
 class SpanDraft(NamedTuple):
@@ -31,6 +33,7 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
 
     Raises:
         NotFound: a rollout or attempt is unknown.
+        IdReused: a ``span_id`` exists already, for a span with other content.
     """
     first = drafts[0]
     of_one = len(drafts) == 1 or all(draft[0] == first[0] and draft[1] == first[1] for draft in drafts)
@@ -59,6 +62,9 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
 
     A given sequence id is kept and pushes the counter of the attempt up.
 
+    Raises:
+        IdReused: a ``span_id`` exists already, for a span with other content.
+
     Returns:
         The ``sequence_id`` of each as in ``add_spans``, and the attempt's ``span_sequence`` after them.
     """
@@ -76,6 +82,7 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
         spans.append((attempt.seq, number, not given, span_id, body))
     fresh = await tx.insert_spans(spans)
     if not all(fresh):
+        await _check_repeats(tx, attempt, [draft for draft, new in zip(drafts, fresh, strict=True) if not new])
         numbers = [number if new else 0 for number, new in zip(numbers, fresh, strict=True)]
         size = sum([len(draft.body) for draft, new in zip(drafts, fresh, strict=True) if new])
     stored = sum(fresh)
@@ -83,6 +90,16 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
         return numbers, attempt.span_sequence
     tx.count({"spans": stored, "span_bytes": size})
     return numbers, counter
+
+
+async def _check_repeats(tx: Transaction, attempt: AttemptRow, repeats: Sequence[SpanDraft]) -> None:
+    stored = await tx.span_bodies(attempt, [draft.span_id for draft in repeats])
+    for draft in repeats:
+        if not same_body(stored[draft.span_id], draft.body):
+            raise IdReused(
+                f"span {draft.span_id!r} exists in attempt {attempt.attempt_id!r} with other content; give each span "
+                "an id of its own (does the program seed the generator that its span ids come from?)"
+            )
 
 
 async def issue_sequence_ids(tx: Transaction, wanted: Sequence[tuple[str, str]]) -> list[int]:

@@ -287,6 +287,16 @@ class SqliteTransaction(SqliteReads):
         fresh = {span_id for (span_id,) in found}
         return [_take_out(fresh, span[3]) for span in spans]
 
+    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
+        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
+        return {
+            span_id: body
+            for each in span_ids
+            for span_id, body in self._rows(
+                "SELECT span_id, body FROM spans WHERE attempt_seq = ? AND span_id = ?", (attempt.seq, each)
+            )
+        }
+
     async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
         """The attempts that a claim with this ``request_id`` made, the oldest first."""
         # No flush is needed, because no update changes a request_id.

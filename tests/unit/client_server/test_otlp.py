@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import json
 import resource
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from google.protobuf.json_format import MessageToJson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -19,7 +21,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from agentlightning.errors import InvalidValue, NotJson, TooLarge
 from agentlightning.http.server.limits import ServerLimits
-from agentlightning.http.server.otlp import PROTOBUF_MEDIA, check_fields, encode_refusal
+from agentlightning.http.server.otlp import encode_refusal
+from agentlightning.http.server.otlp_body import PROTOBUF_MEDIA, check_fields
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.types import Span
@@ -183,15 +186,101 @@ async def test_those_that_cannot_be_stored_are_counted_and_named_and_the_others_
         {**OWNER, "agentlightning.rollout_id": "ro-unknown"},
         {**OWNER, "agentlightning.span_sequence_id": -1},
         {**OWNER, "agentlightning.reward.0.value": float("nan")},
-        {**OWNER, "bad": "a\0b"},
         OWNER,
     )
-    request.resource_spans[0].scope_spans[0].spans[7].span_id = b"short"
+    request.resource_spans[0].scope_spans[0].spans[6].span_id = b"short"
     async with _serving() as (store, server):
         rejected, message = _partial(await _post(server, request.SerializeToString()))
-        assert rejected == 7
+        assert rejected == 6
         assert "does not name its attempt" in message
         assert [span.span_id for span in await store.query_spans("ro-1")] == ["0" * 15 + "1"]
+
+
+_BAD_TEXT = "a\N{REPLACEMENT CHARACTER}b"
+
+
+async def test_text_that_no_database_stores_is_sanitized_and_marked() -> None:
+    request = _request({**OWNER, "bad": "a\0b", "a\0b": ["x", "a\0b"]}, OWNER)
+    span = request.resource_spans[0].scope_spans[0].spans[0]
+    span.name = "a\0b"
+    span.status.message = "a\0b"
+    span.events.add(name="a\0b").attributes.add(key="k").value.string_value = "a\0b"
+    async with _serving() as (store, server):
+        assert _partial(await _post(server, request.SerializeToString())) == (0, "")
+        bad, good = await store.query_spans("ro-1")
+    assert (bad.name, bad.status.description, bad.attributes["bad"]) == (_BAD_TEXT,) * 3
+    assert bad.attributes[_BAD_TEXT] == ["x", _BAD_TEXT]
+    assert (bad.events[0].name, bad.events[0].attributes) == (_BAD_TEXT, {"k": _BAD_TEXT})
+    assert bad.attributes["agentlightning.mended"] == [
+        "attributes." + _BAD_TEXT, "attributes." + _BAD_TEXT, "attributes.bad",
+        "description", "events.0.k", "events.0.name", "name",
+    ]  # fmt: skip
+    assert "agentlightning.mended" not in good.attributes
+
+
+async def test_a_span_that_is_not_readable_costs_itself_alone() -> None:
+    owner = [{"key": name, "value": {"stringValue": value}} for name, value in OWNER.items()]
+
+    def span(number: int, **fields: Any) -> dict[str, Any]:
+        return {"traceId": "1" * 32, "spanId": f"{number:016x}", "name": f"{number}", "attributes": owner, **fields}
+
+    spans = [
+        span(1, name="half \ud83d, pair \ud83d\ude00, written \\ud83d, nul \0"),
+        span(2, traceId="xyz"),
+        span(3, name=5),
+        span(4, attributes={"not": "a list"}),
+        span(5, startTimeUnixNano=str(2**70)),
+        span(6),
+    ]
+    content = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
+    async with _serving() as (store, server):
+        answer = await _post(server, content, content_type="application/json")
+        partial = json.loads(answer.body)["partialSuccess"]
+        assert (answer.status, partial["rejectedSpans"]) == (200, "4")
+        first, last = await store.query_spans("ro-1")
+    assert first.name == "half \ufffd, pair \U0001f600, written \\ud83d, nul \ufffd"
+    assert first.attributes["agentlightning.mended"] == ["name"]
+    assert last.name == "6"
+
+
+@pytest.mark.parametrize("encoding", ["protobuf", "json"])
+async def test_bytes_that_are_no_text_cost_no_other_span(encoding: str) -> None:
+    request = _request(OWNER, {**OWNER, "text": "HERE"}, OWNER)
+    content, media = request.SerializeToString(), "application/x-protobuf"
+    if encoding == "json":
+        content, media = MessageToJson(request).encode(), "application/json"
+        for span in request.resource_spans[0].scope_spans[0].spans:
+            for raw in (span.trace_id, span.span_id):
+                content = content.replace(base64.b64encode(raw), raw.hex().encode())
+    content = content.replace(b"HERE", b"\xff\xfe!!")
+    async with _serving() as (store, server):
+        answer = await _post(server, content, content_type=media)
+        stored = await store.query_spans("ro-1")
+    names = [span.name for span in stored]
+    if encoding == "protobuf":
+        assert names == ["span 1", "span 3"]
+        assert _partial(answer)[0] == 1
+    else:
+        assert names == ["span 1", "span 2", "span 3"]
+        assert stored[1].attributes["text"] == "\N{REPLACEMENT CHARACTER}!!"
+
+
+async def test_the_path_may_end_with_a_slash() -> None:
+    async with _serving() as (store, server):
+        answer = await server.call("POST", "/v1/traces/", _request(OWNER).SerializeToString(), PROTOBUF)
+        assert answer.status == 200
+        assert (await store.query_spans("ro-1")).total == 1
+
+
+async def test_another_span_under_a_known_id_is_counted() -> None:
+    other = _request(OWNER, OWNER)
+    other.resource_spans[0].scope_spans[0].spans[0].name = "another"
+    async with _serving() as (store, server):
+        await _post(server, _request(OWNER).SerializeToString())
+        rejected, message = _partial(await _post(server, other.SerializeToString()))
+        assert rejected == 1
+        assert "with other content" in message
+        assert [span.name for span in await store.query_spans("ro-1")] == ["span 1", "span 2"]
 
 
 async def test_repeated_spans_are_stored_once_and_not_rejected() -> None:
@@ -209,10 +298,8 @@ async def test_repeated_spans_are_stored_once_and_not_rejected() -> None:
         (b"{}", {"content-type": "application/xml"}),
         (b"[]", {"content-type": "application/json"}),
         (b'{"resourceSpans": 5}', {"content-type": "application/json"}),
-        (
-            b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"traceId": "xyz"}]}]}]}',
-            {"content-type": "application/json"},
-        ),
+        (b'{"resourceSpans": [{"scopeSpans": [{"spans": 5}]}]}', {"content-type": "application/json"}),
+        (b'{"resourceSpans": [5]}', {"content-type": "application/json"}),
         (b"x", {"content-encoding": "br"}),
         (b"x", {"content-encoding": "gzip"}),
     ],

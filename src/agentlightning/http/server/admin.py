@@ -53,6 +53,7 @@ class Operations:
         found = {
             "/metrics": Operation(_GET, "read", self.metrics),
             OTLP_TRACES_PATH: Operation(("POST",), "run", self.traces),
+            f"{OTLP_TRACES_PATH}/": Operation(("POST",), "run", self.traces),  # as some exporters spell it
         }
         for path in _OTLP_OTHERS:
             found[path] = Operation(("POST",), "read", _refuse_signal)

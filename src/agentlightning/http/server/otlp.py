@@ -11,7 +11,7 @@ import asyncio
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
@@ -22,113 +22,31 @@ from agentlightning.errors import (
     InvalidValue,
     NotJson,
     TooLarge,
-    UnsupportedMedia,
 )
-from agentlightning.http.codec import MAX_NODES, decode_strict
 from agentlightning.http.server.exchange import Exchange, Reply
 from agentlightning.http.server.limits import Load
-from agentlightning.semconv import LightningResourceAttributes
+from agentlightning.http.server.otlp_body import JSON_MEDIA, PROTOBUF_MEDIA, read_request
+from agentlightning.semconv import LightningResourceAttributes, LightningSpanAttributes
 from agentlightning.store.arguments import check_batch
 from agentlightning.store.base import LightningStore
 from agentlightning.store.refusals import send_apart
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
 
 if TYPE_CHECKING:
-    from google.protobuf.descriptor import Descriptor
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
     from opentelemetry.proto.trace.v1 import trace_pb2
 
 
-# --- The number of fields of a protobuf message, counted on its bytes -----------------------------
-# A parsed message takes far more memory than its bytes, so a message with too many fields is refused unparsed.
-
-_SMALLEST_FIELD_BYTES = 2
-_LONGEST_VARINT = 70
-_VARINT, _DELIMITED = 0, 2
-_OTHER_BYTES = {1: 8, 3: 0, 4: 0, 5: 4}
-"""Bytes after the tag in fields of the other kinds. The fields within a group (3, 4) are counted like all others."""
-
-_Shape = dict[int, Any]
-"""The fields of a message that are messages themselves, by number."""
-
-
-def check_fields(content: bytes, message: Descriptor, most: int) -> None:
-    """Count the fields of a message and of the messages within it, before it is parsed.
-
-    Args:
-        content: the bytes of the message.
-        message: its type.
-        most: the most fields that it may have.
-
-    Raises:
-        TooLarge: it has more.
-        NotJson: the bytes end within a field. Few fields do not prove that the message is well-formed.
-    """
-    if len(content) < most * _SMALLEST_FIELD_BYTES:
-        return
-    count = 0
-    waiting: list[tuple[int, int, Mapping[int, Any]]] = [(0, len(content), _shape_of(message, {}))]
-    try:
-        while waiting:
-            position, end, fields = waiting.pop()
-            while position < end:
-                count += 1
-                if count > most:
-                    raise TooLarge(f"the body has more than {most:,} fields; send fewer spans at a time")
-                tag, position = _varint(content, position)
-                if tag & 7 == _DELIMITED:
-                    length, position = _varint(content, position)
-                    within = fields.get(tag >> 3)
-                    if within is not None and length:
-                        waiting.append((position, position + length, within))
-                    position += length
-                elif tag & 7 == _VARINT:
-                    _, position = _varint(content, position)
-                else:
-                    position += _OTHER_BYTES[tag & 7]
-            if position > end:
-                raise IndexError(position)
-    except LookupError as error:
-        raise NotJson(f"the body is no {message.name}: its fields are not whole") from error
-
-
-def _varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number, and the position after it. Raises ``LookupError`` if the bytes end before it does."""
-    value = shift = 0
-    while shift < _LONGEST_VARINT:
-        byte = content[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, position
-    raise IndexError(position)
-
-
-def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:
-    """The fields of a message type that are messages. Types may contain each other, so shapes are shared by name."""
-    shape = known.get(message.full_name)
-    if shape is None:
-        shape = known[message.full_name] = {}
-        for field in message.fields:
-            if field.message_type is not None:
-                shape[field.number] = _shape_of(field.message_type, known)
-    return shape
-
-
 # --- Requests and replies ---------------------------------------------------------------------------
 
-PROTOBUF_MEDIA = b"application/x-protobuf"
-JSON_MEDIA = b"application/json"
 _ROLLOUT_ID = LightningResourceAttributes.ROLLOUT_ID.value
 _ATTEMPT_ID = LightningResourceAttributes.ATTEMPT_ID.value
 _SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
 _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LARGE_BYTES = 256 * 1024
 """From this size on a request is parsed in a thread, because parsing would delay other requests noticeably."""
-_ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
 async def answer_traces(store: LightningStore, load: Load, exchange: Exchange) -> Reply:
@@ -190,13 +108,12 @@ def _inflate(raw: bytes, limit: int) -> bytes:
 def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> list[Span]:
     """The spans of a request; why others of it are not among them is added to ``reasons``."""
     spans: list[Span] = []
-    groups = [
-        (group, [span for scope in group.scope_spans for span in scope.spans])
-        for group in _read(media, content).resource_spans
-    ]
-    check_batch([each for _, members in groups for each in members], "spans")
-    for group, members in groups:
-        resource = OtelResource(attributes=_attributes(group.resource.attributes), schema_url=group.schema_url)
+    groups = read_request(media, content)
+    check_batch([each for group in groups for each in group.spans], "spans")
+    for head, members, refused in groups:
+        reasons += refused
+        given = _without_nul(_attributes(head.resource.attributes), "", [])
+        resource = OtelResource(attributes=given, schema_url=head.schema_url)
         for each in members:
             try:
                 spans.append(_convert(each, resource))
@@ -237,46 +154,6 @@ def encode_refusal(media: bytes, error: AgentLightningError) -> bytes:
 # --- From OTLP to spans ------------------------------------------------------------------------------
 
 
-def _read(media: bytes, content: bytes) -> ExportTraceServiceRequest:
-    from google.protobuf.json_format import ParseDict, ParseError
-    from google.protobuf.message import DecodeError
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    request = ExportTraceServiceRequest()
-    try:
-        if media == PROTOBUF_MEDIA:
-            check_fields(content, ExportTraceServiceRequest.DESCRIPTOR, MAX_NODES)
-            request.ParseFromString(content)
-        elif media == JSON_MEDIA:
-            decoded = decode_strict(content)
-            if not isinstance(decoded, dict):
-                raise TypeError("it is not an object")
-            ParseDict(_with_base64_ids(decoded), request, ignore_unknown_fields=True)
-        else:
-            shown = media[:80].decode("latin-1")
-            raise UnsupportedMedia(f"the body is {shown!r}; send application/x-protobuf or application/json")
-    except AgentLightningError:
-        raise
-    except (DecodeError, ParseError, ValueError, TypeError, AttributeError) as error:
-        raise NotJson(f"the body is no ExportTraceServiceRequest: {str(error)[:300]}") from error
-    return request
-
-
-def _with_base64_ids(value: Any) -> Any:
-    """The JSON form has hexadecimal ids, while protobuf's own JSON has base64 for bytes."""
-    if isinstance(value, list):
-        return [_with_base64_ids(each) for each in cast("list[Any]", value)]
-    if not isinstance(value, dict):
-        return value
-    fields = cast("dict[str, Any]", value)
-    return {
-        name: base64.b64encode(bytes.fromhex(each)).decode()
-        if name in _ID_FIELDS and isinstance(each, str)
-        else _with_base64_ids(each)
-        for name, each in fields.items()
-    }
-
-
 def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
     attributes = _attributes(span.attributes)
     said = {**resource.attributes, **attributes}
@@ -287,6 +164,20 @@ def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
         raise InvalidValue(f"{_SEQUENCE_ID} is {sequence_id!r:.80}; give 0 or more")
     if len(span.trace_id) != 16 or len(span.span_id) != 8:
         raise InvalidValue("its trace id or span id has a wrong length")
+    changed: list[str] = []
+    attributes = _without_nul(attributes, "attributes.", changed)
+    events = [
+        Event(
+            name=_without_nul(event.name, f"events.{place}.name", changed),
+            attributes=_without_nul(_attributes(event.attributes), f"events.{place}.", changed),
+            timestamp=_seconds(event.time_unix_nano),
+        )
+        for place, event in enumerate(span.events)
+    ]
+    name = _without_nul(span.name, "name", changed)
+    description = _without_nul(span.status.message, "description", changed)
+    if changed:
+        attributes[LightningSpanAttributes.MENDED.value] = sorted(changed)
     return Span(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
@@ -294,16 +185,13 @@ def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
         trace_id=span.trace_id.hex(),
         span_id=span.span_id.hex(),
         parent_id=span.parent_span_id.hex() or None,
-        name=span.name,
+        name=name,
         status=TraceStatus(
             status_code=_STATUS_CODES[span.status.code] if 0 <= span.status.code < 3 else "UNSET",
-            description=span.status.message or None,
+            description=description or None,
         ),
         attributes=attributes,
-        events=[
-            Event(name=event.name, attributes=_attributes(event.attributes), timestamp=_seconds(event.time_unix_nano))
-            for event in span.events
-        ],
+        events=events,
         links=[Link(context=_context(link), attributes=_attributes(link.attributes)) for link in span.links],
         start_time=_seconds(span.start_time_unix_nano),
         end_time=_seconds(span.end_time_unix_nano),
@@ -336,6 +224,24 @@ def _value(value: AnyValue) -> Any:
     if kind == "bytes_value":
         return base64.b64encode(value.bytes_value).decode()
     return None if kind is None else getattr(value, kind)
+
+
+def _without_nul(value: Any, path: str, changed: list[str]) -> Any:
+    """Replace NULs in a text, a list of texts, or names and values of attributes, and note the paths of these."""
+    if isinstance(value, dict):
+        given = cast("dict[str, Any]", value)
+        return {
+            _without_nul(name, path + name.replace("\0", _REPLACEMENT), changed): _without_nul(
+                each, path + name.replace("\0", _REPLACEMENT), changed
+            )
+            for name, each in given.items()
+        }
+    texts: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if not any(isinstance(each, str) and "\0" in each for each in texts):
+        return value
+    changed.append(path)
+    better = [each.replace("\0", _REPLACEMENT) if isinstance(each, str) else each for each in texts]
+    return better if texts is value else better[0]
 
 
 def _seconds(nanoseconds: int) -> float | None:

@@ -238,9 +238,9 @@ def _without_nul(value: Any, path: str, changed: list[str]) -> Any:
         }
     texts: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
     if not any(isinstance(each, str) and "\0" in each for each in texts):
-        return value
+        return cast("Any", value)
     changed.append(path)
-    better = [each.replace("\0", _REPLACEMENT) if isinstance(each, str) else each for each in texts]
+    better: list[Any] = [each.replace("\0", _REPLACEMENT) if isinstance(each, str) else each for each in texts]
     return better if texts is value else better[0]
 
 

@@ -11,8 +11,11 @@ import pytest
 from agentlightning import InMemoryLightningStore, SqliteLightningStore
 from agentlightning.errors import NotFound, StoreClosed, StoreStopped
 from agentlightning.store.backend import Transaction
+from agentlightning.store.engine import EngineStore
+from agentlightning.store.operations.attempts import ClaimRequest
 from agentlightning.store.sqlite.backend import SqliteBackend
 from agentlightning.store.sqlite.transaction import GuardedTransaction, SqliteTransaction
+from agentlightning.store.waits import ClaimWaiters
 from agentlightning.types import Span
 
 
@@ -117,3 +120,83 @@ async def test_listeners_that_fail_leave_nobody_waiting(tmp_path: Path, caplog: 
         assert "could not be taken in" in caplog.text
     async with SqliteLightningStore(tmp_path / "store.db") as store:
         assert [each.rollout_id for each in await store.query_rollouts()] == [rollout.rollout_id]
+
+
+async def test_an_enqueue_claims_for_those_who_wait_in_its_own_commit(tmp_path: Path) -> None:
+    async with SqliteLightningStore(tmp_path / "store.db") as store:
+        waiting = [
+            asyncio.create_task(store.dequeue_rollout(f"w{n}", request_id=f"rq-{n}", wait_seconds=60)) for n in range(3)
+        ]
+        await _in_line(store, 3)
+        writer, written = store._core.backend._use(), 0
+        hand_over = writer._hand_over
+
+        def count(commit: Callable[[], None]) -> None:
+            nonlocal written
+            written += 1
+            hand_over(commit)
+
+        writer._hand_over = count
+        enqueued = await store.enqueue_rollout("first")
+        claim = await waiting[0]
+        assert claim is not None
+        assert (claim.rollout_id, claim.attempt.worker_id) == (enqueued.rollout_id, "w0")
+        assert written == 1
+        assert not waiting[1].done()
+        repeated = await store.dequeue_rollout("w0", request_id="rq-0")
+        assert repeated is not None
+        assert repeated.attempt == claim.attempt
+        # Two enqueues under one commit, and one claim that cannot be repeated among those that wait.
+        waiting.append(asyncio.create_task(store.dequeue_rollout("w3", wait_seconds=60)))
+        await _in_line(store, 3)
+        await asyncio.gather(store.enqueue_rollout("second"), store.enqueue_rollout("third"))
+        await store.enqueue_rollout("fourth")
+        claims = [await each for each in waiting[1:]]
+        assert sorted((each.input, each.attempt.worker_id) for each in claims if each) == [
+            ("fourth", "w3"),
+            ("second", "w1"),
+            ("third", "w2"),
+        ]
+        assert (await store.verify()).ok
+
+
+async def test_a_batch_that_is_run_again_claims_again_for_those_who_wait() -> None:
+    async with InMemoryLightningStore() as store:
+        waiting = asyncio.create_task(store.dequeue_rollout("w", request_id="rq", wait_seconds=60))
+        await _in_line(store, 1)
+
+        async def fail_after_writing(tx: Transaction) -> None:
+            await tx.insert_spans([])
+            raise LookupError
+
+        enqueued, failed = await asyncio.gather(
+            store.enqueue_rollout("work"), store._core.backend.write(fail_after_writing), return_exceptions=True
+        )
+        assert isinstance(failed, LookupError)
+        claim = await waiting
+        assert claim is not None
+        assert not isinstance(enqueued, BaseException)
+        assert (claim.rollout_id, claim.attempt.sequence_id) == (enqueued.rollout_id, 1)
+        assert (await store.verify()).ok
+
+
+async def test_a_claim_that_was_made_for_a_caller_as_its_time_ended_is_found() -> None:
+    waiters, looks = ClaimWaiters(), 0
+    wanted, transaction = ClaimRequest(1, "w", "rq", b"", 10.0), object()
+
+    async def claim() -> list[str]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            asyncio.get_running_loop().call_soon(waiters.offer, transaction, 1)
+            return []
+        return ["claimed"]
+
+    assert await waiters.claim_or_wait(claim, wanted, 0.01) == ["claimed"]
+    assert waiters.offer(object(), 1) == []
+
+
+async def _in_line(store: EngineStore, number: int) -> None:
+    """Return when so many claims have found the queue empty, and wait."""
+    while len(store._core.claims._waiting) < number:
+        await asyncio.sleep(0)

@@ -85,6 +85,13 @@ class Waiting(NamedTuple):
     rollouts: int
 
 
+class Claimed(NamedTuple):
+    """So many rollouts were claimed under this ``request_id``, on behalf of a caller that waits."""
+
+    request_id: str
+    rollouts: int
+
+
 class Deadline(NamedTuple):
     """A row that expires was written: look again at this moment of the lease clock, at the latest."""
 
@@ -110,7 +117,7 @@ class Stopped(NamedTuple):
 
 
 # Events carry ids and times only, never rows: a backend of several processes can then deliver them to all.
-Event = Finished | Waiting | Deadline | Swept | Directed | Stopped
+Event = Finished | Waiting | Claimed | Deadline | Swept | Directed | Stopped
 
 
 class Unreadable(NamedTuple):

@@ -24,6 +24,7 @@ from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRo
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import (
     Backend,
+    Claimed,
     Deadline,
     Directed,
     Event,
@@ -256,13 +257,16 @@ class Core:
                     self.finishes.finished(rollout_id)
                 case Waiting(rollouts):
                     waiting += rollouts
+                case Claimed(request_id, rollouts):
+                    waiting -= rollouts
+                    self.claims.wake_request(request_id)
                 case Deadline() | Swept():
                     self._alarm.note(event)
                 case Directed(worker_ids):
                     self.claims.wake_workers(worker_ids)
                 case Stopped(error):
                     self._end_waiting(error)
-        if waiting:
+        if waiting > 0:
             self.claims.wake(waiting)
 
     def _ring(self) -> None:

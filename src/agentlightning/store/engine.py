@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Claim
+from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.arguments import (
     check_batch,
     check_claim_limit,
@@ -25,7 +26,7 @@ from agentlightning.store.arguments import (
     report_of,
     span_drafts,
 )
-from agentlightning.store.backend import Backend, Measure
+from agentlightning.store.backend import Backend, Measure, Transaction
 from agentlightning.store.base import JsonObject, enqueue_request
 from agentlightning.store.core import Core
 from agentlightning.store.operations import (
@@ -121,9 +122,17 @@ class EngineStore(ReadingStore):
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         check_batch(rollouts, "rollouts")
         drafts = [draft_of(request, self._ids) for request in rollouts]
-        done = await self._core.write(lambda tx: rollout_ops.enqueue(tx, drafts))
-        if self._core.claims.held:
-            self._core.claims.release()
+        claims = self._core.claims
+
+        async def enqueue(tx: Transaction) -> list[Change]:
+            done = await rollout_ops.enqueue(tx, drafts)
+            for wanted in claims.offer(tx, len(done)):
+                await attempt_ops.claim_for_waiter(tx, wanted, self._mint_attempt_id)
+            return done
+
+        done = await self._core.write(enqueue)
+        if claims.held:
+            claims.release()
         return [self._shown.rollout_view(*each) for each in done]
 
     async def start_rollout(
@@ -164,7 +173,7 @@ class EngineStore(ReadingStore):
             return None if claimed is None else [self._shown.rollout_view(*pair) for pair in claimed]
 
         self._core.open()
-        return await self._core.claims.claim_or_wait(claim, worker_id, request_id, wait_seconds)
+        return await self._core.claims.claim_or_wait(claim, wanted, wait_seconds)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle.rollouts import Change
+from agentlightning.store.operations.attempts import ClaimRequest
 
 T = TypeVar("T")
 
@@ -153,12 +154,13 @@ class FinishWaiters(_Waiters):
 class _Ticket(_Caller):
     """The place in line of one caller that waits for a claimable rollout."""
 
-    def __init__(self, worker_id: str | None, request_id: str | None) -> None:
+    def __init__(self, wanted: ClaimRequest) -> None:
         super().__init__()
-        self.worker_id = worker_id
-        self.request_id = request_id
+        self.wanted = wanted
         self.called = False
         self.replaced = False
+        self.offered_in: object = None
+        """The last transaction that claimed, or looked for something to claim, for this caller."""
 
 
 class ClaimWaiters(_Waiters):
@@ -180,18 +182,22 @@ class ClaimWaiters(_Waiters):
     async def claim_or_wait(
         self,
         claim: Callable[[], Awaitable[Sequence[T] | None]],
-        worker_id: str | None,
-        request_id: str | None,
+        wanted: ClaimRequest,
         seconds: float,
     ) -> Sequence[T]:
         """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
 
-        If ``claim`` returns None, its worker must not claim: the result is empty, without a wait.
+        Args:
+            claim: claims what is ``wanted``. If it returns None, its worker must not claim: the result is empty,
+                without a wait.
+            wanted: if it has a ``request_id``, others may make the claim meanwhile (``offer``); ``claim`` then finds
+                its attempts.
+            seconds: how long to wait at most.
         """
         clock = asyncio.get_running_loop().time
         until = clock() + seconds
         while clock() < until:
-            ticket = self._join(worker_id, request_id)
+            ticket = self._join(wanted)
             will_look = False
             try:
                 claimed = () if self.held else await claim()
@@ -201,7 +207,7 @@ class ClaimWaiters(_Waiters):
                 if claimed or ticket.replaced:
                     return claimed
                 called = await self._wait(ticket, until - clock())
-                if ticket.replaced or not called:
+                if ticket.replaced or (not called and self._give_up(ticket)):
                     return []
                 will_look = True
             finally:
@@ -215,16 +221,35 @@ class ClaimWaiters(_Waiters):
         with self._lock:
             self._call_next(count)
 
+    def offer(self, transaction: object, count: int) -> list[ClaimRequest]:
+        """What the callers want who are next in line for ``count`` rollouts, so that a transaction that fills the queue
+        can claim for them: then they need not wait for two commits, one after the other. Each transaction gets
+        a claim once, and only those that can be repeated."""
+        if not self._line or self.held:
+            return []
+        with self._lock:
+            first = [each for each in self._line if each.offered_in is not transaction][:count]
+            for each in first:
+                each.offered_in = transaction
+        return [each.wanted for each in first if each.wanted.request_id is not None]
+
+    def wake_request(self, request_id: str) -> None:
+        """Wake the caller whose claim was made for it."""
+        with self._lock:
+            ticket = self._by_request.get(request_id)
+            if ticket is not None:
+                self._call(ticket)
+
     def wake_workers(self, worker_ids: Collection[str]) -> None:
         """Wake the callers that claim for these workers, because a directive for them has changed."""
         with self._lock:
-            for ticket in [each for each in self._line if each.worker_id in worker_ids]:
+            for ticket in [each for each in self._line if each.wanted.worker_id in worker_ids]:
                 self._forget(ticket)
                 ticket.wake()
 
-    def _join(self, worker_id: str | None, request_id: str | None) -> _Ticket:
+    def _join(self, wanted: ClaimRequest) -> _Ticket:
         """Add a caller to the line, which looks at the queue after this. Replaces a ticket of the same request."""
-        ticket = _Ticket(worker_id, request_id)
+        ticket, request_id = _Ticket(wanted), wanted.request_id
         with self._lock:
             if request_id is not None:
                 older = self._by_request.get(request_id)
@@ -245,11 +270,21 @@ class ClaimWaiters(_Waiters):
 
     def _call_next(self, count: int) -> None:
         for ticket in list(self._line)[:count]:
+            self._call(ticket)
+
+    def _call(self, ticket: _Ticket) -> None:
+        self._forget(ticket)
+        ticket.called = True
+        ticket.wake()
+
+    def _give_up(self, ticket: _Ticket) -> bool:
+        """Leave the line because the time is up; returns False if a claim may have been made for this caller."""
+        with self._lock:
             self._forget(ticket)
-            ticket.called = True
-            ticket.wake()
+            return ticket.offered_in is None
 
     def _forget(self, ticket: _Ticket) -> None:
         self._line.pop(ticket, None)
-        if ticket.request_id is not None and self._by_request.get(ticket.request_id) is ticket:
-            del self._by_request[ticket.request_id]
+        request_id = ticket.wanted.request_id
+        if request_id is not None and self._by_request.get(request_id) is ticket:
+            del self._by_request[request_id]

@@ -12,7 +12,7 @@ from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started, standing
 from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Filter, PageQuery, Transaction
+from agentlightning.store.backend import Claimed, Filter, PageQuery, Transaction
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
 from agentlightning.store.operations.rows import (
     hold,
@@ -71,11 +71,21 @@ async def claim(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) 
     Raises:
         IdReused: ``request_id`` was used for another claim.
     """
+    held = await _claimed_before(tx, wanted)
+    return await _claim_new(tx, wanted, mint) if held is None else held
+
+
+async def claim_for_waiter(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> None:
+    """``claim`` in the name of a caller that waits, who repeats the claim when it is told of what it got."""
+    assert wanted.request_id is not None
+    if not await tx.attempts_of_request(wanted.request_id):  # else it is told by whoever claimed, or need not be
+        taken = await _claim_new(tx, wanted, mint)
+        if taken:
+            tx.publish(Claimed(wanted.request_id, len(taken)))
+
+
+async def _claim_new(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
     limit, worker_id, request_id, digest, confirm_seconds = wanted
-    if request_id is not None:
-        held = await _held_by_request(tx, request_id, digest, confirm_seconds)
-        if held is not None:
-            return held
     now = tx.now()
     worker = None if worker_id is None else await worker_of(tx, worker_id)
     if worker is not None and worker.directive is not None:

@@ -128,7 +128,9 @@ async def test_an_enqueue_claims_for_those_who_wait_in_its_own_commit(tmp_path: 
             asyncio.create_task(store.dequeue_rollout(f"w{n}", request_id=f"rq-{n}", wait_seconds=60)) for n in range(3)
         ]
         await _in_line(store, 3)
-        writer, written = store._core.backend._use(), 0
+        backend, written = store._core.backend, 0
+        assert isinstance(backend, SqliteBackend)
+        writer = backend._use()
         hand_over = writer._hand_over
 
         def count(commit: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.http.server.app import DirectExchange
+from agentlightning.http.server.direct import DirectExchange
 from agentlightning.http.server.limits import ServerLimits
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.base import LightningStore

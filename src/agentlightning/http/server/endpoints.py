@@ -348,7 +348,7 @@ def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
         return None
     spans: list[PlainSpan] = body.spans if many else [body]
     check_batch(spans, "spans")
-    if not all(map(has_plain_values, spans)):
+    if not _have_plain_values(spans, raw, arrays=int(many)):
         return None
     encoded: list[bytes] = list(map(encode_plain, spans))
     canonical = b'{"spans":[' + b",".join(encoded) + b"]}" if many else encoded[0]
@@ -363,22 +363,33 @@ def plain_report(raw: bytes) -> tuple[list[SpanDraft], dict[str, Any]] | None:
     if body is None:
         return None
     check_batch(body.spans, "spans")
-    if not all(map(has_plain_values, body.spans)):
+    if not _have_plain_values(body.spans, raw, arrays=1):
         return None
-    given = {name: part for name in _REPORTED if bytes(part := getattr(body, name))}
-    report = decode_strict(msgspec.json.encode(given))
     encoded: list[bytes] = list(map(encode_plain, body.spans))
-    keys, canonical = 1 + keys_in([report], "the body"), b'"spans":[' + b",".join(encoded) + b"]"
+    canonical = b'"spans":[' + b",".join(encoded) + b"]"
     start = raw.find(b'"spans":[')
     if raw.startswith(canonical, start):  # as in ``plain_drafts``; only what stands around the spans is looked at
-        check_unique_keys(raw[:start] + b'"spans":0' + raw[start + len(canonical) :], keys, "the body")
-    else:
-        check_unique_keys(raw, keys + sum(map(count_keys, body.spans)), "the body")
+        report = decode_strict(raw[:start] + b'"spans":0' + raw[start + len(canonical) :])
+        if report.pop("spans") == 0:  # else these were a copy of the spans, in some other field
+            return _drafts(body.spans, encoded), report
+    given = {name: part for name in _REPORTED if bytes(part := getattr(body, name))}
+    report = decode_strict(msgspec.json.encode(given))
+    keys = 1 + keys_in([report], "the body")
+    check_unique_keys(raw, keys + sum(map(count_keys, body.spans)), "the body")
     return _drafts(body.spans, encoded), report
 
 
+def _have_plain_values(spans: Sequence[PlainSpan], raw: bytes, *, arrays: int) -> bool:
+    """``has_plain_values`` of spans that msgspec has read: names are strings, and JSON has only finite numbers.
+
+    Only a list may still be of several types. Each span has two arrays, and ``arrays`` are around all of them: where
+    the text has no others, there is no list.
+    """
+    return raw.count(b"[") == arrays + 2 * len(spans) or all(map(has_plain_values, spans))
+
+
 def _read_plain(raw: bytes, decode: Callable[[bytes], Any]) -> Any | None:
-    if b"\\u0000" in raw:
+    if b"\\" in raw and b"\\u0000" in raw:  # one byte is found sooner
         return None
     if len(raw) > MAX_NODES:
         check_node_count(raw, "the body")

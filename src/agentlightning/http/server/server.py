@@ -18,7 +18,8 @@ from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import OTLP_TRACES_PATH
 from agentlightning.http.server.admin import Operations
-from agentlightning.http.server.app import DirectConnection, StoreApp
+from agentlightning.http.server.app import StoreApp
+from agentlightning.http.server.direct import DirectConnection, KnownHeaders
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, ServerLimits
 from agentlightning.http.signatures import ForwardingStore
@@ -221,7 +222,7 @@ class LightningStoreServer(ForwardingStore):
             self.port,
             name="agl-http",
             bounds=self._limits,
-            connection=partial(DirectConnection, app=app),
+            connection=partial(DirectConnection, app=app, known=KnownHeaders()),
             drain_seconds=self._limits.drain_seconds,
             on_drain=app.drain,
             tls=self._tls,

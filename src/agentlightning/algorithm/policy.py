@@ -61,7 +61,8 @@ class PolicyUpdate:
     entropy_weight: float = 0.15
     """Value of one nat of entropy, in advantages, at the start of the run. It falls linearly to 0 at the end."""
     kl_weight: float = 0.0
-    """Cost of one nat of distance from the policy at the start of the run, in advantages."""
+    """Cost of one nat of distance from the policy at the start of the run, in advantages. With rewards from 0 to 1,
+    0.04 hardly holds the policy back, and 1 keeps it near its start."""
     scale_by_deviation: bool = False
     """Whether advantages are divided by the standard deviation of their group's rewards, as GRPO does. If not, they
     are not scaled, as Dr. GRPO proposes."""

@@ -29,6 +29,7 @@ Context: TypeAlias = tuple[int, ...]
 """Token ids."""
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_MAX_LOG_RATIO = 20.0
 
 
 class WordChoice(NamedTuple):
@@ -189,6 +190,11 @@ def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [math.exp(logprob) for logprob in log_softmax(logits, temperature)]
 
 
+def _ratio(logprob: float, old_logprob: float) -> float:
+    """Return ``exp(logprob - old_logprob)``, of which the logarithm counts within ±20, so that nothing overflows."""
+    return math.exp(min(max(logprob - old_logprob, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
+
+
 def choice_loss(logprob: float, old_logprob: float, advantage: float, clip: float) -> float:
     """Return the clipped loss of one choice, to be minimised.
 
@@ -199,30 +205,16 @@ def choice_loss(logprob: float, old_logprob: float, advantage: float, clip: floa
         old_logprob: of the choice, under the weights that sampled it.
         clip: ε, greater than 0.
     """
-    ratio = math.exp(logprob - old_logprob)
+    ratio = _ratio(logprob, old_logprob)
     clipped = min(max(ratio, 1 - clip), 1 + clip)
     return -min(ratio * advantage, clipped * advantage)
 
 
-def kl_penalty(logprob: float, reference_logprob: float) -> float:
-    """Return an estimate of the KL divergence from a reference: never negative, and unbiased.
-
-    ``q - log q - 1`` with ``q = exp(reference_logprob - logprob)``: [1], equation 4; k3 of [3].
-    """
-    log_ratio = reference_logprob - logprob
-    return math.exp(log_ratio) - log_ratio - 1
-
-
 def choice_slope(logprob: float, old_logprob: float, advantage: float, clip: float) -> float:
     """Return the derivative of ``choice_loss`` by ``logprob``: ``-ρ A``, or 0 where the clipped term is the minimum."""
-    ratio = math.exp(logprob - old_logprob)
+    ratio = _ratio(logprob, old_logprob)
     clipped_away = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
     return 0.0 if clipped_away else -ratio * advantage
-
-
-def kl_slope(logprob: float, reference_logprob: float) -> float:
-    """Return the derivative of ``kl_penalty`` by ``logprob``: ``1 - q``."""
-    return 1 - math.exp(reference_logprob - logprob)
 
 
 def logits_gradient(logprobs: Sequence[float], slopes: Sequence[float]) -> list[float]:
@@ -253,3 +245,26 @@ def entropy_gradient(logprobs: Sequence[float]) -> list[float]:
     """
     nats = entropy(logprobs)
     return [-math.exp(logprob) * (logprob + nats) for logprob in logprobs]
+
+
+def kl_divergence(logprobs: Sequence[float], reference: Sequence[float]) -> float:
+    """Return ``KL(π‖ρ) = Σ π_a (log π_a - log ρ_a)`` in nats: 0 for equal distributions, else more.
+
+    Args:
+        logprobs: log π, shape [A].
+        reference: log ρ, shape [A].
+    """
+    nats = math.fsum(math.exp(one) * (one - other) for one, other in zip(logprobs, reference, strict=True))
+    return max(0.0, nats)  # rounding
+
+
+def kl_gradient(logprobs: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Return the derivatives of ``kl_divergence`` by the logits of π, shape [A]: they sum to 0.
+
+    ``g_k = π_k (log π_k - log ρ_k - KL(π‖ρ))``, from ``d π_a / d logit_k = π_a ([a = k] - π_k)``. It is exact. The
+    estimator k3 of [3], which [1] uses in equation 4, needs only the sampled action's probability, as a language model
+    must. But its derivative, ``1 - ρ_a / π_a`` by ``log π_a``, has no bound where an action was sampled that has become
+    rare, and its mean is not the gradient of this divergence.
+    """
+    nats = kl_divergence(logprobs, reference)
+    return [math.exp(one) * (one - other - nats) for one, other in zip(logprobs, reference, strict=True)]

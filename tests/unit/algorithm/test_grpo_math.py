@@ -83,31 +83,28 @@ def test_slopes_are_derivatives(logprob: float, advantage: float, clip: float) -
     if not near_a_corner:  # where the loss has no derivative
         (slope,) = numerical(lambda x: maths.choice_loss(x[0], 0.0, advantage, clip), [logprob])
         assert maths.choice_slope(logprob, 0.0, advantage, clip) == pytest.approx(slope, abs=1e-5)
-    (slope,) = numerical(lambda x: maths.kl_penalty(x[0], -0.5), [logprob])
-    assert maths.kl_slope(logprob, -0.5) == pytest.approx(slope, abs=1e-5)
 
 
 @given(LOGITS, st.data())
 def test_the_gradient_of_a_whole_row(logits: list[float], data: st.DataObject) -> None:
-    """Several choices in one context: loss and penalty together, by the logits."""
+    """Several choices in one context, and their distance from a reference: loss and penalty together, by the logits."""
     place = st.integers(0, len(logits) - 1)
     # An old probability that is the present one: no corner of the clipped loss is near.
     choices = data.draw(st.lists(st.tuples(place, st.floats(-2, 2)), min_size=1, max_size=5))
     before = maths.log_softmax(logits)
+    reference = maths.log_softmax(data.draw(st.lists(st.floats(-6, 6), min_size=len(logits), max_size=len(logits))))
 
     def loss(row: Sequence[float]) -> float:
         logprobs = maths.log_softmax(row)
         return math.fsum(
-            maths.choice_loss(logprobs[at], before[at], advantage, 0.2) + 0.3 * maths.kl_penalty(logprobs[at], -1.0)
-            for at, advantage in choices
-        )
+            maths.choice_loss(logprobs[at], before[at], advantage, 0.2) for at, advantage in choices
+        ) + 0.3 * maths.kl_divergence(logprobs, reference)
 
     slopes = [0.0] * len(logits)
     for at, advantage in choices:
-        slopes[at] += maths.choice_slope(before[at], before[at], advantage, 0.2) + 0.3 * maths.kl_slope(
-            before[at], -1.0
-        )
-    gradient = maths.logits_gradient(before, slopes)
+        slopes[at] += maths.choice_slope(before[at], before[at], advantage, 0.2)
+    parts = zip(maths.logits_gradient(before, slopes), maths.kl_gradient(before, reference), strict=True)
+    gradient = [slope + 0.3 * far for slope, far in parts]
     assert gradient == pytest.approx(numerical(loss, logits), abs=2e-4, rel=1e-4)
     assert math.fsum(gradient) == pytest.approx(0, abs=1e-6)
 
@@ -124,9 +121,20 @@ def test_the_gradient_of_entropy(logits: list[float]) -> None:
 def test_entropy_and_distance_have_their_least_and_largest_values() -> None:
     assert maths.entropy(maths.log_softmax([0.0] * 4)) == pytest.approx(math.log(4))
     assert maths.entropy(maths.log_softmax([800.0, 0.0])) == pytest.approx(0)
-    assert maths.kl_penalty(-1.0, -1.0) == 0
-    assert maths.kl_penalty(-1.0, -1.5) > 0
-    assert maths.kl_penalty(-1.5, -1.0) > 0
+    even, odd = maths.log_softmax([0.0, 0.0]), maths.log_softmax([math.log(3), 0.0])
+    assert maths.kl_divergence(odd, odd) == 0
+    assert maths.kl_divergence(even, odd) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert maths.kl_divergence(odd, even) == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+
+
+def test_nothing_overflows_however_far_the_weights_have_moved() -> None:
+    for logprob, old_logprob in ((0.0, -2000.0), (-2000.0, 0.0)):
+        for advantage in (1.0, -1.0):
+            assert math.isfinite(maths.choice_loss(logprob, old_logprob, advantage, 0.2))
+            assert math.isfinite(maths.choice_slope(logprob, old_logprob, advantage, 0.2))
+    far, near = maths.log_softmax([2000.0, 0.0]), maths.log_softmax([0.0, 2000.0])
+    assert maths.kl_divergence(far, near) == pytest.approx(2000)
+    assert maths.kl_gradient(far, near) == pytest.approx([0, 0])
 
 
 def test_the_numerical_gradient_notices_a_wrong_one() -> None:

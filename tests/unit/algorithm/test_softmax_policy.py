@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from agentlightning.algorithm.groups import group_advantages
 from agentlightning.algorithm.policy import GroupMember, Policy, PolicyBatch, PolicyUpdate, SampledCall
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
+from agentlightning.demo.softmax_table import kl_divergence
 from agentlightning.errors import InvalidValue
 
 WORDS = ["red", "green", "blue"]
@@ -164,3 +166,38 @@ def test_the_state_of_a_run_comes_back_with_its_reference(tmp_path: Path) -> Non
     batch = PolicyBatch([good_and_bad(2, 0, None)], settings, 0.5)
     assert resumed.update(batch) == policy.update(batch)
     assert resumed.to_json() == policy.to_json()
+
+
+def learn_one_word(kl_weight: float, epochs: int, words: int = 15) -> tuple[float, float]:
+    """Train with the default learning rate on one task, where only the word 3 is right; returns its probability at the
+    end, and the distance from the beginning in nats."""
+    policy, rng = SoftmaxPolicy([f"w{number}" for number in range(words)]), random.Random(0)
+    policy.begin_run()
+    settings = PolicyUpdate(kl_weight=kl_weight, epochs=epochs)
+    for step in range(26):
+        groups: list[list[GroupMember]] = []
+        for _ in range(8):
+            said = [policy.choose((0,), rng) for _ in range(16)]
+            rewards = [float(word.token_id == 3) for word in said]
+            advantages = group_advantages(rewards, scale_by_deviation=False)
+            calls = [[SampledCall((0,), [word.token_id], [word.logprob])] for word in said]
+            groups.append([GroupMember("", *each) for each in zip(rewards, advantages, calls, strict=True)])
+        policy.update(PolicyBatch(groups, settings, step / 26))
+    logprobs = policy.logprobs((0,))
+    return math.exp(logprobs[3]), kl_divergence(logprobs, [-math.log(words)] * words)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_penalty_lets_the_reward_rise_and_keeps_the_policy_near(epochs: int) -> None:
+    free, light, strict = (learn_one_word(weight, epochs) for weight in (0.0, 0.04, 1.0))
+    assert light[0] > 0.9, "0.04 nats cost far less than the reward is worth"
+    assert free[1] > light[1] > strict[1]
+    # The optimum of the reward minus the penalty: every probability in proportion to exp(reward / weight).
+    assert 1 / 15 < strict[0] <= 1.3 * math.e / (math.e + 14)
+    assert strict[1] < 0.1
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+@pytest.mark.parametrize("kl_weight", [0.01, 0.1, 0.3, 3.0, 100.0, 1e6])
+def test_no_penalty_destroys_the_policy(kl_weight: float, epochs: int) -> None:
+    assert learn_one_word(kl_weight, epochs)[0] > 0.9 / 15

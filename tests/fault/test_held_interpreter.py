@@ -59,8 +59,8 @@ class Holding:
 
 def run(algorithm: Holding, store: Any = None, **options: Any) -> None:
     runner = AgentRunner(
-        holds_the_interpreter, heartbeat_interval=1.0, interval_jitter=0.0, lease_seconds=TERM_SECONDS, max_rollouts=1
-    )
+        holds_the_interpreter, heartbeat_interval=60.0, lease_seconds=600.0, max_rollouts=1
+    )  # how often the attempt wants to be heard of is known only when it begins
     ClientServerExecutionStrategy(
         server_port=0, n_runners=1, graceful_timeout=1.0, terminate_timeout=1.0, **options
     ).execute(algorithm, runner, store or InMemoryLightningStore())
@@ -88,7 +88,7 @@ def test_it_is_lost_when_its_process_is_killed(folder: Path) -> None:
     assert algorithm.noticed_after < TERM_SECONDS + 1.0
 
 
-def test_the_death_of_one_that_is_spoken_for_is_noticed_by_its_lease_alone(folder: Path) -> None:
+def test_the_death_of_one_that_is_spoken_for_is_noticed_by_its_silence(folder: Path) -> None:
     """The store cannot be told."""
 
     class Deaf(InMemoryLightningStore):

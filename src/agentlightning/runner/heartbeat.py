@@ -161,6 +161,8 @@ class Heartbeat:
         self._begun[attempt_id] = _BegunAttempt(rollout.rollout_id, time.monotonic(), interval)
         if self._signs is not None:
             self._signs.begin(attempt_id)
+            if term is not None:  # at once, because the agent may not let the heartbeat have another turn
+                self._note_life(self._signs)
 
     def reporting(self, attempt_id: str) -> None:
         """The agent has finished, and the report of the attempt, which confirms its claim, is under way."""
@@ -215,9 +217,12 @@ class Heartbeat:
     def _show_life(self, loop: asyncio.AbstractEventLoop) -> None:
         """Note for the supervisor, again and again, that this loop gets its turns, also while a beat is under way."""
         if self._signs is not None and not self._stopping:
-            interval = min(self._interval, self._longest_pause())
-            self._signs.show_life(Times(time.monotonic(), interval, self._lease_seconds))
+            self._note_life(self._signs)
             loop.call_later(CONFIRM_SECONDS, self._show_life, loop)
+
+    def _note_life(self, signs: VitalSigns) -> None:
+        interval = min(self._interval, self._longest_pause())
+        signs.show_life(Times(time.monotonic(), interval, self._lease_seconds))
 
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""

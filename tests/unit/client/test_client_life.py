@@ -75,6 +75,30 @@ class _nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
+def test_closing_while_the_loop_that_used_the_client_ends(url: str) -> None:
+    """That loop cancels what it was given to do, which is not the business of who closes."""
+    client = LightningStoreClient(url, spool_dir=None)
+    used, end = threading.Event(), threading.Event()
+
+    async def use() -> None:
+        await client.statistics()
+        used.set()
+        end.wait()  # blocks the loop, so that the closing is still to be done when it ends
+
+    async def close() -> None:
+        used.wait()
+        closing = asyncio.create_task(client.close())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        end.set()
+        await closing
+
+    thread = threading.Thread(target=lambda: asyncio.run(use()))
+    thread.start()
+    asyncio.run(close())
+    thread.join()
+
+
 def test_closing_from_another_loop_while_the_first_still_runs(url: str) -> None:
     client = LightningStoreClient(url, spool_dir=None)
     used, done = threading.Event(), threading.Event()

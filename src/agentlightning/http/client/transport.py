@@ -140,12 +140,11 @@ class HttpTransport:
             if loop is asyncio.get_running_loop():
                 await each.lifetime.aclose()
             elif loop.is_running():
-                ending = asyncio.run_coroutine_threadsafe(_end(each), loop)
-                try:
-                    async with asyncio.timeout(5):
-                        await asyncio.wrap_future(ending)
-                except TimeoutError:  # that loop is busy or ended meanwhile; then its own end closes the session
-                    ending.cancel()
+                ending = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_end(each), loop))
+                await asyncio.wait([ending], timeout=5)
+                # If that loop is busy or ends meanwhile, which cancels this, its own end closes the session.
+                if not ending.cancel() and not ending.cancelled():
+                    ending.result()
             else:
                 _let_go(each.session)
 

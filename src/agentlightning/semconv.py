@@ -131,6 +131,8 @@ class LLMCallAttributes(Enum):
     STREAMED = "agentlightning.llm.streamed"
     UNUSABLE = "agentlightning.llm.unusable"
     """Why the call is no example to learn from: one of ``UnusableReason``. Absent if it is one."""
+    CALL_SPAN_ID = "agentlightning.llm.call_span_id"
+    """On a later span: the id of the call's span that ``UNUSABLE`` is about."""
 
 
 class UnusableReason(StrEnum):

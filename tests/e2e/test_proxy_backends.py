@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ async def test_the_number_of_retries_is_what_was_asked_for() -> None:
 
 async def test_when_all_tries_fail_the_agent_gets_the_last_answer() -> None:
     backend = OpenAIBackend()
-    backend.plan(BUSY, BUSY, Fail(500, {"error": {"message": "out of memory", "code": "oom"}}))
+    broken = Fail(500, {"error": {"message": "out of memory", "code": "oom"}})
+    backend.plan(BUSY, BUSY, broken, broken)  # the last one is asked for nothing that the agent did not ask for
     async with proxied(backend) as scene:
         with pytest.raises(APIStatusError, match="out of memory") as caught:
             await ask(scene)
@@ -249,6 +251,63 @@ async def test_what_a_backend_takes_can_be_said() -> None:
         async with proxied(entries=[backend.entry() | {"model_info": {"ask_for": []}}]) as scene:
             await ask(scene)
             assert len(backend.seen) == 1
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+async def test_what_a_backend_cannot_do_is_remembered_per_kind_of_call_and_not_for_ever() -> None:
+    backend = OpenAIBackend()
+    conflict = Fail(400, {"error": {"message": "logprobs is not supported with tools + stream"}})
+    async with proxied(backend) as scene:
+        await ask(scene)
+        await ask(scene, stream=True)
+        backend.plan(conflict)
+        await ask(scene, stream=True, tools=TOOLS)
+        await ask(scene, stream=True, tools=TOOLS)
+        await ask(scene, stream=True)
+        asked = [seen.body.get("logprobs") for seen in backend.seen]
+        assert asked == [True, True, True, None, None, True]
+        memory = scene.proxy._session.upstream._memory  # type: ignore[union-attr]
+        memory._clock = lambda: time.monotonic() + 601.0
+        await ask(scene, stream=True, tools=TOOLS)
+        assert backend.seen[-1].body["logprobs"] is True
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+async def test_an_agent_sees_no_failure_that_only_the_proxys_wishes_cause(retries: int) -> None:
+    backend = OpenAIBackend(fails_for="logprobs")
+    async with proxied(backend, num_retries=retries) as scene:
+        for _ in range(4):
+            assert (await ask(scene)).choices[0].message.content.startswith("word0")
+        asked = [seen.body.get("logprobs") for seen in backend.seen]
+        assert asked == [True, None, True, None, True, None, None], "it may have failed for another reason, at first"
+        assert all(span.status.status_code == "OK" for span in await scene.spans())
+
+
+async def test_sglang_is_asked_in_headers_for_what_its_streams_may_not_ask_for_in_the_body() -> None:
+    backend = OpenAIBackend(takes=frozenset({"logprobs", "stream_options"}))
+    async with proxied(backend) as scene:
+        await ask(scene, stream=True)
+        await ask(scene, stream=True, extra_body={"return_token_ids": False})
+        assert [seen.headers.get("x-sglext-return-output-ids") for seen in backend.seen] == [None, "true", "true"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json"])
+async def test_a_stream_under_another_content_type_is_one(kind: str) -> None:
+    backend, hold = OpenAIBackend(), Hold(1)
+    backend.content_type = kind
+    backend.plan(hold)
+    async with proxied(backend) as scene, scene.client() as agent:
+        stream = await agent.chat.completions.create(model="policy", messages=MESSAGES, stream=True)
+        assert (await anext(stream)).choices[0].delta.content == "word0 "
+        hold.release.set()
+        assert len([chunk async for chunk in stream]) == 4
+        span = await scene.only_span()
+        assert attribute(span, Call.RESPONSE_TOKEN_IDS) == [1000, 1001, 1002, 1003]
+        backend.plan(Write(b'{"choices": []}'))
+        await agent.chat.completions.with_raw_response.create(model="policy", messages=MESSAGES, stream=True)
+        assert body_of((await scene.spans())[-1], Call.RESPONSE) == {"choices": []}
 
 
 # --- Errors ----------------------------------------------------------------------------------------------

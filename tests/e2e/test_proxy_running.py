@@ -21,13 +21,14 @@ from agentlightning import (
     LLM,
     InMemoryLightningStore,
     LLMProxy,
+    LlmProxyTraceToTriplet,
     ProxyLLM,
     Span,
     get_active_llm_proxy,
     set_active_llm_proxy,
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
-from agentlightning.proxy import llm_proxy
+from agentlightning.proxy import llm_proxy, session as session_module
 from agentlightning.proxy.app import ProxyApp
 from agentlightning.proxy.session import CallAdmission
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
@@ -173,7 +174,7 @@ async def test_when_the_agent_hangs_up_so_does_the_proxy(stream: bool) -> None:
             assert body_of(span, Call.RESPONSE)["choices"][0]["message"]["content"] == "word0 word1 "
 
 
-async def test_an_agent_that_hangs_up_while_its_call_is_recorded_leaves_one_span() -> None:
+async def test_an_agent_that_hangs_up_while_its_call_is_recorded_leaves_its_span_and_a_word_about_it() -> None:
     async with AwayStore() as store, proxied(OpenAIBackend(), record_wait_seconds=0.2) as scene:
         rollout = await store.start_rollout({})
         scene.proxy.set_store(store)
@@ -190,8 +191,67 @@ async def test_an_agent_that_hangs_up_while_its_call_is_recorded_leaves_one_span
         assert await scene.proxy.pause(timeout_seconds=WAIT_SECONDS) == 0
         store.is_away = False
         await scene.proxy.stop()
-        (span,) = await store.query_spans(rollout.rollout_id)
+        span, word = await store.query_spans(rollout.rollout_id)
         assert span.status.status_code == "OK", "the backend had answered"
+        assert (word.parent_id, attribute(word, Call.CALL_SPAN_ID)) == (span.span_id, span.span_id)
+        assert attribute(word, Call.UNUSABLE) == "not_received"
+        examined = LlmProxyTraceToTriplet().examine([span, word])
+        assert ([each.reason for each in examined.unusable], examined.made) == (["not_received"], [])
+
+
+async def test_an_agent_that_goes_when_it_has_all_that_the_model_wrote_has_received_it() -> None:
+    backend, hold = OpenAIBackend(), Hold(5)  # before usage and [DONE]
+    backend.plan(hold)
+    async with proxied(backend) as scene:
+        async with aiohttp.ClientSession() as session:
+            question = {"model": "policy", "messages": MESSAGES, "stream": True}
+            response = await session.post(f"{scene.llm.endpoint}/chat/completions", json=question)
+            await response.content.readuntil(b'"stop"')
+            response.close()
+        await reached(hold.hung_up)
+        await scene.proxy.pause(timeout_seconds=WAIT_SECONDS)
+        await scene.proxy.stop()
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, Call.UNUSABLE)) == ("OK", None)
+        assert attribute(span, Call.RESPONSE_TOKEN_IDS) == [1000, 1001, 1002, 1003]
+
+
+# --- Requests that are no model calls ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("POST", "/v1/responses", "right", 404),
+        ("GET", "/v1/chat/completions", "right", 405),
+        ("POST", "/v1/chat/completions", "wrong", 401),
+    ],
+)
+async def test_a_refused_request_of_an_attempt_is_on_record(
+    method: str, path: str, key: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with proxied(OpenAIBackend(), api_key="right") as scene, aiohttp.ClientSession() as session:
+        url = scene.llm.endpoint.removesuffix("/v1") + path
+        async with session.request(method, url, headers={"Authorization": f"Bearer {key}"}) as response:
+            assert response.status == status
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, GenAI.HTTP_STATUS_CODE)) == ("ERROR", status)
+        assert span.attributes["url.path"] == url.removeprefix(scene.proxy.url)
+        assert (await health(scene.proxy))["requests_refused"] == 1
+        assert [each for each in caplog.messages if "was refused" in each]
+        async with session.request(method, f"{scene.proxy.url}{path}") as response:
+            assert response.status in (401, status)
+        assert len(await scene.spans()) == 1, "it is of no attempt"
+
+
+async def test_refused_requests_do_not_flood_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_MAX_REFUSALS", 2)
+    async with proxied(OpenAIBackend()) as scene, aiohttp.ClientSession() as session:
+        for _ in range(4):
+            async with session.get(f"{scene.llm.endpoint}/nothing") as response:
+                assert response.status == 404
+        assert len(await scene.spans()) == 2
+        assert (await health(scene.proxy))["requests_refused"] == 4
 
 
 async def test_a_stop_while_a_call_is_recorded_lets_the_reply_out() -> None:

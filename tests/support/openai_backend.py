@@ -93,6 +93,7 @@ class OpenAIBackend:
         takes: fields of vLLM that it knows; others are refused with 400, as OpenAI does.
         key: what it wants as bearer token; None: nothing.
         fingerprint: what it says of its weights.
+        fails_for: a field of the request that it answers 500 to.
     """
 
     def __init__(
@@ -103,12 +104,15 @@ class OpenAIBackend:
         key: str | None = None,
         fingerprint: str | None = "fp-test",
         says: Callable[[Seen], str] | None = None,
+        fails_for: str | None = None,
     ) -> None:
         self.words = words
         self.takes = takes
         self.key = key
         self.fingerprint = fingerprint
         self.says = says
+        self.fails_for = fails_for
+        self.content_type = "text/event-stream"
         self.seen: list[Seen] = []
         self._plan: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._ready = threading.Event()
@@ -171,6 +175,8 @@ class OpenAIBackend:
         self.seen.append(seen)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": f"wrong key, I want {self.key}"}}, status=401)
+        if self.fails_for is not None and seen.body.get(self.fails_for):
+            return web.json_response({"error": {"message": "-inf is not JSON compliant"}}, status=500)
         for name in ("return_token_ids", "logprobs", "stream_options"):
             if seen.body.get(name) and name not in self.takes:
                 error = {"message": f"Unrecognized request argument supplied: {name}", "type": "invalid_request_error"}
@@ -237,7 +243,7 @@ class OpenAIBackend:
 
     async def _stream(self, request: web.Request, seen: Seen, step: Step | None) -> web.StreamResponse:
         headers = step.headers if isinstance(step, Say) else {}
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
+        response = web.StreamResponse(headers={"Content-Type": self.content_type, **headers})
         if isinstance(step, Compress):
             response.enable_compression(web.ContentCoding.gzip)
         await response.prepare(request)

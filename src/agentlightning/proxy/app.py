@@ -12,15 +12,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from agentlightning.errors import InvalidValue, NotAllowed
+from agentlightning.errors import InvalidId, InvalidValue, NotAllowed
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import ProxyError
+from agentlightning.proxy.recording import CallOrigin
 from agentlightning.proxy.sampling import check_sampling
 from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession
 from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
+from agentlightning.store.validation import check_id
 
 _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1)?(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not."""
@@ -30,6 +32,9 @@ _FIELD = re.compile(r"`\$\.(\w+)")
 
 _AGENT, _OPERATOR = Principal("agent"), Principal("control")
 """The callers that a key tells apart."""
+
+_MISTAKES = frozenset({401, 404, 405})
+"""Statuses of requests with a wrong key, path or method. What a policy forbids (403) leaves no trace in the store."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 _T = TypeVar("_T")
@@ -171,8 +176,22 @@ class ProxyApp:
             else:
                 await JSONResponse(await route.answer(request))(scope, receive, send)
         except ProxyError as error:
+            await self._note_refusal(request, error)
             for message in error_reply(dialect, error):
                 await send(message)
+
+    async def _note_refusal(self, request: Request, error: ProxyError) -> None:
+        """Record a request below an attempt's URL that nothing here answers: its agent is set up wrongly. That the
+        proxy is paused or busy is no mistake of the agent's."""
+        path = request.scope["path"]
+        found = _PREFIX.fullmatch(path)
+        if error.status not in _MISTAKES or found is None or found["rollout_id"] is None:
+            return
+        try:
+            origin = CallOrigin(check_id(found["rollout_id"], "rollout"), check_id(found["attempt_id"], "attempt"))
+        except InvalidId:
+            return
+        await self._session.refuse(origin, request.method, path, error)
 
     def _find(self, method: str, path: str) -> tuple[_Route, dict[str, str]]:
         """Return the route of a request, and the parameters of its path."""
@@ -209,6 +228,8 @@ class ProxyApp:
             "calls_in_flight": self._session.admission.in_flight,
             "spans_waiting": self._session.spans_waiting,
             "spans_lost": self._session.spans_lost,
+            "calls_unusable": dict(self._session.unusable),
+            "requests_refused": self._session.refused,
         }
 
     async def _pause(self, request: Request) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import aiohttp
 from starlette.requests import Request
@@ -40,6 +41,8 @@ _MAX_EVENT_BYTES = 16 * 1024 * 1024
 _MEASURED_BYTES = 64 * 1024
 """How many bytes of a stream pass between two looks at how much of it is kept."""
 _SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "openai-version")
+_FIRST_OF_EVENTS = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""How a stream of server-sent events begins."""
 _SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
 
 
@@ -123,17 +126,26 @@ class _ModelCall:
         self._send = send
         self._has_begun = False
         """Whether the agent has got the head of a reply, so that no other status can be sent."""
+        self._has_all = False
+        """Whether the agent has got all that the model wrote, though not yet the end of the reply."""
 
     async def run(self, request: Request) -> None:
         """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent."""
+        hangup = _Hangup()
+        try:
+            await self._run(request, hangup)
+        finally:
+            hangup.stop()
+
+    async def _run(self, request: Request, hangup: _Hangup) -> None:
         record = self._record
         try:
             record.raw_request = await _read_body(request, self._grow)
             record.request = self._dialect.read_request(record.raw_request, request.path_params)
-            ending = await self._pass_on(request.receive)
+            hangup.watch(request.receive)
+            ending = await self._pass_on(hangup)
         except _AgentGone:
-            record.fail(DISCONNECTED, "the agent closed the connection before the reply had ended")
-            self._session.record(record)
+            self._end_without_agent()
             return
         except ProxyError as error:
             ending = self._refuse(error)
@@ -148,7 +160,15 @@ class _ModelCall:
             ending = self._refuse(ProxyError(500, "internal_error", why))
         # A stop that cancels one of these steps only ends its wait: the span is already queued for the store.
         await self._unless_stopped(self._session.record_and_wait(record))
+        if hangup.has_happened and not self._has_all:
+            self._session.retract(record)
         await self._unless_stopped(self._send_all(ending))
+
+    def _end_without_agent(self) -> None:
+        """Record a call whose agent has gone. Some agents go as soon as they have all that the model wrote."""
+        if not self._has_all:
+            self._record.fail(DISCONNECTED, "the agent closed the connection before the reply had ended")
+        self._session.record(self._record)
 
     async def _send_all(self, messages: list[Message]) -> None:
         for message in messages:
@@ -163,19 +183,30 @@ class _ModelCall:
                 raise
             current_task().uncancel()
 
-    async def _pass_on(self, receive: Receive) -> list[Message]:
+    async def _pass_on(self, hangup: _Hangup) -> list[Message]:
         """Have the call answered by a backend. Returns the end of the reply, which is still to be sent."""
         session, record = self._session, self._record
         assert record.request is not None
         # Taken when the call begins: weights are changed while no call is in flight.
         record.model_version = session.version_of(record.request.model)
-        async with _cancelled_by_hangup(receive):
+        async with hangup.cancels():
             await session.sampling.impose(record)
             async with session.upstream.call(record.request, record) as reply:
                 record.status = reply.response.status
-                if reply.response.content_type == "text/event-stream" and record.status < 400:
+                is_stream = reply.response.content_type == "text/event-stream"
+                if record.request.is_streamed and not is_stream and record.status < 400:
+                    reply = await self._with_first_part(reply)
+                    is_stream = reply.first.lstrip().startswith(_FIRST_OF_EVENTS)
+                if is_stream and record.status < 400:
                     return await self._relay_stream(reply)
                 return await self._relay_whole(reply)
+
+    async def _with_first_part(self, reply: UpstreamReply) -> UpstreamReply:
+        """Read the first part of a reply, which tells a stream of events that calls itself something else."""
+        try:
+            return replace(reply, first=await reply.response.content.readany())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            _raise_broken_off(reply, error)
 
     async def _relay_whole(self, reply: UpstreamReply) -> list[Message]:
         record, dialect, status = self._record, self._dialect, reply.response.status
@@ -207,7 +238,7 @@ class _ModelCall:
         parts: list[bytes] = []
         size = 0
         try:
-            async for part in reply.response.content.iter_any():
+            async for part in reply.parts():
                 self._record.first_byte = self._record.first_byte or time.perf_counter()
                 size = self._keep(size, size + len(part))
                 parts.append(part)
@@ -224,11 +255,12 @@ class _ModelCall:
         await self._send(_head(reply.response.status, _shown_headers(reply.response, scrubber)))
         passed = kept = 0
         try:
-            async for data in reply.response.content.iter_any():
+            async for data in reply.parts():
                 record.first_byte = record.first_byte or time.perf_counter()
                 shown = relay.feed(data)
                 if shown:
                     await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+                    self._has_all = stream.is_finished
                 passed += len(data)
                 if passed >= _MEASURED_BYTES:
                     passed, kept = 0, self._keep(kept, relay.kept_bytes)
@@ -260,29 +292,43 @@ class _ModelCall:
         return error_reply(self._dialect, error)
 
 
-@asynccontextmanager
-async def _cancelled_by_hangup(receive: Receive) -> AsyncGenerator[None]:
-    """End the block when the agent closes its connection, whatever the block waits for; raises ``_AgentGone`` then."""
-    task = current_task()
-    is_gone = False
+class _Hangup:
+    """Notices that the agent closes its connection."""
 
-    async def watch() -> None:
-        nonlocal is_gone
+    def __init__(self) -> None:
+        self.has_happened = False
+        self._cancels: asyncio.Task[Any] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def watch(self, receive: Receive) -> None:
+        """Begin to watch; the body of the request must have been read."""
+        self._watcher = asyncio.create_task(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        is_gone = True
-        task.cancel()
+        self.has_happened = True
+        if self._cancels is not None:
+            self._cancels.cancel()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not is_gone:
-            raise
-        task.uncancel()
-        raise _AgentGone from None
-    finally:
-        watcher.cancel()
+    @asynccontextmanager
+    async def cancels(self) -> AsyncGenerator[None]:
+        """End the block when it happens, whatever the block waits for; raises ``_AgentGone`` then."""
+        task = self._cancels = current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.has_happened:
+                raise
+            task.uncancel()
+            raise _AgentGone from None
+        finally:
+            self._cancels = None
+
+    def stop(self) -> None:
+        """Notice nothing any more. Idempotent."""
+        if self._watcher is not None:
+            self._watcher.cancel()
 
 
 async def _read_body(request: Request, grow: Callable[[int], None]) -> bytes:

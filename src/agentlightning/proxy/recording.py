@@ -75,6 +75,9 @@ class CallRecord:
     reply: RecordedReply = field(default_factory=RecordedReply)
     error_type: str | None = None
     error_message: str | None = None
+    span_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Unless its origin is part of a trace."""
 
     @property
     def unusable(self) -> UnusableReason | None:
@@ -107,26 +110,69 @@ def span_of(record: CallRecord) -> PlainSpan:
     if record.origin is None:
         raise ValueError("a call that belongs to no attempt has no span")
     ended = record.ended if record.ended is not None else record.started
-    trace_id = record.origin.trace_id or secrets.token_hex(16)
-    span_id = secrets.token_hex(8)
     model = record.request.model if record.request else "unknown"
     status = PlainStatus(status_code="OK")
     if record.error_type is not None:
         status = PlainStatus("ERROR", sanitize_text(record.error_message or record.error_type))
+    name = f"{record.dialect.operation} {model}"
+    attributes = _attributes_of(record, ended)
+    span = _span(record.origin, name, status, attributes, record.start_time, record.trace_id, record.span_id)
+    span.end_time = record.start_time + (ended - record.started)
+    return span
+
+
+def retraction_of(record: CallRecord) -> PlainSpan:
+    """Return a span below that of a recorded call: its reply was not received after all, see ``CALL_SPAN_ID``. Raises
+    ``ValueError`` if the call belongs to no attempt."""
+    if record.origin is None:
+        raise ValueError("a call that belongs to no attempt has no span")
+    why = "the agent closed the connection while its call was being recorded"
+    attributes: PlainAttributes = {
+        LLMCallAttributes.UNUSABLE.value: UnusableReason.NOT_RECEIVED.value,
+        LLMCallAttributes.CALL_SPAN_ID.value: record.span_id,
+        GenAIAttributes.ERROR_TYPE.value: DISCONNECTED,
+    }
+    origin = record.origin._replace(parent_span_id=record.span_id)
+    return _span(origin, "reply not received", PlainStatus("ERROR", why), attributes, time.time(), record.trace_id)
+
+
+def refusal_of(origin: CallOrigin, method: str, path: str, error: ProxyError) -> PlainSpan:
+    """Return the span of a request below an attempt's URL that is no model call of a wire."""
+    attributes: PlainAttributes = {
+        GenAIAttributes.ERROR_TYPE.value: error.code,
+        GenAIAttributes.HTTP_STATUS_CODE.value: error.status,
+        "http.request.method": sanitize_text(method),
+        "url.path": sanitize_text(path[:_MAX_TEXT_CHARS]),
+    }
+    status = PlainStatus("ERROR", sanitize_text(error.message[:_MAX_TEXT_CHARS]))
+    return _span(origin, "refused request", status, attributes, time.time(), secrets.token_hex(16))
+
+
+def _span(
+    origin: CallOrigin,
+    name: str,
+    status: PlainStatus,
+    attributes: PlainAttributes,
+    now: float,
+    trace_id: str,
+    span_id: str | None = None,
+) -> PlainSpan:
+    """Return a span that is over at once."""
+    trace_id, span_id = origin.trace_id or trace_id, span_id or secrets.token_hex(8)
     return PlainSpan(
-        rollout_id=record.origin.rollout_id,
-        attempt_id=record.origin.attempt_id,
+        rollout_id=origin.rollout_id,
+        attempt_id=origin.attempt_id,
         sequence_id=0,
         trace_id=trace_id,
         span_id=span_id,
-        parent_id=record.origin.parent_span_id,
-        name=sanitize_text(f"{record.dialect.operation} {model}"),
+        parent_id=origin.parent_span_id,
+        name=sanitize_text(name),
         status=status,
-        attributes=_attributes_of(record, ended),
+        attributes=attributes,
         events=[],
         links=[],
-        start_time=record.start_time,
-        end_time=record.start_time + (ended - record.started),
+        start_time=now,
+        end_time=now,
         context=PlainContext(trace_id=trace_id, span_id=span_id, is_remote=False, trace_state={}),
         parent=None,
         resource=PlainResource(attributes={"service.name": "agentlightning-proxy"}, schema_url=""),

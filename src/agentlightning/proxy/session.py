@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
-from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
+from agentlightning.proxy.recording import CallOrigin, CallRecord, refusal_of, retraction_of, span_of
 from agentlightning.proxy.sampling import ImposedSampling
 from agentlightning.proxy.upstream import Upstream
+from agentlightning.semconv import UnusableReason
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.tracer.recording import Recording
 from agentlightning.tracer.sender import SpanSender
+from agentlightning.types.plain_spans import PlainSpan
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +32,10 @@ HOLD_SECONDS = 300.0
 RETRY_AFTER_SECONDS = 30.0
 """What a call that was held in vain is told. OpenAI's clients obey up to 60 s, and repeat sooner if told more; some
 programs give up at once without it."""
+_SMALL_SPAN_BYTES = 2_000
+_MAX_REFUSALS = 100
+_REFUSAL_SECONDS = 60.0
+"""So many refused requests are recorded in this time: who has no key can make them."""
 _MAX_BYTES = 256 * 1024 * 1024
 """How much memory the requests and kept replies of calls in flight may take together."""
 
@@ -234,6 +241,11 @@ class ProxySession:
         self._waiting: dict[asyncio.Future[None], int] = {}
         self._waiting_bytes = 0
         self._left_over = 0
+        self._refusals: deque[float] = deque()
+        self.unusable: Counter[str] = Counter()
+        """How many recorded calls are no examples to learn from, by the reason."""
+        self.refused = 0
+        """How many requests below an attempt's URL were refused."""
 
     def start(self) -> None:
         """Begin to store spans."""
@@ -273,9 +285,34 @@ class ProxySession:
         record.ended = time.perf_counter()
         if record.origin is None:
             return None
-        size = record.span_bytes()
-        recording = Recording(lambda span, _rollout, _attempt: span, self._store, *record.origin[:2], size_bytes=size)
-        recording.add(span_of(record))
+        if record.unusable is not None:
+            self.unusable[record.unusable.value] += 1
+        return self._deliver(record.origin, span_of(record), record.span_bytes())
+
+    def retract(self, record: CallRecord) -> None:
+        """Record that the agent did not receive the reply of a call that was recorded."""
+        if record.origin is not None and record.unusable is None:
+            self.unusable[UnusableReason.NOT_RECEIVED.value] += 1
+            self._deliver(record.origin, retraction_of(record), _SMALL_SPAN_BYTES)
+
+    async def refuse(self, origin: CallOrigin, method: str, path: str, error: ProxyError) -> None:
+        """Count a request below an attempt's URL that is refused, and record it, unless there are too many of them."""
+        self.refused += 1
+        _logger.warning(
+            "a request of rollout %s, attempt %s was refused: %s %s: %s", *origin[:2], method, path[:200], error.message
+        )
+        now = time.monotonic()
+        while self._refusals and self._refusals[0] < now - _REFUSAL_SECONDS:
+            self._refusals.popleft()
+        if len(self._refusals) < _MAX_REFUSALS and self._find_store() is not None:
+            self._refusals.append(now)
+            done = self._deliver(origin, refusal_of(origin, method, path, error), _SMALL_SPAN_BYTES)
+            await asyncio.wait({done}, timeout=self.settings.record_wait_seconds)
+
+    def _deliver(self, origin: CallOrigin, span: PlainSpan, size: int) -> asyncio.Future[None]:
+        """Send a span to the store; returns when it is done."""
+        recording = Recording(lambda span, _rollout, _attempt: span, self._store, *origin[:2], size_bytes=size)
+        recording.add(span)
         done = asyncio.wrap_future(self._sender.flush(recording))
         self._waiting[done] = size
         self._waiting_bytes += size

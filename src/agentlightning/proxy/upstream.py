@@ -12,7 +12,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,7 +21,8 @@ from typing import Any
 
 import aiohttp
 
-from agentlightning.proxy.dialects.base import CaptureField, ModelRequest, ProxyError, WireDialect
+from agentlightning.proxy.capture import CallKind, CaptureMemory
+from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ModelRequest, ProxyError, WireDialect
 from agentlightning.proxy.dialects.lenient import write_json
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
@@ -31,8 +32,8 @@ _logger = logging.getLogger(__name__)
 _COOLDOWN_SECONDS = 5.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that another try may not get."""
-_ABOUT_THE_REQUEST = frozenset({400, 422})
-"""Statuses of a backend that does not know a field of the request."""
+_ABOUT_THE_REQUEST = frozenset({400, 422, 501})
+"""Statuses of a backend that does not know a field of the request, or cannot do what it asks for."""
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _CONNECT_SECONDS = 10.0
@@ -106,14 +107,24 @@ class UpstreamReply:
     backend: ModelBackend
     hidden: frozenset[CaptureField]
     """The capture fields that only the proxy asked for."""
+    first: bytes = b""
+    """What has been read of its body."""
+
+    async def parts(self) -> AsyncGenerator[bytes]:
+        """Yield the body in pieces, as they come."""
+        if self.first:
+            yield self.first
+        async for part in self.response.content.iter_any():
+            yield part
 
 
 class Upstream:
     """The way to the backends. Used by one event loop.
 
-    It finds out which capture fields each backend accepts on each wire. A backend that refuses a request with capture
-    fields may refuse the fields or the request itself. The request is therefore repeated without the fields, and only
-    a repeat that succeeds proves that they were the reason.
+    It finds out which capture fields each backend accepts for each kind of call. A backend that refuses a request with
+    capture fields, or fails because of it (500), may do so because of the fields or of the request itself. The request
+    is therefore repeated without the fields, so that no agent sees an error that is not its own, and only a repeat that
+    succeeds proves that they were the reason.
 
     Args:
         client: the connections.
@@ -129,8 +140,7 @@ class Upstream:
         self._client = client
         self._num_retries = num_retries
         self._capture = capture
-        self._accepts: dict[tuple[str, str, CaptureField], bool] = {}
-        """What was found out, by the names of backend and dialect."""
+        self._memory = CaptureMemory()
 
     @asynccontextmanager
     async def call(self, request: ModelRequest, record: CallRecord) -> AsyncGenerator[UpstreamReply]:
@@ -154,35 +164,58 @@ class Upstream:
     async def _send_until_answered(self, request: ModelRequest, record: CallRecord) -> UpstreamReply:
         routing = self.routing  # one for all tries, also if it is replaced meanwhile
         order = routing.order(request.model, record.origin and record.origin.rollout_id)
-        for number in range(self._num_retries + 1):
-            backend = order[number % len(order)]
-            is_last = number == self._num_retries
+        turn = 0
+        failed: frozenset[CaptureField] = frozenset()
+        """What the last try asked for and failed with, so that this one goes to the same backend without."""
+        for number in itertools.count():
+            backend = order[turn % len(order)]
+            is_last = number >= self._num_retries
             record.backend, record.retries = backend.name, number
-            pause = _pause_seconds(number, len(order))
-            reply = await self._try(backend, request, record.dialect)
+            capture = frozenset[CaptureField]() if failed else self._capture
+            reply = await self._try(backend, request, record.dialect, capture)
             if isinstance(reply, UpstreamReply):
                 status = reply.response.status
                 if status not in _RETRIED:
                     routing.answered(backend)
+                    if failed and status < 400:
+                        self._learn_failure(CallKind.of(backend, request, record.dialect), failed)
                     return reply
+                if status == 500 and reply.hidden:
+                    reply.response.close()
+                    failed = reply.hidden
+                    continue
                 wished = _retry_after_seconds(reply.response) or 0.0
                 routing.failed(backend)
                 if is_last or wished > _LONGEST_PAUSE_SECONDS:  # the agent can wait longer than its call may
                     return reply
                 reply.response.close()
-                reply, pause = f"answered {status}", max(pause, wished)
+                reply, pause = f"answered {status}", max(_pause_seconds(turn, len(order)), wished)
+            else:
+                pause = _pause_seconds(turn, len(order))
+            failed = frozenset()
             routing.failed(backend)
             if is_last:
                 why = f"The backend {backend.name} {reply} (tried {number + 1} times); is it running?"
                 raise ProxyError(502, "backend_unreachable", why)
             _logger.info("backend %s %s; retry %d of %d follows", backend.name, reply, number + 1, self._num_retries)
             await asyncio.sleep(pause)
+            turn += 1
         raise AssertionError("the last try returns or raises")
 
-    async def _try(self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect) -> UpstreamReply | str:
+    def _learn_failure(self, kind: CallKind, fields: frozenset[CaptureField]) -> None:
+        """Note that a backend answered only without these fields, where it had failed with them."""
+        names = ", ".join(sorted(fields))
+        if self._memory.failed(kind, fields):
+            _logger.warning("backend %s fails when asked for %s; its spans will lack that", kind.backend, names)
+        else:
+            _logger.info("backend %s failed when asked for %s; the span of this call lacks that", kind.backend, names)
+
+    async def _try(
+        self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect, capture: frozenset[CaptureField]
+    ) -> UpstreamReply | str:
         """Send the call to one backend; returns why it cannot be reached, if so."""
         try:
-            return await self._send(backend, request, dialect)
+            return await self._send(backend, request, dialect, capture)
         except aiohttp.ConnectionTimeoutError:
             return f"cannot be reached within {_CONNECT_SECONDS:g} s"
         except TimeoutError as error:
@@ -196,44 +229,46 @@ class Upstream:
             _logger.debug("backend %s: %s", backend.name, error)
             return f"cannot be reached: {type(error).__name__}"
 
-    async def _send(self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect) -> UpstreamReply:
-        """Send the call to one backend, without the capture fields that it turns out to refuse."""
+    async def _send(
+        self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect, capture: frozenset[CaptureField]
+    ) -> UpstreamReply:
+        """Send the call to one backend, without those of the ``capture`` fields that it turns out to refuse."""
+        memory, kind = self._memory, CallKind.of(backend, request, dialect)
         body = {**backend.defaults, **request.body, **backend.overrides, "model": backend.upstream_model}
-        fields = dialect.missing_capture(body, self._capture)
+        wanted = dialect.missing_capture(body, capture)
         if backend.capture is not None:
-            fields &= backend.capture
-        else:
-            fields -= {each for each in fields if not self._accepts.get((backend.name, dialect.name, each), True)}
-        refused: frozenset[CaptureField] = frozenset()
+            wanted &= backend.capture
+        fields, refused = memory.askable(kind, wanted), frozenset[CaptureField]()
         while True:
-            response = await self._post(backend, dialect, dialect.add_capture(body, fields) if fields else body)
+            # In headers can be asked for what the body may not ask for; servers that do not know them ignore them.
+            headers, first = dialect.capture_headers(wanted - fields), b""
+            response = await self._post(
+                backend, dialect, dialect.add_capture(body, fields) if fields else body, headers
+            )
             status = response.status
             if 300 <= status < 400:
                 response.close()
                 why = f"The backend {backend.name} answered with a redirect; give the URL that it leads to as api_base."
                 raise ProxyError(502, "backend_redirected", why)
-            if backend.capture is not None:  # the operator said what it accepts: an error is about the request
-                return UpstreamReply(response, backend, fields)
-            if status in _ABOUT_THE_REQUEST and not self._are_accepted(backend, dialect, fields):
-                error = await response.content.read(_MAX_ERROR_BYTES)
-                response.close()
-                blamed = dialect.blamed_capture(error, fields)
-                fields, refused = fields - blamed, refused | blamed
-                continue
-            if status < 400 and not self._are_accepted(backend, dialect, fields | refused):
-                for each in fields | refused:
-                    self._accepts[backend.name, dialect.name, each] = each in fields
+            if status in _ABOUT_THE_REQUEST and fields:
+                first = await response.content.read(_MAX_ERROR_BYTES)
+                named = dialect.blamed_capture(first, CAPTURE_FIELDS) != CAPTURE_FIELDS
+                if named or not memory.are_accepted(kind, fields):
+                    response.close()
+                    blamed = dialect.blamed_capture(first, fields)
+                    fields, refused = fields - blamed, refused | blamed
+                    continue
+            if status < 400 and not memory.are_accepted(kind, fields | refused):
+                memory.learn(kind, fields, refused)
                 if refused:
                     names = ", ".join(sorted(refused))
                     _logger.warning("backend %s cannot be asked for %s; its spans will lack that", backend.name, names)
-            return UpstreamReply(response, backend, fields)
+            return UpstreamReply(response, backend, wanted if headers else fields, first)
 
-    def _are_accepted(self, backend: ModelBackend, dialect: WireDialect, fields: Iterable[CaptureField]) -> bool:
-        """Whether the backend has accepted all these fields before, so that a refusal is about the request."""
-        return all(self._accepts.get((backend.name, dialect.name, each), False) for each in fields)
-
-    async def _post(self, backend: ModelBackend, dialect: WireDialect, body: dict[str, Any]) -> aiohttp.ClientResponse:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **backend.headers}
+    async def _post(
+        self, backend: ModelBackend, dialect: WireDialect, body: dict[str, Any], more: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **more, **backend.headers}
         if backend.api_key:
             headers["Authorization"] = f"Bearer {backend.api_key}"
         data = write_json(body)

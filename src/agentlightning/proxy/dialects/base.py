@@ -243,6 +243,10 @@ class WireDialect(ABC):
     def blamed_capture(self, error: bytes, fields: frozenset[CaptureField]) -> frozenset[CaptureField]:
         """Return which of ``fields`` an error of the backend names; all of them if it names none."""
 
+    def capture_headers(self, fields: frozenset[CaptureField]) -> Mapping[str, str]:
+        """Return headers that ask for ``fields``, which the body may not ask for. Most wires have none."""
+        return {}
+
     # --- Replies ---
 
     @abstractmethod

@@ -33,6 +33,9 @@ _CAPTURE_NAMES: Mapping[CaptureField, tuple[bytes, ...]] = {
     "usage": (b"stream_options", b"include_usage"),
 }
 """What a backend's error message calls the capture fields."""
+_SGLANG_HEADERS: Mapping[str, str] = {"x-sglext-return-input-ids": "true", "x-sglext-return-output-ids": "true"}
+"""SGLang refuses ``return_token_ids`` in streams, but says the ids at their end if these headers ask for it
+(https://github.com/sgl-project/sglang/pull/34488)."""
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -93,6 +96,10 @@ class OpenAIDialect(WireDialect):
     def blamed_capture(self, error: bytes, fields: frozenset[CaptureField]) -> frozenset[CaptureField]:
         named = frozenset[CaptureField](each for each in fields if any(name in error for name in _CAPTURE_NAMES[each]))
         return named or fields
+
+    @override
+    def capture_headers(self, fields: frozenset[CaptureField]) -> Mapping[str, str]:
+        return _SGLANG_HEADERS if "token_ids" in fields else {}
 
     # --- Replies ---
 

@@ -222,15 +222,15 @@ async def test_an_agent_that_goes_when_it_has_all_that_the_model_wrote_has_recei
 @pytest.mark.parametrize(
     ("method", "path", "key", "status"),
     [
-        ("POST", "/v1/responses", "right", 404),
-        ("GET", "/v1/chat/completions", "right", 405),
+        ("POST", "/v1/responses", "the-right-key", 404),
+        ("GET", "/v1/chat/completions", "the-right-key", 405),
         ("POST", "/v1/chat/completions", "wrong", 401),
     ],
 )
 async def test_a_refused_request_of_an_attempt_is_on_record(
     method: str, path: str, key: str, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with proxied(OpenAIBackend(), api_key="right") as scene, aiohttp.ClientSession() as session:
+    async with proxied(OpenAIBackend(), api_key="the-right-key") as scene, aiohttp.ClientSession() as session:
         url = scene.llm.endpoint.removesuffix("/v1") + path
         async with session.request(method, url, headers={"Authorization": f"Bearer {key}"}) as response:
             assert response.status == status
@@ -614,7 +614,9 @@ async def test_a_proxy_with_a_key_wants_it() -> None:
                 await stranger.chat.completions.create(model="policy", messages=MESSAGES)
             with pytest.raises(AuthenticationError, match="missing or wrong"):
                 await stranger.models.list()
-        assert len(backend.seen) == len(await scene.spans()) == 1
+        names = [span.name for span in await scene.spans()]
+        assert names == ["chat policy", "refused request", "refused request"]
+        assert len(backend.seen) == 1
 
 
 async def test_a_proxy_that_others_can_reach_always_has_a_key() -> None:

@@ -47,7 +47,7 @@ async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, ProxySes
     async with GatedStore() as store:
         rollout = await store.start_rollout({})
         no_upstream = cast("Any", None)
-        session = ProxySession(ProxySettings(grace_seconds=0, **options), no_upstream, lambda: store, {})
+        session = ProxySession(ProxySettings(grace_seconds=0, **options), no_upstream, lambda: store, {}, {})
         session.start()
         try:
             yield store, session, CallOrigin(rollout.rollout_id, rollout.attempt.attempt_id)

@@ -123,9 +123,11 @@ async def test_tasks_as_text_and_as_files() -> None:
         ("kill -KILL $$", "ended by SIGKILL"),
         ("echo much > $AGL_REWARD_FILE", "'much\\n' into AGL_REWARD_FILE"),
         ("echo NaN > $AGL_REWARD_FILE", "finite"),
+        ("echo nan", "finite"),
+        ("echo working; echo -Inf", "finite"),
         (["/no/such/program"], "FileNotFoundError"),
     ],
-    ids=["code", "signal", "words", "nan", "missing"],
+    ids=["code", "signal", "words", "nan", "printed nan", "printed infinity", "missing"],
 )
 async def test_ways_to_fail(command: Any, said: str) -> None:
     done = await ran(command)

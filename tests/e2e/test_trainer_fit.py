@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import agentlightning as agl
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG
 
 SHM = {"type": "shm"}
@@ -113,8 +113,9 @@ def test_a_blocking_algorithm_runs_in_a_thread(strategy: dict[str, Any]) -> None
 
         asyncio.run(one())  # only possible where no loop runs
 
-    # Without resources the agent cannot work, and the attempt says so instead of hanging.
-    agl.Trainer(algorithm=blocking, strategy=strategy).fit(double, [7])
+    # Without resources the agent cannot work, and the run says so instead of hanging.
+    with pytest.raises(NothingToLearn, match="every rollout failed, 1 in all .*asks for a resource"):
+        agl.Trainer(algorithm=blocking, strategy=strategy).fit(double, [7])
     assert seen == [7]
 
 

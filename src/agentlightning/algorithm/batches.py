@@ -36,12 +36,17 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
         yield [dataset[index] for index in range(begin, min(begin + batch_size, size))]
 
 
+def reads_by_position(dataset: object) -> bool:
+    """Whether it has a length and is read by position; dicts and data frames are read by key or column."""
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")
+    return sized and not by_name and not isinstance(dataset, (str, bytes))
+
+
 def check_datasets(**datasets: object) -> None:
     """Raise ``InvalidValue`` unless each dataset is None or can be read by position."""
     for name, dataset in datasets.items():
-        by_position = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        by_name = hasattr(dataset, "keys") or hasattr(dataset, "iloc")  # dicts and data frames: read by key or column
-        if dataset is not None and (by_name or not by_position or isinstance(dataset, (str, bytes))):
+        if dataset is not None and not reads_by_position(dataset):
             raise InvalidValue(
                 f"{name} is a {type(dataset).__name__}; give something with a length that is read by position, such as "
                 "a list of inputs (of a table: table.to_dict('records'))"

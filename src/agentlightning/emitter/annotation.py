@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from numbers import Real
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, cast, overload
 
@@ -15,7 +14,7 @@ from agentlightning.emitter.emit import as_attributes, emit, tracer_for
 from agentlightning.errors import InvalidValue
 from agentlightning.semconv import AGL_ANNOTATION, AGL_OPERATION, LightningSpanAttributes
 from agentlightning.types import SpanCoreFields, SpanRecordingContext
-from agentlightning.types.rewards import PRIMARY_NAME
+from agentlightning.types.rewards import PRIMARY_NAME, number_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAME = LightningSpanAttributes.OPERATION_NAME.value
@@ -82,7 +81,8 @@ def emit_reward(
     """Record how well the agent did. The last reward of an attempt is its final one.
 
     Args:
-        reward: a finite number, or a mapping from dimensions to finite numbers.
+        reward: a finite number (also one of numpy, or in an array of no dimensions), or a mapping from dimensions to
+            finite numbers.
         primary_key: the dimension that counts where one number is needed; required if there are several.
         attributes: further attributes; nested values are flattened.
         propagate: whether the trace gets the span; otherwise it is only returned.
@@ -129,10 +129,11 @@ def _dimensions(reward: float | Mapping[str, Any], primary_key: str | None) -> l
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, Real):  # also numpy's numbers
+    found = number_of(value)
+    if found is None:
         raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; give a number")
     try:
-        number = float(value)
+        number = float(found)
     except OverflowError as error:
         raise InvalidValue(f"{what} is a whole number too large for a float; give one up to 1e308") from error
     if not math.isfinite(number):

@@ -8,8 +8,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
-from numbers import Real
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from agentlightning.emitter.annotation import emit_reward
 from agentlightning.emitter.emit import emit_exception
@@ -24,6 +23,7 @@ from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.tracer.sender import DeferredTrace
 from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
 from agentlightning.types.attributes import full_qualified_name
+from agentlightning.types.rewards import number_of
 
 ReasonCode = Literal[
     "agent_error",  # the agent raised an exception
@@ -242,8 +242,8 @@ class AttemptRun:
         """Turn what the agent returned into spans."""
         tracer = self._parts.tracer
         try:
-            if isinstance(result, Real):  # any kind of number, also numpy's
-                span = emit_reward(cast("float", result), propagate=tracer.records)
+            if number_of(result) is not None:
+                span = emit_reward(result, propagate=tracer.records)
                 if not tracer.records:
                     self._own_spans = as_spans([span], self.rollout)
             elif result is not None:

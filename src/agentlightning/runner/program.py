@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -53,6 +54,7 @@ _PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
 """Variables of the runner that the program must not see. It does not see a key inside ``AGL_SERVER_URL`` either."""
 _STDERR_SHOWN = 500
 _REWARD_BYTES = 64 * 1024
+_NOT_FINITE = re.compile(r"\A\s*[+-]?(nan|inf(inity)?)\s*\Z", re.IGNORECASE)
 
 
 class ProgramFailed(RuntimeError):
@@ -170,10 +172,11 @@ def read_reward(text: str) -> dict[str, Any] | None:
     """The reward in a text, in the form of ``emit_reward``'s arguments; None if the text is none.
 
     ``0.5``; or ``{"reward": 0.5}``; or, with several dimensions, ``{"reward": {"accuracy": 1, "speed": 0.2},
-    "primary_key": "accuracy"}``.
+    "primary_key": "accuracy"}``. What programs print of a number that is not finite (``nan``, ``-inf``) is a number,
+    too, which ``emit_reward`` refuses.
     """
     try:
-        value: Any = json.loads(text)
+        value: Any = json.loads(_NOT_FINITE.sub(lambda found: json.dumps(float(found[0])), text))
     except (ValueError, RecursionError):
         return None
     key: Any = None

@@ -10,12 +10,14 @@ import copy
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from agentlightning.algorithm.run import ProxyMove, prepare_to_resume, watch_lost_workers
+from agentlightning.errors import NothingToLearn
 from agentlightning.execution.base import ExecutionEvent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import Runner
@@ -51,6 +53,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.1
+_FAILURES_READ = 100
 
 
 @dataclass
@@ -145,10 +148,13 @@ class AlgorithmRole:
             await asyncio.Event().wait()  # until cancelled
             return
         self._equip(self.algorithm, store, progress)
+        # Of a run that is resumed all rollouts count: those that are left may be few.
+        before = dict[str, int]() if self.run is not None else await _counts(store)
         if self.algorithm.is_async():
             await cast("Awaitable[None]", self.algorithm.run(self.train_dataset, self.val_dataset))
         else:
             await _in_thread(functools.partial(self.algorithm.run, self.train_dataset, self.val_dataset))
+        await _require_a_success(store, before)
 
     def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> None:
         move = None if self.run is None else ProxyMove(store, self.llm_proxy)
@@ -161,6 +167,27 @@ class AlgorithmRole:
         if self.run is not None:
             algorithm.set_run(self.run)
         algorithm.set_reporter(progress.report)
+
+
+async def _counts(store: LightningStore) -> Mapping[str, int]:
+    return (await store.statistics()).get("rollouts_by_status", {})
+
+
+async def _require_a_success(store: LightningStore, before: Mapping[str, int]) -> None:
+    """Raise ``NothingToLearn`` if rollouts failed, and none succeeded, since ``before`` was counted."""
+    after = await _counts(store)
+    failed, succeeded = (after.get(status, 0) - before.get(status, 0) for status in ("failed", "succeeded"))
+    if failed <= 0 or succeeded > 0:
+        return
+    newest = await store.query_rollouts(
+        status_in=["failed"], sort_by="end_time", sort_order="desc", limit=min(failed, _FAILURES_READ)
+    )
+    reasons = Counter(each.reason_code or "no reason" for each in newest).most_common(3)
+    last = newest[0].reason_message if newest else None
+    raise NothingToLearn(
+        f"every rollout failed, {failed} in all ({', '.join(f'{code}: {number}' for code, number in reasons)}); "
+        f"the last one with: {last}. Correct the agent and try again; trainer.dev() tries it on a few inputs"
+    )
 
 
 async def _in_thread(work: Callable[[], Any]) -> None:

@@ -36,6 +36,7 @@ from agentlightning.trainer.components import (
 )
 from agentlightning.trainer.progress import ProgressSpec, make_view
 from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, AlgorithmRole, RunnerFactory, RunnerRole, settle
+from agentlightning.trainer.rows import check_rows
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ class Trainer:
             train_dataset, val_dataset: inputs of rollouts, by position.
 
         Raises:
-            InvalidValue: the agent is not a ``LitAgent``.
+            InvalidValue: the agent is not a ``LitAgent``, or a row of a dataset is not strict JSON.
+            NothingToLearn: every rollout failed.
             Exception: what the algorithm raised, or the reason why no runner could be kept alive.
         """
         self._execute(agent, self.algorithm, train_dataset, val_dataset)
@@ -217,6 +219,7 @@ class Trainer:
 
         Raises:
             TypeError: the trainer's algorithm is not a ``FastAlgorithm``.
+            InvalidValue, NothingToLearn: as by ``fit``.
         """
         algorithm = self.algorithm or Baseline()
         if not isinstance(algorithm, FastAlgorithm):
@@ -242,6 +245,8 @@ class Trainer:
                 f"fit(agent, {train_dataset!r}) was for v0.1 servers; give a dataset, or take tasks from that server "
                 "with agl.AgentLightningClient"
             )
+        check_rows("train_dataset", train_dataset)
+        check_rows("val_dataset", val_dataset)
         if self.run_folder is not None:
             self.run_folder.mkdir(parents=True, exist_ok=True)
         agent.set_trainer(self)

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 from agentlightning.semconv import AGL_REWARD, LightningSpanAttributes, RewardAttributes, RewardPydanticModel
@@ -30,6 +31,14 @@ _VALUE = "." + RewardAttributes.REWARD_VALUE.value
 _FIRST_VALUE = _PREFIX + "0" + _VALUE
 _OLD_VALUE = "reward"
 _AGENTOPS_OUTPUTS = ("agentops.task.output", "agentops.entity.output")
+
+
+def number_of(value: Any) -> Any:
+    """The value as a number, if it is one, or one in an array of no dimensions (numpy, torch, jax); else None."""
+    if not isinstance(value, Real) and getattr(value, "shape", None) == ():  # numpy's bool is no Real, either
+        with suppress(Exception):  # of a class that is not known here
+            value = value.item()
+    return value if isinstance(value, Real) else None
 
 
 def get_reward_value(span: SpanLike) -> float | None:

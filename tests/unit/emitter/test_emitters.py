@@ -29,7 +29,19 @@ def traced(tracer: agl.OtelTracer, function: Any) -> list[Span]:
 # --- Rewards ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [1, 1.0, True, Fraction(1)])
+class ArrayOfNoDimensions:
+    """As numpy, torch and jax make them; also numpy's bool has these two."""
+
+    shape = ()
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def item(self) -> Any:
+        return self._value
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, Fraction(1), ArrayOfNoDimensions(1.0), ArrayOfNoDimensions(True)])
 def test_a_reward_of_any_kind_of_number(tracer: agl.OtelTracer, value: Any) -> None:
     (span,) = traced(tracer, lambda: agl.emit_reward(value))
     assert span.name == agl.AGL_ANNOTATION
@@ -45,7 +57,7 @@ def test_a_reward_of_several_dimensions(tracer: agl.OtelTracer) -> None:
     assert agl.find_final_reward([span]) == 0.5
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, ArrayOfNoDimensions(math.nan)])
 def test_a_reward_must_be_finite(tracer: agl.OtelTracer, value: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         agl.emit_reward(value)
@@ -56,6 +68,7 @@ def test_a_reward_must_be_finite(tracer: agl.OtelTracer, value: float) -> None:
     [
         ("1", None, TypeError),
         (None, None, TypeError),
+        (ArrayOfNoDimensions("1"), None, TypeError),
         ({"a": "1"}, None, TypeError),
         ({}, None, ValueError),
         ({"a": 1, "b": 2}, None, ValueError),

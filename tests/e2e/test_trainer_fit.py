@@ -114,7 +114,7 @@ def test_a_blocking_algorithm_runs_in_a_thread(strategy: dict[str, Any]) -> None
         asyncio.run(one())  # only possible where no loop runs
 
     # Without resources the agent cannot work, and the run says so instead of hanging.
-    with pytest.raises(NothingToLearn, match="every rollout failed, 1 in all .*asks for a resource"):
+    with pytest.raises(NothingToLearn, match=r"every rollout failed, 1 in all .*asks for a resource"):
         agl.Trainer(algorithm=blocking, strategy=strategy).fit(double, [7])
     assert seen == [7]
 

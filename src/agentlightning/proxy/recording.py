@@ -9,11 +9,12 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
 from agentlightning.proxy.dialects.base import ModelRequest, ProxyError, RecordedReply, WireDialect
+from agentlightning.proxy.sizes import body_text, split_numbers, text_limit
 from agentlightning.semconv import GenAIAttributes, LLMCallAttributes, UnusableReason, choice_attribute
 from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.types.plain_spans import (
@@ -25,8 +26,6 @@ from agentlightning.types.plain_spans import (
     PlainValue,
 )
 
-_MAX_BODY_BYTES = 1_500_000
-"""A longer request or reply is shortened: the store takes spans up to 4 MiB, and a span carries both."""
 _MAX_TEXT_CHARS = 2_000
 _REQUEST_NUMBERS: Mapping[str, GenAIAttributes] = {
     "temperature": GenAIAttributes.REQUEST_TEMPERATURE,
@@ -49,6 +48,19 @@ class CallOrigin(NamedTuple):
     attempt_id: str
     trace_id: str | None = None
     parent_span_id: str | None = None
+
+
+class Prefix(NamedTuple):
+    """What a call repeats of an earlier one, whose span is in the store."""
+
+    span_id: str
+    tokens: int
+    """So many of its prompt and reply, taken together."""
+    messages: int
+    fields: tuple[str, ...]
+    """Of the request, beside its messages."""
+    is_shortened: bool
+    """Whether the texts of these messages and fields are not whole there."""
 
 
 @dataclass(slots=True)
@@ -78,6 +90,8 @@ class CallRecord:
     span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
     """Unless its origin is part of a trace."""
+    is_shortened: bool = False
+    """Whether the texts of the request are not whole in its span; known once that is made."""
 
     @property
     def unusable(self) -> UnusableReason | None:
@@ -104,9 +118,13 @@ class CallRecord:
         return _OVERHEAD_BYTES + len(self.raw_request) + len(self.reply.body) + _TOKEN_BYTES * tokens
 
 
-def span_of(record: CallRecord) -> PlainSpan:
-    """Return the span of a call that has ended, without a sequence id: the store issues it. Raises ``ValueError`` if
-    the call belongs to no attempt."""
+def spans_of(record: CallRecord, prefix: Prefix | None = None) -> list[PlainSpan]:
+    """Return the span of a call that has ended, after those of parts that do not fit into it, without sequence ids: the
+    store issues them. Raises ``ValueError`` if the call belongs to no attempt.
+
+    Args:
+        prefix: what the span need not say, because an earlier one does.
+    """
     if record.origin is None:
         raise ValueError("a call that belongs to no attempt has no span")
     ended = record.ended if record.ended is not None else record.started
@@ -114,11 +132,19 @@ def span_of(record: CallRecord) -> PlainSpan:
     status = PlainStatus(status_code="OK")
     if record.error_type is not None:
         status = PlainStatus("ERROR", sanitize_text(record.error_message or record.error_type))
+    numbers, pieces = split_numbers(_token_attributes(record.reply, prefix))
+    attributes = _attributes_of(record, ended, prefix, text_limit(numbers)) | numbers
     name = f"{record.dialect.operation} {model}"
-    attributes = _attributes_of(record, ended)
     span = _span(record.origin, name, status, attributes, record.start_time, record.trace_id, record.span_id)
     span.end_time = record.start_time + (ended - record.started)
-    return span
+    inside = record.origin._replace(parent_span_id=record.span_id)
+    parts: list[PlainSpan] = []
+    for of, values in pieces:
+        held: PlainAttributes = {LLMCallAttributes.PART_OF.value: of, LLMCallAttributes.PART_VALUES.value: values}
+        parts.append(_span(inside, "part of a call", PlainStatus("OK"), held, record.start_time, record.trace_id))
+    if parts:
+        attributes[LLMCallAttributes.PARTS.value] = [part.span_id for part in parts]
+    return [*parts, span]
 
 
 def retraction_of(record: CallRecord) -> PlainSpan:
@@ -179,13 +205,13 @@ def _span(
     )
 
 
-def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
+def _attributes_of(record: CallRecord, ended: float, prefix: Prefix | None, limit: int) -> PlainAttributes:
     request, reply = record.request, record.reply
     body: Mapping[str, Any] = {} if request is None else request.body
+    response, response_is_short = body_text(reply.body, limit)
     found: dict[GenAIAttributes | LLMCallAttributes, PlainValue | None] = {
         GenAIAttributes.OPERATION_NAME: record.dialect.operation,
         GenAIAttributes.PROVIDER_NAME: record.dialect.provider,
-        LLMCallAttributes.REQUEST: _body_text(record.raw_request),
         GenAIAttributes.REQUEST_MODEL: request and request.model,
         **{
             attribute: body[name]
@@ -200,7 +226,7 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         GenAIAttributes.RESPONSE_FINISH_REASONS: [*reply.finish_reasons] or None,
         GenAIAttributes.USAGE_INPUT_TOKENS: reply.input_tokens,
         GenAIAttributes.USAGE_OUTPUT_TOKENS: reply.output_tokens,
-        LLMCallAttributes.RESPONSE: _body_text(reply.body),
+        LLMCallAttributes.RESPONSE: response,
         LLMCallAttributes.UNUSABLE: record.unusable and record.unusable.value,
         GenAIAttributes.HTTP_STATUS_CODE: record.status,
         GenAIAttributes.ERROR_TYPE: record.error_type,
@@ -209,15 +235,42 @@ def _attributes_of(record: CallRecord, ended: float) -> PlainAttributes:
         LLMCallAttributes.STREAMED: request is not None and request.is_streamed,
         LLMCallAttributes.FIRST_BYTE_SECONDS: None if record.first_byte is None else record.first_byte - record.started,
     }
-    known = {name.value: value for name, value in found.items() if value is not None} | _token_attributes(reply)
-    return {name: _mended(value) for name, value in known.items()}
+    found |= _request_attributes(record, prefix, limit)
+    shortened: list[str | bool | int | float] = [*["request"] * record.is_shortened, *["response"] * response_is_short]
+    found[LLMCallAttributes.SHORTENED] = shortened or None
+    return {name.value: _mended(value) for name, value in found.items() if value is not None}
 
 
-def _token_attributes(reply: RecordedReply) -> PlainAttributes:
+def _request_attributes(
+    record: CallRecord, prefix: Prefix | None, limit: int
+) -> dict[GenAIAttributes | LLMCallAttributes, PlainValue | None]:
+    """Return the request, or what it does not repeat of an earlier one."""
+    if prefix is None or not (prefix.messages or prefix.fields):
+        text, record.is_shortened = body_text(record.raw_request, limit)
+        about: PlainValue | None = None if prefix is None else prefix.span_id
+        return {LLMCallAttributes.REQUEST: text, LLMCallAttributes.PREFIX_SPAN_ID: about}
+    request = msgspec.json.decode(record.raw_request)
+    rest = {name: value for name, value in request.items() if name not in prefix.fields}
+    if prefix.messages:
+        rest["messages"] = rest["messages"][prefix.messages :]
+    text, is_short = body_text(msgspec.json.encode(rest), limit)
+    record.is_shortened = is_short or prefix.is_shortened
+    return {
+        LLMCallAttributes.REQUEST_REST: text,
+        LLMCallAttributes.PREFIX_SPAN_ID: prefix.span_id,
+        LLMCallAttributes.PREFIX_MESSAGES: prefix.messages,
+        LLMCallAttributes.PREFIX_FIELDS: [*prefix.fields] or None,
+    }
+
+
+def _token_attributes(reply: RecordedReply, prefix: Prefix | None) -> PlainAttributes:
     """Return ids and log-probabilities: of the first choice, and below ``llm.choices.n`` of each further one."""
     found: dict[str, Sequence[int] | Sequence[float] | None] = {
         LLMCallAttributes.PROMPT_TOKEN_IDS.value: reply.prompt_token_ids
     }
+    repeated = 0 if prefix is None else prefix.tokens
+    if repeated and reply.prompt_token_ids is not None:
+        found = {LLMCallAttributes.PROMPT_TOKEN_IDS_REST.value: reply.prompt_token_ids[repeated:]}
     for number, choice in enumerate(reply.choices):
         tokens, logprobs = choice.token_ids, choice.logprobs
         if logprobs is not None and tokens is not None and len(logprobs) != len(tokens):
@@ -226,7 +279,8 @@ def _token_attributes(reply: RecordedReply) -> PlainAttributes:
             found[choice_attribute(LLMCallAttributes.PROMPT_TOKEN_IDS, number)] = choice.prompt_token_ids
         found[choice_attribute(LLMCallAttributes.RESPONSE_TOKEN_IDS, number)] = tokens
         found[choice_attribute(LLMCallAttributes.RESPONSE_LOGPROBS, number)] = logprobs
-    return {name: list(numbers) for name, numbers in found.items() if numbers is not None}
+    attributes: PlainAttributes = {name: list(numbers) for name, numbers in found.items() if numbers is not None}
+    return attributes | {LLMCallAttributes.PREFIX_TOKENS.value: repeated} if repeated else attributes
 
 
 def _mended(value: PlainValue) -> PlainValue:
@@ -235,32 +289,4 @@ def _mended(value: PlainValue) -> PlainValue:
         return value if fits(value) else sanitize_text(value)
     if isinstance(value, list) and value and isinstance(value[0], str):
         return [sanitize_text(str(each)) for each in value]
-    return value
-
-
-def _body_text(body: bytes) -> str | None:
-    """Return a body as text; one that is too long for the store is shortened and stays JSON."""
-    if not body:
-        return None
-    if len(body) <= _MAX_BODY_BYTES:
-        return body.decode("utf-8", "replace")
-    try:
-        shortened = msgspec.json.encode(_shortened(msgspec.json.decode(body)))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        shortened = None
-    if shortened is None or len(shortened) > _MAX_BODY_BYTES:
-        shortened = msgspec.json.encode({"agentlightning.shortened": f"{len(body)} bytes, too large for a span"})
-    return shortened.decode()
-
-
-def _shortened(value: Any) -> Any:
-    """Return ``value`` with long texts cut; each says how long it was. Images are sent as texts of megabytes."""
-    if isinstance(value, str):
-        if len(value) <= _MAX_TEXT_CHARS:
-            return value
-        return f"{value[:_MAX_TEXT_CHARS]}… (shortened: {len(value)} characters)"
-    if isinstance(value, list):
-        return [_shortened(each) for each in cast("list[Any]", value)]
-    if isinstance(value, dict):
-        return {name: _shortened(each) for name, each in cast("dict[str, Any]", value).items()}
     return value

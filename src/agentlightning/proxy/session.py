@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
-from agentlightning.proxy.recording import CallOrigin, CallRecord, refusal_of, retraction_of, span_of
+from agentlightning.proxy.prefixes import KnownCalls, outline_of
+from agentlightning.proxy.recording import CallOrigin, CallRecord, refusal_of, retraction_of, spans_of
 from agentlightning.proxy.sampling import ImposedSampling
 from agentlightning.proxy.upstream import Upstream
 from agentlightning.semconv import UnusableReason
@@ -241,6 +242,7 @@ class ProxySession:
         self._waiting: dict[asyncio.Future[None], int] = {}
         self._waiting_bytes = 0
         self._left_over = 0
+        self._known_calls = KnownCalls()
         self._refusals: deque[float] = deque()
         self.unusable: Counter[str] = Counter()
         """How many recorded calls are no examples to learn from, by the reason."""
@@ -287,13 +289,21 @@ class ProxySession:
             return None
         if record.unusable is not None:
             self.unusable[record.unusable.value] += 1
-        return self._deliver(record.origin, span_of(record), record.span_bytes())
+        attempt, outline = record.origin[:2], outline_of(record)
+        prefix = None if outline is None else self._known_calls.find(attempt, outline)
+        done = self._deliver(record.origin, spans_of(record, prefix), record.span_bytes())
+        if outline is not None and record.error_type is None:
+            outline.is_shortened = record.is_shortened
+            done.add_done_callback(
+                lambda done: None if done.cancelled() else self._known_calls.add(attempt, outline, prefix)
+            )
+        return done
 
     def retract(self, record: CallRecord) -> None:
         """Record that the agent did not receive the reply of a call that was recorded."""
         if record.origin is not None and record.unusable is None:
             self.unusable[UnusableReason.NOT_RECEIVED.value] += 1
-            self._deliver(record.origin, retraction_of(record), _SMALL_SPAN_BYTES)
+            self._deliver(record.origin, [retraction_of(record)], _SMALL_SPAN_BYTES)
 
     async def refuse(self, origin: CallOrigin, method: str, path: str, error: ProxyError) -> None:
         """Count a request below an attempt's URL that is refused, and record it, unless there are too many of them."""
@@ -306,13 +316,14 @@ class ProxySession:
             self._refusals.popleft()
         if len(self._refusals) < _MAX_REFUSALS and self._find_store() is not None:
             self._refusals.append(now)
-            done = self._deliver(origin, refusal_of(origin, method, path, error), _SMALL_SPAN_BYTES)
+            done = self._deliver(origin, [refusal_of(origin, method, path, error)], _SMALL_SPAN_BYTES)
             await asyncio.wait({done}, timeout=self.settings.record_wait_seconds)
 
-    def _deliver(self, origin: CallOrigin, span: PlainSpan, size: int) -> asyncio.Future[None]:
-        """Send a span to the store; returns when it is done."""
+    def _deliver(self, origin: CallOrigin, spans: Sequence[PlainSpan], size: int) -> asyncio.Future[None]:
+        """Send spans to the store. The future is done once it has accepted or refused them."""
         recording = Recording(lambda span, _rollout, _attempt: span, self._store, *origin[:2], size_bytes=size)
-        recording.add(span)
+        for span in spans:
+            recording.add(span)
         done = asyncio.wrap_future(self._sender.flush(recording))
         self._waiting[done] = size
         self._waiting_bytes += size

@@ -13,7 +13,7 @@ from agentlightning import InMemoryLightningStore
 from agentlightning.errors import StoreUnavailable
 from agentlightning.proxy.dialects import ChatCompletions
 from agentlightning.proxy.dialects.base import ProxyError
-from agentlightning.proxy.recording import CallOrigin, CallRecord, span_of
+from agentlightning.proxy.recording import CallOrigin, CallRecord, spans_of
 from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.semconv import LLMCallAttributes
 from agentlightning.types.plain_spans import AnySpan
@@ -103,7 +103,7 @@ async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:
 
 async def test_a_call_of_nobody_has_no_span() -> None:
     with pytest.raises(ValueError, match="belongs to no attempt"):
-        span_of(CallRecord(CHAT, None))
+        spans_of(CallRecord(CHAT, None))
 
 
 def test_a_request_of_odd_numbers_is_recorded_as_text_only() -> None:
@@ -112,7 +112,7 @@ def test_a_request_of_odd_numbers_is_recorded_as_text_only() -> None:
         CHAT.read_request(record.raw_request, {})
     huge = b'{"model":"m","seed":123456789012345678901234567890,"temperature":true}'
     record = CallRecord(CHAT, CallOrigin("ro-1", "at-1"), raw_request=huge, request=CHAT.read_request(huge, {}))
-    attributes = span_of(record).attributes
+    attributes = spans_of(record)[-1].attributes
     assert "gen_ai.request.seed" not in attributes
     assert "gen_ai.request.temperature" not in attributes
     assert attributes["agentlightning.llm.request"] == huge.decode()

@@ -33,7 +33,7 @@ def _calls(message: Any) -> Any:
 
 def _row(name: str) -> list[str]:
     versions, spans = recorded(name)
-    made: list[Triplet] = TracerTraceToTriplet().adapt(spans)
+    made: list[Triplet] = TracerTraceToTriplet(call_filter=None).adapt(spans)
     assert len(made) == len(CONVERSATIONS)
     asked = [[message["role"] for message in each.prompt["messages"]] for each in made]
     expected = [[message["role"] for message in each["messages"][:-1]] for each in CONVERSATIONS]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict, TypeVar
 
 from agentlightning.adapter.calls import Conversation, ModelCall, has_token_ids, read_model_call
-from agentlightning.adapter.filters import Predicate
+from agentlightning.adapter.filters import Filter, side_calls
 from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.adapter.shapes import Message
 from agentlightning.adapter.tree import RewardMatchPolicy, TraceTree
@@ -35,6 +35,9 @@ _NO_TOKEN_IDS = "token ids of prompt or response were not recorded; does the bac
 _EARLIER = "an earlier attempt of the rollout made the call; attempts='all' uses these too"
 _REPEATED = "another record of a call that is used"
 _FILTERED = "call_filter leaves the call out"
+_ON_THE_SIDE = (
+    "a call on the side: it has no tools, and is not part of a conversation that has some; call_filter=None uses it"
+)
 _NO_AGENT = "no agent that agent_match finds made the call"
 
 _SHORTENED = "its texts were shortened, because they are too large for a span"
@@ -84,13 +87,22 @@ class Adapted(Generic[T]):
     """Spans of model calls that were left out on purpose: further records of the same call, and what was asked for."""
 
     def made_with_warning(self) -> list[T]:
-        """Return what was made; log one warning about the unusable spans: how many per reason, and the first one."""
+        """Return what was made; log the spans that were not used: how many per reason, and the first one of each.
+
+        It is a warning for unusable spans, and information for those set aside.
+        """
         if self.unusable:
-            counts = Counter(each.reason for each in self.unusable)
-            first = {each.reason: each.span_id for each in reversed(self.unusable)}
-            reasons = "; ".join(f"{count}× {reason} (span {first[reason]})" for reason, count in counts.most_common())
-            _logger.warning("%d spans of model calls could not be used: %s", len(self.unusable), reasons)
+            what = "%d spans of model calls could not be used: %s"
+            _logger.warning(what, len(self.unusable), _by_reason(self.unusable))
+        if self.set_aside:
+            _logger.info("%d spans of model calls are set aside: %s", len(self.set_aside), _by_reason(self.set_aside))
         return self.made
+
+
+def _by_reason(spans: Sequence[UnusableSpan]) -> str:
+    counts = Counter(each.reason for each in spans)
+    first = {each.reason: each.span_id for each in reversed(spans)}
+    return "; ".join(f"{count}× {reason} (span {first[reason]})" for reason, count in counts.most_common())
 
 
 # --- Triplets ----------------------------------------------------------------------------------------
@@ -127,7 +139,8 @@ class TracerTraceToTriplet(TraceToTripletBase):
         exclude_llm_call_in_reward: leave out calls that a reward function made.
         reward_match: which reward belongs to which call.
         _skip_empty_token_spans: calls without token ids are unusable.
-        call_filter: only calls for which it returns true, such as ``CallFilter(has_tools=True)``; None: all calls.
+        call_filter: only calls for which it returns true, such as ``CallFilter(has_tools=True)``; ``main``: all but
+            those on the side, such as one for a title (``docs/capture.md`` has the rule); None: all calls.
         attempts: the calls of the newest attempt of each rollout, or of all attempts, each by itself.
     """
 
@@ -140,7 +153,7 @@ class TracerTraceToTriplet(TraceToTripletBase):
         reward_match: RewardMatchPolicy = RewardMatchPolicy.FIRST_OCCURRENCE,
         _skip_empty_token_spans: bool = False,
         *,
-        call_filter: Predicate | None = None,
+        call_filter: Filter = "main",
         attempts: Attempts = "newest",
     ) -> None:
         self._repair_hierarchy = repair_hierarchy
@@ -185,11 +198,11 @@ class LlmProxyTraceToTriplet(TraceToTripletBase):
     one tree, because the proxy knows the attempt of a call, but not always the agent's span that made it.
 
     Args:
-        call_filter: only calls for which it returns true; None: all calls.
+        call_filter: see ``TracerTraceToTriplet``.
         attempts: the calls of the newest attempt of each rollout, or of all attempts, each by itself.
     """
 
-    def __init__(self, *, call_filter: Predicate | None = None, attempts: Attempts = "newest") -> None:
+    def __init__(self, *, call_filter: Filter = "main", attempts: Attempts = "newest") -> None:
         self._finder = _CallFinder(None, None, False, call_filter, attempts, only_proxied=True)
 
     def examine(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[Triplet]:
@@ -238,13 +251,15 @@ class _CallFinder:
     llm_call_match: str | None
     agent_match: str | None
     exclude_in_reward: bool
-    call_filter: Predicate | None
+    call_filter: Filter
     attempts: Attempts
     only_proxied: bool = False
 
     def __post_init__(self) -> None:
         if self.attempts not in ("newest", "all"):
             raise InvalidValue(f"attempts={self.attempts!r} is neither 'newest' nor 'all'")
+        if not callable(self.call_filter) and self.call_filter not in ("main", None):
+            raise InvalidValue(f"call_filter={self.call_filter!r} is neither a function, nor 'main', nor None")
 
     def attempts_of(self, spans: Sequence[Span], adapted: Adapted[Any]) -> Iterator[list[Span]]:
         """Yield the spans of each attempt that is to be used."""
@@ -266,7 +281,8 @@ class _CallFinder:
         repeated = [span_id for each in kept for span_id in each.span_ids[1:]]
         names = {each.call.span.span_id: each.call.span.name for each in records} if repeated else {}
         adapted.set_aside.extend(UnusableSpan(span_id, names[span_id], _REPEATED) for span_id in repeated)
-        return self._set_aside(kept, adapted, self._why_not)
+        aside = side_calls([each.call for each in kept]) if self.call_filter == "main" else set[str]()
+        return self._set_aside(kept, adapted, lambda each: self._why_not(each, aside))
 
     def _records(self, tree: TraceTree) -> list[RecordedCall]:
         records = tree.records(self.llm_call_match, self.agent_match)
@@ -276,10 +292,12 @@ class _CallFinder:
             each.left_out = each.left_out if self.exclude_in_reward else None
         return records
 
-    def _why_not(self, record: RecordedCall) -> str | None:
+    def _why_not(self, record: RecordedCall, aside: set[str]) -> str | None:
         if self.agent_match is not None and record.agent is None:
             return _NO_AGENT
-        return None if self.call_filter is None or self.call_filter(record.call) else _FILTERED
+        if record.call.span.span_id in aside:
+            return _ON_THE_SIDE
+        return _FILTERED if callable(self.call_filter) and not self.call_filter(record.call) else None
 
     def _set_aside(
         self, records: Sequence[RecordedCall], adapted: Adapted[Any], why: Callable[[RecordedCall], str | None]
@@ -326,7 +344,7 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
         self,
         llm_call_match: str | None = None,
         *,
-        call_filter: Predicate | None = None,
+        call_filter: Filter = "main",
         attempts: Attempts = "newest",
     ) -> None:
         self._finder = _CallFinder(llm_call_match, None, False, call_filter, attempts)

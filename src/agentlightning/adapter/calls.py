@@ -100,6 +100,14 @@ class ModelCall:
         return _digest([_essence(each) for each in messages]) if messages else None
 
     @cached_property
+    def prefix_keys(self) -> list[str]:
+        """For each message, what is the same for all calls whose messages are the same up to it."""
+        keys = [""]
+        for message in self.conversation.messages:
+            keys.append(_digest([keys[-1], _essence(message)]))
+        return keys[1:]
+
+    @cached_property
     def reply_key(self) -> str | None:
         """The same for calls with the same reply, however it was recorded; None without one."""
         reply = self.conversation.reply

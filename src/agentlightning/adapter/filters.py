@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from agentlightning.adapter.calls import ModelCall
 
 Predicate: TypeAlias = Callable[[ModelCall], bool]
 """Whether a call is to be used."""
+
+Filter: TypeAlias = Predicate | Literal["main"] | None
+"""``main``: all calls but those on the side, see ``side_calls``; None: all calls."""
 
 _SYSTEM = ("system", "developer")
 
@@ -42,6 +45,32 @@ class CallFilter:
         if self.agent is not None and re.search(self.agent, "/".join(call.agent_path)) is None:
             return False
         return self.system is None or re.search(self.system, _system_text(call)) is not None
+
+
+def side_calls(calls: Sequence[ModelCall]) -> set[str]:
+    """The ids of the spans of calls on the side, as programs make them for a title or a summary.
+
+    Where a model works with tools, a call without tools is on the side, unless it is part of a conversation that has
+    some: its messages begin with all messages of a call with tools, as those of a last answer do, or the other way
+    round, as those of a first plan do.
+
+    Args:
+        calls: those of one attempt.
+    """
+    working = [call for call in calls if call.has_tools]
+    if not working or len(working) == len(calls):
+        return set()
+    conversations = [call.prefix_keys for call in working if call.conversation.messages]
+    whole = {keys[-1] for keys in conversations}
+    begun = {key for keys in conversations for key in keys}
+    return {
+        call.span.span_id
+        for call in calls
+        if not call.has_tools
+        and call.conversation.messages
+        and call.prefix_keys[-1] not in begun
+        and whole.isdisjoint(call.prefix_keys)
+    }
 
 
 def _system_text(call: ModelCall) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agentlightning import CallFilter, LlmProxyTraceToTriplet, ModelCall, TracerTraceToTriplet, TraceToMessages
+from agentlightning.errors import InvalidValue
 from agentlightning.types import Span
 
 Make = Callable[..., Span]
@@ -49,7 +50,44 @@ def test_calls_are_left_out_and_counted(
     assert [(each.span_id, each.reason) for each in adapted.set_aside] == [
         (spans[3].span_id, "call_filter leaves the call out")
     ]
-    assert len(adapter().examine(spans).made) == 2
+    assert len(adapter(call_filter=None).examine(spans).made) == 2
+
+
+@pytest.mark.parametrize("adapter", ALL)
+def test_side_calls_are_left_out_unless_asked_for(adapter: Any, spans: list[Span]) -> None:
+    adapted = adapter().examine(spans)
+    assert (len(adapted.made), adapted.unusable) == (1, [])
+    ((span_id, reason),) = [(each.span_id, each.reason) for each in adapted.set_aside]
+    assert span_id == spans[3].span_id
+    assert "a call on the side" in reason
+
+
+@pytest.mark.parametrize("adapter", ALL)
+def test_calls_without_tools_in_a_conversation_with_tools_are_used(adapter: Any, proxied: Make) -> None:
+    """A plan before the tools, and an answer after them."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant", "user")]
+    requests = [{"messages": turns[:2]}, {"messages": turns[:4], "tools": tools}, {"messages": turns}]
+    side = {"messages": [{"role": "system", "content": "title"}, *turns[1:]]}
+    spans = [
+        proxied("q", str(number), ([number], [number]), more={"agentlightning.llm.request": json.dumps(request)})
+        for number, request in enumerate([*requests, side], 1)
+    ]
+    adapted = adapter().examine(spans)
+    assert len(adapted.made) == 3
+    assert [each.span_id for each in adapted.set_aside] == [spans[3].span_id]
+
+
+@pytest.mark.parametrize("adapter", ALL)
+def test_where_no_call_has_tools_all_are_used(adapter: Any, proxied: Make) -> None:
+    spans = [proxied(f"question {number}", str(number), ([number], [number])) for number in (1, 2, 3)]
+    assert len(adapter().examine(spans).made) == 3
+
+
+@pytest.mark.parametrize("adapter", ALL)
+def test_a_filter_that_is_none_is_named(adapter: Any) -> None:
+    with pytest.raises(InvalidValue, match="'mian' is neither a function"):
+        adapter(call_filter="mian")
 
 
 def test_the_other_way_round(spans: list[Span]) -> None:

@@ -36,11 +36,11 @@ def essence(conversation: Any) -> Any:
 @pytest.mark.parametrize("name", names())
 def test_the_conversations_of_an_agent(name: str) -> None:
     spans = recorded(name).spans
-    adapted = TraceToMessages().examine(spans)
+    adapted = TraceToMessages(call_filter=None).examine(spans)
     expected = [{**each, "tools": None} if name in NO_TOOLS else each for each in CONVERSATIONS]
     assert [essence(each) for each in adapted.made] == [essence(each) for each in expected]
     assert adapted.unusable == []
-    triplets = TracerTraceToTriplet().examine(spans)
+    triplets = TracerTraceToTriplet(call_filter=None).examine(spans)
     reasons = [each.metadata["finish_reason"] for each in triplets.made]
     assert reasons == ([None] * 3 if name in NO_REASONS else FINISH_REASONS)
     assert [each.metadata["model"] for each in triplets.made] == ["policy"] * 3
@@ -51,12 +51,12 @@ def test_the_two_spans_of_a_streamed_call_are_one_call() -> None:
     """Logfire writes one when the stream begins, without a reply, and one with it when it has ended."""
     spans = recorded("logfire").spans
     assert len(spans) == 4
-    adapted = TracerTraceToTriplet().examine(spans)
+    adapted = TracerTraceToTriplet(call_filter=None).examine(spans)
     assert [each.span_id for each in adapted.set_aside] == [spans[2].span_id]
 
 
 def test_agents_of_pydantic_ai() -> None:
-    triplets = TracerTraceToTriplet().adapt(recorded("pydantic-ai").spans)
+    triplets = TracerTraceToTriplet(call_filter=None).adapt(recorded("pydantic-ai").spans)
     assert [each.metadata["agent_name"] for each in triplets] == ["forecaster", "forecaster", "talker"]
 
 
@@ -79,7 +79,7 @@ def test_agents_of_pydantic_ai() -> None:
 )
 def test_what_looks_like_a_call_and_says_nothing_is_unusable(attributes: dict[str, Any], span: Make) -> None:
     call = span("any name", attributes)
-    for adapter in (TracerTraceToTriplet(), TraceToMessages()):
+    for adapter in (TracerTraceToTriplet(call_filter=None), TraceToMessages(call_filter=None)):
         adapted = adapter.examine([call])
         assert adapted.made == []
         assert [each.span_id for each in adapted.unusable] == [call.span_id]
@@ -103,7 +103,7 @@ def test_what_looks_like_a_call_and_says_nothing_is_unusable(attributes: dict[st
     ],
 )
 def test_what_is_something_else_is_no_call_whatever_its_name_is(attributes: dict[str, Any], span: Make) -> None:
-    for adapter in (TracerTraceToTriplet(), TraceToMessages()):
+    for adapter in (TracerTraceToTriplet(call_filter=None), TraceToMessages(call_filter=None)):
         adapted = adapter.examine([span("chat policy", attributes)])
         assert (adapted.made, adapted.unusable) == ([], [])
 
@@ -144,7 +144,7 @@ def test_reasons_have_one_word_each(written: Any, calls_tools: bool, reason: str
         "gen_ai.output.messages": json.dumps([{"role": "assistant", "parts": parts}]),
         "gen_ai.response.finish_reasons": written,
     }
-    (triplet,) = TracerTraceToTriplet().adapt([span("x", attributes)])
+    (triplet,) = TracerTraceToTriplet(call_filter=None).adapt([span("x", attributes)])
     assert triplet.metadata["finish_reason"] == reason
 
 
@@ -169,7 +169,7 @@ def test_schemas_of_tools_are_kept(tool: dict[str, Any], span: Make) -> None:
         "gen_ai.output.messages": '[{"role": "assistant", "content": "b"}]',
         "gen_ai.tool.definitions": json.dumps([tool]),
     }
-    (conversation,) = TraceToMessages().adapt([span("chat", attributes)])
+    (conversation,) = TraceToMessages(call_filter=None).adapt([span("chat", attributes)])
     assert conversation["tools"] == [{"type": "function", "function": {"name": "mul", "parameters": SCHEMA}}]
 
 
@@ -177,7 +177,7 @@ def test_what_is_not_text_stays_in_its_message(span: Make) -> None:
     picture = {"type": "blob", "mime_type": "image/png", "content": "AAAA"}
     asked = [{"role": "user", "parts": [{"type": "text", "content": "What is it?"}, picture]}]
     attributes = {"gen_ai.input.messages": json.dumps(asked), "gen_ai.output.messages": '[{"content": "A dot."}]'}
-    (conversation,) = TraceToMessages().adapt([span("chat", attributes)])
+    (conversation,) = TraceToMessages(call_filter=None).adapt([span("chat", attributes)])
     assert conversation["messages"][0]["content"] == [{"type": "text", "text": "What is it?"}, picture]
 
 
@@ -197,7 +197,7 @@ def test_a_reply_that_is_json_itself_stays_a_text(said: str, span: Make) -> None
         {"gen_ai.prompt.0.content": "a", "gen_ai.completion.0.content": said},
     ]
     for attributes in written:
-        (conversation,) = TraceToMessages().adapt([span("x", attributes)])
+        (conversation,) = TraceToMessages(call_filter=None).adapt([span("x", attributes)])
         assert conversation["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
 
 
@@ -217,7 +217,7 @@ def test_other_wires_that_the_proxy_recorded(span: Make) -> None:
         ),
     }
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    (conversation,) = TraceToMessages().adapt([span("x", responses)])
+    (conversation,) = TraceToMessages(call_filter=None).adapt([span("x", responses)])
     assert conversation["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
@@ -231,7 +231,7 @@ def test_other_wires_that_the_proxy_recorded(span: Make) -> None:
             {"role": "assistant", "content": [{"type": "text", "text": "Hello."}], "stop_reason": "end_turn"}
         ),
     }
-    (triplet,) = TracerTraceToTriplet().adapt([span("x", messages)])
+    (triplet,) = TracerTraceToTriplet(call_filter=None).adapt([span("x", messages)])
     assert [each["role"] for each in triplet.prompt["messages"]] == ["system", "user"]
     assert triplet.response["message"] == {"role": "assistant", "content": "Hello."}
     assert triplet.metadata["finish_reason"] == "stop"
@@ -245,7 +245,7 @@ def test_earlier_events_of_one_span_are_one_conversation(span: Make) -> None:
         ("gen_ai.choice", {"finish_reason": "stop", "index": 0, "message": {"role": "assistant", "content": "42"}}),
     ]:
         call.events.append(Event(name=name, attributes={"gen_ai.event.content": json.dumps(body)}))
-    (triplet,) = TracerTraceToTriplet().adapt([call])
+    (triplet,) = TracerTraceToTriplet(call_filter=None).adapt([call])
     assert triplet.prompt["messages"] == [{"role": "user", "content": "hi"}]
     assert triplet.response["message"] == {"role": "assistant", "content": "42"}
     assert triplet.metadata["finish_reason"] == "stop"

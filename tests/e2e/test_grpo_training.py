@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentlightning.algorithm.grpo import GRPO
 from agentlightning.algorithm.policy import PolicyUpdate
+from agentlightning.algorithm.run import Run
 from agentlightning.demo import game
 from agentlightning.demo.game import win_rate
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
@@ -117,22 +121,101 @@ async def test_a_group_with_failed_rollouts_is_dropped_whole_and_counted() -> No
     assert numbers["rollouts_failed"] == 2
 
 
+def only_the_first(fault: Fault) -> Callable[[AttemptedRollout], Fault | None]:
+    """The first rollout that is claimed has this fault, also when it is retried, and no other."""
+    bad: list[str] = []
+
+    def fault_of(claimed: AttemptedRollout) -> Fault | None:
+        if not bad:
+            bad.append(claimed.rollout_id)
+        return fault if claimed.rollout_id in bad else None
+
+    return fault_of
+
+
 @pytest.mark.parametrize(
     ("fault", "counted"),
     [("fail", "rollouts_failed"), ("no_reward", "rollouts_unrewarded"), ("no_call", "rollouts_unusable")],
 )
-async def test_one_bad_rollout_teaches_nothing_and_is_no_reward_of_zero(fault: Fault, counted: str) -> None:
-    bad: list[str] = []
-
-    def one_is_bad(claimed: AttemptedRollout) -> Fault | None:
-        if not bad:
-            bad.append(claimed.rollout_id)
-            return fault
-        return None
-
+async def test_one_bad_rollout_is_left_out_of_its_group(
+    fault: Fault, counted: str, caplog: pytest.LogCaptureFixture
+) -> None:
     policy = SoftmaxPolicy(game.VOCABULARY)
-    algorithm = GRPO(policy, group_size=8, batch_size=1, n_steps=1)
-    async with ready(algorithm, one_is_bad) as (_, _, reports):
+    algorithm = GRPO(policy, group_size=16, batch_size=1, n_steps=1)
+    async with ready(algorithm, only_the_first(fault)) as (_, _, reports):
+        await algorithm.run([{"secret": 8}])
+    numbers = reports.steps[0][1]
+    assert (numbers["groups_used"], numbers["groups_dropped"], numbers[counted]) == (1, 0, 1)
+    assert numbers["failures"] == (fault == "fail")
+    assert list(policy.contexts()) != []
+    assert ("retry_condition" in caplog.text) == (fault == "fail")
+
+
+async def test_with_a_quarter_of_failures_every_group_is_used() -> None:
+    count = itertools.count()
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=16, batch_size=4, n_steps=2)
+    async with ready(algorithm, lambda _: None if next(count) % 4 else "fail") as (_, _, reports):
+        await algorithm.run(SECRETS)
+    assert (reports.total("groups_used"), reports.total("groups_dropped"), reports.total("failures")) == (8, 0, 32)
+
+
+# --- Nothing to compare -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imposes", [True, False])
+async def test_an_agent_that_pins_its_sampling_is_sampled_anyway_or_it_is_said(
+    imposes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {} if imposes else {"imposed_sampling": None}
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=16, batch_size=4, n_steps=2, **settings)
+    reports, proxy = Reports(), LLMProxy()
+    async with InMemoryLightningStore() as store, GameRunners(store, sends={"temperature": 0, "seed": 1}):
+        algorithm.set_store(store)
+        algorithm.set_llm_proxy(proxy)
+        algorithm.set_reporter(reports)
+        if imposes:
+            await algorithm.run(SECRETS, SECRETS[:2])
+        else:
+            with pytest.raises(NothingToLearn, match=r"^nothing was learned: .*exactly the same replies.* pin temp"):
+                await algorithm.run(SECRETS, SECRETS[:2])
+        spans = {each.mode: await calls_of(store, each.rollout_id) for each in await store.query_rollouts()}
+    shares = [numbers["frac_reward_zero_std"] for _, numbers in reports.steps]
+    assert min(shares) < 1 if imposes else shares == [1, 1]
+    assert caplog.text.count("has taught nothing") == (not imposes), "once, after the first such step"
+    sent = {mode: {span.attributes["gen_ai.request.temperature"] for span in calls} for mode, calls in spans.items()}
+    assert sent == {"train": {1.0 if imposes else 0}, "val": {0}}
+
+
+async def test_a_run_without_spread_says_so_again_when_it_is_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_of(group_size: int) -> GRPO:
+        settings: dict[str, Any] = {"batch_size": 2, "n_steps": 1, "imposed_sampling": None}
+        algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=group_size, **settings)
+        algorithm.set_run(Run(f"run-{group_size}", tmp_path))
+        return algorithm
+
+    async with InMemoryLightningStore() as store, GameRunners(store, sends={"temperature": 0}):
+        for _ in range(2):
+            algorithm = run_of(16)
+            algorithm.set_store(store)
+            with pytest.raises(NothingToLearn, match="nothing was learned"):
+                await algorithm.run(SECRETS)
+        caplog.clear()
+        algorithm = run_of(2)
+        algorithm.set_store(store)
+        await algorithm.run(SECRETS)
+        assert "nothing was learned" in caplog.text, "so few attempts may be equal by chance: a warning, no error"
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [("fail", "rollouts_failed"), ("no_reward", "rollouts_unrewarded"), ("no_call", "rollouts_unusable")],
+)
+async def test_with_drop_group_one_bad_rollout_teaches_nothing(fault: Fault, counted: str) -> None:
+    policy = SoftmaxPolicy(game.VOCABULARY)
+    algorithm = GRPO(policy, group_size=8, batch_size=1, n_steps=1, on_failure="drop_group")
+    async with ready(algorithm, only_the_first(fault)) as (_, _, reports):
         with pytest.raises(NothingToLearn, match=r"dropped 1 group \("):
             await algorithm.run([{"secret": 8}])
     numbers = reports.steps[0][1]
@@ -209,6 +292,7 @@ async def test_every_task_comes_up_once_before_any_comes_twice() -> None:
 async def test_no_tasks_and_bad_numbers_are_refused() -> None:
     policy = SoftmaxPolicy(game.VOCABULARY)
     refused: list[dict[str, Any]] = [{"group_size": 1}, {"batch_size": 0}, {"n_steps": 0}, {"validate_every": -1}]
+    refused += [{"on_failure": "drop"}, {"on_failure": math.nan}, {"on_failure": True}]
     for wrong in refused:
         with pytest.raises(InvalidValue, match=next(iter(wrong))):
             GRPO(policy, **wrong)

@@ -34,14 +34,20 @@ class GameRunners:
         store: where the rollouts are.
         fault: what goes wrong with an attempt, if anything.
         count: how many runners, each with one game at a time.
+        sends: sampling parameters that the agent sends instead of those that it is told.
     """
 
     def __init__(
-        self, store: LightningStore, fault: Callable[[AttemptedRollout], Fault | None] | None = None, count: int = 16
+        self,
+        store: LightningStore,
+        fault: Callable[[AttemptedRollout], Fault | None] | None = None,
+        count: int = 16,
+        sends: dict[str, Any] | None = None,
     ) -> None:
         self._store = store
         self._fault = fault or (lambda _: None)
         self._count = count
+        self._sends = sends
         self._tasks: list[asyncio.Task[None]] = []
         self.played: list[str] = []
         """Ids of the rollouts that were claimed, once for each attempt."""
@@ -103,6 +109,8 @@ class GameRunners:
         recorded_elsewhere = isinstance(llm, ProxyLLM)
         if isinstance(llm, ProxyLLM):
             llm = llm.with_attempted_rollout(claimed)
+        if self._sends is not None:
+            llm = llm.model_copy(update={"sampling_parameters": self._sends})
         now = game.start(claimed.input["secret"])
         async with aiohttp.ClientSession() as session:
             while now.outcome == "playing":

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic
 
 from typing_extensions import TypeVar
@@ -21,7 +22,7 @@ from typing_extensions import TypeVar
 from agentlightning.adapter.adapters import TracerTraceToTriplet, TraceToTripletBase
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import EndedRollout, check_counts, check_datasets, enqueue_inputs, wait_for_ends
-from agentlightning.algorithm.groups import GroupReader, StepGroups
+from agentlightning.algorithm.groups import GroupReader, OnFailure, StepGroups, reward_of
 from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
 from agentlightning.algorithm.run import ModelProxy, reassign_unfinished, running_proxy
 from agentlightning.errors import InvalidValue, NothingToLearn
@@ -34,11 +35,18 @@ PolicyT = TypeVar("PolicyT", bound=Policy, default=Any)
 _EMPTY_STEPS = 3
 """After so many consecutive steps without one complete group the run fails: something is wrong with the agent."""
 
-_DROPPED_WORDS = {
-    "failed": "failed rollouts",
-    "unrewarded": "rollouts without a reward",
-    "unusable": "rollouts without a model call that can be learned from",
-}
+_ENOUGH_ATTEMPTS = 32
+"""In a shorter run all rewards of each group can be equal by chance."""
+
+_RETRY_WORDS = (
+    "A rollout that fails is not run again by default; Trainer(rollout_config=agl.RolloutConfig(max_attempts=3, "
+    "retry_condition=['failed', 'timeout', 'unresponsive'])) retries it."
+)
+
+TRAIN_SAMPLING: Mapping[str, float | None] = MappingProxyType(
+    {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None, "seed": None}
+)
+"""Samples of the policy's own distribution: `GRPO` has the proxy send these parameters, and remove those with None."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,15 @@ class GRPO(Algorithm, Generic[PolicyT]):
     """Trains a policy that agents call as a language model, without knowing that it learns.
 
     In each step ``batch_size`` tasks are attempted ``group_size`` times each. The reward of each attempt, compared
-    with the mean of its group, says which of the policy's tokens were good. A group counts as a whole or not at all,
-    and a failed attempt is not an attempt with reward 0. Every step reports how much was dropped: ``groups_dropped``,
-    ``rollouts_failed``, ``rollouts_unrewarded``, ``rollouts_unusable``, ``attempts_retried`` and ``calls_unusable``.
+    with the mean of its group, says which of the policy's tokens were good. A failed attempt is not an attempt with
+    reward 0: by default it is left out, and a group needs two attempts with a reward. Every step reports how much was
+    dropped: ``groups_dropped``, ``rollouts_failed``, ``rollouts_unrewarded``, ``rollouts_unusable``,
+    ``attempts_retried``, ``failures`` (failed attempts, also those that were retried) and ``calls_unusable``. It also
+    reports ``frac_reward_zero_std``, the share of groups of which all rewards are equal, which teach nothing.
 
     The policy is served by its own endpoint. With an LLM proxy agents reach it through the proxy, which records every
-    call, and which is paused while the policy is updated. Without one they get the endpoint itself, and the agent's
-    tracer must record the calls.
+    call, imposes the sampling of training rollouts, and is paused while the policy is updated. Without one they get
+    the endpoint itself, and the agent's tracer must record the calls.
 
     Agents find the model as the resource ``llm``. Training rollouts get temperature 1, validation rollouts
     temperature 0: always the most probable token.
@@ -79,6 +89,12 @@ class GRPO(Algorithm, Generic[PolicyT]):
             in which agents call.)
         validate_every: steps between validations; there is one at the end in any case. 0: only that.
         update: how the policy learns.
+        on_failure: what becomes of a group with a failed attempt. ``"drop_member"``: the others are compared.
+            ``"drop_group"``: the group is not used, nor is one in which an attempt has no reward or no usable call. A
+            number: the reward of an attempt that failed by an error of the agent, or took too long. A lost worker is
+            never counted as that.
+        imposed_sampling: what the LLM proxy puts in place of the sampling parameters that agents send in training.
+            None: agents' own are kept. Validation always has the agents' own.
         model: name of the policy in requests.
         endpoint_host, endpoint_port: where it is served. Without a proxy, runners must be able to reach it.
 
@@ -96,6 +112,8 @@ class GRPO(Algorithm, Generic[PolicyT]):
         seed: int = 0,
         validate_every: int = 0,
         update: PolicyUpdate | None = None,
+        on_failure: OnFailure = "drop_member",
+        imposed_sampling: Mapping[str, float | None] | None = TRAIN_SAMPLING,
         model: str = "policy",
         endpoint_host: str = "127.0.0.1",
         endpoint_port: int = 0,
@@ -108,6 +126,12 @@ class GRPO(Algorithm, Generic[PolicyT]):
         check_counts(group_size=group_size, least=2)
         check_counts(batch_size=batch_size, n_steps=n_steps)
         check_counts(validate_every=validate_every, endpoint_port=endpoint_port, least=0)
+        if isinstance(on_failure, str):
+            is_known = on_failure in ("drop_member", "drop_group")
+        else:
+            is_known = type(on_failure) in (int, float) and math.isfinite(on_failure)
+        if not is_known:
+            raise InvalidValue(f"on_failure is {on_failure!r}; give 'drop_member', 'drop_group' or a finite number")
         self._policy = policy
         self._group_size = group_size
         self._batch_size = batch_size
@@ -115,6 +139,11 @@ class GRPO(Algorithm, Generic[PolicyT]):
         self._seed = seed
         self._validate_every = validate_every
         self._update = update or PolicyUpdate()
+        self._on_failure: OnFailure = on_failure
+        self._imposed_sampling = None if imposed_sampling is None else dict(imposed_sampling)
+        self._warned: set[str] = set()
+        self._compared, self._had_spread = 0, False
+        """How many attempts of this run were compared, and whether any was better than another."""
         self._model = model
         self._endpoint_host = endpoint_host
         self._endpoint_port = endpoint_port
@@ -136,11 +165,14 @@ class GRPO(Algorithm, Generic[PolicyT]):
         Raises:
             InvalidValue: there are no tasks, or the run of this name was begun with other settings.
             IdReused: the run of this name was begun with other tasks.
-            NothingToLearn: in three consecutive steps, or in all if there are fewer, no group was complete.
+            NothingToLearn: in three consecutive steps, or in all if there are fewer, no group had two attempts to
+                compare; or, at the end, no attempt was ever better than another at the same task.
         """
         check_datasets(train_dataset=train_dataset, val_dataset=val_dataset)
         if train_dataset is None or len(train_dataset) == 0:
             raise InvalidValue("GRPO has no tasks to learn from; pass train_dataset")
+        self._compared, self._had_spread = 0, False
+        self._warned.clear()
         resumed_step = await asyncio.to_thread(self._load_checkpoint)
         begin = resumed_step or 0
         if begin >= self._n_steps:
@@ -150,17 +182,29 @@ class GRPO(Algorithm, Generic[PolicyT]):
                 begin,
                 self._n_steps,
             )
+            self._check_learned("its log says why")
             return
         if resumed_step is None:
             self._policy.begin_run()
             await asyncio.to_thread(self._save_checkpoint, 0)
         async with self._serving(resumed_step) as serving:
             empty_steps = 0
+            groups = StepGroups()
             for step in range(begin, self._n_steps):
                 groups = await self._step(step, train_dataset, val_dataset, serving)
                 empty_steps = 0 if groups.groups else empty_steps + 1
                 if empty_steps == min(_EMPTY_STEPS, self._n_steps):
                     raise _nothing_to_learn(empty_steps, groups)
+        self._check_learned(_causes_of(groups))
+
+    def _check_learned(self, why: str) -> None:
+        """Raise ``NothingToLearn`` if no step had anything to teach; only say so if that can be chance."""
+        if self._had_spread:
+            return
+        words = f"nothing was learned: in no step was an attempt better than another at the same task; {why}"
+        if self._compared >= _ENOUGH_ATTEMPTS:
+            raise NothingToLearn(words)
+        _logger.warning("%s", words)
 
     # --- One step --------------------------------------------------------------------------------
 
@@ -173,10 +217,11 @@ class GRPO(Algorithm, Generic[PolicyT]):
             rollouts = await self._replace_failed(step, inputs, rollouts, serving)
         # The trainer's adapter may make something else than triplets, such as messages; GRPO cannot use it then.
         adapter = self._adapter if isinstance(self._adapter, TraceToTripletBase) else TracerTraceToTriplet()
-        reader = GroupReader(self._policy, self._model, adapter, self._group_size, self._update.scale_by_deviation)
+        deviation = self._update.scale_by_deviation
+        reader = GroupReader(self._policy, self._model, adapter, self._group_size, deviation, self._on_failure)
         groups = reader.read(rollouts)
-        if groups.dropped_groups:
-            _logger.warning("step %d: %s", step, _describe_dropped(groups))
+        self._warn(step, groups)
+        self._compared, self._had_spread = self._compared + groups.attempts, self._had_spread or groups.has_spread
         numbers = groups.numbers() | await self._learn(step, groups, serving.endpoint)
         is_last = step + 1 == self._n_steps
         if val_dataset is not None and (is_last or (self._validate_every and (step + 1) % self._validate_every == 0)):
@@ -184,6 +229,16 @@ class GRPO(Algorithm, Generic[PolicyT]):
         await asyncio.to_thread(self._save_checkpoint, step + 1)
         self.report(step, total_steps=float(self._n_steps), **numbers)
         return groups
+
+    def _warn(self, step: int, groups: StepGroups) -> None:
+        if groups.dropped_rollouts:
+            hint = f". {_RETRY_WORDS}" if groups.failures and "failures" not in self._warned else ""
+            _logger.warning("step %d: %s%s", step, groups.describe_dropped(), hint)
+            self._warned.update(["failures"] if hint else [])
+        # Later on it is what becomes of a policy that always succeeds.
+        if groups.groups and not groups.has_spread and not self._had_spread and "spread" not in self._warned:
+            self._warned.add("spread")
+            _logger.warning("step %d has taught nothing: %s", step, _causes_of(groups))
 
     def _tasks_of(self, step: int, dataset: Dataset[Any]) -> list[Any]:
         """Return the tasks of a step: the whole dataset in a random order, then in another one, and so on."""
@@ -223,7 +278,9 @@ class GRPO(Algorithm, Generic[PolicyT]):
         if not inputs:
             return []
         rollout_ids = await enqueue_inputs(self, inputs, mode=mode, resources_id=resources_id, step=step, kind=kind)
-        return await wait_for_ends(self.get_store(), rollout_ids, reads_failed=False)
+        # Failed attempts are learned from only if they have a reward.
+        reads_failed = not isinstance(self._on_failure, str)
+        return await wait_for_ends(self.get_store(), rollout_ids, reads_failed=reads_failed)
 
     async def _learn(self, step: int, groups: StepGroups, endpoint: ModelEndpoint) -> dict[str, float]:
         """Update the policy. The proxy is paused meanwhile, so that no call mixes two versions of the weights."""
@@ -243,7 +300,8 @@ class GRPO(Algorithm, Generic[PolicyT]):
     async def _validate(self, step: int, dataset: Dataset[Any], resources_id: str) -> dict[str, float]:
         inputs = [dataset[index] for index in range(len(dataset))]
         rollouts = await self._run_all("val", "val", step, inputs, resources_id)
-        rewards = [each.reward for each in rollouts if each is not None and each.reward is not None]
+        found = [reward_of(each, self._on_failure) for each in rollouts]
+        rewards = [reward for reward in found if reward is not None]
         numbers = {"val_rollouts": float(len(inputs)), "val_unrewarded": float(len(inputs) - len(rewards))}
         return numbers | ({"val_reward_mean": math.fsum(rewards) / len(rewards)} if rewards else {})
 
@@ -282,11 +340,13 @@ class GRPO(Algorithm, Generic[PolicyT]):
         others = [entry for entry in before if entry["model_name"] != self._model]
         backend = {"model": f"openai/{self._model}", "api_base": endpoint.url, "api_key": "not-needed"}
         proxy.update_model_list([*others, {"model_name": self._model, "litellm_params": backend}])
+        proxy.impose_sampling(self._imposed_sampling or {}, self._model)
         try:
             async with running_proxy(proxy, self.get_store()):
                 yield proxy
         finally:
             proxy.update_model_list(before)
+            proxy.impose_sampling({}, self._model)
 
     def _llm(self, endpoint: ModelEndpoint, proxy: ModelProxy | None, temperature: float) -> LLM:
         sampling = {"temperature": temperature}
@@ -319,6 +379,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
             )
         # Checkpoints of earlier versions have the parts of a SoftmaxPolicy's state beside the step.
         self._policy.load_state(checkpoint.get("state", checkpoint), run.checkpoint_path.parent)
+        self._compared, self._had_spread = checkpoint.get("compared", 0), checkpoint.get("had_spread", True)
         _logger.info("the run %r is resumed at step %d", run.name, checkpoint["step"])
         return int(checkpoint["step"])
 
@@ -328,19 +389,18 @@ class GRPO(Algorithm, Generic[PolicyT]):
             folder = run.checkpoint_path.parent
             folder.mkdir(parents=True, exist_ok=True)
             state = self._policy.save_state(folder)
-            run.save_checkpoint({"step": step, "settings": self._settings(), "state": state})
+            learned = {"compared": self._compared, "had_spread": self._had_spread}
+            run.save_checkpoint({"step": step, "settings": self._settings(), "state": state, **learned})
 
 
-def _describe_dropped(step: StepGroups) -> str:
-    counts = [f"{_DROPPED_WORDS[cause]}: {count}" for cause, count in step.dropped_rollouts.most_common()]
-    reasons = [*step.failures.most_common(1), *step.unusable_calls.most_common(1)]
-    most = "".join(f"; {count}× {reason}" for reason, count in reasons)
-    groups = "1 group" if step.dropped_groups == 1 else f"{step.dropped_groups} groups"
-    return f"dropped {groups} ({', '.join(counts)}{most})"
+def _causes_of(step: StepGroups) -> str:
+    if not step.groups:
+        return f"the last step {step.describe_dropped()}"
+    return f"all rewards of each of its {len(step.groups)} group(s) are equal, and {step.describe_equal()}"
 
 
 def _nothing_to_learn(steps: int, last: StepGroups) -> NothingToLearn:
     return NothingToLearn(
-        f"in {steps} consecutive step(s) no group of rollouts was complete, so nothing could be learned; the last step "
-        f"{_describe_dropped(last)}. Does every rollout succeed, call the model and get a reward?"
+        f"in {steps} consecutive step(s) no group had two rollouts to compare, so nothing could be learned; the last "
+        f"step {last.describe_dropped()}. Does every rollout succeed, call the model and get a reward? {_RETRY_WORDS}"
     )

@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -283,6 +283,10 @@ class ModelProxy(Protocol):
 
     def set_model_version(self, version: str) -> None:
         """Set the version of the weights that answer from now on; every recorded call carries it."""
+        ...
+
+    def impose_sampling(self, parameters: Mapping[str, float | None], model: str) -> None:
+        """Replace sampling parameters in the calls that training rollouts make to a model; empty: in none."""
         ...
 
 

@@ -226,13 +226,13 @@ class ProxySession:
         upstream: Upstream,
         store: Callable[[], LightningStore | None],
         versions: dict[str, str],
-        sampling: dict[str, dict[str, float | None]],
+        sampling: dict[str, dict[str, float | None]] | None = None,
     ) -> None:
         self.settings = settings
         self.upstream = upstream
         self.versions = versions
-        self.imposed = sampling
-        self.sampling = ImposedSampling(sampling, store)
+        self.imposed = {} if sampling is None else sampling
+        self.sampling = ImposedSampling(self.imposed, store)
         self.admission = CallAdmission(settings.max_calls)
         self._find_store = store
         self._store = _CurrentStore(store)

@@ -129,6 +129,7 @@ from agentlightning.legacy import (
     DevTaskLoader as DevTaskLoader,
 )
 from agentlightning.litagent.litagent import (
+    AttemptFailed as AttemptFailed,
     FunctionalLitAgent as FunctionalLitAgent,
     Hook as Hook,
     LitAgent as LitAgent,

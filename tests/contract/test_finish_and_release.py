@@ -43,6 +43,45 @@ def ids_of(claims: list[AttemptedRollout]) -> list[str]:
 # --- Finish ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by", ["finish", "update"])
+@pytest.mark.parametrize(
+    ("conditions", "retry", "then"),
+    [
+        ([], None, ["failed"]),
+        ([], True, ["requeuing", "failed"]),
+        (["failed"], None, ["requeuing", "failed"]),
+        (["failed"], False, ["failed"]),
+    ],
+)
+async def test_a_wish_goes_before_the_retry_condition_within_max_attempts(
+    stores: Stores, by: str, conditions: Any, retry: bool | None, then: list[str]
+) -> None:
+    async with stores.open() as (store, _):
+        await enqueued(store, 1, config=config(max_attempts=2, retry_condition=conditions))
+        for expected in then:
+            claim = await claimed(store, "worker")
+            ids = claim.rollout_id, claim.attempt.attempt_id
+            told: dict[str, Any] = {"reason_code": "flaky_site", "retry": retry}
+            for _ in range(2):  # a repeat changes nothing
+                if by == "finish":
+                    await store.finish_attempt(*ids, "failed", **told)
+                else:
+                    await store.update_attempt(*ids, "failed", **told)
+            assert (await rollout_now(store, claim.rollout_id)).status == expected
+        assert (await rollout_now(store, claim.rollout_id)).reason_code == "flaky_site"
+        assert (await store.verify()).ok
+
+
+@pytest.mark.parametrize(("status", "retry"), [("succeeded", True), ("failed", "no")])
+async def test_a_wish_that_cannot_be_meant_is_refused(stores: Stores, status: Any, retry: Any) -> None:
+    async with stores.open() as (store, _):
+        await enqueued(store, 1)
+        claim = await claimed(store, "worker")
+        async with unchanged(store):
+            with pytest.raises(InvalidValue):
+                await ended_at_once(store, claim, status, retry=retry)
+
+
 async def test_one_call_stores_ends_and_claims(stores: Stores) -> None:
     async with stores.open() as (store, _):
         await enqueued(store, 1, 2, 3)

@@ -12,6 +12,7 @@ import pytest
 
 import agentlightning as agl
 import plain_agents
+from agentlightning.errors import NothingToLearn
 from agentlightning.runner import calling, worker_loop
 from execution_programs import alive, noted, until
 
@@ -76,7 +77,8 @@ def test_an_agent_may_limit_its_time_by_an_alarm(method: str, folder: Path) -> N
 
 def test_with_more_than_one_at_once_it_may_not(folder: Path) -> None:
     algorithm = Inputs(1)
-    fit(algorithm, plain_agents.alarms, runner={"concurrency": 2})
+    with pytest.raises(NothingToLearn, match="signal only works in main thread"):
+        fit(algorithm, plain_agents.alarms, runner={"concurrency": 2})
     assert algorithm.rewards == [None]
     assert "signal only works in main thread" in str(algorithm.reasons)
 
@@ -141,7 +143,8 @@ def test_a_runner_that_is_asked_to_stop_ends_also_with_an_agent_that_does_not(
         await until(lambda: noted(folder, "swallowed") and not alive(folder))
 
     algorithm = Inputs("keep on", meanwhile=stop)
-    fit(algorithm, plain_agents.keeps_on, start_method="fork")
+    with pytest.raises(NothingToLearn, match="aborted: 1"):
+        fit(algorithm, plain_agents.keeps_on, start_method="fork")
 
 
 # --- Real packages ---------------------------------------------------------------------------------

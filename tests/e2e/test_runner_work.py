@@ -56,6 +56,27 @@ async def one(function: Any, task: Any = "task", **options: Any) -> Ended:
         return await ended(store, rollout_id)
 
 
+@pytest.mark.parametrize(
+    ("wish", "condition", "tries"), [(None, "failed", 2), (True, "timeout", 2), (False, "failed", 1)]
+)
+async def test_an_agent_fails_with_a_reason_of_its_own_and_a_wish(wish: Any, condition: Any, tries: int) -> None:
+    def agent(task: Any) -> None:
+        raise agl.AttemptFailed("site_down", "the shop did not answer", retry=wish)
+
+    async with InMemoryLightningStore() as store:
+        config = RolloutConfig(max_attempts=2, retry_condition=[condition])
+        (rollout_id,) = await enqueued(store, 1, config=config)
+        await work(store, agl.rollout(agent), tries)
+        attempts = await attempts_of(store, rollout_id)
+        assert [(each.reason_code, each.reason_message) for each in attempts] == [
+            ("site_down", "the shop did not answer")
+        ] * tries
+        done = await ended(store, rollout_id)
+        assert (done.rollout.status, done.rollout.reason_code) == ("failed", "site_down")
+        assert done.reward is None
+        await assert_sound(store)
+
+
 # --- Results ---------------------------------------------------------------------------------------
 
 

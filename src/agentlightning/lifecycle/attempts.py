@@ -154,8 +154,8 @@ def run(pair: Pair, now: Moment) -> Pair:
     return Pair(replace(rollout, status="running"), replace(attempt, status="running"))
 
 
-def report(pair: Pair, status: AttemptStatus, reason: Reason | None, now: Moment) -> Pair:
-    """A worker says where its attempt stands.
+def report(pair: Pair, status: AttemptStatus, reason: Reason | None, now: Moment, retry: bool | None = None) -> Pair:
+    """A worker says where its attempt stands, and whether to retry what failed; see ``end``.
 
     A repeat of the status that an ended attempt already has changes nothing.
 
@@ -171,21 +171,27 @@ def report(pair: Pair, status: AttemptStatus, reason: Reason | None, now: Moment
         return run(pair, now)
     pair = beat(pair, now)
     if status in ENDED:
-        return end(pair, cast(AttemptEnd, status), reason or _reported(status), now)
+        return end(pair, cast(AttemptEnd, status), reason or _reported(status), now, retry)
     if pair.attempt.status != status:
         check_attempt_move(pair.attempt.attempt_id, pair.attempt.status, status)
     return pair
 
 
-def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment) -> Pair:
-    """End a live attempt; its rollout succeeds, goes back to the queue if its policy says so, or fails."""
+def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment, retry: bool | None = None) -> Pair:
+    """End a live attempt; its rollout succeeds, goes back to the queue if its policy says so, or fails.
+
+    Args:
+        pair, status, reason, now: what has ended, how, why, and when.
+        retry: goes before the states that the policy retries; the policy's number of attempts stays the limit.
+    """
     rollout = pair.rollout
     attempt = ended(pair.attempt, status, reason, now)
     policy = rollout.policy
     if status == "succeeded":
         return Pair(close(rollout, "succeeded", reason, now), attempt)
     counted = rollout.counted_attempts
-    if status in policy.retry_condition and counted < policy.max_attempts:
+    wanted = status in policy.retry_condition if retry is None else retry
+    if wanted and counted < policy.max_attempts:
         return Pair(_requeued(rollout), attempt)
     last = f"attempt {counted} of {policy.max_attempts} ended {status}: {reason.message}"
     return Pair(close(rollout, "failed", Reason(reason.code, last), now), attempt)

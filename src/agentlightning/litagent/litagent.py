@@ -6,10 +6,12 @@ import functools
 import inspect
 import logging
 import pkgutil
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
 from agentlightning.errors import InvalidValue
+from agentlightning.lifecycle.reasons import STORE_ONLY
 from agentlightning.types import (
     LLM,
     AttemptedRollout,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
     from agentlightning.tracer.base import Tracer
 
+_REASON_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
@@ -49,6 +53,32 @@ class AgentRunner(Protocol):
     def get_worker_id(self) -> str:
         """The name of the runner's worker in the store."""
         ...
+
+
+class AttemptFailed(Exception):
+    """Raised by an agent: its attempt fails, with a reason of the agent's own, and with a wish.
+
+    Args:
+        code: the attempt's ``reason_code``: up to 64 characters of ``a-z 0-9 _``.
+        message: the attempt's ``reason_message``.
+        retry: True: the rollout is tried again, up to its ``max_attempts``; False: it is not; None: as its
+            ``retry_condition`` says.
+
+    Raises:
+        InvalidValue: the code has another form, or is one that only the store gives.
+    """
+
+    def __init__(self, code: str, message: str, retry: bool | None = None) -> None:
+        if not isinstance(code, str) or not _REASON_CODE.fullmatch(code) or code in STORE_ONLY:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidValue(
+                f"the code {code!r} of AttemptFailed is not valid; use up to 64 characters of a-z 0-9 _, beginning "
+                f"with a letter, and none of {', '.join(sorted(STORE_ONLY))}"
+            )
+        super().__init__(code, message, retry)  # all of them, so that a process pool brings it back whole
+        self.code, self.message, self.retry = code, message, retry
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def is_v0_1_rollout_api(func: Callable[..., Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from agentlightning.emitter.annotation import emit_reward
 from agentlightning.emitter.emit import emit_exception
 from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound, StoreClosed
-from agentlightning.litagent.litagent import Hook, LitAgent
+from agentlightning.litagent.litagent import AttemptFailed, Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames
 from agentlightning.runner.main_thread import AgentInterrupted
 from agentlightning.store.base import LightningStore
@@ -52,9 +52,10 @@ class AttemptOutcome(NamedTuple):
     """What is reported about an attempt."""
 
     status: AttemptEnd = "succeeded"
-    reason_code: ReasonCode | None = None
+    reason_code: str | None = None  # a `ReasonCode`, or one of the agent's own
     reason_message: str | None = None
     error: BaseException | None = None  # the exception that ended it, for `LitAgentRunner.step`
+    retry: bool | None = None  # what the agent wishes; None: as the rollout's config says
 
 
 class AttemptParts(NamedTuple):
@@ -140,6 +141,7 @@ class AttemptRun:
         failures = 0
         while True:
             spans = [] if self._trace is None else [*self._trace.unsent(), *self._own_spans]
+            wish: dict[str, Any] = {} if outcome.retry is None else {"retry": outcome.retry}
             try:
                 finished = await self._parts.store.finish_attempt(
                     self.rollout.rollout_id,
@@ -148,6 +150,7 @@ class AttemptRun:
                     spans,
                     reason_code=outcome.reason_code,
                     reason_message=outcome.reason_message,
+                    **wish,
                     claim_limit=claim_limit,
                     worker_id=worker_id,
                     request_id=request_id,
@@ -230,6 +233,11 @@ class AttemptRun:
             return failed("agent_error", error), None  # the agent cancelled something of its own
         except AgentInterrupted as error:  # by SIGINT, which ends the runner, too
             return failed("aborted", error), None
+        except AttemptFailed as error:
+            told = failed("agent_error", error, error.message)._replace(reason_code=error.code, retry=error.retry)
+            ids = self.rollout.rollout_id, self.attempt_id
+            _logger.warning("rollout %s, attempt %s: the agent failed, %s: %s", *ids, error.code, told.reason_message)
+            return told, None
         except Exception as error:
             if isinstance(error, ValueError) and "only works in main thread" in str(error):
                 error.add_note("plain functions run there with concurrency=1, in the processes of the strategy 'cs'")
@@ -350,13 +358,13 @@ class RolloutResources:
         return found
 
 
-def failed(code: ReasonCode, error: BaseException) -> AttemptOutcome:
-    """The outcome of an attempt that an exception ended; its message begins with the exception's type."""
+def failed(code: ReasonCode, error: BaseException, message: str | None = None) -> AttemptOutcome:
+    """The outcome of an attempt that an exception ended. Default message: the exception's type and text."""
     try:
         text = str(error)
     except Exception as mistake:  # noqa: BLE001 - the exception is of the agent's class, whose __str__ may fail
         text = f"(its text is not available: {type(mistake).__name__})"
-    message = f"{full_qualified_name(type(error))}: {text}"
+    message = f"{full_qualified_name(type(error))}: {text}" if message is None else str(message)
     message = message if fits(message) else sanitize_text(message)
     if len(message) > _MESSAGE_CHARACTERS:
         message = message[:_MESSAGE_CHARACTERS] + "…"

@@ -45,6 +45,7 @@ _MODES = get_args(RolloutMode)
 _ROLLOUT_STATES = get_args(RolloutStatus)
 _ATTEMPT_STATES = get_args(AttemptStatus)
 _ATTEMPT_ENDS = get_args(AttemptEnd)
+_UNSUCCESSFUL = tuple(each for each in _ATTEMPT_ENDS if each != "succeeded")
 
 
 def check_batch(items: Sequence[Any], what: str) -> None:
@@ -177,6 +178,7 @@ def report_of(
     metadata: Any,
     reason_code: str | None,
     reason_message: str | None,
+    retry: bool | None,
 ) -> Report:
     """A worker's report about its attempt; fields that are ``UNSET`` are not part of it.
 
@@ -185,6 +187,10 @@ def report_of(
     """
     if status is not UNSET:
         check_one_of(status, _ATTEMPT_STATES, "status")
+    if retry is not None and (type(retry) is not bool or status not in _UNSUCCESSFUL):
+        raise InvalidValue(
+            f"retry is {shown(retry)} and status {shown(status)}; give it of an attempt that did not succeed"
+        )
     default = reasons.COMPLETED if status == "succeeded" else reasons.REPORTED
     beaten = last_heartbeat_time
     return Report(
@@ -193,17 +199,20 @@ def report_of(
         worker_id=None if worker_id is UNSET else check_id(worker_id, "worker_id"),
         last_heartbeat_time=None if beaten is UNSET else check_finite(beaten, "last_heartbeat_time"),
         metadata=None if metadata is UNSET else (encode_object(metadata, "metadata"),),
+        retry=retry,
     )
 
 
-def final_report_of(status: Any, metadata: Any, reason_code: str | None, reason_message: str | None) -> Report:
+def final_report_of(
+    status: Any, metadata: Any, reason_code: str | None, reason_message: str | None, retry: bool | None
+) -> Report:
     """A worker's report that its attempt has ended.
 
     Raises:
         InvalidValue: a field is not valid, or the status is not one that an attempt ends in.
     """
     check_one_of(status, _ATTEMPT_ENDS, "status")
-    return report_of(status, UNSET, UNSET, metadata, reason_code, reason_message)
+    return report_of(status, UNSET, UNSET, metadata, reason_code, reason_message, retry)
 
 
 def span_drafts(spans: Sequence[SpanOrPlain]) -> list[SpanDraft]:

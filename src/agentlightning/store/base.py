@@ -255,12 +255,15 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
         *,
         reason_code: str | None = None,
         reason_message: str | None = None,
+        retry: bool | None = None,
     ) -> Attempt:
         """Report the state of an attempt. The call itself is a sign of life.
 
         When the attempt ends, its rollout succeeds, goes back to the queue if ``retry_condition`` and
-        ``max_attempts`` allow it, or fails. An ``unresponsive`` attempt that reports again is revived if its rollout
-        still waits to be retried. ``last_heartbeat_time`` is stored as data; leases follow the store's clock alone.
+        ``max_attempts`` allow it, or fails. ``retry``, said of one that did not succeed, goes before
+        ``retry_condition``: True retries it up to ``max_attempts``, False does not. An ``unresponsive`` attempt that
+        reports again is revived if its rollout still waits to be retried. ``last_heartbeat_time`` is stored as
+        data; leases follow the store's clock alone.
         After the attempt has ended, only ``metadata`` may change, and a repeat of the final status is accepted.
 
         Raises:
@@ -279,6 +282,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
         reason_message: str | None = None,
+        retry: bool | None = None,
         claim_limit: int = 0,
         worker_id: str | None = None,
         request_id: str | None = None,
@@ -298,6 +302,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
             metadata: replaces the attempt's metadata, when given.
             reason_code: why it ended, for programs.
             reason_message: why it ended, for people.
+            retry: of one that failed; see ``update_attempt``.
             claim_limit: 0 to 1000: how many rollouts to claim; 0 claims none. The call never waits for some.
             worker_id: who claims. One that has been asked to drain or stop gets nothing.
             request_id: makes the claim repeatable and short-lived, as in ``dequeue_many_rollouts``, which gets the
@@ -310,9 +315,10 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
             IdReused: ``request_id`` was used for another claim, or the id of a span for another span.
         """
         stored = await self.add_many_spans(spans) if spans else ()
-        attempt = await self.update_attempt(
-            rollout_id, attempt_id, status, metadata=metadata, reason_code=reason_code, reason_message=reason_message
-        )
+        told: dict[str, Any] = {"metadata": metadata, "reason_code": reason_code, "reason_message": reason_message}
+        if retry is not None:
+            told["retry"] = retry
+        attempt = await self.update_attempt(rollout_id, attempt_id, status, **told)
         claimed: Sequence[AttemptedRollout] = ()
         if claim_limit:
             claimed = await self.dequeue_many_rollouts(limit=claim_limit, worker_id=worker_id, request_id=request_id)

@@ -226,11 +226,12 @@ class EngineStore(ReadingStore):
         *,
         reason_code: str | None = None,
         reason_message: str | None = None,
+        retry: bool | None = None,
     ) -> Attempt:
         check_id(rollout_id, "rollout_id")
         if attempt_id != "latest":
             check_id(attempt_id, "attempt_id")
-        said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message)
+        said = report_of(status, worker_id, last_heartbeat_time, metadata, reason_code, reason_message, retry)
         return self._shown.attempt_view(
             await self._core.write(lambda tx: attempt_ops.report(tx, rollout_id, attempt_id, said))
         )
@@ -245,13 +246,14 @@ class EngineStore(ReadingStore):
         metadata: JsonObject | None | Unset = UNSET,
         reason_code: str | None = None,
         reason_message: str | None = None,
+        retry: bool | None = None,
         claim_limit: int = 0,
         worker_id: str | None = None,
         request_id: str | None = None,
     ) -> FinishedAttempt:
         check_id(rollout_id, "rollout_id")
         check_id(attempt_id, "attempt_id")
-        said = final_report_of(status, metadata, reason_code, reason_message)
+        said = final_report_of(status, metadata, reason_code, reason_message, retry)
         drafts = span_drafts(spans)
         check_spans_of(spans, rollout_id, attempt_id)
         check_claim_limit(claim_limit, least=0, what="claim_limit")

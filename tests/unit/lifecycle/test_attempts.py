@@ -259,6 +259,14 @@ class TestReport:
 
 
 class TestEnd:
+    @pytest.mark.parametrize(("listed", "wish", "then"), [(True, False, "failed"), (False, True, "requeuing")])
+    def test_a_wish_goes_before_the_policy_but_not_beyond_its_limit(self, listed: bool, wish: bool, then: str) -> None:
+        policy = RolloutPolicy(max_attempts=2, retry_condition=("failed",) if listed else ())
+        after = attempts.report(pair_of("running", "running", policy), "failed", WHY, NOW, wish)
+        assert after.rollout.status == then
+        last = pair_of("running", "running", replace(policy, max_attempts=1))
+        assert attempts.end(last, "failed", WHY, NOW, retry=True).rollout.status == "failed"
+
     @pytest.mark.parametrize("status", sorted(LIVE))
     @pytest.mark.parametrize("end", ENDS)
     def test_the_attempt(self, status: Any, end: AttemptEnd) -> None:

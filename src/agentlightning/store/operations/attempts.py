@@ -50,6 +50,7 @@ class Report(NamedTuple):
     last_heartbeat_time: float | None = None
     metadata: tuple[bytes | None] | None = None
     """The new metadata, in a tuple of one."""
+    retry: bool | None = None
 
 
 class Finish(NamedTuple):
@@ -208,7 +209,7 @@ def _reported(before: Pair, said: Report, now: Moment) -> Pair:
     """The pair after a worker's report. Raises as ``report``."""
     edits = said.worker_id is not None or said.last_heartbeat_time is not None
     if said.status is not None:
-        after = attempts.report(before, said.status, said.reason, now)
+        after = attempts.report(before, said.status, said.reason, now, said.retry)
     elif edits and standing(before) == "stale" and not _same(before.attempt, said):
         raise attempts.stale(before)
     else:

@@ -29,7 +29,7 @@ from execution_agents import AgentRunner, HoardingAgent
 RETRIES = RolloutConfig(max_attempts=3, retry_condition=["unresponsive", "failed"])
 SOON = RestartPolicy(first_delay=0.02, longest_delay=0.1, most_per_minute=5)
 IN_TIME: dict[str, Any] = {"server_port": 0, "graceful_timeout": 5.0, "terminate_timeout": 2.0, "restarts": SOON}
-QUICK = IN_TIME | {"start_method": "fork"}
+QUICK: dict[str, Any] = IN_TIME | {"start_method": "fork"}
 """A fork has the package imported already; what depends on how processes are started says so."""
 
 

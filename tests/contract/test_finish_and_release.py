@@ -72,7 +72,7 @@ async def test_a_wish_goes_before_the_retry_condition_within_max_attempts(
         assert (await store.verify()).ok
 
 
-@pytest.mark.parametrize(("status", "retry"), [("succeeded", True), ("failed", "no")])
+@pytest.mark.parametrize(("status", "retry"), [("succeeded", True), ("failed", 1), ("failed", "no")])
 async def test_a_wish_that_cannot_be_meant_is_refused(stores: Stores, status: Any, retry: Any) -> None:
     async with stores.open() as (store, _):
         await enqueued(store, 1)

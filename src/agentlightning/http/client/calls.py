@@ -241,6 +241,8 @@ def _encoder_by_type(name: str, parts: set[Any], *, is_id: bool) -> Encoder:
         return partial(_integer, what=name)
     if str in parts:
         return partial(text_filter, name)
+    if bool in parts:
+        return partial(_flag, what=name)
     return lambda value: _raw(encode_json(value, name))
 
 
@@ -254,6 +256,12 @@ def _checked(check: Callable[..., object], *more: Any) -> Encoder:
 
 def _strings(value: Any, what: str, allowed: Sequence[str] | None) -> Any:
     return list(dict.fromkeys(within(what, value, allowed).value))
+
+
+def _flag(value: Any, what: str) -> bool:
+    if type(value) is not bool:
+        raise InvalidValue(f"{what} is {shown(value)}; give True or False")
+    return value
 
 
 def _integer(value: Any, what: str) -> int:

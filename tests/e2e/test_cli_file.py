@@ -14,10 +14,10 @@ from pathlib import Path
 import apsw
 import pytest
 
-from agentlightning import SqliteLightningStore
+from agentlightning import LLM, SqliteLightningStore
 from agentlightning.cli.terminal import ExitCode
 from command_line import agl, agl_process, clean_environment
-from worked_store import KEY, RESOURCES, make_database
+from worked_store import KEY, RESOURCES, make_database, spans_of_a_turn
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,24 @@ def test_one_rollout_is_shown_with_its_attempts_spans_and_reward(worked: Path) -
     [attempt] = told["attempts"]
     assert (attempt["reward"], attempt["spans"], attempt["status"]) == (0.5, 4, "failed")
     assert told["rollout"]["input"] == {"task": "number 4"}
+
+
+def test_an_attempt_that_did_not_call_its_model_is_told_of(tmp_path: Path) -> None:
+    async def make() -> None:
+        async with SqliteLightningStore(tmp_path / "store.db") as store:
+            model = LLM(endpoint="http://127.0.0.1:8000/v1", model="m")
+            await store.add_resources({"llm": model}, resources_id="rs-1")
+            for name, spans in (("without", 0), ("with", None)):
+                started = await store.start_rollout({}, resources_id="rs-1", rollout_id=f"ro-{name}")
+                await store.add_many_spans(spans_of_a_turn(started, 1.0)[:spans])
+                await store.update_attempt(started.rollout_id, started.attempt.attempt_id, "succeeded")
+
+    asyncio.run(make())
+    shown = agl("rollouts", "show", "ro-without", "--url", tmp_path / "store.db")
+    assert (shown.code, "no_model_calls" in shown.out, "recorded call" in shown.err) == (0, True, True)
+    for name, is_flagged in (("ro-without", True), ("ro-with", False)):
+        told = agl("rollouts", "show", name, "--url", tmp_path / "store.db", "-o", "json").ok().json
+        assert [attempt["no_model_calls"] for attempt in told["attempts"]] == [is_flagged]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ class Adapted(Generic[T]):
     set_aside: list[UnusableSpan] = field(default_factory=list[UnusableSpan])
     """Spans of model calls that were left out on purpose: further records of the same call, and what was asked for."""
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether any span tells of a model call, whatever became of it."""
+        return bool(self.made or self.unusable or self.set_aside)
+
     def made_with_warning(self) -> list[T]:
         """Return what was made; log the spans that were not used: how many per reason, and the first one of each.
 

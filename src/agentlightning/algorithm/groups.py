@@ -83,6 +83,8 @@ class StepGroups:
     """Attempts that ended without a result and were followed by another."""
     unusable_calls: Counter[str] = field(default_factory=Counter[str])
     """Model calls that cannot be trained on, by reason."""
+    no_model_calls: int = 0
+    """Attempts with a reward and without any recorded model call, although they were given the policy to call."""
     failures: Counter[str] = field(default_factory=Counter[str])
     """Rollouts that did not succeed, by status and reason as the store gives them."""
 
@@ -97,6 +99,7 @@ class StepGroups:
             "rollouts_unusable": float(self.dropped_rollouts["unusable"]),
             "attempts_retried": float(self.retried_attempts),
             "calls_unusable": float(self.unusable_calls.total()),
+            "no_model_calls": float(self.no_model_calls),
         }
         if self.groups:
             numbers["frac_reward_zero_std"] = self.equal_groups / len(self.groups)
@@ -119,6 +122,8 @@ class StepGroups:
         counts = [f"{_DROPPED_WORDS[cause]}: {count}" for cause, count in self.dropped_rollouts.most_common()]
         common = [*self.failures.most_common(1), *self.unusable_calls.most_common(1)]
         most = "".join(f"; {count}× {reason}" for reason, count in common)
+        if self.no_model_calls:
+            most += f"; {self.no_model_calls}× no model call was recorded: do agents call the endpoint of their LLM?"
         groups = "1 group" if self.dropped_groups == 1 else f"{self.dropped_groups} groups"
         what = f"dropped {groups}" if self.dropped_groups else "left some rollouts out of their groups"
         return f"{what} ({', '.join(counts)}{most})"
@@ -203,14 +208,15 @@ class GroupReader:
             step.dropped_rollouts["failed" if has_failed else "unrewarded"] += 1
             return None
         step.rewards.append(reward)
-        calls = self._calls(ended.spans, step.unusable_calls)
+        calls = self._calls(ended.spans, step)
         if not calls:
             step.dropped_rollouts["unusable"] += 1
             return None
         return rollout.rollout_id, reward, calls
 
-    def _calls(self, spans: Sequence[Span], unusable: Counter[str]) -> list[SampledCall]:
-        adapted = self.adapter.examine(spans)
+    def _calls(self, spans: Sequence[Span], step: StepGroups) -> list[SampledCall]:
+        adapted, unusable = self.adapter.examine(spans), step.unusable_calls
+        step.no_model_calls += not adapted.has_calls
         unusable.update(each.reason for each in adapted.unusable)
         calls: list[SampledCall] = []
         for triplet in adapted.made:

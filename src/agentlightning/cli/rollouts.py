@@ -29,7 +29,7 @@ from agentlightning.cli.terminal import (
 )
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
-from agentlightning.types import Attempt, AttemptedRollout, Rollout, RolloutStatus
+from agentlightning.types import LLM, Attempt, AttemptedRollout, Rollout, RolloutStatus
 from agentlightning.types.rewards import find_final_reward
 
 _SHOWN_ATTEMPTS = 20
@@ -108,6 +108,25 @@ class _Told(NamedTuple):
     spans: int
     names: Counter[str]
     reward: float | None
+    no_model_calls: bool
+    """Whether it has ended without a recorded model call, although it was given a model to call."""
+
+
+async def _told_of(store: LightningStore, attempt: Attempt, *, has_model: bool) -> _Told:
+    from agentlightning.adapter.adapters import TracerTraceToTriplet  # here, so that other commands start faster
+
+    page = await store.query_spans(attempt.rollout_id, attempt.attempt_id, sort_order="desc", limit=_MANY_SPANS)
+    spans = list(reversed(page.items))
+    is_known = has_model and attempt.end_time is not None and page.total == len(spans)
+    no_calls = is_known and not TracerTraceToTriplet().examine(spans).has_calls
+    return _Told(attempt, page.total, Counter(span.name for span in spans), find_final_reward(spans), no_calls)
+
+
+async def _has_model(store: LightningStore, rollout: Rollout) -> bool:
+    if rollout.resources_id is None:
+        return False
+    given = await store.get_resources_by_id(rollout.resources_id)
+    return given is not None and any(isinstance(each, LLM) for each in given.resources.values())
 
 
 def show(target: Target, rollout: Id, output: Output = "table") -> None:
@@ -123,17 +142,15 @@ def show(target: Target, rollout: Id, output: Output = "table") -> None:
     async def question(store: LightningStore) -> tuple[Rollout, list[_Told], int, float]:
         found = await find_rollout(store, rollout)
         attempts = await store.query_attempts(found.rollout_id, sort_order="desc", limit=_SHOWN_ATTEMPTS)
-        told: list[_Told] = []
-        for each in reversed(attempts):
-            page = await store.query_spans(each.rollout_id, each.attempt_id, sort_order="desc", limit=_MANY_SPANS)
-            spans = list(reversed(page.items))
-            told.append(_Told(each, page.total, Counter(span.name for span in spans), find_final_reward(spans)))
+        has_model = await _has_model(store, found)
+        told = [await _told_of(store, each, has_model=has_model) for each in reversed(attempts)]
         return found, told, attempts.total, clock_of(await store.statistics())
 
     found, told, total, now = target.look(question)
     if output == "json":
         attempts = [
             {**plain(each.attempt), "spans": each.spans, "span_names": each.names, "reward": each.reward}
+            | {"no_model_calls": each.no_model_calls}
             for each in told
         ]
         print_json({"rollout": found, "attempts": attempts})
@@ -179,11 +196,13 @@ def _print_attempts(rollout: Rollout, told: Sequence[_Told], total: int, now: fl
         Column("took", lambda each: duration(max(0.0, (each.attempt.end_time or now) - each.attempt.start_time)), True),
         Column("spans", lambda each: f"{each.spans:,}", right=True),
         Column("reward", lambda each: "none" if each.reward is None else f"{each.reward:.4g}", right=True),
-        Column("reason", lambda each: _reason_of_attempt(each.attempt), wide=True),
+        Column("reason", lambda each: _reason_of_attempt(each), wide=True),
     )
     print_table(columns, told, empty="No attempts yet.")
     if total > len(told):
         typer.echo(f"the last {len(told)} of {total} attempts", err=True)
+    if any(each.no_model_calls for each in told):
+        typer.echo("no_model_calls: an attempt that was given a model ended without a recorded call of it", err=True)
     if told and told[-1].names:
         names = [f"{name} ×{number}" for name, number in told[-1].names.most_common(_SHOWN_NAMES)]
         typer.echo()
@@ -191,9 +210,12 @@ def _print_attempts(rollout: Rollout, told: Sequence[_Told], total: int, now: fl
         typer.echo(f"Draw them: agl trace {rollout.rollout_id}")
 
 
-def _reason_of_attempt(attempt: Attempt) -> str:
+def _reason_of_attempt(told: _Told) -> str:
+    attempt = told.attempt
     reason = ": ".join(filter(None, (attempt.reason_code, attempt.reason_message)))
-    return "" if attempt.status == "succeeded" else one_line(reason, 300)
+    if attempt.status == "succeeded":
+        return "no_model_calls" if told.no_model_calls else ""
+    return one_line(reason, 300)
 
 
 # --- ``agl rollouts cancel`` and ``prune``: what changes rollouts ---

@@ -56,6 +56,14 @@ def test_one_attempt_that_is_left_has_nothing_to_be_compared_with() -> None:
     assert read(ended(1.0), failed(), failed()).numbers()["groups_dropped"] == 1
 
 
+def test_an_attempt_without_a_recorded_call_is_counted() -> None:
+    silent = ended(1.0)
+    step = read(EndedRollout(silent.rollout, silent.spans[1:]), ended(1.0), ended(0.0))
+    assert (step.numbers()["no_model_calls"], step.numbers()["rollouts_unusable"]) == (1, 1)
+    assert "1× no model call was recorded" in step.describe_dropped()
+    assert read(ended(1.0), ended(0.0)).numbers()["no_model_calls"] == 0
+
+
 def test_a_group_can_count_as_a_whole_or_not_at_all() -> None:
     assert advantages(read(ended(1.0), failed(), ended(0.0), on_failure="drop_group")) == []
 

@@ -19,6 +19,7 @@ class ManualClock:
         self._lock = threading.Lock()
         self._wall = wall
         self._monotonic = monotonic
+        self._boot = monotonic
 
     def wall(self) -> float:
         """Unix seconds."""
@@ -29,6 +30,18 @@ class ManualClock:
         """Seconds since some moment."""
         with self._lock:
             return self._monotonic
+
+    def boot(self) -> float:
+        """Seconds since some moment, in which nobody saw this process stand still."""
+        with self._lock:
+            return self._boot
+
+    def stand_still(self, seconds: float) -> None:
+        """Time passes while the process is stopped, or its machine is suspended."""
+        with self._lock:
+            self._wall += seconds
+            self._monotonic += seconds
+            self._boot += seconds
 
     def advance(self, seconds: float) -> None:
         """Time passes: both clocks go forward."""

@@ -625,6 +625,8 @@ class ScaledClock:
     def monotonic(self) -> float:
         return (time.monotonic() - self._start) * self._speed
 
+    boot = staticmethod(time.monotonic)
+
 
 class StoreProcess:
     """One life."""

@@ -78,10 +78,15 @@ class StoreServerProcess:
 
     def kill(self) -> None:
         """SIGKILL, to it and to nothing else."""
+        self.signal(signal.SIGKILL)
         process, self._process = self._process, None
         assert process is not None
-        os.kill(process.pid, signal.SIGKILL)
         process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it this signal, to it and to nothing else."""
+        assert self._process is not None
+        os.kill(self._process.pid, number)
 
     def stop(self) -> None:
         """SIGTERM; it has ended in order when this returns."""

@@ -104,6 +104,12 @@ class Swept(NamedTuple):
     next_deadline: float | None
 
 
+class Renewed(NamedTuple):
+    """Every lease has a full new term, because the process had stood still until this moment of ``boot_now``."""
+
+    boot: float
+
+
 class Directed(NamedTuple):
     """These workers were asked to take no more work."""
 
@@ -117,7 +123,7 @@ class Stopped(NamedTuple):
 
 
 # Events carry ids and times only, never rows: a backend of several processes can then deliver them to all.
-Event = Finished | Waiting | Claimed | Deadline | Swept | Directed | Stopped
+Event = Finished | Waiting | Claimed | Deadline | Swept | Renewed | Directed | Stopped
 
 
 class Unreadable(NamedTuple):
@@ -216,6 +222,11 @@ class Transaction(ReadTransaction, Protocol):
         """The earliest ``deadline`` of all rows."""
         ...
 
+    async def renew_leases(self, lost_seconds: float) -> None:
+        """Give every lease a full new term, as ``Backend.open`` does. Time-outs do not count the seconds that were
+        lost. A repeat at the same moment changes nothing."""
+        ...
+
     async def delete_spans(self, attempt: AttemptRow, limit: int) -> tuple[int, int]:
         """Delete up to ``limit`` spans of an attempt; returns how many, and their bytes."""
         ...
@@ -254,6 +265,10 @@ class Backend(Protocol):
 
     def lease_now(self) -> float:
         """The lease clock of ``now``, outside a transaction."""
+        ...
+
+    def boot_now(self) -> float:
+        """``Clock.boot``."""
         ...
 
     def measures(self) -> Sequence[Measure]:

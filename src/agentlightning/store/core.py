@@ -30,6 +30,7 @@ from agentlightning.store.backend import (
     Event,
     Finished,
     ReadTransaction,
+    Renewed,
     Stopped,
     Swept,
     Transaction,
@@ -44,6 +45,10 @@ _log = logging.getLogger(__name__)
 _SLICE = 200
 """Rows per transaction of a sweep, so that it does not block other writes for long."""
 _RETRY_SWEEP_SECONDS = 1.0
+_PULSE_SECONDS = 0.5
+_STILL_SECONDS = 3.0
+"""A process that did not get to look at its clock for so long stood still. A busy machine alone is not that slow, and
+leases leave their holders more than that."""
 
 
 async def sweep(tx: Transaction) -> bool:
@@ -83,15 +88,21 @@ class Alarm:
     """The next moment at which something may expire, and a thread that rings when it has passed.
 
     The moment is possibly early, never late. The thread starts with the first deadline, and ends with ``close``, or
-    when nobody holds the object of ``ring`` any more.
+    when nobody holds the object of ``ring`` any more. It looks at the clock all the time, so that it is known when the
+    process stood still: those who were to be heard of meanwhile could not be heard.
 
     Args:
         lease_now: reads the lease clock, in seconds.
-        ring: called after a deadline has passed; it should sweep, which sets the next one.
+        boot_now: reads the clock that tells whether the process stood still.
+        ring: called after a deadline has passed, or the process has stood still; it should sweep, which sets the next
+            deadline.
     """
 
-    def __init__(self, lease_now: Callable[[], float], ring: MethodType) -> None:
+    def __init__(self, lease_now: Callable[[], float], boot_now: Callable[[], float], ring: MethodType) -> None:
         self.next = -math.inf
+        self.pulse = math.inf
+        """When the thread looked last, on the clock of ``boot_now``, and the process was not known to stand still."""
+        self._boot_now = weakref.WeakMethod(boot_now)
         # Weak references: the thread must not keep a store alive that nobody uses any more.
         self._lease_now = weakref.WeakMethod(lease_now)
         self._ring = weakref.WeakMethod(ring)
@@ -101,13 +112,16 @@ class Alarm:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def note(self, event: Deadline | Swept) -> None:
+    def note(self, event: Deadline | Swept | Renewed) -> None:
         """Handle an event of a committed transaction. Events come in the order of the commits."""
         match event:
             case Deadline(at):
                 following = min(self.next, at)
             case Swept(at):
                 following = math.inf if at is None else at
+            case Renewed(boot):
+                self.pulse = boot
+                return
         if following != self.next:
             self.next = following
             self.set(following)
@@ -121,6 +135,15 @@ class Alarm:
             else:
                 self._condition.notify()
 
+    def stood_still(self) -> float:
+        """For how many seconds the process has stood still since leases were renewed last; 0 if it has not."""
+        since = self._since_pulse()
+        return since if since > _STILL_SECONDS else 0.0
+
+    def _since_pulse(self) -> float:
+        boot_now = self._boot_now()
+        return 0.0 if boot_now is None else boot_now() - self.pulse
+
     def close(self) -> None:
         """Never ring again; idempotent."""
         self._end()
@@ -130,10 +153,13 @@ class Alarm:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="agl-sweep", daemon=True)
+        boot_now = self._boot_now()
+        self.pulse = math.inf if boot_now is None else boot_now()
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more threads; the next deadline tries again
             _log.warning("expired attempts are found only when the store is used: %s", error)
+            self.pulse = math.inf
             return
         self._thread = thread
         weakref.finalize(self._owner(), self._end).atexit = False
@@ -149,10 +175,17 @@ class Alarm:
         return 0.0 if lease_now is None else self._rings_at - lease_now()
 
     def _run(self) -> None:
+        rung_for = math.inf
         while True:
             with self._condition:
                 while not self._closed and (left := self._left()) > 0:
-                    self._condition.wait(None if left == math.inf else min(left, threading.TIMEOUT_MAX))
+                    since = self._since_pulse()  # read once: the process may be stopped at any moment
+                    if since <= _STILL_SECONDS:
+                        self.pulse += since
+                    elif rung_for != self.pulse:  # once: should this sweep fail, the next one renews the leases
+                        rung_for = self.pulse
+                        break
+                    self._condition.wait(min(left, _PULSE_SECONDS))
                 if self._closed:
                     return
                 self._rings_at = math.inf
@@ -174,7 +207,7 @@ class Core:
         self.backend = backend
         self.finishes = FinishWaiters()
         self.claims = ClaimWaiters()
-        self._alarm = Alarm(backend.lease_now, self._ring)
+        self._alarm = Alarm(backend.lease_now, backend.boot_now, self._ring)
         self._usable = False
 
     def open(self) -> None:
@@ -209,7 +242,7 @@ class Core:
         # One operation with its sweep, so that it is accepted at once and also carried out if its caller goes away.
         async def swept_first(tx: Transaction) -> T | None:
             nonlocal more_is_due
-            more_is_due = await sweep(tx)
+            more_is_due = await self._sweep(tx)
             return None if more_is_due else await operation(tx)
 
         result = None
@@ -232,7 +265,7 @@ class Core:
         self.open()
         try:
             while self._something_is_due() and not self.backend.stopped:
-                await self.backend.write(sweep)
+                await self.backend.write(self._sweep)
             if save_touched and not self.backend.stopped:
                 await self.backend.write(lambda tx: tx.save_touched())
         except StoreClosed:
@@ -240,6 +273,15 @@ class Core:
         except StoreUnavailable:
             pass
         return await self.backend.read(operation, rows=rows)
+
+    async def _sweep(self, tx: Transaction) -> bool:
+        """``sweep``, after every lease has got a full new term if the process has stood still."""
+        lost = self._alarm.stood_still()
+        if lost:
+            _log.warning("this process stood still for %.1f s: every lease gets a full new term", lost)
+            await tx.renew_leases(lost)
+            tx.publish(Renewed(self._alarm.pulse + lost))
+        return await sweep(tx)
 
     def _something_is_due(self) -> bool:
         return self.backend.lease_now() >= self._alarm.next
@@ -260,7 +302,7 @@ class Core:
                 case Claimed(request_id, rollouts):
                     waiting -= rollouts
                     self.claims.wake_request(request_id)
-                case Deadline() | Swept():
+                case Deadline() | Swept() | Renewed():
                     self._alarm.note(event)
                 case Directed(worker_ids):
                     self.claims.wake_workers(worker_ids)
@@ -272,7 +314,7 @@ class Core:
     def _ring(self) -> None:
         """A deadline has passed and no call has swept: sweep, so that the callers that wait are woken."""
         try:
-            while self.backend.write_blocking(sweep):
+            while self.backend.write_blocking(self._sweep):
                 pass
         except StoreUnavailable as error:
             _log.warning("expired attempts are not swept: %s", error)

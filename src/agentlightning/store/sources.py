@@ -9,6 +9,9 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""On Linux CLOCK_MONOTONIC, and with it ``time.monotonic``, stands still with the machine; elsewhere it does not."""
+
 
 class Clock(Protocol):
     """Where time comes from; tests bring their own."""
@@ -21,12 +24,22 @@ class Clock(Protocol):
         """Seconds since some moment; never jumps."""
         ...
 
+    def boot(self) -> float:
+        """Seconds since some moment, at which a running process looks all the time. If it could not look for a while,
+        it stood still: it was stopped, or its machine was suspended."""
+        ...
+
 
 class SystemClock:
     """The machine's clocks."""
 
     wall = staticmethod(time.time)
-    monotonic = staticmethod(time.monotonic)
+
+    def monotonic(self) -> float:
+        """Seconds since the machine was started, also those in which it was suspended."""
+        return time.clock_gettime(_BOOT_CLOCK)
+
+    boot = monotonic
 
 
 # --- Ids that sort by time, so that indexes grow at their end instead of everywhere ---

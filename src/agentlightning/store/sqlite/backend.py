@@ -186,6 +186,9 @@ class SqliteBackend(Backend):
         """The lease clock: wall time when the store was opened, and real time since."""
         return self._lease_anchor + self._clock.monotonic()
 
+    def boot_now(self) -> float:
+        return self._clock.boot()
+
     def moment(self) -> Moment:
         """Both clocks."""
         return Moment(self._clock.wall(), self._lease_anchor + self._clock.monotonic())
@@ -408,6 +411,9 @@ class ViewBackend(Backend):
     def lease_now(self) -> float:
         """Before every deadline."""
         return float("-inf")
+
+    def boot_now(self) -> float:
+        return self._clock.boot()
 
     def disk(self) -> tuple[int, int] | None:
         return disk_room(self._path)

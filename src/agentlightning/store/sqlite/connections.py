@@ -187,30 +187,32 @@ def _keep_plans(connection: apsw.Connection) -> None:
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
 
 
-def rebase_leases(connection: apsw.Connection, now: float) -> None:
-    """Give every lease a full new term, so that the time the store was closed expires none.
+def rebase_leases(connection: apsw.Connection, now: float, lost_seconds: float | None = None) -> None:
+    """Give every lease a full new term, so that the time in which the store was closed or stood still expires none.
 
-    Time-outs go on from where they stood at the last sign of life that was written. Deadlines are lower bounds: set
-    to now, the first sweep computes the true ones. The last sequence id of each live attempt may be known from its
-    spans only, because a span does not write the row of its attempt.
+    Time-outs do not count ``lost_seconds``; None: they go on from where they stood at the last sign of life that was
+    written. Deadlines are lower bounds: set to now, the first sweep computes the true ones. The last sequence id of
+    each live attempt may be known from its spans only, because a span does not write the row of its attempt.
     """
     with connection:
         connection.execute(
             """UPDATE attempts SET
                 version = version + 1,
-                started_lease = started_lease + :now - (SELECT max(beaten_lease) FROM attempts WHERE live),
+                started_lease = min(:now, started_lease
+                    + coalesce(:lost, :now - (SELECT max(beaten_lease) FROM attempts WHERE live))),
                 beaten_lease = :now,
                 deadline = iif(deadline IS NULL, NULL, :now),
                 span_sequence = max(
                     span_sequence,
                     (SELECT coalesce(max(sequence_id), 0) FROM spans WHERE attempt_seq = attempts.seq)
                 )
-            WHERE live""",
-            {"now": now},
+            WHERE live AND (:lost IS NULL OR beaten_lease <> :now)""",
+            {"now": now, "lost": lost_seconds},
         )
         connection.execute(
-            "UPDATE workers SET version = version + 1, beaten_lease = :now, deadline = :now WHERE deadline IS NOT NULL",
-            {"now": now},
+            "UPDATE workers SET version = version + 1, beaten_lease = :now, deadline = :now "
+            "WHERE deadline IS NOT NULL AND (:lost IS NULL OR beaten_lease <> :now)",
+            {"now": now, "lost": lost_seconds},
         )
 
 

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from agentlightning.errors import Conflict
 from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.store.backend import Event, Page, PageQuery, ResourcesBy, Row, SpanValues
+from agentlightning.store.sqlite.connections import rebase_leases
 from agentlightning.store.sqlite.reads import SqliteReads
 from agentlightning.store.sqlite.row_cache import RowCache, Shelf, Undo
 from agentlightning.store.sqlite.rows import ATTEMPTS, CODECS, ROLLOUTS, WORKERS
@@ -356,6 +357,16 @@ class SqliteTransaction(SqliteReads):
             "UNION ALL SELECT min(deadline) FROM workers WHERE deadline IS NOT NULL)"
         )
         return self._rows(sql)[0][0]
+
+    async def renew_leases(self, lost_seconds: float) -> None:
+        """Give every lease a full new term."""
+        await self.save_touched()
+        self._write()
+        rebase_leases(self._connection, self.now().lease, lost_seconds)
+        for kind in (AttemptRow, WorkerRow):
+            shelf = self._shelves[kind]
+            for key in list(shelf.rows):
+                self._drop(shelf, key)
 
     async def delete_spans(self, attempt: AttemptRow, limit: int) -> tuple[int, int]:
         """Delete some spans of an attempt; returns how many, and their bytes."""

@@ -15,6 +15,7 @@ import pytest
 
 import agentlightning as agl_package
 from agentlightning.cli.terminal import ExitCode
+from agentlightning.errors import InvalidValue
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.runner.program import load_agent
@@ -213,5 +214,29 @@ def test_a_module_that_misses_another_says_which(folder: Path, monkeypatch: pyte
     (folder / "broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+    with pytest.raises(InvalidValue, match=r"No module named 'not_there_at_all' \(.*broken\.py, line 1\)"):
         load_agent("broken:agent", os.getcwd())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def agent(task)\n    return 1.0\n", "SyntaxError: expected ':' ({file}, line 1)"),
+        ("import sys\nsys.exit('usage: …')\n", "SystemExit: usage: … ({file}, line 2); put"),
+        ("def make():\n    return {}['x']\nagent = make()\n", "KeyError: 'x' ({file}, line 2)"),
+        (
+            "import agentlightning as agl\nclass agent(agl.LitAgent):\n    def __init__(self, x): ...\n",
+            "argument: 'x';",
+        ),
+    ],
+)
+def test_an_error_in_the_users_file_is_the_users(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    (folder / "of_user.py").write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    done = agl("runner", "of_user.py:agent")
+    sys.modules.pop("of_user", None)
+    assert (done.code, "bug of Agent Lightning" in done.err) == (ExitCode.USAGE, False)
+    assert said.format(file=folder / "of_user.py") in done.err

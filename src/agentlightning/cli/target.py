@@ -312,7 +312,8 @@ def _silence(server: Server, error: Exception) -> str:
         case ConnectionRefusedError():
             return (
                 f"nothing listens at {server}. Start a server there with `agl store`, "
-                f"or name another with --url (http://host:{DEFAULT_PORT}, or the path of a database file)"
+                f"or name another with --url (http://host:{DEFAULT_PORT}, or the path of a database file); "
+                "a Trainer shows the URL of its run"
             )
         case TimeoutError():
             return (

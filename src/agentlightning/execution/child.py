@@ -167,6 +167,10 @@ def _describe(exited: ProcessEvent, result: ProcessResult) -> str:
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
+_BUNDLE = ".bundle."
+"""The way from a side's job to what the user gave."""
+
+
 def choose_start_method(requested: StartMethod | None, what: str, job: object) -> StartMethod:
     """How processes are started: as requested; else ``fork`` from a process with one thread, else ``forkserver``.
 
@@ -199,8 +203,11 @@ def pack(what: str, value: object) -> bytes:
         return cloudpickle.dumps(value)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:  # the objects' own code runs here, and may raise anything
         path, culprit = _find_culprit(value)
+        named = f"{what}{path}"
+        if path.startswith(_BUNDLE):  # what a user knows: the agent, the tracer
+            named = path.removeprefix(_BUNDLE)
         raise InvalidValue(
-            f"{what}{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be sent to another "
+            f"{named}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be sent to another "
             f"process: {error}. Make it where it is used (in the agent's rollout, or when it is first asked for); or "
             "use start_method='fork', which needs no pickling; or strategy 'shm', which has no other processes"
         ) from error

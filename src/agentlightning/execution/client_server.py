@@ -23,7 +23,8 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
         role: what this process does. Default: ``AGL_CURRENT_ROLE``, else ``both``.
         server_host: name or address where the store is served, or for ``runner``, where the server is. Default:
             ``AGL_SERVER_HOST``, else ``localhost``. One that other machines can reach needs an API key.
-        server_port: its port; 0 (not for ``runner``): any free one. Default: ``AGL_SERVER_PORT``, else 4747.
+        server_port: its port; 0 (not for ``runner``): any free one. Default: ``AGL_SERVER_PORT``, else any free one for
+            ``both`` on loopback, else 4747.
         n_runners: how many runners run on this machine.
         graceful_timeout: seconds that processes get to end by themselves after the stop event (stage 1 of an abort).
         terminate_timeout: seconds for each of the other stages: SIGINT, SIGTERM, SIGKILL.

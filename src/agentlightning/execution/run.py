@@ -77,7 +77,9 @@ class RunSettings:
     ) -> None:
         self.role: Role = cast("Role", resolve_str_env_var(LightningEnvVar.AGL_CURRENT_ROLE, role, fallback="both"))
         self.server_host = resolve_str_env_var(LightningEnvVar.AGL_SERVER_HOST, server_host, fallback=_DEFAULT_HOST)
-        self.server_port = resolve_int_env_var(LightningEnvVar.AGL_SERVER_PORT, server_port, fallback=_DEFAULT_PORT)
+        # Nobody has to know the port of a run that is on this machine alone, and there may be several such runs.
+        usual = 0 if self.role == "both" and is_loopback(self.server_host) else _DEFAULT_PORT
+        self.server_port = resolve_int_env_var(LightningEnvVar.AGL_SERVER_PORT, server_port, fallback=usual)
         self.n_runners = n_runners
         self.graceful_timeout = graceful_timeout
         self.terminate_timeout = terminate_timeout

@@ -29,17 +29,18 @@ import shlex
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
 from agentlightning.emitter.annotation import emit_reward, operation
 from agentlightning.emitter.emit import emit_message
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import AgentLightningError, InvalidValue
 from agentlightning.litagent.litagent import LitAgent, rollout as rollout_agent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import StopEvent
@@ -48,6 +49,9 @@ from agentlightning.store.base import LightningStore
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
 
+T = TypeVar("T")
+
+_PACKAGE = Path(__file__).parents[1]
 _VARIABLE_BYTES = 120 * 1024
 """Linux limits one variable to 128 KiB (MAX_ARG_STRLEN), its name included."""
 _PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
@@ -295,7 +299,7 @@ def load_agent(spec: str, folder: str) -> LitAgent[Any]:
         folder: looked into first, before the installed modules.
 
     Raises:
-        InvalidValue: there is no such object, or it is something else.
+        InvalidValue: there is no such object, it is something else, or the user's code raises; the message says where.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
@@ -311,8 +315,33 @@ def load_agent(spec: str, folder: str) -> LitAgent[Any]:
     if isinstance(found, LitAgent):
         return found  # pyright: ignore[reportUnknownVariableType]
     if isinstance(found, type) and issubclass(found, LitAgent):
-        return found()  # pyright: ignore[reportUnknownVariableType]
+        return _by_user(spec, "cannot be made", cast("Callable[[], LitAgent[Any]]", found))
     raise InvalidValue(f"{spec!r} is a {kind}; it must be an agent, a class of agents, or a function")
+
+
+def _by_user(what: str, trouble: str, code: Callable[[], T]) -> T:
+    """Run code of the user's.
+
+    Raises:
+        InvalidValue: it raises; the message says what, and where in the user's code.
+    """
+    try:
+        return code()
+    except AgentLightningError:
+        raise
+    except (Exception, SystemExit) as error:
+        place, advice = "", "; `agl --debug runner …` shows the traceback"
+        if isinstance(error, SyntaxError):
+            place, said = f"{error.filename}, line {error.lineno}", error.msg
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            user = [each for each in frames if not each.filename.startswith(("<frozen", str(_PACKAGE)))]
+            place, said = (f"{user[-1].filename}, line {user[-1].lineno}" if user else ""), str(error)
+        if isinstance(error, SystemExit):
+            advice = "; put what is to happen only in a run of the file below `if __name__ == '__main__':`"
+        raise InvalidValue(
+            f"{what!r} {trouble}: {type(error).__name__}: {said}{place and f' ({place})'}{advice}"
+        ) from error
 
 
 def _module(place: str, folder: str) -> Any:
@@ -320,9 +349,10 @@ def _module(place: str, folder: str) -> Any:
         sys.path.insert(0, folder)
     if not place.endswith(".py") and os.sep not in place:
         try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            return _by_user(place, "cannot be imported", lambda: importlib.import_module(place))
+        except InvalidValue as told:
+            error = told.__cause__
+            if not isinstance(error, ModuleNotFoundError) or not f"{place}.".startswith(f"{error.name}."):
                 raise  # the module exists, and needs another one that does not
             raise InvalidValue(f"there is no module {place!r}, neither in {folder!r} nor installed") from error
     file = Path(folder, place)
@@ -334,7 +364,11 @@ def _module(place: str, folder: str) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise InvalidValue(f"{str(file)!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
+    loader, module = spec.loader, importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # before it runs, so that its classes can be pickled by name
-    spec.loader.exec_module(module)
+    try:
+        _by_user(place, "cannot be imported", lambda: loader.exec_module(module))
+    except InvalidValue:
+        del sys.modules[file.stem]
+        raise
     return module

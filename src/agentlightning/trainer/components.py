@@ -11,6 +11,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from agentlightning.errors import InvalidValue
@@ -198,6 +199,28 @@ def hooks_of(given: Hook | Sequence[Hook] | None) -> tuple[Hook, ...]:
                 f"hooks has {each!r}, a {type(each).__name__}; give objects of classes derived from Hook"
             )
     return tuple(each for each in hooks if each is not None)
+
+
+def store_file(spec: object) -> Path | None:
+    """The database file that ``store=`` names: ``x.db``, a path, or ``sqlite://PATH``; None if it names none.
+
+    Raises:
+        InvalidValue: it is the URL of something else; the message says how that is given.
+    """
+    if isinstance(spec, Path):
+        return spec
+    if not isinstance(spec, str):
+        return None
+    scheme, separator, rest = spec.partition("://")
+    if separator and scheme in ("http", "https"):
+        raise InvalidValue(
+            f"store={spec!r} is a server; give store=agl.LightningStoreClient({spec!r}) and "
+            "strategy={'type': 'cs', 'managed_store': False}"
+        )
+    if separator and scheme != "sqlite":
+        raise InvalidValue(f"store={spec!r} is no store; give the path of a file (x.db), or an agl.LightningStore")
+    is_file = bool(separator) or "/" in spec or spec.endswith((".db", ".sqlite", ".sqlite3"))
+    return Path(rest if separator else spec) if is_file else None
 
 
 def strategy_of(spec: ComponentSpec[ExecutionStrategy], n_runners: int | None, port: int | None) -> ExecutionStrategy:

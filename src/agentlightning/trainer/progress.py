@@ -53,6 +53,8 @@ class Snapshot:
     numbers: Mapping[str, float] = field(default_factory=dict[str, float])
     """The algorithm's latest report."""
     eta_seconds: float | None = None
+    url: str | None = None
+    """Where the store is served, for ``agl status``."""
 
     @property
     def total(self) -> int:
@@ -235,6 +237,7 @@ class Progress:
             step=self._step,
             numbers=dict(self._numbers),
             eta_seconds=self._eta(now, rate, sum(by_status.values()) - finished),
+            url=getattr(self._store, "endpoint", None),
         )
 
     def _rate(self, now: float, finished: int) -> float:
@@ -284,6 +287,7 @@ class LogView(ProgressView):
     """
 
     interval_seconds = 10.0
+    _told_url: str | None = None
 
     def show(self, snapshot: Snapshot) -> None:
         """Write one line."""
@@ -294,6 +298,9 @@ class LogView(ProgressView):
             f"{snapshot.finished} rollouts ended of {snapshot.total} ({states_line(snapshot)}), {snapshot.rate:.1f}/s, "
             f"reward {reward}, {workers_line(snapshot.workers)}, ETA {duration(snapshot.eta_seconds)}"
         )
+        if snapshot.url not in (None, self._told_url) and snapshot.elapsed_seconds >= self.interval_seconds:
+            self._told_url = snapshot.url
+            line += f"; look on with `agl status --url {snapshot.url}`"
         if _logger.hasHandlers():
             _logger.info("%s", line)
         else:
@@ -351,6 +358,8 @@ def render(snapshot: Snapshot) -> Group:
     reward = Text("none yet" if snapshot.reward is None else f"{snapshot.reward:.3f}  ")
     reward.append(sparkline(snapshot.curve, _CURVE_WIDTH), style="green")
     table.add_row("reward", reward)
+    if snapshot.url is not None:
+        table.add_row("look on", f"agl status --url {snapshot.url}")
     shown = {name: value for name, value in snapshot.numbers.items() if name not in ("reward_mean", "total_steps")}
     if shown:
         table.add_row("algorithm", "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))

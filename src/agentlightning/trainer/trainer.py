@@ -31,6 +31,7 @@ from agentlightning.trainer.components import (
     number_of,
     one_of,
     proxy_of,
+    store_file,
     strategy_of,
     warn_of_ignored,
 )
@@ -100,8 +101,9 @@ class Trainer:
         n_runners: number of runners; default 1.
         max_rollouts: number of rollouts that each runner takes before it ends; default: no limit.
         strategy: how both sides are run: ``"cs"``, ``"shm"``, or your own.
-        port: of the store's server, for strategies that serve it.
-        store: where everything is kept.
+        port: of the store's server, for strategies that serve it. Default: for this machine alone any that is free;
+            else 4747.
+        store: where everything is kept; a text such as ``x.db`` is the path of a database file.
         run: a name for this run. Its store is then the file ``RUNS_FOLDER/NAME/store.db`` (unless ``store`` is
             given), with its checkpoint beside it. A later ``fit`` under that name resumes the run, even if its process
             was killed.
@@ -161,10 +163,14 @@ class Trainer:
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = build_required(adapter, TraceAdapter, "adapter", default_factory=TracerTraceToTriplet)
         self.algorithm = _algorithm_of(algorithm)
+        self._store_path = store_file(store)
+        if store is None and self.run_folder is not None:
+            self._store_path = self.run_folder / "store.db"
+        self._owns_store = store is None or self._store_path is not None
+        named = None if self._owns_store else store
         self.store = build_required(
-            store, LightningStore, "store", default_factory=self._default_store, registry=StoreRegistry
+            named, LightningStore, "store", default_factory=self._default_store, registry=StoreRegistry
         )
-        self._owns_store = store is None
         self.strategy = strategy_of(strategy, n_runners, port)
         self.llm_proxy = proxy_of(llm_proxy, self.store)
         warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
@@ -278,7 +284,7 @@ class Trainer:
             execute()
 
     def _release_store(self) -> None:
-        """Close the run's file, so that another trainer of that name can open it, such as in a notebook.
+        """Close the file that this object opened, so that another trainer can open it, such as in a notebook.
 
         A new store object takes the place of the closed one, and opens the file when it is first asked for something.
         """
@@ -287,9 +293,7 @@ class Trainer:
             self.store = self._default_store()
 
     def _default_store(self) -> LightningStore:
-        if self.run_folder is None:
-            return InMemoryLightningStore()
-        return SqliteLightningStore(self.run_folder / "store.db")
+        return InMemoryLightningStore() if self._store_path is None else SqliteLightningStore(self._store_path)
 
 
 def _warn_of_obsolete(dev: bool, daemon: bool) -> None:

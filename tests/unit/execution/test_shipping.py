@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def test_what_cannot_be_sent_is_named_with_the_ways_out(value: object, named: st
         pack("the runner's side", value)
     assert named in str(told.value)
     assert "start_method='fork'" in str(told.value)
+
+
+def test_what_a_user_gave_is_named_by_its_own_name() -> None:
+    job = SimpleNamespace(bundle=SimpleNamespace(agent=SimpleNamespace(lock=threading.Lock())))
+    with pytest.raises(InvalidValue, match=r"^agent\.lock, a _thread\.lock, cannot be sent"):
+        pack("the runner's side", job)
 
 
 def test_what_a_closure_holds_is_named() -> None:

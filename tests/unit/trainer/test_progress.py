@@ -113,6 +113,7 @@ def a_snapshot() -> Snapshot:
         step=3,
         numbers={"total_steps": 8, "loss": 0.5, "reward_mean": 0.6},
         eta_seconds=30,
+        url="http://127.0.0.1:40123",
     )
 
 
@@ -132,7 +133,7 @@ def test_the_table_shows_it_all() -> None:
         "9 succeeded, 1 failed, 2 running",
     ):
         assert words in text
-    for words in ("1 busy, 1 silent", "0.625  ▁▄█", "loss 0.5"):
+    for words in ("1 busy, 1 silent", "0.625  ▁▄█", "loss 0.5", "agl status --url http://127.0.0.1:40123"):
         assert words in text
 
 
@@ -149,10 +150,14 @@ def test_without_any_logging_the_lines_go_to_stderr(
     for name in ("agentlightning.trainer", "agentlightning", None):
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     LogView().show(Snapshot(0.1, {}, 0.0, None, (), (), None, {}, None))
-    LogView().show(a_snapshot())
-    assert capsys.readouterr().err.splitlines() == [
-        "10 rollouts ended of 12 (9 succeeded, 1 failed, 2 running), 3.5/s, reward 0.625, 1 busy, 1 silent, ETA 30 s"
-    ]
+    view, line = (
+        LogView(),
+        "10 rollouts ended of 12 (9 succeeded, 1 failed, 2 running), 3.5/s, reward 0.625, 1 busy, 1 silent, ETA 30 s",
+    )
+    view.show(a_snapshot())
+    view.show(a_snapshot())
+    first, second = capsys.readouterr().err.splitlines()
+    assert (first, second) == (f"{line}; look on with `agl status --url http://127.0.0.1:40123`", line)
 
 
 def test_auto_is_log_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

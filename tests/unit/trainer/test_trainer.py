@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,40 @@ def test_a_name_implies_a_file_and_a_folder_and_makes_neither_yet(tmp_path: Path
     assert trainer.run is not None
     assert trainer.run.checkpoint_path.parent == tmp_path / "tuesday"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spec", ["x.db", "sqlite://x.db", "./x.db", Path("x.db")])
+def test_a_file_is_a_store(spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    @agl.algo
+    async def enqueue(store: agl.LightningStore) -> None:
+        await store.enqueue_rollout("task")
+
+    for total in (1, 2):  # the file is free again after the first
+        trainer = agl.Trainer(store=spec, algorithm=enqueue, strategy="shm", progress="off")
+        trainer.fit(agl.rollout(lambda task: 1.0))
+
+        async def count(store: Any) -> int:
+            async with store:
+                return (await store.statistics())["total_rollouts"]
+
+        assert asyncio.run(count(agl.SqliteLightningStore("x.db"))) == total
+
+
+@pytest.mark.parametrize("spec", ["http://h:4747", "postgresql://h/db"])
+def test_a_url_that_is_no_store_says_how_one_is_given(spec: str) -> None:
+    with pytest.raises(InvalidValue, match=r"give (store=agl\.LightningStoreClient|the path of a file)"):
+        agl.Trainer(store=spec)
+
+
+def test_a_run_on_this_machine_alone_takes_any_port() -> None:
+    def port(**options: Any) -> int:
+        return agl.ClientServerExecutionStrategy(**options).server_port
+
+    assert agl.Trainer().strategy.server_port == 0  # type: ignore[attr-defined]
+    assert agl.Trainer(port=4747).strategy.server_port == 4747  # type: ignore[attr-defined]
+    assert port(server_host="0.0.0.0", api_key="long-enough") == port(role="algorithm") == port(role="runner") == 4747
 
 
 def test_a_store_of_ones_own_goes_before_the_file(tmp_path: Path) -> None:

@@ -163,14 +163,9 @@ class Trainer:
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = build_required(adapter, TraceAdapter, "adapter", default_factory=TracerTraceToTriplet)
         self.algorithm = _algorithm_of(algorithm)
-        self._store_path = store_file(store)
-        if store is None and self.run_folder is not None:
-            self._store_path = self.run_folder / "store.db"
+        self._store_path = store_file(self.run_folder and self.run_folder / "store.db" if store is None else store)
         self._owns_store = store is None or self._store_path is not None
-        named = None if self._owns_store else store
-        self.store = build_required(
-            named, LightningStore, "store", default_factory=self._default_store, registry=StoreRegistry
-        )
+        self.store = self._default_store() if self._owns_store else _store_of(store)
         self.strategy = strategy_of(strategy, n_runners, port)
         self.llm_proxy = proxy_of(llm_proxy, self.store)
         warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
@@ -309,6 +304,10 @@ def _algorithm_of(spec: ComponentSpec[Algorithm]) -> Algorithm | None:
     return build_component(
         spec, expected_type=Algorithm, spec_name="algorithm", allow_none=True, registry=AlgorithmRegistry
     )
+
+
+def _store_of(spec: ComponentSpec[LightningStore]) -> LightningStore:
+    return build_required(spec, LightningStore, "store", registry=StoreRegistry)
 
 
 def _config_of(given: RolloutConfig | None) -> RolloutConfig:

@@ -222,7 +222,7 @@ def test_the_environment_fills_in_what_is_not_given(monkeypatch: pytest.MonkeyPa
     for name in ("AGL_CURRENT_ROLE", "AGL_SERVER_HOST", "AGL_SERVER_PORT", "AGL_MANAGED_STORE", "AGL_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     strategy = ClientServerExecutionStrategy()
-    assert (strategy.role, strategy.server_host, strategy.server_port) == ("both", "localhost", 4747)
+    assert (strategy.role, strategy.server_host, strategy.server_port) == ("both", "localhost", 0)
     assert (strategy.graceful_timeout, strategy.terminate_timeout, strategy.managed_store) == (10.0, 10.0, True)
     assert strategy.allowed_exit_codes == {0, -15}
     monkeypatch.setenv("AGL_CURRENT_ROLE", "runner")

@@ -18,8 +18,6 @@ from contextlib import asynccontextmanager
 from string import Formatter
 from typing import Any
 
-from pydantic import BaseModel
-
 from agentlightning.adapter.adapters import TraceToMessages
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import (
@@ -30,29 +28,11 @@ from agentlightning.algorithm.batches import (
     enqueue_inputs,
     wait_for_ends,
 )
+from agentlightning.algorithm.beam import ScoredPrompt, SearchState, score_of
 from agentlightning.errors import InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.types import Dataset, PromptTemplate, RolloutMode
 
 _logger = logging.getLogger(__name__)
-
-
-class _ScoredPrompt(BaseModel):
-    """A prompt, and the mean reward of its validation rollouts; None if it was not measured, or none had a reward."""
-
-    prompt: PromptTemplate
-    score: float | None = None
-
-
-class _SearchState(BaseModel):
-    """Where the search stands.
-
-    Candidates are saved before they are evaluated: their rollout ids follow from their places, and models would not
-    write the same prompts again.
-    """
-
-    round: int
-    beam: list[_ScoredPrompt]
-    candidates: list[PromptTemplate] | None = None
 
 
 class APO(Algorithm):
@@ -60,7 +40,13 @@ class APO(Algorithm):
 
     In each round every prompt of the beam is run on some training tasks, criticised, and rewritten, ``branch_factor``
     times. Then all prompts are run on the same validation tasks, and those with the highest mean reward are the next
-    beam. A failed rollout has no reward, which is not a reward of 0: means are taken over rollouts that have one.
+    beam. The mean is over all tasks: a rollout that failed, was late or has no reward counts as ``failure_reward``, so
+    that a prompt cannot win by failing on what is difficult.
+
+    The prompt that is best in the end has been chosen for its score, which is therefore too high. It is run again on
+    the whole validation dataset, and `get_best_score` is that mean.
+
+    A model that does not answer costs one new prompt, not the run.
 
     If the run has a name, the search is saved after each stage, and finished rollouts are not run again.
 
@@ -76,6 +62,8 @@ class APO(Algorithm):
         branch_factor: number of new prompts from each of them in a round.
         beam_rounds: number of rounds.
         rollout_batch_timeout: seconds to wait for one batch of rollouts; late ones are cancelled.
+        failure_reward: what a rollout without a reward counts as. None: the lowest reward seen so far, at most 0.
+        max_calls: how often models may be asked in all; a new prompt takes two calls. None: without limit.
         run_initial_validation: whether the first prompt is measured before the first round. If not, it is
             measured with the prompts of the first round.
         seed: of the choice of tasks.
@@ -97,6 +85,8 @@ class APO(Algorithm):
         branch_factor: int = 4,
         beam_rounds: int = 3,
         rollout_batch_timeout: float = 3600.0,
+        failure_reward: float | None = None,
+        max_calls: int | None = None,
         run_initial_validation: bool = True,
         seed: int = 0,
     ) -> None:
@@ -108,6 +98,9 @@ class APO(Algorithm):
             beam_rounds=beam_rounds,
         )
         check_seconds(rollout_batch_timeout=rollout_batch_timeout)
+        check_counts(**({} if max_calls is None else {"max_calls": max_calls}), least=0)
+        if failure_reward is not None and not math.isfinite(failure_reward):
+            raise InvalidValue(f"failure_reward is {failure_reward!r}; give a finite number")
         self._openai = async_openai_client
         self._gradient_model = gradient_model
         self._apply_edit_model = apply_edit_model
@@ -118,12 +111,16 @@ class APO(Algorithm):
         self._branch_factor = branch_factor
         self._beam_rounds = beam_rounds
         self._timeout = rollout_batch_timeout
+        self._failure_reward = failure_reward
+        self._max_calls = max_calls
+        self._calls, self._lowest, self._made = 0, 0.0, 0
+        self._last_error: Exception | None = None
         self._run_initial_validation = run_initial_validation
         self._seed = seed
-        self._best: _ScoredPrompt | None = None
+        self._best: ScoredPrompt | None = None
 
     def get_best_prompt(self) -> PromptTemplate:
-        """Return the prompt with the highest mean reward so far.
+        """Return the prompt with the highest mean reward: the result, or, while it runs, the best so far.
 
         Raises:
             InvalidValue: no prompt has been measured yet.
@@ -132,6 +129,16 @@ class APO(Algorithm):
             raise InvalidValue("no prompt has been measured yet; run the algorithm first")
         return self._best.prompt
 
+    def get_best_score(self) -> float:
+        """Return the mean reward of the best prompt; after the run, on the whole validation dataset.
+
+        Raises:
+            InvalidValue: no prompt has been measured yet.
+        """
+        if self._best is None or self._best.score is None:
+            raise InvalidValue("no prompt has been measured yet; run the algorithm first")
+        return self._best.score
+
     async def run(  # pyright: ignore[reportIncompatibleMethodOverride] - may be awaited, which the base allows
         self, train_dataset: Dataset[Any] | None = None, val_dataset: Dataset[Any] | None = None
     ) -> None:
@@ -139,43 +146,64 @@ class APO(Algorithm):
 
         Raises:
             InvalidValue: there is no dataset, or not exactly one prompt template among the initial resources.
-            NothingToLearn: no prompt ever got a reward.
+            NothingToLearn: no prompt ever got a reward, or every call of a model failed.
             MissingExtra: no client was given, and there is no ``openai`` package to make one.
-            Exception: what the client raises if a model does not answer; the run can be resumed.
         """
         check_datasets(train_dataset=train_dataset, val_dataset=val_dataset)
         if train_dataset is None or val_dataset is None or not (len(train_dataset) and len(val_dataset)):
             raise InvalidValue("APO needs tasks to learn from and tasks to measure with; pass both datasets")
         name, first = self._template()
+        self._best = None
+        self._calls, self._lowest, self._made = 0, 0.0, 0
+        self._last_error = None
         async with self._client() as client:
             await self._search(client, first, train_dataset, val_dataset)
         if self._best is None:
             raise NothingToLearn("no rollout of any prompt got a reward; does the agent succeed, and return one?")
         best = {**(self.get_initial_resources() or {}), name: self._best.prompt}
         await self.get_store().add_resources(best)
+        if self._last_error is not None and not self._made:
+            raise NothingToLearn(
+                "no model answered, so no new prompt was tried; the last error: "
+                f"{type(self._last_error).__name__}: {self._last_error}"
+            ) from self._last_error
 
     async def _search(
         self, client: Any, first: PromptTemplate, train_dataset: Dataset[Any], val_dataset: Dataset[Any]
     ) -> None:
-        state = self._load() or _SearchState(round=0, beam=[_ScoredPrompt(prompt=first)])
+        state = self._load() or SearchState(round=0, beam=[ScoredPrompt(prompt=first)])
+        self._calls, self._lowest = state.calls, state.lowest
+        self._made = state.round  # what earlier rounds made is not known, and they were not in vain
         if state.round == 0 and state.candidates is None and self._run_initial_validation:
-            state = _SearchState(round=0, beam=await self._score(0, "start", [first], val_dataset))
+            state = SearchState(round=0, beam=await self._score(0, "start", [first], val_dataset))
             self._note_best(state.beam)
+        numbers: dict[str, float] = {}
         for round_number in range(state.round, self._beam_rounds):
             if state.candidates is None:
                 candidates = await self._branch(client, round_number, state.beam, train_dataset)
-                state = _SearchState(round=round_number, beam=state.beam, candidates=candidates)
+                state = SearchState(round=round_number, beam=state.beam, candidates=candidates)
                 self._save(state)
-            state = await self._select(state, val_dataset)
+            state, numbers = await self._select(state, val_dataset)
             self._save(state)
+            if state.round == self._beam_rounds:
+                numbers |= await self._confirm(val_dataset)
+            self.report(round_number, **numbers)
+        if not numbers:  # all rounds were done before
+            await self._confirm(val_dataset)
 
     async def _branch(
-        self, client: Any, round_number: int, beam: Sequence[_ScoredPrompt], dataset: Dataset[Any]
+        self, client: Any, round_number: int, beam: Sequence[ScoredPrompt], dataset: Dataset[Any]
     ) -> list[PromptTemplate]:
-        """Return new prompts, each once."""
+        """Return new prompts, each once. If the budget is not enough for all, each parent in turn gets one."""
         parents = [each.prompt for each in beam for _ in range(self._branch_factor)]
+        places = sorted(range(len(parents)), key=lambda place: place % self._branch_factor)
+        if self._max_calls is not None:
+            places = places[: max(0, self._max_calls - self._calls) // _CALLS_OF_A_PROMPT]
+        if len(places) < len(parents):
+            enough = f"is enough for {len(places)} new prompts of {len(parents)}"
+            _logger.warning("round %d: the budget of %s calls %s", round_number, self._max_calls, enough)
         made = await asyncio.gather(
-            *(self._improve(client, round_number, place, prompt, dataset) for place, prompt in enumerate(parents))
+            *(self._improve(client, round_number, place, parents[place], dataset) for place in sorted(places))
         )
         known = {each.prompt.template for each in beam}
         fresh = {prompt.template: prompt for prompt in made if prompt is not None and prompt.template not in known}
@@ -184,50 +212,91 @@ class APO(Algorithm):
     async def _improve(
         self, client: Any, round_number: int, place: int, prompt: PromptTemplate, dataset: Dataset[Any]
     ) -> PromptTemplate | None:
-        """Return a rewritten prompt; None if the model's answer is not usable."""
+        """Return a rewritten prompt; None if a model does not answer, or its answer is not usable."""
         tasks = _sample(dataset, self._gradient_batch_size, f"{self._seed} {round_number} {place}")
         trials = await self._try(round_number, f"branch{place}-", prompt, tasks, "train")
         adapter = self._adapter if isinstance(self._adapter, TraceToMessages) else TraceToMessages()
-        critique = await self._ask(client, self._gradient_model, ask_for_critique(prompt, trials, adapter))
-        reply = await self._ask(client, self._apply_edit_model, ask_for_edit(prompt, critique))
+        question = ask_for_critique(prompt, trials, adapter)
         try:
+            critique = await self._ask(client, self._gradient_model, question)
+            reply = await self._ask(client, self._apply_edit_model, ask_for_edit(prompt, critique))
+            self._made += 1
             return read_prompt(reply, prompt)
         except InvalidValue as error:
             _logger.warning("round %d: a new prompt is not usable: %s", round_number, error)
-            return None
+        except Exception as error:  # noqa: BLE001 - clients raise what they like, and may be of any kind
+            self._last_error = error
+            why = f"{type(error).__name__}: {error}"
+            _logger.warning("round %d: a model did not answer, so there is a new prompt less: %s", round_number, why)
+        return None
 
-    async def _select(self, state: _SearchState, dataset: Dataset[Any]) -> _SearchState:
-        """Measure what is not measured, and return the state with the next beam: the best of old and new prompts."""
+    async def _select(self, state: SearchState, dataset: Dataset[Any]) -> tuple[SearchState, dict[str, float]]:
+        """Measure what is not measured. Returns the state with the next beam, the best, and numbers to report."""
         unmeasured = [each.prompt for each in state.beam if each.score is None]
-        measured = [each for each in state.beam if each.score is not None]
+        known = [each for each in state.beam if each.score is not None]
         fresh = state.candidates or []
-        measured += await self._score(state.round, "val", [*unmeasured, *fresh], dataset)
-        # Sorting is stable, so of prompts with equal scores the older one is kept.
-        measured.sort(key=_score_of, reverse=True)
-        beam = measured[: self._beam_width]
+        measured = await self._score(state.round, "val", [*unmeasured, *fresh], dataset)
+        # Known ones are judged once more, because a failure may count as less now. Sorting is stable, so of prompts
+        # with equal scores the older one is kept.
+        ordered = sorted((each.judged(self._worst) for each in [*known, *measured]), key=score_of, reverse=True)
+        beam = ordered[: self._beam_width]
         self._note_best(beam)
-        numbers = {"total_steps": float(self._beam_rounds), "prompts_tried": float(len(fresh))}
+        numbers = {
+            "total_steps": float(self._beam_rounds),
+            "prompts_tried": float(len(fresh)),
+            "failures": float(sum(each.failures for each in measured)),
+            "llm_calls": float(self._calls),
+        }
         if beam[0].score is not None:
             numbers["reward_mean"] = beam[0].score
-        self.report(state.round, **numbers)
-        return _SearchState(round=state.round + 1, beam=beam)
+        return SearchState(round=state.round + 1, beam=beam), numbers
+
+    async def _confirm(self, dataset: Dataset[Any]) -> dict[str, float]:
+        """Measure the chosen prompt on all validation tasks, in rollouts that it was not chosen for. Returns numbers to
+        report."""
+        best = self._best
+        if best is None:
+            return {}
+        tasks = [dataset[place] for place in range(len(dataset))]
+        (confirmed,) = await self._score_on(tasks, self._beam_rounds, "final", [best.prompt])
+        if confirmed.score is None:
+            raise NothingToLearn(
+                f"the best prompt (score {best.score:g} in the search) got no reward in any of the {len(tasks)} "
+                "validation tasks when it was run again"
+            )
+        outcome = f"{confirmed.score:.4g} on all {len(tasks)} validation tasks, of which {confirmed.failures} failed"
+        _logger.info("the best prompt scores %s; it was chosen for %.4g in the search", outcome, best.score)
+        self._best = confirmed
+        return {"best_score": confirmed.score, "best_failures": float(confirmed.failures)}
 
     async def _score(
         self, round_number: int, kind: str, prompts: Sequence[PromptTemplate], dataset: Dataset[Any]
-    ) -> list[_ScoredPrompt]:
-        """Return each prompt with its mean reward over the validation tasks, which are the same for all prompts."""
-        tasks = _sample(dataset, self._val_batch_size, f"{self._seed}")
+    ) -> list[ScoredPrompt]:
+        """Return each prompt with its mean reward over some validation tasks, which are the same for all prompts."""
+        return await self._score_on(
+            _sample(dataset, self._val_batch_size, f"{self._seed}"), round_number, kind, prompts
+        )
 
-        async def score(place: int, prompt: PromptTemplate) -> _ScoredPrompt:
+    async def _score_on(
+        self, tasks: Sequence[Any], round_number: int, kind: str, prompts: Sequence[PromptTemplate]
+    ) -> list[ScoredPrompt]:
+        async def measure(place: int, prompt: PromptTemplate) -> ScoredPrompt:
             trials = await self._try(round_number, f"{kind}{place}-", prompt, tasks, "val")
-            rewards = [trial.reward for trial in trials if trial.reward is not None]
-            return _ScoredPrompt(prompt=prompt, score=math.fsum(rewards) / len(rewards) if rewards else None)
+            late = [None] * (len(tasks) - len(trials))
+            return ScoredPrompt(prompt=prompt, rewards=[*(trial.reward for trial in trials), *late])
 
-        return list(await asyncio.gather(*(score(place, prompt) for place, prompt in enumerate(prompts))))
+        measured = await asyncio.gather(*(measure(place, prompt) for place, prompt in enumerate(prompts)))
+        self._lowest = min([self._lowest, *(each.lowest for each in measured)])
+        return [each.judged(self._worst) for each in measured]
 
-    def _note_best(self, beam: Sequence[_ScoredPrompt]) -> None:
-        scored = [each for each in (self._best, *beam) if each is not None and each.score is not None]
-        self._best = max(scored, key=_score_of, default=None)  # the first of equals
+    @property
+    def _worst(self) -> float:
+        return self._lowest if self._failure_reward is None else self._failure_reward
+
+    def _note_best(self, beam: Sequence[ScoredPrompt]) -> None:
+        known = [each.judged(self._worst) for each in (self._best, *beam) if each is not None]
+        scored = [each for each in known if each.score is not None]
+        self._best = max(scored, key=score_of, default=None)  # the first of equals
 
     async def _try(
         self, round_number: int, kind: str, prompt: PromptTemplate, tasks: Sequence[Any], mode: RolloutMode
@@ -241,6 +310,7 @@ class APO(Algorithm):
         return [each for each in await wait_for_ends(store, rollout_ids, self._timeout) if each is not None]
 
     async def _ask(self, client: Any, model: str, question: str) -> str:
+        self._calls += 1
         reply = await client.chat.completions.create(
             model=model, messages=[{"role": "user", "content": question}], temperature=self._temperature
         )
@@ -271,17 +341,18 @@ class APO(Algorithm):
             )
         return templates[0]
 
-    def _load(self) -> _SearchState | None:
+    def _load(self) -> SearchState | None:
         run = self.get_run()
         checkpoint = None if run is None else run.load_checkpoint()
         if checkpoint is None:
             return None
-        self._best = None if checkpoint["best"] is None else _ScoredPrompt.model_validate(checkpoint["best"])
-        return _SearchState.model_validate(checkpoint["state"])
+        self._best = None if checkpoint["best"] is None else ScoredPrompt.model_validate(checkpoint["best"])
+        return SearchState.model_validate(checkpoint["state"])
 
-    def _save(self, state: _SearchState) -> None:
+    def _save(self, state: SearchState) -> None:
         run = self.get_run()
         if run is not None:
+            state = state.model_copy(update={"calls": self._calls, "lowest": self._lowest})
             best = None if self._best is None else self._best.model_dump()
             run.save_checkpoint({"state": state.model_dump(), "best": best})
 
@@ -291,8 +362,8 @@ def _sample(dataset: Dataset[Any], count: int, seed: str) -> list[Any]:
     return [dataset[place] for place in places]
 
 
-def _score_of(prompt: _ScoredPrompt) -> float:
-    return -math.inf if prompt.score is None else prompt.score
+_CALLS_OF_A_PROMPT = 2
+"""A critique and a rewriting."""
 
 
 # --- Requests to models, and their replies ------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -32,6 +34,8 @@ class Author:
     def __init__(self, most: int = 100) -> None:
         self._most = most
         self.asked: list[dict[str, Any]] = []
+        self.refuses: Callable[[int], bool] = lambda _: False
+        """Whether the call of this number, counted from 1, is answered with an error."""
         self.edits: Callable[[str], str] = self._one_please_more
 
     async def __aenter__(self) -> Author:
@@ -52,6 +56,8 @@ class Author:
     async def _answer(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.asked.append(body)
+        if self.refuses(len(self.asked)):
+            return web.json_response({"error": {"message": "slow down"}}, status=429)
         question = body["messages"][0]["content"]
         answer = "It is not polite enough." if body["model"] == "critic" else self.edits(question)
         message = {"role": "assistant", "content": answer}
@@ -71,9 +77,17 @@ class Author:
 
 @asynccontextmanager
 async def agent(
-    store: LightningStore, fails: Callable[[AttemptedRollout], bool] = lambda _: False
+    store: LightningStore,
+    fails: Callable[[AttemptedRollout], bool] = lambda _: False,
+    reward_of: Callable[[str], float | None] = lambda said: float(said.count("please")),
 ) -> AsyncIterator[list[str]]:
-    """Runs rollouts: the more often the prompt says "please", the higher the reward. Yields the ids that it ran."""
+    """Runs rollouts: the more often the prompt says "please", the higher the reward. Yields the ids that it ran.
+
+    Args:
+        store: where they are.
+        fails: which fail at once.
+        reward_of: the reward for a prompt that was filled in; None: the rollout fails.
+    """
     ran: list[str] = []
 
     async def work() -> None:
@@ -97,9 +111,11 @@ async def agent(
                 "gen_ai.completion.0.content": "ok",
             }
             await store.add_span(span_of(attempted, name="openai.chat", attributes=call))
-            reward = {"agentlightning.reward.0.value": float(said.count("please"))}
-            await store.add_span(span_of(attempted, name="agentlightning.annotation", attributes=reward))
-            await finish(store, attempted)
+            value = reward_of(said)
+            if value is not None:
+                reward = {"agentlightning.reward.0.value": value}
+                await store.add_span(span_of(attempted, name="agentlightning.annotation", attributes=reward))
+            await finish(store, attempted, "failed" if value is None else "succeeded")
 
     task = asyncio.create_task(work())
     try:
@@ -153,16 +169,94 @@ async def test_the_models_are_told_what_came_of_the_prompt() -> None:
     assert "It is not polite enough." in edit["messages"][0]["content"]
 
 
-async def test_failed_rollouts_do_not_pull_a_prompt_down() -> None:
+@pytest.mark.parametrize(
+    ("shift", "failure_reward", "score"),
+    [(0, None, 2 / 3), (-5, None, (-4 - 4 - 5) / 3), (0, -1.0, 1 / 3), (0, 1.0, 1.0)],
+    ids=["0 is the worst", "the lowest that was seen", "worse than all", "not bad"],
+)
+async def test_a_failed_rollout_counts_as_the_worst(shift: float, failure_reward: float | None, score: float) -> None:
     def fails(attempted: AttemptedRollout) -> bool:
         return attempted.mode == "val" and attempted.input == "a"
 
-    async with Author(most=1) as author, InMemoryLightningStore() as store, agent(store, fails):
+    def reward_of(said: str) -> float:
+        return said.count("please") + shift
+
+    async with Author(most=1) as author, InMemoryLightningStore() as store, agent(store, fails, reward_of):
         told: list[dict[str, float]] = []
-        algorithm = apo(author, store, beam_rounds=1, val_batch_size=3)
+        algorithm = apo(author, store, beam_rounds=1, val_batch_size=3, failure_reward=failure_reward)
         algorithm.set_reporter(lambda _, numbers: told.append(numbers))
         await algorithm.run(TASKS, TASKS)
-    assert told[0]["reward_mean"] == 1.0
+    (numbers,) = told
+    assert numbers["reward_mean"] == numbers["best_score"] == pytest.approx(score)
+    assert (numbers["failures"], numbers["best_failures"]) == (1, 1), "of the new prompt, which both branches found"
+    assert algorithm.get_best_score() == pytest.approx(score)
+
+
+async def test_a_prompt_that_makes_the_agent_crash_does_not_win() -> None:
+    def reward_of(said: str) -> float | None:
+        if "fragile" in said:
+            return 1.0 if "task 0" in said else None
+        return 0.9 if "solid" in said else 0.4
+
+    words = itertools.cycle(["fragile", "solid"])
+    tasks = [f"task {number}" for number in range(8)]
+    async with Author() as author, InMemoryLightningStore() as store, agent(store, reward_of=reward_of):
+        author.edits = lambda _: f"Answer {{question}} {next(words)}"
+        algorithm = apo(author, store, beam_rounds=1, branch_factor=6, val_batch_size=8)
+        await algorithm.run(tasks, tasks)
+    assert algorithm.get_best_prompt().template == "Answer {question} solid"
+    assert algorithm.get_best_score() == pytest.approx(0.9)
+
+
+async def test_the_score_that_is_claimed_is_that_of_the_whole_validation_set() -> None:
+    """Prompts that are all worth the same: the one that is best on a few tasks is lucky there."""
+
+    def luck(said: str) -> float:
+        return random.Random(said).random()
+
+    tasks, number = [f"t{number}" for number in range(12)], itertools.count()
+    async with Author() as author, InMemoryLightningStore() as store, agent(store, reward_of=luck):
+        author.edits = lambda _: f"Answer {{question}} variant {next(number)}"
+        told: list[dict[str, float]] = []
+        algorithm = apo(author, store, branch_factor=4)
+        algorithm.set_reporter(lambda _, numbers: told.append(numbers))
+        await algorithm.run(TASKS, tasks)
+    best = algorithm.get_best_prompt()
+    everywhere = [luck(best.format(question=task)) for task in tasks]
+    assert algorithm.get_best_score() == told[-1]["best_score"] == pytest.approx(sum(everywhere) / len(tasks))
+    assert told[-1]["reward_mean"] > told[-1]["best_score"], "the negative control: what it was chosen for"
+
+
+# --- Models that do not answer, and the budget ---
+
+
+async def test_a_model_that_does_not_answer_costs_one_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    async with Author() as author, InMemoryLightningStore() as store, agent(store):
+        author.refuses = lambda number: number == 2
+        algorithm = apo(author, store)
+        await algorithm.run(TASKS, TASKS)
+    assert algorithm.get_best_prompt().template == "Answer {question} please please"
+    assert caplog.text.count("slow down") == 1
+
+
+async def test_if_no_model_ever_answers_nothing_was_learned() -> None:
+    async with Author() as author, InMemoryLightningStore() as store, agent(store):
+        author.refuses = lambda _: True
+        algorithm = apo(author, store)
+        with pytest.raises(NothingToLearn, match=r"no model answered, .* RateLimitError: .*slow down"):
+            await algorithm.run(TASKS, TASKS)
+    assert algorithm.get_best_prompt() == FIRST
+
+
+@pytest.mark.parametrize(("max_calls", "asked"), [(0, 0), (5, 4), (7, 6), (None, 2 * (2 + 4))])
+async def test_models_are_not_asked_more_often_than_allowed(max_calls: int | None, asked: int) -> None:
+    async with Author() as author, InMemoryLightningStore() as store, agent(store):
+        told: list[dict[str, float]] = []
+        algorithm = apo(author, store, max_calls=max_calls)
+        algorithm.set_reporter(lambda _, numbers: told.append(numbers))
+        await algorithm.run(TASKS, TASKS)
+    assert len(author.asked) == asked == told[-1]["llm_calls"]
+    assert algorithm.get_best_prompt().template.count("please") == (0 if max_calls == 0 else 1 if max_calls == 5 else 2)
 
 
 async def test_rollouts_that_are_late_are_cancelled() -> None:
@@ -227,6 +321,10 @@ async def test_what_it_needs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
                 APO(None, **zero)
         with pytest.raises(InvalidValue, match="rollout_batch_timeout"):
             APO(None, rollout_batch_timeout=0)
+        refused: list[dict[str, Any]] = [{"max_calls": -1}, {"failure_reward": float("nan")}]
+        for wrong in refused:
+            with pytest.raises(InvalidValue, match=next(iter(wrong))):
+                APO(None, **wrong)
         without = APO()
         without.set_store(store)
         without.set_initial_resources({"prompt": FIRST})

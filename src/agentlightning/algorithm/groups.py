@@ -83,6 +83,8 @@ class StepGroups:
     """Attempts that ended without a result and were followed by another."""
     unusable_calls: Counter[str] = field(default_factory=Counter[str])
     """Model calls that cannot be trained on, by reason."""
+    calls_set_aside: int = 0
+    """Records of model calls that the adapter left out on purpose: calls on the side, second records of a call."""
     no_model_calls: int = 0
     """Attempts with a reward and without any recorded model call, although they were given the policy to call."""
     failures: Counter[str] = field(default_factory=Counter[str])
@@ -99,6 +101,7 @@ class StepGroups:
             "rollouts_unusable": float(self.dropped_rollouts["unusable"]),
             "attempts_retried": float(self.retried_attempts),
             "calls_unusable": float(self.unusable_calls.total()),
+            "calls_set_aside": float(self.calls_set_aside),
             "no_model_calls": float(self.no_model_calls),
         }
         if self.groups:
@@ -218,6 +221,7 @@ class GroupReader:
         adapted, unusable = self.adapter.examine(spans), step.unusable_calls
         step.no_model_calls += not adapted.has_calls
         unusable.update(each.reason for each in adapted.unusable)
+        step.calls_set_aside += len(adapted.set_aside)
         calls: list[SampledCall] = []
         for triplet in adapted.made:
             if triplet.metadata.get("model") not in (None, self.model):

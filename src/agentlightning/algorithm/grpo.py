@@ -63,13 +63,13 @@ class _Serving:
 class GRPO(Algorithm, Generic[PolicyT]):
     """Trains a policy that agents call as a language model, without knowing that it learns.
 
-    In each step ``batch_size`` tasks are attempted ``group_size`` times each. The reward of each attempt, compared
-    with the mean of its group, says which of the policy's tokens were good. A failed attempt is not an attempt with
-    reward 0: by default it is left out, and a group needs two attempts with a reward. Every step reports how much was
-    dropped: ``groups_dropped``, ``rollouts_failed``, ``rollouts_unrewarded``, ``rollouts_unusable``,
-    ``attempts_retried``, ``failures`` (failed attempts, also those that were retried), ``calls_unusable`` and
-    ``no_model_calls`` (attempts without a recorded call). It also reports ``frac_reward_zero_std``, the share of groups
-    of which all rewards are equal, which teach nothing.
+    In each step ``batch_size`` tasks are attempted ``group_size`` times each. The reward of each attempt, compared with
+    the mean of its group, says which of the policy's tokens were good. A failed attempt is not an attempt with reward
+    0: by default it is left out, and a group needs two attempts with a reward. Every step reports how much was dropped:
+    ``groups_dropped``, ``rollouts_failed``, ``rollouts_unrewarded``, ``rollouts_unusable``, ``attempts_retried``,
+    ``failures`` (failed attempts, also those that were retried), ``calls_unusable``, ``calls_set_aside`` (by the
+    adapter) and ``no_model_calls`` (attempts without a recorded call). It also reports ``frac_reward_zero_std``, the
+    share of groups of which all rewards are equal, which teach nothing.
 
     The policy is served by its own endpoint. With an LLM proxy agents reach it through the proxy, which records every
     call, imposes the sampling of training rollouts, and is paused while the policy is updated. Without one they get

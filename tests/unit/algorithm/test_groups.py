@@ -64,6 +64,16 @@ def test_an_attempt_without_a_recorded_call_is_counted() -> None:
     assert read(ended(1.0), ended(0.0)).numbers()["no_model_calls"] == 0
 
 
+def test_a_second_record_of_a_call_is_counted() -> None:
+    """The adapter uses one record of each call, and says how many others there were."""
+    once = ended(1.0)
+    outer = once.spans[0].model_copy(update={"span_id": "outer"})
+    inner = once.spans[0].model_copy(update={"parent_id": "outer"})
+    step = read(EndedRollout(once.rollout, [outer, inner, *once.spans[1:]]), ended(0.0))
+    assert step.numbers()["calls_set_aside"] == 1
+    assert step.attempts == 2
+
+
 def test_a_group_can_count_as_a_whole_or_not_at_all() -> None:
     assert advantages(read(ended(1.0), failed(), ended(0.0), on_failure="drop_group")) == []
 

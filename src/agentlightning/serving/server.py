@@ -28,6 +28,7 @@ from uvicorn.server import ServerState
 
 from agentlightning.errors import InvalidValue
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds, ConnectionCounter
+from agentlightning.serving.keepalive import probe_when_idle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -284,6 +285,7 @@ def _bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe_when_idle(bound)
         bound.bind(address)
     except (OSError, OverflowError) as error:
         bound.close()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
+from agentlightning import LightningStoreClient
 from agentlightning.errors import StoreUnreachable
+from agentlightning.http.client import transport
 from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import Transport, WireRequest
 from scripted_transport import ScriptedTransport, silent
@@ -41,3 +47,71 @@ def test_a_reply_too_late_is_given_up_at_that_moment(allowed: float) -> None:
         assert inner.cancelled == 1
 
     in_virtual_time(scene)
+
+
+# --- Over real connections --------------------------------------------------------------------------
+
+_PAGE = b'{"items":[],"total":0,"limit":-1,"offset":0}'
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(_PAGE)
+
+
+class _Server:
+    """Answers with an empty page.
+
+    Args:
+        lost: how many requests get no reply; their connections stay open.
+        pause_seconds: between the pieces of a reply.
+    """
+
+    def __init__(self, *, lost: int = 0, pause_seconds: float = 0.0) -> None:
+        self._lost, self._pause = lost, pause_seconds
+        self.requests = 0
+        self._connections: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def client(self, request_timeout: float) -> AsyncIterator[LightningStoreClient]:
+        server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        url = "http://{}:{}".format(*server.sockets[0].getsockname())
+        async with server, LightningStoreClient(url, spool_dir=None, request_timeout=request_timeout) as client:
+            yield client
+        await asyncio.gather(*self._connections)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.append(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                self.requests += 1
+                if self.requests <= self._lost:
+                    continue
+                for start in range(0, len(_PAGE), 10):
+                    writer.write(_HEAD * (start == 0) + _PAGE[start : start + 10])
+                    await asyncio.sleep(self._pause)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize("method", ["query_rollouts", "query_attempts", "query_spans", "query_resources"])
+async def test_a_lost_reply_to_a_query_is_noticed_long_before_the_patience_has_run_out(method: str) -> None:
+    server = _Server(lost=1)
+    async with server.client(request_timeout=0.5) as client, asyncio.timeout(60.0):
+        ids = ["ro-1"] if method in ("query_attempts", "query_spans") else []
+        assert list(await getattr(client, method)(*ids)) == []
+    assert server.requests == 2
+
+
+async def test_a_long_page_may_take_longer_than_a_silence() -> None:
+    server = _Server(pause_seconds=0.5)
+    async with server.client(request_timeout=2.0) as client:
+        assert list(await client.query_rollouts()) == []
+    assert server.requests == 1
+
+
+async def test_a_connection_ends_when_the_server_is_gone_without_a_farewell() -> None:
+    made = transport._socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1)))
+    with made:
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.serving.connections import ConnectionBounds
+from agentlightning.serving.connections import BoundedConnection, ConnectionBounds
 from agentlightning.serving.server import ThreadedServer
 
 
@@ -45,6 +45,28 @@ def test_it_answers_from_start_to_stop_and_the_port_is_free_after() -> None:
     server.stop()
     assert not server.is_running
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_connections_end_when_the_client_is_gone_without_a_farewell() -> None:
+    seen: list[list[int]] = []
+
+    class Noting(BoundedConnection):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            accepted = transport.get_extra_info("socket")
+            seen.append(
+                [
+                    accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                    accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+                ]
+            )
+            super().connection_made(transport)
+
+    server = served(connection=Noting)
+    server.start()
+    assert get(server) == b"ok"
+    server.stop()
+    assert seen == [[1, 15, 30_000]]
 
 
 def test_a_port_that_was_only_reserved_is_given_back() -> None:

@@ -110,12 +110,13 @@ class Caller:
     def request(self, plan: Plan, arguments: Mapping[str, Any]) -> WireRequest:
         """The request for a call. Raises ``InvalidValue`` if an argument is not valid."""
         target, body = plan.encode(arguments, self._ids)
-        timeout, patience = self.timeout_seconds, self.patience_seconds
+        timeout, patience, silence = self.timeout_seconds, self.patience_seconds, None
         if plan.route.work_seconds is not None:
             timeout = patience = plan.route.work_seconds
-        elif plan.is_query:  # a long page may take as long as the caller is ready to wait
-            timeout = patience
-        return WireRequest(plan.route.verb, self._prefix + target, body, plan.route.priority, timeout, patience)
+        elif plan.is_query:  # a long page may take as long as the caller is ready to wait, while it comes
+            timeout, silence = patience, timeout
+        target, priority = self._prefix + target, plan.route.priority
+        return WireRequest(plan.route.verb, target, body, priority, timeout, patience, silence_seconds=silence)
 
 
 class _Field(NamedTuple):

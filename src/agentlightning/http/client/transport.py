@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 import ssl
 import threading
 from collections.abc import AsyncGenerator, Mapping
@@ -19,6 +20,7 @@ from yarl import URL
 
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.routes import Priority
+from agentlightning.serving.keepalive import probe_when_idle
 
 
 class WireRequest(NamedTuple):
@@ -37,6 +39,8 @@ class WireRequest(NamedTuple):
     """Whether to wait when the circuit breaker holds it back; otherwise that is an error at once."""
     long_poll: bool = False
     """Whether the server may sit on it until something happens; then it must not use up the connections."""
+    silence_seconds: float | None = None
+    """How long the server may send nothing: a long reply takes its time, but a lost one is to be noticed."""
 
 
 class WireReply(NamedTuple):
@@ -103,7 +107,7 @@ class HttpTransport:
         self._urls: dict[str, URL] = {}
 
     async def send(self, request: WireRequest) -> WireReply:
-        """One try, without a limit of time but that for connecting.
+        """One try, without a limit of time but those for connecting and for silence.
 
         Raises:
             StoreUnreachable: no connection, or no whole reply.
@@ -121,9 +125,14 @@ class HttpTransport:
                     data=body,
                     headers=None if body is None else _JSON,
                     allow_redirects=False,
+                    timeout=self._timeout_of(request),
                 ) as response,
             ):
                 return WireReply(response.status, response.headers, await response.read())
+        except aiohttp.SocketTimeoutError as error:
+            raise StoreUnreachable(
+                f"{self._root} sent nothing for {request.silence_seconds:g} s after {request.method} {request.target}"
+            ) from error
         except TimeoutError as error:  # aiohttp's own is one, too
             raise StoreUnreachable(
                 f"no connection to {self._root} within {self._connect_seconds:g} s: {error or 'it timed out'}"
@@ -148,6 +157,11 @@ class HttpTransport:
             else:
                 _let_go(each.session)
 
+    def _timeout_of(self, request: WireRequest) -> aiohttp.ClientTimeout:
+        if request.silence_seconds is None:
+            return self._timeout
+        return aiohttp.ClientTimeout(total=None, sock_connect=self._connect_seconds, sock_read=request.silence_seconds)
+
     def _url(self, target: str) -> URL:
         """The URL of a target. Those without ids and query are few, so they are parsed once and kept."""
         url = URL(self._root + target, encoded=True)
@@ -170,7 +184,9 @@ class HttpTransport:
     async def _lifetime(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[aiohttp.ClientSession, None]:
         """A session that an event loop closes when it ends, as it does with all asynchronous generators."""
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections, ssl=self._ssl, ttl_dns_cache=30),
+            connector=aiohttp.TCPConnector(
+                limit=self._max_connections, ssl=self._ssl, ttl_dns_cache=30, socket_factory=_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=self._timeout,
@@ -184,6 +200,14 @@ class HttpTransport:
                 if known is not None and known.session is session:
                     del self._sessions[loop]
             await session.close()
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """A socket for an address as ``getaddrinfo`` gives it, which notices when the server's machine is gone."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    probe_when_idle(made)
+    return made
 
 
 async def _end(each: _Session) -> None:

@@ -86,7 +86,7 @@ def test_a_run_can_be_called_again_in_the_same_process(tmp_path: Path) -> None:
             return (await store.statistics())["total_rollouts"]
 
     assert asyncio.run(count()) == 2
-    with pytest.raises(InvalidValue, match="begun with 2 inputs, not 3"):
+    with pytest.raises(InvalidValue, match="train_dataset of 2 rows"):
         first.fit(double, [1, 2, 3])
 
 

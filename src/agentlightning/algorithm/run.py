@@ -55,6 +55,8 @@ _CLAIMED: Sequence[RolloutStatus] = ("preparing", "running")
 _ALIVE: Sequence[WorkerStatus] = ("busy", "idle")
 _UPDATES_AT_ONCE = 64
 _CHECK_SECONDS = 0.5
+_BOUND_TO, _CHECKPOINT = "bound_to", "checkpoint"
+"""The two parts of a checkpoint's file."""
 
 
 class Run:
@@ -77,6 +79,8 @@ class Run:
         self.name = name
         self.checkpoint_path = Path(folder) / f"{name}.checkpoint.json"
         """The file of the checkpoint, if one was saved."""
+        self._identity: dict[str, Any] | None = None
+        """As it was read or written last."""
 
     def rollout_id(self, step: int, index: int, kind: str = "") -> str:
         """Return the id of the rollout at this place of the run: always the same one.
@@ -93,17 +97,7 @@ class Run:
         Raises:
             InvalidValue: the file is not a checkpoint. It is not overwritten for that reason.
         """
-        if not self.checkpoint_path.exists():
-            return None
-        try:
-            checkpoint = json.loads(self.checkpoint_path.read_text(encoding="utf-8"))
-            if not isinstance(checkpoint, dict):
-                raise ValueError("it is not a JSON object")
-        except ValueError as error:
-            raise InvalidValue(
-                f"{self.checkpoint_path} is not a checkpoint: {error}; move it away to begin the run from the start"
-            ) from error
-        return cast("dict[str, Any]", checkpoint)
+        return self._read()[1]
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the checkpoint atomically. It is on the disk on return; a crash before leaves the old one.
@@ -112,8 +106,54 @@ class Run:
             InvalidValue: it is not strict JSON.
             OSError: it cannot be written.
         """
+        self._write(self._read()[0] if self._identity is None else self._identity, checkpoint)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the run was bound to; empty if it never was. Raises as ``load_checkpoint``."""
+        return self._read()[0]
+
+    def bind(self, identity: Mapping[str, str], origin: Mapping[str, Any]) -> None:
+        """Bind the run to what it trains, or make sure that it is bound to the same.
+
+        Args:
+            identity: by name, such as ``algorithm``, what identifies it to people, also after its code has changed.
+            origin: more about the process that goes on with the run; it replaces that of an earlier one.
+
+        Raises:
+            InvalidValue: the run was begun with something else; both are named. Raises as ``load_checkpoint``, too.
+        """
+        known, checkpoint = self._read()
+        for name, now in identity.items():
+            before = known.get(name, now)
+            if before != now:
+                raise InvalidValue(
+                    f"the run {self.name!r} was begun with the {name} {before}, and this is the {name} {now}; give "
+                    f"this one another name (run=…), or delete the old one: agl runs rm {self.name}"
+                )
+        self._identity = {**known, **identity, **origin}
+        self._write(self._identity, checkpoint)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the run is bound to, and its checkpoint."""
+        if not self.checkpoint_path.exists():
+            return {}, None
         try:
-            text = json.dumps(checkpoint, allow_nan=False)
+            told = json.loads(self.checkpoint_path.read_text(encoding="utf-8"))
+            if not isinstance(told, dict):
+                raise ValueError("it is not a JSON object")
+        except ValueError as error:
+            raise InvalidValue(
+                f"{self.checkpoint_path} is not a checkpoint: {error}; move it away to begin the run from the start"
+            ) from error
+        found = cast("dict[str, Any]", told)
+        if found.keys() == {_BOUND_TO, _CHECKPOINT}:
+            self._identity = found[_BOUND_TO]
+            return found[_BOUND_TO], found[_CHECKPOINT]
+        return {}, found  # of a version that did not bind runs
+
+    def _write(self, identity: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+        try:
+            text = json.dumps({_BOUND_TO: identity, _CHECKPOINT: checkpoint}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidValue(f"the checkpoint is not JSON: {error}") from error
         self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,17 @@ COMMANDS: dict[str, Command | Group] = {
         },
         _LOOK,
     ),
+    "runs": Group(
+        "List the runs that trainers keep, show, resume, compare or delete them.",
+        {
+            "ls": Command("agentlightning.cli.runs:ls", "List runs, the one used last first."),
+            "show": Command("agentlightning.cli.runs:show", "Show one run: what it trains, and how far it is."),
+            "resume": Command("agentlightning.cli.runs:resume", "Begin its program again, to go on with it."),
+            "compare": Command("agentlightning.cli.runs:compare", "Put runs side by side."),
+            "rm": Command("agentlightning.cli.runs:rm", "Delete runs with all that they have."),
+        },
+        _LOOK,
+    ),
     "workers": Group(
         "List workers, let them finish, or stop them.",
         {

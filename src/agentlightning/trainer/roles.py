@@ -26,6 +26,7 @@ from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.trainer.components import ComponentSpec, TracerRegistry, build_required
+from agentlightning.trainer.identity import origin_of_this_process
 from agentlightning.trainer.progress import Progress, ProgressSpec, make_view
 from agentlightning.types import (
     AttemptedRollout,
@@ -75,6 +76,8 @@ class AlgorithmRole:
     linger_seconds: float
     """How long the algorithm, and the models that it serves, stay up after a stop, for runners that finish their
     rollouts."""
+    identity: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the run is bound to."""
     _interrupted: bool = field(default=False, init=False)
 
     def interrupt(self) -> None:
@@ -82,8 +85,13 @@ class AlgorithmRole:
         self._interrupted = True
 
     async def prepare(self, store: LightningStore) -> None:
-        """Make the store ready for a run that may be resumed, before runners can reach it."""
+        """Make the store ready for a run that may be resumed, before runners can reach it.
+
+        Raises:
+            InvalidValue: the run of this name was begun with something else.
+        """
         if self.run is not None and self.algorithm is not None:
+            self.run.bind(self.identity, origin_of_this_process())
             await prepare_to_resume(store, process_space(), behind_proxy=self.llm_proxy is not None)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:

@@ -35,6 +35,7 @@ from agentlightning.trainer.components import (
     strategy_of,
     warn_of_ignored,
 )
+from agentlightning.trainer.identity import identity_of
 from agentlightning.trainer.progress import ProgressSpec, make_view
 from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, AlgorithmRole, RunnerFactory, RunnerRole, settle
 from agentlightning.trainer.rows import check_rows
@@ -106,7 +107,7 @@ class Trainer:
         store: where everything is kept; a text such as ``x.db`` is the path of a database file.
         run: a name for this run. Its store is then the file ``RUNS_FOLDER/NAME/store.db`` (unless ``store`` is
             given), with its checkpoint beside it. A later ``fit`` under that name resumes the run, even if its process
-            was killed.
+            was killed; one with another algorithm, agent or dataset is refused.
         runs_folder: folder of the runs' folders; default ``agl-runs`` in the current folder.
         rollout_config: for rollouts that the algorithm enqueues without one. By default lost workers and timeouts are
             retried, up to 3 attempts, and errors of the agent are not. ``RolloutConfig()`` retries nothing.
@@ -264,6 +265,9 @@ class Trainer:
             val_dataset=val_dataset,
             progress=self.progress,
             linger_seconds=self.strategy.linger_seconds(),
+            identity={}
+            if self.run is None
+            else identity_of(algorithm, agent, train_dataset=train_dataset, val_dataset=val_dataset),
         )
         runner_role = RunnerRole(self._make_runner, agent, self.hooks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ def test_runs_are_listed_shown_and_compared(folder: Path) -> None:
 
 
 def test_a_run_is_deleted_when_nobody_has_it_open(folder: Path) -> None:
-    server = agl_package.LightningStoreServer(
-        agl_package.SqliteLightningStore(folder / "low" / "store.db"), host="127.0.0.1", port=0
-    )
+    store = agl_package.SqliteLightningStore(folder / "low" / "store.db")
+    server = agl_package.LightningStoreServer(store, host="127.0.0.1", port=0)
     server.start_blocking()
     try:
         agl("status", "--url", server.endpoint).ok()  # the file is opened by the first question
@@ -69,6 +69,7 @@ def test_a_run_is_deleted_when_nobody_has_it_open(folder: Path) -> None:
         assert f"--url {server.endpoint}" in agl("runs", "show", "low", "--folder", folder).ok().out
     finally:
         server.stop_blocking()
+        asyncio.run(store.close())
     assert (folder / "high").is_dir()
     agl("runs", "rm", "low", "--yes", "--folder", folder).ok()
     assert not (folder / "low").exists()

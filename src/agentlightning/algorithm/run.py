@@ -6,7 +6,7 @@ The parts of the story, in the order in which they matter when a process resumes
    that the rollouts need are not served yet. Attempts of workers that died with the earlier process are ended now, so
    that nobody waits for their leases. Rollouts in progress behind the earlier process's LLM proxy go back into the
    queue before their workers can report that they failed: it was the proxy that failed them.
-2. `end_lost_workers` again and again: runners on this machine notice the death of their parent some seconds later.
+2. `end_lost_workers` again and again: runners here notice the death of their parent some seconds later.
 3. The algorithm loads its checkpoint (`Run.load_checkpoint`) and serves its models. If it publishes resources with a
    new address, `reassign_unfinished` gives them to the unfinished rollouts.
 4. The algorithm asks for its rollouts. `Run.rollout_id` follows from name, step and index, so existing ones are found
@@ -55,8 +55,7 @@ _CLAIMED: Sequence[RolloutStatus] = ("preparing", "running")
 _ALIVE: Sequence[WorkerStatus] = ("busy", "idle")
 _UPDATES_AT_ONCE = 64
 _CHECK_SECONDS = 0.5
-_BOUND_TO, _CHECKPOINT = "bound_to", "checkpoint"
-"""The two parts of a checkpoint's file."""
+_BOUND_TO, _CHECKPOINT = "bound_to", "checkpoint"  # the two parts of a checkpoint's file
 
 
 class Run:
@@ -77,16 +76,14 @@ class Run:
                 "'_', '~' and '-', beginning with a letter or digit"
             )
         self.name = name
-        self.checkpoint_path = Path(folder) / f"{name}.checkpoint.json"
-        """The file of the checkpoint, if one was saved."""
-        self._identity: dict[str, Any] | None = None
-        """As it was read or written last."""
+        self.checkpoint_path = Path(folder) / f"{name}.checkpoint.json"  # if one was saved
+        self._identity: dict[str, Any] | None = None  # as it was read or written last
 
     def rollout_id(self, step: int, index: int, kind: str = "") -> str:
         """Return the id of the rollout at this place of the run: always the same one.
 
         Args:
-            step, index: where it is; numbers of at most 15 digits.
+            step, index: where it is; at most 15 digits.
             kind: separates rollouts of one step that are counted independently, such as ``val``.
         """
         return f"{self.name}:{kind}{step}:{index}"
@@ -106,7 +103,7 @@ class Run:
             InvalidValue: it is not strict JSON.
             OSError: it cannot be written.
         """
-        self._write(self._read()[0] if self._identity is None else self._identity, checkpoint)
+        self._write(self._identity if self._identity is not None else self._read()[0], checkpoint)
 
     def identity(self) -> dict[str, Any]:
         """Return what the run was bound to; empty if it never was. Raises as ``load_checkpoint``."""
@@ -116,25 +113,22 @@ class Run:
         """Bind the run to what it trains, or make sure that it is bound to the same.
 
         Args:
-            identity: by name, such as ``algorithm``, what identifies it to people, also after its code has changed.
-            origin: more about the process that goes on with the run; it replaces that of an earlier one.
+            identity: by name, such as ``algorithm``, what identifies it to people.
+            origin: how its process is begun; replaces that of an earlier one.
 
         Raises:
-            InvalidValue: the run was begun with something else; both are named. Raises as ``load_checkpoint``, too.
+            InvalidValue: the run was begun with something else; both are named.
         """
         known, checkpoint = self._read()
         for name, now in identity.items():
-            before = known.get(name, now)
-            if before != now:
+            if (before := known.get(name, now)) != now:
                 raise InvalidValue(
-                    f"the run {self.name!r} was begun with the {name} {before}, and this is the {name} {now}; give "
-                    f"this one another name (run=…), or delete the old one: agl runs rm {self.name}"
+                    f"the run {self.name!r} was begun with the {name} {before}, and this is the {name} {now}; "
+                    f"give it another name (run=…), or delete that run: agl runs rm {self.name}"
                 )
-        self._identity = {**known, **identity, **origin}
-        self._write(self._identity, checkpoint)
+        self._write({**known, **identity, **origin}, checkpoint)
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What the run is bound to, and its checkpoint."""
         if not self.checkpoint_path.exists():
             return {}, None
         try:
@@ -146,16 +140,17 @@ class Run:
                 f"{self.checkpoint_path} is not a checkpoint: {error}; move it away to begin the run from the start"
             ) from error
         found = cast("dict[str, Any]", told)
-        if found.keys() == {_BOUND_TO, _CHECKPOINT}:
-            self._identity = found[_BOUND_TO]
-            return found[_BOUND_TO], found[_CHECKPOINT]
-        return {}, found  # of a version that did not bind runs
+        if found.keys() != {_BOUND_TO, _CHECKPOINT}:  # of a version that did not bind runs
+            return {}, found
+        self._identity = found[_BOUND_TO]
+        return found[_BOUND_TO], found[_CHECKPOINT]
 
     def _write(self, identity: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
         try:
             text = json.dumps({_BOUND_TO: identity, _CHECKPOINT: checkpoint}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidValue(f"the checkpoint is not JSON: {error}") from error
+        self._identity = identity
         self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.checkpoint_path.with_name(f"{self.checkpoint_path.name}.{os.getpid()}.tmp")
         try:
@@ -198,7 +193,7 @@ async def prepare_to_resume(store: LightningStore, process_space: str | None, *,
 
 
 async def end_lost_workers(store: LightningStore, process_space: str | None) -> set[str]:
-    """End the attempts of workers whose processes are certainly gone, instead of waiting for their leases.
+    """End the attempts of workers whose processes are certainly gone, and return the ids of the other workers.
 
     A process is certainly gone if its worker registered in the same process space (the same boot of this machine, the
     same PID namespace) and nobody has its process id now. All others are left to their leases.
@@ -206,9 +201,6 @@ async def end_lost_workers(store: LightningStore, process_space: str | None) -> 
     Args:
         store: where the workers are registered.
         process_space: of this process; None if it is unknown.
-
-    Returns:
-        The ids of the other workers.
     """
     others: set[str] = set()
     for worker in await store.query_workers(status_in=_ALIVE):

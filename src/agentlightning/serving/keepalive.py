@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import socket
 
-_IDLE_SECONDS = 15
-_INTERVAL_SECONDS = 5
-GONE_SECONDS = 30
-"""After so many seconds without an answer, to data or to a probe, the connection ends."""
+_IDLE_SECONDS = 8
+_INTERVAL_SECONDS = 4
 
 
-def probe_when_idle(made: socket.socket) -> None:
+def probe_when_idle(made: socket.socket, gone_seconds: int) -> None:
     """Have the kernel end the connections of this socket whose peer is gone; those that a listening socket accepts
     inherit it.
 
     The system's own default probes after two hours. ``TCP_USER_TIMEOUT`` (RFC 5482) bounds data that is never
     acknowledged, for which it would try for a quarter of an hour; where it is missing, only idle connections end.
+
+    Args:
+        made: before it is connected, or listens.
+        gone_seconds: after so many without an answer, to data or to a probe, a connection ends; also when its peer
+            takes no data for so long.
     """
     if made.family not in (socket.AF_INET, socket.AF_INET6):
         return
@@ -24,8 +27,8 @@ def probe_when_idle(made: socket.socket) -> None:
         "TCP_KEEPIDLE": _IDLE_SECONDS,
         "TCP_KEEPALIVE": _IDLE_SECONDS,  # macOS has this name for it
         "TCP_KEEPINTVL": _INTERVAL_SECONDS,
-        "TCP_KEEPCNT": (GONE_SECONDS - _IDLE_SECONDS) // _INTERVAL_SECONDS,
-        "TCP_USER_TIMEOUT": GONE_SECONDS * 1000,
+        "TCP_KEEPCNT": max(1, gone_seconds - _IDLE_SECONDS) // _INTERVAL_SECONDS,
+        "TCP_USER_TIMEOUT": gone_seconds * 1000,
     }
     for name, value in options.items():
         if hasattr(socket, name):

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_GONE_SECONDS = 20
+"""Clients that vanished are noticed after so long. Work may be handed to one that waits for it; that must not happen so
+often that the work counts as poison."""
 _FLUSH_SECONDS = 2.0
 """How long replies that were written may take to leave, at the end of a drain."""
 _STOP_SECONDS = 30.0
@@ -285,7 +288,7 @@ def _bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe_when_idle(bound)
+        probe_when_idle(bound, _GONE_SECONDS)
         bound.bind(address)
     except (OSError, OverflowError) as error:
         bound.close()

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from agentlightning.errors import AgentLightningError, NotFound, Overloaded, StoreUnavailable, error_classes
 from agentlightning.http.codec import decode_error, encode_problem
-from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Route
+from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, SHED_ORDER, Dialect, Route
 from agentlightning.http.server.admin import openapi_document
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.store.base import LightningStore
@@ -137,3 +137,26 @@ def test_the_page_for_people_has_every_route() -> None:
         assert f"| {route.status} |" in row
         assert f"| {route.permission} |" in row
         assert f"`{route.method}`" in row
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("path", "body", "name", "waits"),
+    [
+        ("/waits/rollouts", b'{"rollout_ids":["ro-1"]}', "timeout", 60.0),
+        ("/waits/rollouts", b'{"rollout_ids":["ro-1"],"timeout":null}', "timeout", 60.0),
+        ("/waits/rollouts", b'{"rollout_ids":["ro-1"],"timeout":1e9}', "timeout", 60.0),
+        ("/waits/rollouts", b'{"rollout_ids":["ro-1"],"timeout":20.0}', "timeout", 20.0),
+        ("/queues/rollouts/dequeue", b'{"wait_seconds":3600.0}', "wait_seconds", 60.0),
+        ("/queues/rollouts/dequeue", b'{"wait_seconds":-1.0}', "wait_seconds", -1.0),
+        ("/queues/rollouts/dequeue", b"", "wait_seconds", 0.0),
+    ],
+)
+def test_no_request_waits_for_longer_than_a_minute(
+    dialect: Dialect, path: str, body: bytes, name: str, waits: float
+) -> None:
+    found = Endpoints(InMemoryLightningStore()).find("POST", dialect.prefix + path)
+    assert found is not None
+    arguments = found.endpoint.arguments(found.ids, b"", body)
+    assert arguments[name] == waits
+    assert found.endpoint.waits(arguments) == (waits > 0)

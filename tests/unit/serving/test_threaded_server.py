@@ -66,7 +66,7 @@ def test_connections_end_when_the_client_is_gone_without_a_farewell() -> None:
     server.start()
     assert get(server) == b"ok"
     server.stop()
-    assert seen == [[1, 15, 30_000]]
+    assert seen == [[1, 8, 20_000]]
 
 
 def test_a_port_that_was_only_reserved_is_given_back() -> None:

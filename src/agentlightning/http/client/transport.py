@@ -66,6 +66,7 @@ class Transport(Protocol):
 
 _JSON = {"Content-Type": "application/json"}
 _PIECE_BYTES = 2**18
+_GONE_SECONDS = 30
 _UNBOUNDED = nullcontext()
 
 
@@ -206,7 +207,7 @@ def _socket(address: tuple[Any, ...]) -> socket.socket:
     """A socket for an address as ``getaddrinfo`` gives it, which notices when the server's machine is gone."""
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
-    probe_when_idle(made)
+    probe_when_idle(made, _GONE_SECONDS)
     return made
 
 

@@ -43,6 +43,10 @@ _LARGE_BYTES = 64 * 1024
 """From this size on, what is wrong with a span may be so much that telling all would hold up others."""
 _ATTRIBUTE, _EVENT, _LINK = TypeAdapter[Any](AttributeValue), TypeAdapter(Event), TypeAdapter(Link)
 
+LONGEST_WAIT_SECONDS = 60.0
+"""How long one request may wait for something to happen, whatever it asks for: one that waits for ever could not be
+told from one whose client is gone, and work may be handed to either."""
+
 
 class Endpoint:
     """Answers one route below one prefix: takes a request apart, and makes a reply of what the store returns.
@@ -108,6 +112,10 @@ class Endpoint:
                 raise _invalid(error, "body") from error
         if self._is_claim and self.dialect.empty_limit_is_empty:
             arguments["limit"] = max(arguments.get("limit", 1), 0)
+        wait = self.route.wait_argument
+        if wait is not None:
+            seconds = arguments.get(wait, self._wait_seconds)
+            arguments[wait] = LONGEST_WAIT_SECONDS if seconds is None else min(seconds, LONGEST_WAIT_SECONDS)
         return arguments
 
     def waits(self, arguments: dict[str, Any]) -> bool:

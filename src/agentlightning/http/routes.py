@@ -33,6 +33,10 @@ Priority = Literal["heartbeat", "completion", "claim", "span", "write", "read"]
 SHED_ORDER: tuple[Priority, ...] = ("read", "write", "claim", "span", "completion", "heartbeat")
 """The order in which a server under load refuses requests. Heartbeats come last: without them live attempts expire."""
 
+LONGEST_WAIT_SECONDS = 60.0
+"""How long one request may wait for something to happen, whatever it asks for: one that waits for ever could not be
+told from one whose client is gone, and work may be handed to either."""
+
 OTLP_TRACES_PATH = "/v1/traces"
 """Where OTLP/HTTP exporters send spans (OpenTelemetry Protocol 1.x, "OTLP/HTTP"); below no prefix."""
 

@@ -21,7 +21,7 @@ from agentlightning.http.codec import (
     encode_result,
     keys_in,
 )
-from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, ROUTES, Dialect, Route
+from agentlightning.http.routes import CLIENT_ROUTES, DIALECTS, LONGEST_WAIT_SECONDS, ROUTES, Dialect, Route
 from agentlightning.http.server.exchange import Reply
 from agentlightning.http.signatures import arguments_of
 from agentlightning.store.arguments import check_batch, span_drafts
@@ -42,10 +42,6 @@ _SCALARS = frozenset({str, bool, int, float})
 _LARGE_BYTES = 64 * 1024
 """From this size on, what is wrong with a span may be so much that telling all would hold up others."""
 _ATTRIBUTE, _EVENT, _LINK = TypeAdapter[Any](AttributeValue), TypeAdapter(Event), TypeAdapter(Link)
-
-LONGEST_WAIT_SECONDS = 60.0
-"""How long one request may wait for something to happen, whatever it asks for: one that waits for ever could not be
-told from one whose client is gone, and work may be handed to either."""
 
 
 class Endpoint:
@@ -112,8 +108,7 @@ class Endpoint:
                 raise _invalid(error, "body") from error
         if self._is_claim and self.dialect.empty_limit_is_empty:
             arguments["limit"] = max(arguments.get("limit", 1), 0)
-        wait = self.route.wait_argument
-        if wait is not None:
+        if wait := self.route.wait_argument:
             seconds = arguments.get(wait, self._wait_seconds)
             arguments[wait] = LONGEST_WAIT_SECONDS if seconds is None else min(seconds, LONGEST_WAIT_SECONDS)
         return arguments

@@ -230,13 +230,17 @@ async def test_a_span_that_is_not_readable_costs_itself_alone() -> None:
         span(3, name=5),
         span(4, attributes={"not": "a list"}),
         span(5, startTimeUnixNano=str(2**70)),
+        None,
+        "no span",
         span(6),
     ]
-    content = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
+    groups: list[dict[str, Any]] = [{"scopeSpans": [{"spans": spans}]}]
+    groups.append({"resource": {"attributes": {"not": "a list"}}, "scopeSpans": [{"spans": [span(7), span(8)]}]})
+    content = json.dumps({"resourceSpans": groups}).encode()
     async with _serving() as (store, server):
         answer = await _post(server, content, content_type="application/json")
         partial = json.loads(answer.body)["partialSuccess"]
-        assert (answer.status, partial["rejectedSpans"]) == (200, "4")
+        assert (answer.status, partial["rejectedSpans"]) == (200, "8")
         first, last = await store.query_spans("ro-1")
     assert first.name == "half \ufffd, pair \U0001f600, written \\ud83d, nul \ufffd"
     assert first.attributes["agentlightning.mended"] == ["name"]

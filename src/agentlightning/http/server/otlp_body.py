@@ -206,28 +206,43 @@ def _read_json(content: bytes) -> Iterator[SpanGroup]:
     for group in _objects(decoded, "resourceSpans", "resource_spans"):
         scopes = list(_objects(group, "scopeSpans", "scope_spans"))
         head = {name: value for name, value in group.items() if name not in ("scopeSpans", "scope_spans")}
-        read = SpanGroup(ParseDict(head, trace_pb2.ResourceSpans(), ignore_unknown_fields=True), [], [])
-        for span in [span for scope in scopes for span in _objects(scope, "spans", "spans")]:
+        spans = [span for scope in scopes for span in _items(scope, "spans")]
+        try:
+            read = SpanGroup(ParseDict(head, trace_pb2.ResourceSpans(), ignore_unknown_fields=True), [], [])
+        except (ParseError, ValueError, TypeError, AttributeError) as error:
+            yield SpanGroup(
+                trace_pb2.ResourceSpans(), [], [f"its resource is not readable: {error!s:.200}"] * len(spans)
+            )
+            continue
+        for span in spans:
             try:
+                if not isinstance(span, dict):
+                    raise TypeError("it is not an object")
                 parsed = ParseDict(_with_base64_ids(span), trace_pb2.Span(), ignore_unknown_fields=True)
                 read.spans.append(parsed)
             except (ParseError, ValueError, TypeError, AttributeError) as error:
-                read.refused.append(f"span {str(span.get('name'))[:80]!r} is not readable: {str(error)[:200]}")
+                name = cast("dict[str, Any]", span).get("name") if isinstance(span, dict) else span
+                read.refused.append(f"span {str(name)[:80]!r} is not readable: {str(error)[:200]}")
         yield read
 
 
 def _objects(holder: Any, *names: str) -> Iterator[dict[str, Any]]:
     """The objects in a list of an object, which has one of these names; none if it is absent."""
+    for each in _items(holder, *names):
+        if not isinstance(each, dict):
+            raise TypeError(f"{names[0]} holds {str(each)[:80]!r}; it must hold objects")
+        yield cast("dict[str, Any]", each)
+
+
+def _items(holder: Any, *names: str) -> Iterator[Any]:
+    """The items of such a list, whatever they are."""
     if not isinstance(holder, dict):
         raise TypeError(f"{str(holder)[:80]!r} is not an object")
     for name in dict.fromkeys(names):
         values = cast("dict[str, Any]", holder).get(name)
         if values is not None and not isinstance(values, list):
             raise TypeError(f"{name} is {str(values)[:80]!r}; it must be a list")
-        for each in cast("list[Any]", values or []):
-            if not isinstance(each, dict):
-                raise TypeError(f"{name} holds {str(each)[:80]!r}; it must hold objects")
-            yield cast("dict[str, Any]", each)
+        yield from cast("list[Any]", values or [])
 
 
 def _whole_text(content: bytes) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.errors import AgentLightningError, StoreUnreachable
+from agentlightning.errors import AgentLightningError, NotFound, StoreUnreachable
 from agentlightning.http.client.calls import Caller
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
@@ -20,7 +20,7 @@ from agentlightning.types import Span
 from spooling_process import numbered
 
 Fault = Callable[[list[int]], str]
-"""What happens to a request with the spans of these numbers: ``ok``, ``away`` or ``fails``."""
+"""What happens to a request with the spans of these numbers: ``ok``, ``away``, ``gone`` or ``fails``."""
 
 
 class _Server:
@@ -38,6 +38,8 @@ class _Server:
             raise StoreUnreachable("away")
         if happens == "fails":
             return WireReply(500, {}, encode_problem(AgentLightningError("it failed"), "r-1"))
+        if happens == "gone":
+            return WireReply(404, {}, encode_problem(NotFound("there is no such attempt"), "r-1"))
         self.stored += numbers
         return WireReply(201, {}, json.dumps({"sequence_ids": numbers}).encode())
 
@@ -92,6 +94,29 @@ async def test_spans_that_make_the_server_fail_each_time_do_not_hold_up_the_othe
     assert await scene.counts() == (5, 5)
     assert list(dict.fromkeys(scene.server.stored)) == [0, 2, 5, 8, 9]
     assert scene.server.requests.count(list(range(10))) == 2, "when they were added, and in the one round it took"
+
+
+async def test_spans_of_an_unknown_attempt_are_refused_together(tmp_path: Path) -> None:
+    away = iter(["away"])
+    gone = set(range(300))
+    scene = _Scene(tmp_path, lambda numbers: next(away, "gone" if gone & set(numbers) else "ok"))
+    await scene.add(*(numbered("ro-1", "at-gone", number) for number in range(300)))
+    await scene.add(*(numbered("ro-1", "at-1", number) for number in range(300, 400)))
+    assert await scene.counts() == (100, 300)
+    assert scene.server.stored == list(range(300, 400))
+    assert len(scene.server.requests) < 20
+    assert len(scene.folder.quarantine_file.read_text().splitlines()) == 300
+
+
+async def test_a_quarantine_file_that_cannot_be_written_holds_up_nothing(tmp_path: Path) -> None:
+    away = iter(["away"])
+    scene = _Scene(tmp_path, lambda numbers: next(away, "gone" if 0 in numbers else "ok"))
+    scene.folder.quarantine_file.mkdir()
+    await scene.add(numbered("ro-1", "at-gone", 0), numbered("ro-1", "at-1", 1))
+    assert await scene.counts() == (1, 1)
+    report = scene.delivery.report()
+    assert report is not None
+    assert report.discarded == 1
 
 
 @pytest.mark.parametrize("again", [[], ["fails"], ["away", "fails"]])

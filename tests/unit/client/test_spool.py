@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -201,18 +202,68 @@ def test_a_folder_that_cannot_be_written_is_no_room(tmp_path: Path) -> None:
 
 def test_what_is_refused_is_put_away_with_the_reason(folder: SpoolFolder) -> None:
     folder.create()
-    folder.quarantine(_spans(1)[0], NotFound("no such attempt"))
-    folder.quarantine(_spans(2)[0], NotFound("nor this one"))
+    assert folder.quarantine([(_spans(1)[0], NotFound("no such attempt"))]) == 1
+    assert folder.quarantine([(_spans(2)[0], NotFound("nor this one"))]) == 1
     lines = folder.quarantine_file.read_text().splitlines()
     assert len(lines) == 2
     assert '"code": "not_found"' in lines[0]
     assert '"span": {"n": 1, "pad": ""}' in lines[0]
 
 
+def test_the_quarantine_file_stays_within_its_share(tmp_path: Path) -> None:
+    folder = SpoolFolder(tmp_path / "spools", max_bytes=40_000)
+    mine = folder.create()
+    refused = [(span, NotFound("gone")) for span in _spans(*range(100), size=400)]
+    kept = folder.quarantine(refused)
+    assert 0 < kept < 100
+    assert folder.quarantine(refused) == 0
+    lines = folder.quarantine_file.read_text().splitlines()
+    assert len(lines) == kept == len([json.loads(line) for line in lines])
+    size = folder.quarantine_file.stat().st_size
+    assert 9_000 < size <= 10_000
+    folder.check_room(mine, 40_000 - size)
+    with pytest.raises(SpoolFull):  # both together are within the bound
+        folder.check_room(mine, 40_001 - size)
+
+
+def test_a_full_spool_leaves_no_room_in_the_quarantine_file(tmp_path: Path) -> None:
+    folder = SpoolFolder(tmp_path / "spools", max_bytes=5_000)
+    folder.create().append(_spans(1, size=4_500))
+    assert folder.quarantine([(span, NotFound("gone")) for span in _spans(1, 2, 3, size=400)]) == 0
+
+
+@pytest.mark.parametrize("written", [0, 1, 7, 300])
+def test_a_disk_that_fills_up_tears_no_line(folder: SpoolFolder, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    folder.create()
+    refused = [(span, NotFound("gone")) for span in _spans(1, 2, 3, 4, size=100)]
+    assert folder.quarantine(refused[:1]) == 1
+    whole = folder.quarantine_file.read_bytes()
+    left = written
+    write = os.write
+
+    def short(handle: int, data: bytes | memoryview) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        taken = write(handle, data[:left])
+        left -= taken
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", short)
+        with pytest.raises(OSError, match="no space"):
+            folder.quarantine(refused)
+    assert folder.quarantine_file.read_bytes() == whole
+    folder.quarantine_file.write_bytes(whole + whole[:written])  # as after a kill
+    assert folder.quarantine(refused) == 4
+    lines = folder.quarantine_file.read_text().splitlines()
+    assert [json.loads(line)["code"] for line in lines if line.endswith("}")][-4:] == ["not_found"] * 4
+
+
 def test_only_their_owner_can_read_them(folder: SpoolFolder) -> None:
     spool = folder.create()
     spool.append(_spans(1))
-    folder.quarantine(b"{}", NotFound("x"))
+    folder.quarantine([(b"{}", NotFound("x"))])
     for path in [folder.root, *folder.root.rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
 

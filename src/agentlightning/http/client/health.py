@@ -84,7 +84,9 @@ class SpoolReport:
     delivered: int = 0
     """Spans that the server has taken from it, those of dead runners included."""
     refused: int = 0
-    """Spans that the server refused for good; they are in the quarantine file."""
+    """Spans that the server refused for good; they are in the quarantine file, as far as there is room."""
+    discarded: int = 0
+    """Those for which there was none."""
     pushed_back: int = 0
     """Calls that had to wait, or failed, because there was no room."""
     adopted: int = 0
@@ -409,6 +411,7 @@ class ClientMetrics:
             ("spool_spooled", spool.spooled, "Spans that went to the disk because the server was out of reach."),
             ("spool_delivered", spool.delivered, "Spans that the server has taken from the disk."),
             ("spool_refused", spool.refused, "Spans that the server refused for good."),
+            ("spool_discarded", spool.discarded, "Refused spans for which the quarantine file had no room."),
             ("spool_pushed_back", spool.pushed_back, "Calls that found no room on the disk."),
             ("spool_adopted", spool.adopted, "Spools of dead processes that were taken over."),
         ):

@@ -278,6 +278,9 @@ class SpanDelivery:
         """How often each span alone made the server fail."""
 
         async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> None:
+            if is_refusal(error):
+                refused.extend((span, error) for span in spans)
+                return
             [span] = spans
             while not is_refusal(error):  # it may have been the server: try it here, before what comes behind it
                 suspects[span] += 1
@@ -299,10 +302,9 @@ class SpanDelivery:
                 batch = spool.next_batch(_SPOOLED_SPANS, _SPOOLED_BYTES)
                 if batch is None:
                     return
-                await send_apart(batch.spans, self._send_waiting, put_away, is_refusal=_may_be_refusal)
-                for span, error in refused:
-                    folder.quarantine(span, error)
-                    _logger.error("a span was refused for good, and put into %s: %s", folder.quarantine_file, error)
+                await send_apart(
+                    batch.spans, self._send_waiting, put_away, attempt_of=_attempt_of, is_refusal=_may_be_refusal
+                )
             except (AgentLightningError, OSError) as error:
                 _logger.debug("spans wait in %s: %s", spool.folder, error)
                 await asyncio.sleep(_PAUSES[min(failed_rounds, len(_PAUSES) - 1)])
@@ -310,18 +312,20 @@ class SpanDelivery:
                 continue
             failed_rounds = 0
             suspects.clear()
+            discarded = _put_into_quarantine(folder, refused)
             spool.acknowledge(batch)
-            self._delivered(spool, batch, len(refused))
+            self._delivered(spool, batch, len(refused), discarded)
 
     async def _send_waiting(self, spans: Sequence[bytes]) -> object:
         plan = plan_of("add_many_spans")
         request = self._caller.with_body(plan, _body(spans))._replace(patience_seconds=self._caller.timeout_seconds)
         return plan.result(await self._caller.send(request))
 
-    def _delivered(self, spool: Spool, batch: Batch, refused: int) -> None:
+    def _delivered(self, spool: Spool, batch: Batch, refused: int, discarded: int) -> None:
         with self._lock:
             self._counts["delivered"] += len(batch.spans) - refused
             self._counts["refused"] += refused
+            self._counts["discarded"] += discarded
             if spool is self._own:
                 for _ in range(min(len(batch.spans), len(self._waiting))):
                     rollout_id, attempt_id = self._waiting.popleft()
@@ -342,6 +346,37 @@ class SpanDelivery:
 def _may_be_refusal(error: AgentLightningError) -> bool:
     """Also an internal error may be about one of the spans."""
     return is_refusal(error) or type(error) is AgentLightningError
+
+
+class _Ids(msgspec.Struct):
+    """What interests here of a span's JSON."""
+
+    rollout_id: str
+    attempt_id: str
+
+
+_ids_of = msgspec.json.Decoder(_Ids).decode
+
+
+def _attempt_of(span: bytes) -> tuple[str, str]:
+    ids = _ids_of(span)
+    return ids.rollout_id, ids.attempt_id
+
+
+def _put_into_quarantine(folder: SpoolFolder, refused: Sequence[tuple[bytes, AgentLightningError]]) -> int:
+    """Put away what was refused for good; returns for how many there was no room."""
+    if not refused:
+        return 0
+    try:
+        kept = folder.quarantine(refused)
+    except OSError as error:  # they must not hold up what can be delivered
+        _logger.error("%s cannot be written: %s", folder.quarantine_file, error)
+        kept = 0
+    _logger.error(
+        "%d spans were refused for good; %d of them found room in %s. The first: %s",
+        *(len(refused), kept, folder.quarantine_file, refused[0][1]),
+    )
+    return len(refused) - kept
 
 
 def _end_of_chunk(encoded: Sequence[bytes], start: int) -> int:

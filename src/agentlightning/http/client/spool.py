@@ -17,6 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple, Self
 from zlib import crc32
@@ -144,14 +145,8 @@ class Spool:
         data = b"".join([encode_record(each) for each in spans])
         with self._lock:
             try:
-                handle, rest = self._segment_to_write(), memoryview(data)
-                while rest:
-                    rest = rest[os.write(handle, rest) :]
-                os.fsync(handle)
+                _write_all(self._segment_to_write(), data, self._size)
             except OSError as error:
-                if self._writing is not None:  # take back what was written in part; else it is torn and passed over
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(self._writing, self._size)
                 self._stop_writing()
                 raise SpoolFull(
                     f"{len(spans)} spans could not be written to {self.folder}: {error}. They are still yours to keep; "
@@ -290,6 +285,19 @@ def _private(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
+def _write_all(handle: int, data: bytes | bytearray, size: int) -> None:
+    """Write to the end of a file of this size, and to the disk. Raises ``OSError``; then nothing was added."""
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):  # else what was written in part is torn, and passed over
+            os.ftruncate(handle, size)
+        raise
+
+
 def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
     """How far the server has them; the beginning, if that is not known or cannot be."""
     beginning = _Place(segments[0], 0) if segments else _Place(0, 0)
@@ -302,6 +310,7 @@ def _read_cursor(folder: Path, segments: Sequence[int]) -> _Place:
 
 
 _COUNT_AGAIN_SECONDS = 1.0
+_QUARANTINE_SHARE = 4
 
 
 class SpoolFolder:
@@ -371,17 +380,43 @@ class SpoolFolder:
                 self._counted_at = now
                 others = (each for each in self.root.glob("*.spool/*.seg") if each.parent != own.folder)
                 self._others_bytes = sum(map(_size_of, others))
-            used = own.waiting_bytes + self._others_bytes
+            used = own.waiting_bytes + self._others_bytes + _size_of(self.quarantine_file)
         if used + more_bytes > self._max_bytes:
             raise SpoolFull(
                 f"{used:,} bytes of spans wait in {self.root} for the server, and {self._max_bytes:,} are allowed; "
                 f"{more_bytes:,} more were not taken. Bring the server back, or allow more (spool_max_bytes)"
             )
 
-    def quarantine(self, span: bytes, error: AgentLightningError) -> None:
-        """Put away a span that the server refuses for good, with the reason."""
-        line = {"time": time.time(), "code": error.code, "message": error.message, "span": json.loads(span)}
-        with open(self.quarantine_file, "ab", opener=_private) as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def quarantine(self, refused: Sequence[tuple[bytes, AgentLightningError]]) -> int:
+        """Put away spans that the server refuses for good, each with the reason, as whole lines.
+
+        Returns:
+            How many there was room for: the file takes a quarter of what all spools may take, and no more than these
+            leave. The others are gone.
+
+        Raises:
+            OSError: the disk does not take them. Then none of them is in the file.
+        """
+        spools = sum(map(_size_of, self.root.glob("*.spool/*.seg")))
+        handle = _private(self.quarantine_file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # other processes write there, too
+            size = os.fstat(handle).st_size
+            room = min(self._max_bytes // _QUARANTINE_SHARE, self._max_bytes - spools) - size
+            # A process that was killed may have left half a line.
+            data = bytearray(b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b"")
+            kept = 0
+            for line in starmap(_quarantine_line, refused):
+                if len(data) + len(line) <= room:
+                    data += line
+                    kept += 1
+            if kept:
+                _write_all(handle, data, size)
+        finally:
+            os.close(handle)
+        return kept
+
+
+def _quarantine_line(span: bytes, error: AgentLightningError) -> bytes:
+    line = {"time": time.time(), "code": error.code, "message": error.message, "span": json.loads(span)}
+    return json.dumps(line).encode() + b"\n"

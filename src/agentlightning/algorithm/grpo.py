@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 PolicyT = TypeVar("PolicyT", bound=Policy, default=Any)
 
 _EMPTY_STEPS = 3
-"""After so many consecutive steps without one complete group the run fails: something is wrong with the agent."""
+"""After so many consecutive steps without a group to compare the run fails: something is wrong with the agent."""
 
 _ENOUGH_ATTEMPTS = 32
 """In a shorter run all rewards of each group can be equal by chance."""

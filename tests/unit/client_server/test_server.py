@@ -257,6 +257,19 @@ async def test_pages_of_other_origins_only_when_asked_for() -> None:
         ).status == 403
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_an_image_on_another_page_starts_nothing(site: str) -> None:
+    async with InMemoryLightningStore() as store:
+        for server in (AsgiCalls(store), AsgiCalls(store, cors_allow_origins="*")):
+            for path in ("/agl/v1/verify", "/v1/agl/verify", "/agl/v1/statistics"):
+                answer = await server.call("GET", path, headers={"sec-fetch-site": site, "sec-fetch-mode": "no-cors"})
+                assert (answer.status, json.loads(answer.body)["code"]) == (403, "not_allowed")
+            for own in ("none", "same-origin"):  # typed into the address bar; a page of the server's own
+                assert (await server.call("GET", "/agl/v1/verify", headers={"sec-fetch-site": own})).status == 200
+        asked = {"sec-fetch-site": site, "origin": "https://lab.example"}
+        assert (await server.call("GET", "/agl/v1/verify", headers=asked)).status == 200
+
+
 async def test_https(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]

@@ -123,6 +123,9 @@ _PREFLIGHT = (
     (b"access-control-allow-headers", b"authorization, content-type, traceparent, x-request-id"),
     (b"access-control-max-age", b"600"),
 )
+_OTHER_SITES = (b"cross-site", b"same-site")
+"""Values of ``Sec-Fetch-Site`` (W3C, "Fetch Metadata Request Headers"): a browser sends no ``Origin`` for an image or a
+link, which would start work all the same. Other ports of one host are the same site, and not to be trusted either."""
 _REMEMBERED = 64
 
 
@@ -166,6 +169,11 @@ class AccessControl:
             preflight = self._check_origin(exchange, headers[b"origin"], host)
             if preflight is not None:
                 return preflight
+        elif permission is not None and headers.get(b"sec-fetch-site") in _OTHER_SITES:
+            raise NotAllowed(
+                "this server does not answer what a page of another site starts without an Origin header; "
+                "use a program, or CORS requests from a page that --cors-origin lists"
+            )
         if permission is None:
             return None
         if principal is ANONYMOUS and self._key is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fresh_process import say
 
-__all__ = ["logfire_configured", "run_pools", "train_disabled_and_seeded"]
+__all__ = ["logfire_configured", "run_in_a_fork", "run_pools", "train_disabled_and_seeded"]
 
 
 def train_disabled_and_seeded() -> None:
@@ -146,3 +146,32 @@ def _large() -> None:
 
     with trace.get_tracer("tool").start_as_current_span("large") as span:
         span.set_attributes({"text": "x" * 3_000_000, "odd": float("nan")})
+
+
+def run_in_a_fork() -> None:
+    """Trace a rollout in a fork of a process that has traced one; says the rewards of both, each with a forked tool."""
+    import agentlightning as agl
+    from scenes import started
+
+    async def run() -> None:
+        async with agl.InMemoryLightningStore() as store:
+            tracer = agl.OtelTracer()
+            with tracer.lifespan(store):
+                rollout = await started(store)
+                ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+                async with tracer.trace_context(**ids):
+                    run_forked(_half)
+                    agl.emit_reward(1.0)
+                spans = await store.query_spans(rollout.rollout_id)
+                say([agl.get_reward_value(span) for span in spans])
+
+    asyncio.run(run())
+    child = os.fork()
+    if child == 0:
+        asyncio.run(run())
+        os._exit(0)
+    say(os.waitpid(child, 0)[1])
+
+
+def _half() -> None:
+    _reward(0.5)

@@ -214,6 +214,8 @@ class AttemptRun:
         async with trace:
             await self._call_hooks("on_trace_start", tracer=parts.tracer)
             outcome, result = await self._call_agent(resources)
+            if isinstance(trace, DeferredTrace):
+                trace.agent_returned()
             if outcome.status == "succeeded":
                 await self._call_hooks("on_trace_end", tracer=parts.tracer)
                 outcome = self._accept_result(result)

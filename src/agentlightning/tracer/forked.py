@@ -50,9 +50,12 @@ class ForkedSpans:
 
     def before_fork(self) -> None:
         """Make the folder for the files, if a trace is open."""
-        traces = list(self._open_traces())
-        if not traces or self._pid != os.getpid():
+        traces = [each for each in self._open_traces() if each.is_here]
+        if not traces:
             return
+        if self._pid != os.getpid():  # a fork that has traces of its own; what it inherited is its parent's
+            self._pid, self._folder, self._known, self._read = os.getpid(), None, {}, {}
+            self._lock = threading.Lock()
         if self._folder is None:
             self._folder = tempfile.mkdtemp(prefix="agentlightning-forked-")
             atexit.register(self._remove)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from opentelemetry import context as otel_context, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
 
-from agentlightning.errors import InvalidValue
+from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.base import Tracer, activated, recorded
 from agentlightning.tracer.processor import LightningSpanProcessor, attach_processor
@@ -21,6 +23,11 @@ from agentlightning.tracer.recording import Recording
 from agentlightning.tracer.sender import DeferredTrace, SpanSender
 from agentlightning.types import Attributes, Span, SpanCoreFields, StatusCode, TraceStatus
 from agentlightning.types.attributes import convert_attributes, convert_timestamp
+
+_REWARD = "agentlightning.reward"
+_REWARD_SECONDS = 2.0
+"""How long a reward may hold up a plain function, while the store does not answer."""
+_logger = logging.getLogger(__name__)
 
 
 def to_otel_status_code(status_code: StatusCode) -> trace.StatusCode:
@@ -102,13 +109,15 @@ class OtelTracer(Tracer):
             RuntimeError: several rollouts run, and this thread has no context that says which one it works for.
         """
         processor, tracer = self._wiring()
-        processor.recording()
+        recording = processor.recording()
         at = time.time() if timestamp is None else timestamp
         nanoseconds = int(at * 1e9)
         status = status or TraceStatus(status_code="OK")
         span = tracer.start_span(name, attributes=attributes, start_time=nanoseconds)
         span.set_status(to_otel_status_code(status.status_code), status.description)
         span.end(nanoseconds)
+        if recording is not None and any(key.startswith(_REWARD) for key in attributes or ()):
+            self._send_reward(recording)
         return SpanCoreFields(name=name, status=status, attributes=dict(attributes or {}), start_time=at, end_time=at)
 
     @contextmanager
@@ -131,6 +140,23 @@ class OtelTracer(Tracer):
         open_here = trace.use_span(span, record_exception=False, set_status_on_exception=False)
         with recorded(recording, partial(recording.finish, end_time)), open_here:
             yield recording
+
+    def _send_reward(self, recording: Recording) -> None:
+        """Send a reward before the agent goes on, so that the store gets it before the agent's next model call.
+
+        The proxy stores calls as they end, and rewards belong to calls by the order in which the store got them. A
+        coroutine is not held up; its reward is on its way at once.
+        """
+        if recording.store is None or recording.is_ending or recording.closed or not recording.is_here:
+            return
+        sent = self._sending().flush(recording)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # a plain function
+            try:
+                sent.result(_REWARD_SECONDS)
+            except (TimeoutError, StoreUnavailable):
+                _logger.warning("a reward of %s is not in the store yet; the agent goes on", recording.name)
 
     def _wiring(self) -> tuple[LightningSpanProcessor, trace.Tracer]:
         """Our processor and the OpenTelemetry tracer of this process; set up on first use."""

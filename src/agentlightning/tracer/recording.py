@@ -57,6 +57,8 @@ class Recording:
         """Called with this recording for each span that ends after the trace was closed."""
         self.on_forked: Callable[[Recording, PlainSpan], None] | None = None
         """Takes the spans that end in a forked child of the process, whose copy of this recording nobody sends."""
+        self.is_ending = False
+        """Whether the agent has returned: no model call follows the spans that come now."""
         self.settled = 0
         """How many of the spans are in the store, or were lost because they could not be converted."""
         self._convert = convert
@@ -65,6 +67,11 @@ class Recording:
         self._converted = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process made it: not a forked child, whose copy nobody sends."""
+        return self._pid == os.getpid()
 
     @property
     def closed(self) -> bool:
@@ -77,7 +84,7 @@ class Recording:
 
     def add(self, span: Any) -> None:
         """Take a span that has ended."""
-        if self._pid != os.getpid() and self.on_forked is not None:
+        if not self.is_here and self.on_forked is not None:
             self.on_forked(self, self._convert(span, self.rollout_id, self.attempt_id))
             return
         self.taken.append(span)

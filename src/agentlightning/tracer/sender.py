@@ -367,6 +367,11 @@ class DeferredTrace(AbstractAsyncContextManager[Any]):
         """Do not send the last spans at the end of the block. To be called before the block is entered."""
         self._deferred = True
 
+    def agent_returned(self) -> None:
+        """Note that the agent has returned: the spans that come now are not followed by any of it."""
+        if self._recording is not None:
+            self._recording.is_ending = True
+
     def wants_own_call(self) -> bool:
         """Whether there are more spans than fit into a report; then ``send`` them."""
         recording = self._recording

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fresh_process import run_fresh
-from tracing_programs import run_pools
+from tracing_programs import run_in_a_fork, run_pools
 
 
 def test_spans_of_pools_of_processes() -> None:
@@ -18,3 +18,7 @@ def test_spans_of_pools_of_processes() -> None:
         # The pool of the rollout before is used again: what its child emits is nobody's.
         "0 spans, 1 lost",
     ]
+
+
+def test_a_fork_that_has_a_trace_of_its_own_may_fork_as_well() -> None:
+    assert run_fresh(run_in_a_fork) == ["[0.5, 1.0]", "[0.5, 1.0]", "0"]

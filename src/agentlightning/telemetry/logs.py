@@ -8,11 +8,13 @@ attempt that the current task works for (``CURRENT``).
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,6 +124,19 @@ def setup_logging(
     _replace_handlers(handlers, number, propagate=propagate)
 
 
+class _PrivateFileHandler(RotatingFileHandler):
+    """Makes files that only their owner can read; one that exists keeps the mode that it was given."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=lambda path, flags: os.open(path, flags, 0o600),
+        )
+
+
 def _open_files(
     files: Sequence[str | Path], format: LogFormat, max_bytes: int, kept: int
 ) -> Sequence[RotatingFileHandler]:
@@ -131,7 +146,7 @@ def _open_files(
         for file in files:
             try:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
-                handler = RotatingFileHandler(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
+                handler = _PrivateFileHandler(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
             except OSError as error:
                 raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
             opened.callback(handler.close)

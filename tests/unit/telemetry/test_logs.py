@@ -100,6 +100,7 @@ def test_a_file_that_has_grown_is_renamed_and_the_oldest_goes(tmp_path: Path) ->
         logging.getLogger("agentlightning").info("line %d", number)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
     assert all(file.stat().st_size <= 2_000 for file in tmp_path.iterdir())
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
     assert _lines(tmp_path / "log")[-1]["event"] == "line 99"
 
 

@@ -128,13 +128,8 @@ class _PrivateFileHandler(RotatingFileHandler):
     """Makes files that only their owner can read; one that exists keeps the mode that it was given."""
 
     def _open(self) -> TextIOWrapper:
-        return open(
-            self.baseFilename,
-            self.mode,
-            encoding=self.encoding,
-            errors=self.errors,
-            opener=lambda path, flags: os.open(path, flags, 0o600),
-        )
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+        return super()._open()
 
 
 def _open_files(

@@ -79,9 +79,15 @@ class StreamRelay:
         """About how many bytes of the reply are kept, which is less than what has passed."""
         return self._stream.kept_bytes + len(self._held)
 
+    def read_rest(self) -> None:
+        """Read what came after the last whole event, at the end: some backends leave out the last empty line."""
+        rest, self._events = self._events.rest(), EventSplitter(_MAX_EVENT_BYTES)
+        self._held += self._scrubber.bytes(self._stream.feed(rest) if rest.strip() else rest)
+
     def ending(self) -> bytes:
         """Return the last bytes for the agent: what is held back, and what came after the last whole event."""
-        return bytes(self._held) + self._scrubber.bytes(self._events.rest())
+        self.read_rest()
+        return bytes(self._held)
 
 
 def _read_origin(request: Request) -> CallOrigin | None:
@@ -264,6 +270,7 @@ class _ModelCall:
                 passed += len(data)
                 if passed >= _MEASURED_BYTES:
                     passed, kept = 0, self._keep(kept, relay.kept_bytes)
+            relay.read_rest()
             if not stream.is_complete:
                 raise aiohttp.ClientPayloadError("the stream ended in the middle of the reply")
         except (aiohttp.ClientError, TimeoutError, EventTooLarge) as error:

@@ -129,24 +129,26 @@ _UNFINISHED = frozenset({
 
 def each_choice(span: Span) -> list[Span]:
     """Return the span of a whole call once for each choice of its reply, as if that were the only one."""
-    reasons = span.attributes.get(GenAIAttributes.RESPONSE_FINISH_REASONS.value)
-    body = span.attributes.get(Call.RESPONSE.value)
-    if not isinstance(reasons, list | tuple) or len(reasons) < 2 or not isinstance(body, str):
-        return [span]
+    count, choices, reply = 1, list[Any](), dict[str, Any]()
+    while any(choice_attribute(each, count) in span.attributes for each in _OF_CHOICES):
+        count += 1
     try:
-        reply = msgspec.json.decode(body)
-        choices = reply["choices"]
-    except (msgspec.MsgspecError, TypeError, KeyError):
+        reply = dict(msgspec.json.decode(str(span.attributes.get(Call.RESPONSE.value))))
+        choices = list(reply["choices"])
+    except (msgspec.MsgspecError, TypeError, KeyError, ValueError):  # it was shortened
+        pass
+    count = max(count, len(choices))
+    if count < 2:
         return [span]
-    if len(choices) != len(reasons):
-        return [span]
+    reasons = span.attributes.get(GenAIAttributes.RESPONSE_FINISH_REASONS.value)
+    told = list(map(str, reasons)) if isinstance(reasons, list | tuple) and len(reasons) == count else None
     return [
-        _of_choice(span, number, str(reasons[number]), {**reply, "choices": [each]})
-        for number, each in enumerate(choices)
+        _of_choice(span, number, None if told is None else told[number], reply, choices[number : number + 1])
+        for number in range(count)
     ]
 
 
-def _of_choice(span: Span, number: int, reason: str, reply: Mapping[str, Any]) -> Span:
+def _of_choice(span: Span, number: int, reason: str | None, reply: Mapping[str, Any], choices: Sequence[Any]) -> Span:
     attributes: dict[str, Any] = {
         name: value for name, value in span.attributes.items() if not name.startswith(Call.CHOICES.value)
     }
@@ -156,6 +158,11 @@ def _of_choice(span: Span, number: int, reason: str, reply: Mapping[str, Any]) -
             attributes[each.value] = value
         elif each is not Call.PROMPT_TOKEN_IDS:
             attributes.pop(each.value, None)
-    attributes[GenAIAttributes.RESPONSE_FINISH_REASONS.value] = [reason]
-    attributes[Call.RESPONSE.value] = msgspec.json.encode(reply).decode()
+    if reason is None and choices and isinstance(choices[0], dict):
+        reason = cast("dict[str, Any]", choices[0]).get("finish_reason")
+    attributes.pop(GenAIAttributes.RESPONSE_FINISH_REASONS.value, None)
+    if reason is not None:
+        attributes[GenAIAttributes.RESPONSE_FINISH_REASONS.value] = [reason]
+    if reply:
+        attributes[Call.RESPONSE.value] = msgspec.json.encode({**reply, "choices": choices}).decode()
     return span.model_copy(update={"attributes": attributes})

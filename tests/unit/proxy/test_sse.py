@@ -21,7 +21,7 @@ from agentlightning.proxy.dialects.base import (
     event_of,
 )
 
-_LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
+_LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"])
 _EVENTS = st.lists(
     st.tuples(
         st.sampled_from([b'data: {"a": "\xc3\xa9"}', b": ping", b"data: x\ndata: y", b"id: 1\ndata:z"]), _LINE_ENDS
@@ -55,6 +55,8 @@ def test_events_are_the_same_however_the_stream_is_cut(
         (b"event: x\nid: 3\ndata: {}\n\n", b"{}"),
         (b": ping\n\n", None),
         (b"data:\n\n", b""),
+        (b"\xef\xbb\xbfdata: {}\n\n", b"{}"),
+        (b"data: a\rdata: b\r\r", b"a\nb"),
         (b"\n\n", None),
     ],
 )
@@ -107,6 +109,20 @@ def test_what_the_agent_sees_is_the_same_however_the_stream_is_cut(places: list[
     assert tee.ending() == b"data: [DONE]\n\nrest", "the end is held back"
     assert read.is_complete
     assert json.loads(read.recorded().body)["choices"][0]["message"]["content"] == "Hello wörld"
+
+
+def test_the_last_event_may_lack_its_empty_line() -> None:
+    """It is read, and what is hidden in it stays hidden."""
+    usage = event_of(b'{"id": "c", "choices": [], "usage": {"completion_tokens": 1}}').rstrip()
+    for last in (chunk("", finish_reason="stop", token_ids=[7]).rstrip(), usage):
+        tee, read = relay(hidden=CAPTURE_FIELDS)
+        tee.feed(chunk("a", finish_reason=None if last is not usage else "stop") + last)
+        tee.read_rest()
+        assert read.is_complete
+        shown = tee.ending()
+        assert b"token_ids" not in shown
+        assert b"completion_tokens" not in shown
+        assert (b"stop" in shown) is (last is not usage)
 
 
 def test_a_stream_that_is_none_passes_as_it_is() -> None:

@@ -99,6 +99,21 @@ def test_every_choice_is_an_example_of_its_own() -> None:
     assert [each["messages"][-1]["content"] for each in TraceToMessages().adapt([span])] == ["A", "B"]
 
 
+@pytest.mark.parametrize("reasons", [None, ["stop"]])
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_no_choice_is_lost_whatever_is_missing(reasons: Any, is_readable: bool) -> None:
+    """One has no finish reason, or the reply was too large to be kept."""
+    span = call(
+        "01", request=json.dumps({"messages": MESSAGES[:1]}), response=reply("A", "B") if is_readable else "{…",
+        prompt_token_ids=[1], response_token_ids=[2], choices__1__response_token_ids=[3, 4],
+    )  # fmt: skip
+    if reasons:
+        span.attributes["gen_ai.response.finish_reasons"] = reasons
+    made = LlmProxyTraceToTriplet().adapt([span])
+    assert [each.response["token_ids"] for each in made] == [[2], [3, 4]]
+    assert [each.metadata["finish_reason"] for each in made] == [None, None]
+
+
 def test_shortened_texts_are_no_conversation() -> None:
     span = call("01", request=json.dumps({"messages": MESSAGES}), response=reply("A"), shortened=["request"])
     assert TraceToMessages().examine([span]).made == []

@@ -290,7 +290,8 @@ class WireDialect(ABC):
 
 # --- Server-sent events, as far as model calls use them (https://html.spec.whatwg.org/multipage/server-sent-events.html)
 
-_END = re.compile(rb"\r?\n\r?\n")
+_END = re.compile(rb"\r?\n\r?\n|\r\r\n?")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_END_BYTES = 4
 
 
@@ -333,6 +334,7 @@ class EventSplitter:
 
 def data_of(event: bytes) -> bytes | None:
     """Return the data of an event; None if it has none, such as a comment."""
+    event = event.removeprefix(_BYTE_ORDER_MARK)
     if event.startswith(b"data:") and event.count(b"\n") == 2:  # nearly all events: one line and the empty one
         return event[5:].strip()
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
@@ -346,6 +348,7 @@ def event_of(data: bytes) -> bytes:
 
 def with_data(event: bytes, data: bytes) -> bytes:
     """Return an event with other data, which must not contain a line break; its other lines stay."""
+    event = event.removeprefix(_BYTE_ORDER_MARK)
     if event.startswith(b"data:") and event.count(b"\n") == 2:
         return event_of(data)
     others = [line for line in event.splitlines() if line and not line.startswith(b"data:")]

@@ -40,9 +40,10 @@ def database(worked: Path, tmp_path: Path) -> Path:
 def test_status_is_one_screen(worked: Path) -> None:
     text = agl("status", "--url", worked).ok().out
     assert "8   1 queuing   1 running   4 succeeded   2 failed" in text
-    assert re.search(r"^w-1 +busy", text, re.M)
+    assert "2 known, and no process has the file open" in text
     assert re.search(r"^2 of 6 +agent_error +ValueError: boom", text, re.M)
-    assert "1 rollout in the queue; 1 of 2 workers busy" in text
+    assert "1 rollout in the queue and 1 begun, and no process has this file open" in text
+    assert re.search(r"^reward +\S+ on average of the last \d", text, re.M)
     assert len(text.splitlines()) < 30
 
 
@@ -51,8 +52,8 @@ def test_status_as_json_has_the_same(worked: Path) -> None:
     assert told["rollouts"]["succeeded"] == 4
     assert told["oldest_waiting"]["rollout_id"] == "ro-task-7"
     assert told["failures"] == [{"reason": "agent_error", "count": 2, "newest": "ro-task-5"}]
-    assert {each["worker_id"]: each["alive"] for each in told["workers"]} == {"w-1": True, "w-2": True}
-    assert "queue_moves" in {each["code"] for each in told["findings"]}
+    assert {each["worker_id"]: each["alive"] for each in told["workers"]} == {"w-1": False, "w-2": False}
+    assert "no_owner" in {each["code"] for each in told["findings"]}
 
 
 def test_status_is_watched_line_by_line_where_there_is_no_terminal(worked: Path) -> None:
@@ -73,6 +74,20 @@ def test_status_is_watched_line_by_line_where_there_is_no_terminal(worked: Path)
 
 def ids(*words: object) -> list[str]:
     return [each["rollout_id"] for each in agl("rollouts", "ls", "-o", "json", *words).ok().json["items"]]
+
+
+def test_rollouts_are_sorted_and_filtered_by_reward(worked: Path) -> None:
+    told = agl("rollouts", "ls", "-o", "json", "--url", worked).ok().json["items"]
+    rewards = {each["rollout_id"]: each["reward"] for each in told if each["reward"] is not None}
+    assert len(set(rewards.values())) > 1
+    best = sorted(rewards.values(), reverse=True)
+    assert [rewards.get(each) for each in ids("--sort", "reward", "--min-reward", "-100", "--url", worked)] == best
+    worst = ids("--sort", "reward", "--oldest-first", "--limit", "1", "--url", worked)
+    assert [rewards[each] for each in worst] == best[-1:]
+    few = ids("--max-reward", best[-1], "--url", worked)
+    assert few
+    assert all(rewards[each] == best[-1] for each in few)
+    assert re.search(r" reward ", agl("rollouts", "ls", "--url", worked).ok().out)
 
 
 def test_rollouts_are_listed_the_newest_first(worked: Path) -> None:
@@ -212,7 +227,7 @@ def test_a_trace_by_attempt_name_and_attribute(worked: Path) -> None:
 
 def test_workers_are_listed(worked: Path) -> None:
     text = agl("workers", "ls", "--alive", "--url", worked).ok().out
-    assert re.search(r"^w-1 +busy .* ro-task-6 .*gpu-1", text, re.M)
+    assert re.search(r"^w-1 +was busy .* ro-task-6 .*gpu-1", text, re.M)
     told = agl("workers", "ls", "--match", "-2", "-o", "json", "--url", worked).ok().json
     assert [each["worker_id"] for each in told["items"]] == ["w-2"]
 

@@ -120,7 +120,7 @@ def _examine_store(target: Target) -> Iterator[Finding]:
                 yield found
                 if found.level == "problem":
                     return
-        overview, traced, resources = target.look(_ask)
+        overview, traced, resources = target.look(lambda store: _ask(store, target))
     except AgentLightningError as error:  # its message becomes a sentence among others
         text = f"{error.message[:1].upper()}{error.message[1:]}{'' if error.message.endswith('.') else '.'}"
         yield Finding(_CODES.get(type(error), error.code), "problem", text)
@@ -132,8 +132,8 @@ def _examine_store(target: Target) -> Iterator[Finding]:
     yield from check_spans(traced)
 
 
-async def _ask(store: LightningStore) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:
-    overview = await gather(store)
+async def _ask(store: LightningStore, target: Target) -> tuple[Overview, list[Traced], ResourcesUpdate | None]:
+    overview = await gather(store, target)
     carried_out = [each for each in overview.ended if each.status != "cancelled" and hasattr(each, "attempt")]
     traced: list[Traced] = []
     for each in carried_out[:_SAMPLE]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from agentlightning.cli.target import clock_of
+from agentlightning.cli.rewards import rewards_of
+from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import ago, count, duration, one_line
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
 from agentlightning.types import Attempt, AttemptedRollout, Rollout, RolloutStatus, Worker
@@ -54,6 +55,10 @@ class Overview:
     """The oldest rollouts that an attempt holds."""
     ended: Sequence[Rollout]
     """Rollouts that ended, of those inserted last, the newest first."""
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of those that ended, by id."""
+    unowned: bool = False
+    """Whether this is a file that no process has open, so that what its workers last said stands still."""
 
     @cached_property
     def by_status(self) -> Counter[str]:
@@ -77,7 +82,7 @@ class Overview:
 
     def is_alive(self, worker: Worker) -> bool:
         """Whether a worker was heard of within its lease, or lately if it has none."""
-        if worker.status == "unknown":
+        if self.unowned or worker.status == "unknown":
             return False
         if worker.lease_seconds is not None:  # the store itself makes it `unknown` when the lease is over
             return True
@@ -93,6 +98,12 @@ class Overview:
             return None
         seconds = _PACE_SECONDS if len(recent) < RECENT else max(self.now - min(recent), 0.001)
         return Pace(len(recent) / seconds * 60.0, seconds)
+
+    @cached_property
+    def in_order(self) -> list[float]:
+        """The rewards, in the order in which their rollouts ended."""
+        ended = sorted(self.ended, key=lambda each: each.end_time or 0.0)
+        return [self.rewards[each.rollout_id] for each in ended if each.rollout_id in self.rewards]
 
     @cached_property
     def failures(self) -> list[Failures]:
@@ -122,8 +133,8 @@ def last_heard(worker: Worker) -> float | None:
     return max((each for each in times if each is not None), default=None)
 
 
-async def gather(store: LightningStore) -> Overview:
-    """Ask a store what it is doing."""
+async def gather(store: LightningStore, target: Target | None = None) -> Overview:
+    """Ask a store what it is doing; ``target`` is where it lies, if that is known."""
     asked = time.monotonic()
     statistics = await store.statistics()
     answer_seconds = time.monotonic() - asked
@@ -135,6 +146,7 @@ async def gather(store: LightningStore) -> Overview:
         return list(await store.query_rollouts(status_in=states, sort_order=order, limit=limit))
 
     live = await some(_OPEN, "asc", "preparing", "running")
+    ended = await some(RECENT, "desc", "succeeded", "failed", "cancelled")
     return Overview(
         now=clock_of(statistics),
         answer_seconds=answer_seconds,
@@ -142,7 +154,9 @@ async def gather(store: LightningStore) -> Overview:
         workers=list(await store.query_workers(limit=_WORKERS)) if statistics.get("total_workers") else (),
         oldest_waiting=next(iter(await some(1, "asc", "queuing", "requeuing")), None),
         live=[each for each in live if isinstance(each, AttemptedRollout)],
-        ended=await some(RECENT, "desc", "succeeded", "failed", "cancelled"),
+        ended=ended,
+        rewards=await rewards_of(store, ended),
+        unowned=target is not None and target.is_unowned(),
     )
 
 
@@ -153,6 +167,8 @@ Level = Literal["problem", "warning", "note"]
 
 _PATIENCE_SECONDS = 30.0
 """How long a rollout may wait beside idle workers: twice the longest time that a runner sleeps between claims."""
+_LONG_SECONDS = 600.0
+"""No agent is taken to block for ever before that, nor before twenty times as long as others took."""
 _FEW = 5
 """With fewer rollouts than this, a share of failures says nothing."""
 
@@ -170,13 +186,22 @@ class Finding(NamedTuple):
 
 def explain(overview: Overview) -> list[Finding]:
     """What goes on in a store, the worst first."""
-    found = [*_queue(overview), *_held(overview), *_failing(overview)]
+    held = () if overview.unowned else (*_held(overview), *_long(overview))
+    found = [*_queue(overview), *held, *_failing(overview)]
     return sorted(found, key=lambda each: ("problem", "warning", "note").index(each.level))
 
 
 def _queue(overview: Overview) -> Iterator[Finding]:
     oldest = overview.oldest_waiting
-    if overview.waiting:
+    if overview.unowned and overview.workers and (overview.waiting or overview.running):
+        yield Finding(
+            "no_owner",
+            "problem",
+            f"{count(overview.waiting, 'rollout')} in the queue and {overview.running} begun, and no process has this "
+            "file open: it ended, or was killed. What it last knew of its workers does not hold any more.",
+            "Serve it (`agl store --db FILE`), or go on with its run (`agl runs resume`); lost attempts end then.",
+        )
+    elif overview.waiting:
         yield _why_it_waits(overview, f"{count(overview.waiting, 'rollout')} in the queue")
         if isinstance(oldest, AttemptedRollout):
             code, text = reason_of(oldest)
@@ -256,6 +281,32 @@ def _held(overview: Overview) -> Iterator[Finding]:
         )
 
 
+def _long(overview: Overview) -> Iterator[Finding]:
+    """Rollouts at which an agent has been for very long, and for which nothing says how long it may be."""
+    alive = {each.worker_id for each in overview.alive}
+    times = sorted(each.end_time - each.start_time for each in overview.ended if each.end_time is not None)
+    usual = times[len(times) // 2] if times else 0.0
+    limit = max(_LONG_SECONDS, 20 * usual)
+    long = [
+        each
+        for each in overview.live
+        if each.config.timeout_seconds is None
+        and each.attempt.worker_id in alive
+        and overview.now - each.attempt.start_time > limit
+    ]
+    if long:
+        first = long[0]
+        yield Finding(
+            "long_running",
+            "warning",
+            f"{count(len(long), 'rollout')} without a time limit at work for more than {duration(limit)}: "
+            f"{first.rollout_id} for {duration(overview.now - first.attempt.start_time)}. "
+            "Its worker lives; its agent may block for ever.",
+            "Give rollouts a limit: Trainer(rollout_config=agl.RolloutConfig(timeout_seconds=…)); end this one with "
+            f"`agl rollouts cancel {first.rollout_id}`.",
+        )
+
+
 def _is_stuck(rollout: AttemptedRollout, now: float) -> bool:
     has_limit = rollout.config.timeout_seconds is not None or rollout.config.unresponsive_seconds is not None
     return not has_limit and now - _last_sign(rollout.attempt) > 10 * SILENT_SECONDS
@@ -267,9 +318,19 @@ def _last_sign(attempt: Attempt) -> float:
 
 def _failing(overview: Overview) -> Iterator[Finding]:
     failures = overview.failures
+    newest = sorted((each for each in overview.ended if each.status != "cancelled"), key=_end, reverse=True)
+    streak = next((place for place, each in enumerate(newest) if each.status != "failed"), len(newest))
     failed = sum(each.number for each in failures)
     ended = sum(each.status != "cancelled" for each in overview.ended)
     if ended < _FEW or failed * 4 < ended:
+        if streak >= _FEW or 0 < streak == len(newest):
+            code, text = reason_of(newest[0])
+            yield Finding(
+                "failing",
+                "problem" if streak >= _FEW else "warning",
+                f"The last {count(streak, 'rollout')} failed, the newest with {code}: {one_line(text)}".rstrip(": "),
+                f"See one whole: `agl rollouts show {newest[0].rollout_id}`.",
+            )
         return
     worst = failures[0]
     text = f"{worst.number} of them with {worst.reason}: {one_line(reason_of(worst.newest)[1])}".rstrip(": ")
@@ -279,6 +340,10 @@ def _failing(overview: Overview) -> Iterator[Finding]:
         f"{failed} of the last {ended} rollouts failed, {text}",
         f"See one whole: `agl rollouts show {worst.newest.rollout_id}`.",
     )
+
+
+def _end(rollout: Rollout) -> float:
+    return rollout.end_time or 0.0
 
 
 def _all_of(workers: Sequence[Worker]) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import partial
+from math import inf, nan
 from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args
 
 import typer
 
 from agentlightning.cli.overview import reason_of
+from agentlightning.cli.rewards import rewards_of
 from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import (
     Column,
@@ -29,12 +32,14 @@ from agentlightning.cli.terminal import (
 )
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
-from agentlightning.types import LLM, Attempt, AttemptedRollout, Rollout, RolloutStatus
+from agentlightning.types import LLM, Attempt, AttemptedRollout, PaginatedResult, Rollout, RolloutStatus
 from agentlightning.types.rewards import find_final_reward
 
 _SHOWN_ATTEMPTS = 20
 _SHOWN_NAMES = 12
 _MANY_SPANS = 5_000
+_REWARDED = 2_000
+"""So many rollouts are asked for their rewards, where those decide which are shown."""
 
 Id = Annotated[str, typer.Argument(metavar="ROLLOUT", help="Its id, a part of it that no other has, or latest.")]
 
@@ -52,42 +57,76 @@ def ls(
     match: Match = None,
     sort: Annotated[
         str | None,
-        typer.Option(help="A field to sort by: end_time, priority, … [dim]Default: when they were enqueued.[/dim]"),
+        typer.Option(
+            help="A field to sort by: end_time, priority, …, or reward. [dim]Default: when they were enqueued.[/dim]"
+        ),
     ] = None,
+    min_reward: Annotated[float | None, typer.Option(help="Only those with this reward or more.")] = None,
+    max_reward: Annotated[float | None, typer.Option(help="Only those with this reward or less.")] = None,
     oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Turn the order around.")] = False,
     limit: Limit = 20,
     offset: Offset = 0,
     output: Output = "table",
 ) -> None:
-    """List rollouts, the newest first.
+    """List rollouts, the newest first, with their rewards.
+
+    Filters and order by reward look at the 2,000 newest rollouts that the other options leave.
 
     [bold]Examples[/bold]
 
       agl rollouts ls --status failed
       agl rollouts ls -s queuing -s requeuing --oldest-first
       agl rollouts ls --sort end_time -n 5
+      agl rollouts ls --sort reward --oldest-first     the worst first
+      agl rollouts ls --max-reward 0.2
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
+    rewards: dict[str, float] = {}
+
+    async def query(store: LightningStore) -> PaginatedResult[Rollout]:
+        page = partial(store.query_rollouts, status_in=status or None, rollout_id_contains=match)
+        if sort == "reward" or (min_reward, max_reward) != (None, None):
+            found = await page(sort_by=None if sort == "reward" else sort, sort_order="desc", limit=_REWARDED)
+            rewards.update(await rewards_of(store, found.items))
+            chosen = _by_reward(found.items, rewards, min_reward, max_reward, sorts=sort == "reward")
+            chosen = chosen[::-1] if oldest_first else chosen
+            return PaginatedResult(items=chosen[offset:][:limit], limit=limit, offset=offset, total=len(chosen))
+        found = await page(sort_by=sort, sort_order="asc" if oldest_first else "desc", limit=limit, offset=offset)
+        rewards.update(await rewards_of(store, found.items))
+        return found
+
     target.print_page(
         output,
-        lambda store: store.query_rollouts(
-            status_in=status or None,
-            rollout_id_contains=match,
-            sort_by=sort,
-            sort_order="asc" if oldest_first else "desc",
-            limit=limit,
-            offset=offset,
-        ),
-        lambda now: (
-            Column("rollout", lambda each: each.rollout_id),
-            Column("status", lambda each: each.status),
-            Column("tries", _tries, right=True),
-            Column("made", lambda each: ago(each.start_time, now), right=True),
-            Column("took", lambda each: duration(each.end_time - each.start_time) if each.end_time else "", right=True),
-            Column("reason, or input", _reason_or_input, wide=True),
-        ),
+        query,
+        lambda now: _columns(rewards, now),
         empty="No rollouts.",
+        record=lambda each: {**plain(each), "reward": rewards.get(each.rollout_id)},
     )
+
+
+def _by_reward(
+    rollouts: Sequence[Rollout], rewards: Mapping[str, float], low: float | None, high: float | None, *, sorts: bool
+) -> list[Rollout]:
+    """Those with a reward within the limits, the highest first or as they were."""
+    least, most = -inf if low is None else low, inf if high is None else high
+    chosen = [each for each in rollouts if least <= rewards.get(each.rollout_id, nan) <= most]
+    return sorted(chosen, key=lambda each: -rewards[each.rollout_id]) if sorts else chosen
+
+
+def _columns(rewards: Mapping[str, float], now: float) -> Sequence[Column[Rollout]]:
+    return (
+        Column("rollout", lambda each: each.rollout_id),
+        Column("status", lambda each: each.status),
+        Column("reward", lambda each: _reward(rewards.get(each.rollout_id)), right=True),
+        Column("tries", _tries, right=True),
+        Column("made", lambda each: ago(each.start_time, now), right=True),
+        Column("took", lambda each: duration(each.end_time - each.start_time) if each.end_time else "", right=True),
+        Column("reason, or input", _reason_or_input, wide=True),
+    )
+
+
+def _reward(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _tries(rollout: Rollout) -> str:

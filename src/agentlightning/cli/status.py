@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agentlightning.cli.overview import Failures, Overview, explain, gather, last_heard, reason_of
+from agentlightning.cli.rewards import mean, trend
 from agentlightning.cli.target import Target
 from agentlightning.cli.terminal import (
     STATUS_STYLES,
@@ -76,26 +77,28 @@ def status(
     async def go_on() -> None:
         async with target.open("look") as store:
             if output == "json":
-                async for overview, silence in _looks(store, interval):
+                async for overview, silence in _looks(store, interval, target):
                     if overview is not None and not silence:
                         typer.echo(json_text(_record(overview, place)))
             elif screen.is_terminal:
                 with Live(console=screen, screen=True, auto_refresh=False) as live:
-                    async for overview, silence in _looks(store, interval):
+                    async for overview, silence in _looks(store, interval, target):
                         live.update(_watched(overview, silence, place, screen.width), refresh=True)
             else:
-                async for overview, silence in _looks(store, interval):
+                async for overview, silence in _looks(store, interval, target):
                     screen.print(_watched(overview, silence, place, screen.width))
 
     if watch:
         asyncio.run(go_on())
     elif output == "json":
-        print_json(_record(target.look(gather), place))
+        print_json(_record(target.look(lambda store: gather(store, target)), place))
     else:
-        screen.print(_screen(target.look(gather), place, screen.width), crop=False)
+        screen.print(_screen(target.look(lambda store: gather(store, target)), place, screen.width), crop=False)
 
 
-async def _looks(store: LightningStore, interval: float) -> AsyncIterator[tuple[Overview | None, float]]:
+async def _looks(
+    store: LightningStore, interval: float, target: Target
+) -> AsyncIterator[tuple[Overview | None, float]]:
     """One look after the other: (the newest overview, for how many seconds the next one has been awaited).
 
     A server that is away is waited for: the client tries again by itself, and when it gives up, we do.
@@ -104,7 +107,7 @@ async def _looks(store: LightningStore, interval: float) -> AsyncIterator[tuple[
     silent_since: float | None = None
     while True:
         began = time.monotonic()
-        look = asyncio.ensure_future(gather(store))
+        look = asyncio.ensure_future(gather(store, target))
         try:
             while not (await asyncio.wait({look}, timeout=max(interval, _SILENCE_SECONDS)))[0]:
                 silent_since = began if silent_since is None else silent_since
@@ -144,6 +147,9 @@ def _record(overview: Overview, place: str) -> dict[str, Any]:
         "disk_free_bytes": host.get("disk_free_bytes"),
         "oldest_waiting": oldest
         and {"rollout_id": oldest.rollout_id, "waits_seconds": max(0.0, overview.now - oldest.start_time)},
+        "reward_mean": mean(overview.in_order),
+        "reward_trend": trend(overview.in_order) or None,
+        "rewards": len(overview.in_order),
         "ended_per_minute": overview.pace and overview.pace.per_minute,
         "workers": [
             {
@@ -203,6 +209,9 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text | str]]:
         yield "pace", told or "nothing ended within a minute"
     elif overview.ended:
         yield "newest end", ago(max(each.end_time or 0.0 for each in overview.ended), overview.now)
+    if overview.in_order:
+        rewards = overview.in_order
+        yield "reward", f"{mean(rewards):.4g} on average of the last {len(rewards):,}   {trend(rewards)}".rstrip()
     yield "attempts", f"{statistics.get('total_attempts', 0):,}"
     spans = f"{statistics.get('total_spans', 0):,}   {size(statistics.get('total_span_bytes', 0))}"
     free = statistics.get("host", {}).get("disk_free_bytes")
@@ -228,6 +237,8 @@ def _workers(overview: Overview, width: int) -> Iterator[RenderableType]:
     alive, silent = overview.alive, [each for each in overview.workers if not overview.is_alive(each)]
     gone = sum(each.directive is not None for each in silent)
     counts = {"more alive": len(alive) - _SHOWN_WORKERS, "gone as asked": gone, "silent": len(silent) - gone}
+    if overview.unowned:
+        counts = {"known, and no process has the file open that they worked for": len(silent)}
     if alive:
         yield from table(_worker_columns(overview.now), alive[:_SHOWN_WORKERS], width)
     remarks = [f"{number} {what}" for what, number in counts.items() if number > 0]
@@ -258,6 +269,8 @@ def ls(
 
     def columns(now: float) -> list[Column[Worker]]:
         known = _worker_columns(now)
+        if target.is_unowned():  # what they last said was to a process that is gone
+            known[1] = Column("state", lambda each: f"was {each.status}")
         return [*known[:3], Column("lease", _lease, right=True), *known[3:], Column("says of itself", _told, wide=True)]
 
     target.print_page(

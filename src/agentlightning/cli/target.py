@@ -89,6 +89,10 @@ class Target(ABC):
             NotAuthenticated, NotAllowed, BadRequest: the server does not want us.
         """
 
+    def is_unowned(self) -> bool:
+        """Whether it is a file that no process has open."""
+        return False
+
     def look(self, question: Callable[[LightningStore], Awaitable[T]], purpose: Purpose = "look") -> T:
         """Put a question to it, and wait for the answer. Raises as ``open``."""
 
@@ -170,6 +174,9 @@ class Database(Target):
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def is_unowned(self) -> bool:
+        return find_owner(self.path) is None
 
     @asynccontextmanager
     async def open(self, purpose: Purpose = "serve") -> AsyncGenerator[LightningStore]:

@@ -116,6 +116,30 @@ async def some_fail(store: InMemoryLightningStore, clock: ManualClock) -> None:
         await fail(store, f"boom {number}")
 
 
+async def the_last_fail(store: InMemoryLightningStore, clock: ManualClock) -> None:
+    await enqueued(store, *range(30))
+    for _ in range(25):
+        await finish(store, await claimed(store, "w-1"))
+    clock.advance(1)
+    for number in range(5):
+        await fail(store, f"boom {number}")
+
+
+async def the_first_fails(store: InMemoryLightningStore, clock: ManualClock) -> None:
+    await enqueued(store, 1)
+    await fail(store, "boom")
+
+
+async def an_agent_blocks(store: InMemoryLightningStore, clock: ManualClock) -> None:
+    await enqueued(store, 1)
+    await store.update_worker("w-1", lease_seconds=10)
+    held = await claimed(store, "w-1")
+    await store.update_attempt(held.rollout_id, held.attempt.attempt_id, "running")
+    for _ in range(100):
+        clock.advance(9)
+        await store.update_worker("w-1", lease_seconds=10)
+
+
 @pytest.mark.parametrize(
     ("scene", "code", "level", "words"),
     [
@@ -132,6 +156,9 @@ async def some_fail(store: InMemoryLightningStore, clock: ManualClock) -> None:
         (retried, "retrying", "note", "waits for attempt 2; the last one ended as failed, agent_error: boom"),
         (most_fail, "failing", "problem", "5 of the last 6 rollouts failed, 4 of them with agent_error: boom 3"),
         (some_fail, "failing", "warning", "2 of the last 6 rollouts failed, 2 of them with agent_error: boom 1"),
+        (the_last_fail, "failing", "problem", "The last 5 rollouts failed, the newest with agent_error: boom"),
+        (the_first_fails, "failing", "warning", "The last 1 rollout failed, the newest with agent_error: boom"),
+        (an_agent_blocks, "long_running", "warning", "1 rollout without a time limit at work for more than 10 min"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

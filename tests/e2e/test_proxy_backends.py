@@ -340,10 +340,26 @@ async def test_an_unknown_model_is_named_and_recorded() -> None:
         assert backend.seen == []
 
 
+@pytest.mark.parametrize("error", [{"message": "no"}, {"message": "logprobs is not supported"}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_under_a_status_of_success_that_the_proxys_wishes_cause(stream: bool, error: Any) -> None:
+    """An error that names a field is learned from; another may have had its own reason, until it comes again."""
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        for number in range(2):
+            if number == 0 or error["message"] == "no":
+                backend.plan(Say([{"error": error}]) if stream else Fail(200, {"error": error}))
+            await ask(scene, stream=stream)
+        asked = ["return_token_ids" in seen.body for seen in backend.seen]
+        assert asked == ([True, True, True] if "logprobs" in error["message"] else [True, False, True, False])
+        assert all(span.status.status_code == "OK" for span in await scene.spans())
+
+
 async def test_an_error_inside_of_a_stream_is_recorded() -> None:
     backend = OpenAIBackend()
     async with proxied(backend) as scene:
-        backend.plan(Say([{"error": {"message": "GPU on fire", "code": "fire"}}]))
+        for _ in range(2):  # with what the proxy asks for, and without
+            backend.plan(Say([{"error": {"message": "GPU on fire", "code": "fire"}}]))
         with pytest.raises(APIError, match="GPU on fire"):
             await ask(scene, stream=True)
         span = await scene.only_span()
@@ -353,7 +369,8 @@ async def test_an_error_inside_of_a_stream_is_recorded() -> None:
 async def test_an_error_inside_of_a_stream_may_be_a_text() -> None:
     backend = OpenAIBackend()
     async with proxied(backend) as scene:
-        backend.plan(Say([{"error": "GPU on fire"}]))
+        for _ in range(2):  # with what the proxy asks for, and without
+            backend.plan(Say([{"error": "GPU on fire"}]))
         with pytest.raises(APIError):
             await ask(scene, stream=True)
         span = await scene.only_span()

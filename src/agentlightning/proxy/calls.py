@@ -210,7 +210,7 @@ class _ModelCall:
     async def _with_first_part(self, reply: UpstreamReply) -> UpstreamReply:
         """Read the first part of a reply, which tells a stream of events that calls itself something else."""
         try:
-            return replace(reply, first=await reply.response.content.readany())
+            return reply if reply.first else replace(reply, first=await reply.response.content.readany())
         except (aiohttp.ClientError, TimeoutError) as error:
             _raise_broken_off(reply, error)
 

@@ -22,8 +22,17 @@ from typing import Any
 import aiohttp
 
 from agentlightning.proxy.capture import CallKind, CaptureMemory
-from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ModelRequest, ProxyError, WireDialect
-from agentlightning.proxy.dialects.lenient import write_json
+from agentlightning.proxy.dialects.base import (
+    CAPTURE_FIELDS,
+    CaptureField,
+    EventSplitter,
+    ModelRequest,
+    ProxyError,
+    WireDialect,
+    data_of,
+)
+from agentlightning.proxy.dialects.lenient import read_object, write_json
+from agentlightning.proxy.dialects.replies import is_error
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
@@ -238,7 +247,7 @@ class Upstream:
         wanted = dialect.missing_capture(body, capture)
         if backend.capture is not None:
             wanted &= backend.capture
-        fields, refused = memory.askable(kind, wanted), frozenset[CaptureField]()
+        fields, refused, failed = memory.askable(kind, wanted), frozenset[CaptureField](), frozenset[CaptureField]()
         while True:
             # In headers can be asked for what the body may not ask for; servers that do not know them ignore them.
             headers, first = dialect.capture_headers(wanted - fields), b""
@@ -259,6 +268,20 @@ class Upstream:
                     fields, refused = fields - blamed, refused | blamed
                     continue
             if status < 400 and not memory.are_accepted(kind, fields | refused):
+                # Some servers say errors under a status of success. The first reply of a kind shows it.
+                first = await response.content.readany()
+                if _begins_with_error(first):
+                    if not fields:
+                        return UpstreamReply(response, backend, fields, first)
+                    response.close()
+                    blamed = dialect.blamed_capture(first, fields)
+                    if dialect.blamed_capture(first, CAPTURE_FIELDS) == CAPTURE_FIELDS:  # it may have another reason
+                        fields, failed = frozenset[CaptureField](), fields
+                    else:
+                        fields, refused = fields - blamed, refused | blamed
+                    continue
+                if failed:
+                    self._learn_failure(kind, failed)
                 memory.learn(kind, fields, refused)
                 if refused:
                     names = ", ".join(sorted(refused))
@@ -280,6 +303,13 @@ class Upstream:
             allow_redirects=False,  # a redirect would carry the key elsewhere
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=backend.timeout_seconds),
         )
+
+
+def _begins_with_error(part: bytes) -> bool:
+    """Whether the first part of a reply is an error: as a whole, or as the first event of a stream."""
+    events = EventSplitter(len(part)).feed(part)
+    data = data_of(events[0]) if events else None
+    return is_error(read_object(part if data is None else data) or {})
 
 
 def _pause_seconds(number: int, backends: int) -> float:

@@ -7,6 +7,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -35,11 +36,8 @@ class SystemClock:
 
     wall = staticmethod(time.time)
 
-    def monotonic(self) -> float:
-        """Seconds since the machine was started, also those in which it was suspended."""
-        return time.clock_gettime(_BOOT_CLOCK)
-
-    boot = monotonic
+    monotonic = boot = staticmethod(partial(time.clock_gettime, _BOOT_CLOCK))
+    """Seconds since the machine was started, also those in which it was suspended."""
 
 
 # --- Ids that sort by time, so that indexes grow at their end instead of everywhere ---

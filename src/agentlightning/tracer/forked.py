@@ -41,7 +41,8 @@ class ForkedSpans:
         """How many spans could not be assigned, since they began after the trace of the fork had ended."""
         self._open_traces = open_traces
         self._pid = os.getpid()
-        self._folder: str | None = None
+        self.folder: str | None = None
+        """Where the files are; None until a process was forked while a trace was open."""
         self._known: dict[int, Recording] = {}
         self._read: dict[str, int] = {}
         """How many bytes of each file were read."""
@@ -54,10 +55,10 @@ class ForkedSpans:
         if not traces:
             return
         if self._pid != os.getpid():  # a fork that has traces of its own; what it inherited is its parent's
-            self._pid, self._folder, self._known, self._read = os.getpid(), None, {}, {}
+            self._pid, self.folder, self._known, self._read = os.getpid(), None, {}, {}
             self._lock = threading.Lock()
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="agentlightning-forked-")
+        if self.folder is None:
+            self.folder = tempfile.mkdtemp(prefix="agentlightning-forked-")
             atexit.register(self._remove)
         self._known |= {each.number: each for each in traces}
         while len(self._known) > _KNOWN_LIMIT:
@@ -70,22 +71,22 @@ class ForkedSpans:
             RuntimeError: the process was forked by other means than Python's, so that there is no folder.
             OSError: the file cannot be written.
         """
-        if self._folder is None:
+        if self.folder is None:
             raise RuntimeError(
                 f"process {os.getpid()} was forked from the runner without os.fork or multiprocessing, and its spans "
                 "have no way to the runner; return the values, and emit them in the runner's process"
             )
         content = _encode(span)
         # Unbuffered, so that one write appends the whole span, also beside other threads.
-        with open(f"{self._folder}/{recording.number}-{os.getpid()}", "ab", buffering=0) as file:
+        with open(f"{self.folder}/{recording.number}-{os.getpid()}", "ab", buffering=0) as file:
             file.write(len(content).to_bytes(_LENGTH_BYTES, "big") + content)
 
     def collect(self) -> None:
         """In the runner: add the spans that children have written since to their traces."""
-        if self._folder is None or self._pid != os.getpid():
+        if self.folder is None or self._pid != os.getpid():
             return
         with self._lock:
-            for entry in os.scandir(self._folder):
+            for entry in os.scandir(self.folder):
                 recording = self._known.get(int(entry.name.partition("-")[0]))
                 for span in self._new_spans(entry.path):
                     if recording is not None and (recording.closed_at or float("inf")) >= (span.start_time or 0.0):
@@ -118,8 +119,8 @@ class ForkedSpans:
             )
 
     def _remove(self) -> None:
-        if self._folder is not None and self._pid == os.getpid():
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder is not None and self._pid == os.getpid():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 _all: weakref.WeakSet[ForkedSpans] = weakref.WeakSet()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
@@ -80,8 +81,9 @@ class LightningSpanProcessor(SpanProcessor):
 
     def end(self, recording: Recording) -> None:
         """Close a trace. Its spans that end later are still sent."""
-        self.forked.collect()
-        recording.close()
+        if self.forked.folder is not None:
+            self.forked.collect()
+        recording.closed_at = time.time()
         self._traces.pop(id(recording), None)
         if current.get() is recording:
             current.set(recording.outer)
@@ -95,7 +97,8 @@ class LightningSpanProcessor(SpanProcessor):
         Raises:
             RuntimeError: several are open, and the context names none.
         """
-        self.forked.collect()
+        if self.forked.folder is not None:
+            self.forked.collect()
         recording = current.get()
         traces = list(self._traces.values())
         if recording is not None or not traces:

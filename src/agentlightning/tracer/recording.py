@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -78,17 +77,13 @@ class Recording:
         """Whether the trace was closed. Its spans that end later are still sent."""
         return self.closed_at is not None
 
-    def close(self) -> None:
-        """Note that the trace is closed."""
-        self.closed_at = time.time()
-
     def add(self, span: Any) -> None:
         """Take a span that has ended."""
-        if not self.is_here and self.on_forked is not None:
+        if self._pid != os.getpid() and self.on_forked is not None:
             self.on_forked(self, self._convert(span, self.rollout_id, self.attempt_id))
             return
         self.taken.append(span)
-        if self.closed and self.on_late is not None:
+        if self.closed_at is not None and self.on_late is not None:
             self.on_late(self)
 
     def spans(self) -> list[Span]:

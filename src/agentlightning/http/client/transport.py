@@ -126,7 +126,11 @@ class HttpTransport:
                     data=body,
                     headers=None if body is None else _JSON,
                     allow_redirects=False,
-                    timeout=self._timeout_of(request),
+                    timeout=self._timeout
+                    if request.silence_seconds is None
+                    else aiohttp.ClientTimeout(
+                        total=None, sock_connect=self._connect_seconds, sock_read=request.silence_seconds
+                    ),
                 ) as response,
             ):
                 return WireReply(response.status, response.headers, await response.read())
@@ -157,11 +161,6 @@ class HttpTransport:
                     ending.result()
             else:
                 _let_go(each.session)
-
-    def _timeout_of(self, request: WireRequest) -> aiohttp.ClientTimeout:
-        if request.silence_seconds is None:
-            return self._timeout
-        return aiohttp.ClientTimeout(total=None, sock_connect=self._connect_seconds, sock_read=request.silence_seconds)
 
     def _url(self, target: str) -> URL:
         """The URL of a target. Those without ids and query are few, so they are parsed once and kept."""

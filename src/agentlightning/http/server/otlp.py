@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +26,7 @@ from agentlightning.errors import (
 )
 from agentlightning.http.server.exchange import Exchange, Reply
 from agentlightning.http.server.limits import Load
-from agentlightning.http.server.otlp_body import JSON_MEDIA, PROTOBUF_MEDIA, read_request
+from agentlightning.http.server.otlp_body import JSON_MEDIA, NO_TEXT, PROTOBUF_MEDIA, read_request
 from agentlightning.semconv import LightningResourceAttributes, LightningSpanAttributes
 from agentlightning.store.arguments import check_batch
 from agentlightning.store.base import LightningStore
@@ -44,6 +45,7 @@ _ATTEMPT_ID = LightningResourceAttributes.ATTEMPT_ID.value
 _SEQUENCE_ID = LightningResourceAttributes.SPAN_SEQUENCE_ID.value
 _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
+_NO_TEXT = re.compile(f"[\0{NO_TEXT}]")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LARGE_BYTES = 256 * 1024
 """From this size on a request is parsed in a thread, because parsing would delay other requests noticeably."""
@@ -112,7 +114,7 @@ def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> list[Span]:
     check_batch([each for group in groups for each in group.spans], "spans")
     for head, members, refused in groups:
         reasons += refused
-        given = _without_nul(_attributes(head.resource.attributes), "", [])
+        given = _as_text(_attributes(head.resource.attributes), "", [])
         resource = OtelResource(attributes=given, schema_url=head.schema_url)
         for each in members:
             try:
@@ -165,17 +167,17 @@ def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
     if len(span.trace_id) != 16 or len(span.span_id) != 8:
         raise InvalidValue("its trace id or span id has a wrong length")
     changed: list[str] = []
-    attributes = _without_nul(attributes, "attributes.", changed)
+    attributes = _as_text(attributes, "attributes.", changed)
     events = [
         Event(
-            name=_without_nul(event.name, f"events.{place}.name", changed),
-            attributes=_without_nul(_attributes(event.attributes), f"events.{place}.", changed),
+            name=_as_text(event.name, f"events.{place}.name", changed),
+            attributes=_as_text(_attributes(event.attributes), f"events.{place}.", changed),
             timestamp=_seconds(event.time_unix_nano),
         )
         for place, event in enumerate(span.events)
     ]
-    name = _without_nul(span.name, "name", changed)
-    description = _without_nul(span.status.message, "description", changed)
+    name = _as_text(span.name, "name", changed)
+    description = _as_text(span.status.message, "description", changed)
     if changed:
         attributes[LightningSpanAttributes.MENDED.value] = sorted(changed)
     return Span(
@@ -226,21 +228,19 @@ def _value(value: AnyValue) -> Any:
     return None if kind is None else getattr(value, kind)
 
 
-def _without_nul(value: Any, path: str, changed: list[str]) -> Any:
-    """Replace NULs in a text, a list of texts, or names and values of attributes, and note the paths of these."""
+def _as_text(value: Any, path: str, changed: list[str]) -> Any:
+    """Replace what no database stores in a text, a list of texts, or names and values of attributes; note the paths."""
     if isinstance(value, dict):
         given = cast("dict[str, Any]", value)
+        paths = {name: path + _NO_TEXT.sub(_REPLACEMENT, name) for name in given}
         return {
-            _without_nul(name, path + name.replace("\0", _REPLACEMENT), changed): _without_nul(
-                each, path + name.replace("\0", _REPLACEMENT), changed
-            )
-            for name, each in given.items()
+            _as_text(name, paths[name], changed): _as_text(each, paths[name], changed) for name, each in given.items()
         }
     texts: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
-    if not any(isinstance(each, str) and "\0" in each for each in texts):
+    if not any(isinstance(each, str) and _NO_TEXT.search(each) for each in texts):
         return cast("Any", value)
     changed.append(path)
-    better: list[Any] = [each.replace("\0", _REPLACEMENT) if isinstance(each, str) else each for each in texts]
+    better: list[Any] = [_NO_TEXT.sub(_REPLACEMENT, each) if isinstance(each, str) else each for each in texts]
     return better if texts is value else better[0]
 
 

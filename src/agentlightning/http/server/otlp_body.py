@@ -1,7 +1,7 @@
 """The body of an ``ExportTraceServiceRequest``, read span by span, so that a malformed span costs only itself.
 
 A parsed message takes far more memory than its bytes, so a message with too many fields is refused unparsed. Text that
-no database stores is kept readable: what stands for half a character arrives as NUL, which ``otlp`` replaces and marks.
+no database stores is kept readable: what is none arrives as ``NO_TEXT``, which ``otlp`` replaces and marks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from agentlightning.errors import AgentLightningError, NotJson, TooLarge, UnsupportedMedia
-from agentlightning.http.codec import MAX_NODES, decode_bounded
+from agentlightning.http.codec import MAX_NODES, decode_strict
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PROTOBUF_MEDIA = b"application/x-protobuf"
 JSON_MEDIA = b"application/json"
+NO_TEXT = "\ufdd0"
+"""A character that Unicode reserves for a program's own use."""
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
@@ -193,16 +195,17 @@ def _shape_of(message: Descriptor, known: dict[str, _Shape]) -> _Shape:
 # --- JSON --------------------------------------------------------------------------------------------
 
 _ESCAPES = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2}))|\\."
 )
-"""A pair of surrogates; or the half of one, the only group; or another escape, so that one backslash hides the next."""
+"""A pair of surrogates; or half of one, or NUL, the only group; or another escape, so that one backslash hides the
+next."""
 
 
 def _read_json(content: bytes) -> Iterator[SpanGroup]:
     from google.protobuf.json_format import ParseDict, ParseError
     from opentelemetry.proto.trace.v1 import trace_pb2
 
-    decoded = decode_bounded(_whole_text(content))
+    decoded = decode_strict(_whole_text(content))
     for group in _objects(decoded, "resourceSpans", "resource_spans"):
         scopes = list(_objects(group, "scopeSpans", "scope_spans"))
         head = {name: value for name, value in group.items() if name not in ("scopeSpans", "scope_spans")}
@@ -246,12 +249,13 @@ def _items(holder: Any, *names: str) -> Iterator[Any]:
 
 
 def _whole_text(content: bytes) -> bytes:
-    """The JSON with NUL, escaped, in place of what is no text: half a pair of surrogates, bytes that are not UTF-8."""
+    """The JSON with ``NO_TEXT`` in place of what no database stores: NUL, half a pair of surrogates, other bytes than
+    UTF-8."""
     if not content.isascii():
         text = content.decode("utf-8", "surrogateescape")
-        content = re.sub("[\udc80-\udcff]+", r"\\u0000", text).encode()
+        content = re.sub("[\udc80-\udcff]+", NO_TEXT, text).encode()
     if b"\\u" in content:
-        content = _ESCAPES.sub(lambda found: b"\\u0000" if found[1] else found[0], content)
+        content = _ESCAPES.sub(lambda found: NO_TEXT.encode() if found[1] else found[0], content)
     return content
 
 

@@ -19,10 +19,14 @@ def question(step: int) -> Any:
 
 
 async def play(scene: Proxied) -> None:
+    """A coroutine is not held up by its reward, which is sent at once; here it waits by itself."""
     async with scene.client() as client:
         for step in range(STEPS):
             await client.chat.completions.create(**question(step))
             agl.emit_reward(float(step))
+            async with asyncio.timeout(60):
+                while len(await scene.spans()) < 2 * (step + 1):
+                    await asyncio.sleep(0.01)
 
 
 def play_in_a_thread(scene: Proxied) -> None:

@@ -66,8 +66,8 @@ def sleeps(task: Any) -> float:
     """It blocks if it is told to, and cleans up."""
     note("process")
     if task == "sleep":
-        note("asleep")
         try:
+            note("asleep")
             time.sleep(600)
         finally:
             note("cleaned-up")

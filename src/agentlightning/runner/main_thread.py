@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 _WAKE_SECONDS = 1.0
 """How often the idle main thread looks for signals: outside Linux, one may be delivered to another thread."""
 _POLL_SECONDS = 0.02
+_CLEANUP_SECONDS = 2.0
+"""How long the process of an interrupted agent waits for its end."""
 _logger = logging.getLogger(__name__)
 
 
@@ -113,6 +115,8 @@ class MainThread:
             raise
         finally:
             work.close()
+            if self._last is not None:  # an interrupted agent cleans up, while this process still is
+                wait([self._last], timeout=_CLEANUP_SECONDS)
 
     async def is_free(self, seconds: float) -> bool:
         """Whether the last call has ended, or ends within so many seconds."""
@@ -131,6 +135,8 @@ class MainThread:
 
         Native code is interrupted only when it returns to Python.
         """
+        if self._interrupted:  # that has interrupted the agent, which is cleaning up
+            return
         if self._current is future and signal.getsignal(signal.SIGINT) == self._handle:
             self._given_up = future
             # A real signal, because only that ends a system call in which the agent may be blocked.

@@ -6,8 +6,9 @@ import asyncio
 import multiprocessing
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fresh_process import say
@@ -41,26 +42,42 @@ def train_disabled_and_seeded() -> None:
     agl.Trainer(algorithm=algorithm, n_runners=1, progress="off", strategy="shm").fit(agent, [{"q": 1}, {"q": 2}])
 
 
+Trace = Callable[[Callable[[], object]], Awaitable[list[Any]]]
+"""Calls a function in the trace of a rollout; returns the stored spans."""
+
+
+@asynccontextmanager
+async def tracing() -> AsyncIterator[tuple[Any, Trace]]:
+    """A tracer, whose spans go to a store in memory, and a ``Trace``."""
+    import agentlightning as agl
+    from scenes import started
+
+    async with agl.InMemoryLightningStore() as store:
+        tracer = agl.OtelTracer()
+
+        async def trace(work: Callable[[], object]) -> list[Any]:
+            rollout = await started(store)
+            async with tracer.trace_context(rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id):
+                work()
+            return list(await store.query_spans(rollout.rollout_id))
+
+        with tracer.lifespan(store):
+            yield tracer, trace
+
+
 def logfire_configured() -> None:
     """Trace a rollout where Logfire owns the provider; says the names of the stored spans."""
     import logfire  # pyright: ignore[reportMissingImports]
 
-    import agentlightning as agl
-    from scenes import started
-
-    logfire.configure(send_to_logfire=False, console=False)
+    def work() -> None:
+        with logfire.span("call"):
+            pass
+        _reward(1.0)
 
     async def run() -> None:
-        async with agl.InMemoryLightningStore() as store:
-            tracer = agl.OtelTracer()
-            with tracer.lifespan(store):
-                rollout = await started(store)
-                ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
-                async with tracer.trace_context(**ids):
-                    with logfire.span("call"):
-                        pass
-                    agl.emit_reward(1.0)
-                say(", ".join(span.name for span in await store.query_spans(rollout.rollout_id)))
+        logfire.configure(send_to_logfire=False, console=False)
+        async with tracing() as (_, trace):
+            say(", ".join(span.name for span in await trace(work)))
 
     asyncio.run(run())
 
@@ -70,44 +87,36 @@ def run_pools() -> None:
     import logging
 
     import agentlightning as agl
-    from agentlightning.tracer.otel import OtelTracer
-    from scenes import started
 
     logging.disable(logging.ERROR)
 
+    def many() -> None:
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+            list(pool.map(_reward, range(40)))
+
     async def run() -> None:
-        async with agl.InMemoryLightningStore() as store:
-            tracer = OtelTracer()
-            with tracer.lifespan(store):
-                kept = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+        async with tracing() as (tracer, trace):
+            kept = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
 
-                async def trace(work: Callable[[], object]) -> list[agl.Span]:
-                    rollout = await started(store)
-                    ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
-                    async with tracer.trace_context(**ids):
-                        work()
-                    return list(await store.query_spans(rollout.rollout_id))
+            def mixed() -> None:
+                kept.submit(_tool, 0.1).result()
+                agl.emit_reward(0.9)
 
-                def mixed() -> None:
-                    kept.submit(_tool, 0.1).result()
-                    agl.emit_reward(0.9)
-
-                def many() -> None:
-                    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
-                        list(pool.map(_reward, range(40)))
-
-                spans = await trace(mixed)
-                ids = len({span.span_id for span in spans})
-                say(f"{', '.join(span.name for span in spans)}: {agl.find_final_reward(spans)}, {ids} ids")
-                spans = await trace(many)
-                rewards = sorted(int(agl.get_reward_value(span) or 0) for span in spans)
-                ids = len({span.span_id for span in spans})
-                say(f"{len(spans)} spans, {ids} ids, rewards {rewards[0]} to {rewards[-1]}")
-                (span,) = await trace(lambda: run_forked(_large))
-                say(f"{len(str(span.attributes['text']))} characters, {span.attributes['odd']}")
-                spans = await trace(lambda: kept.submit(_reward, 5).result())
-                say(f"{len(spans)} spans, {processor_of(tracer).forked.lost} lost")
-                kept.shutdown()
+            spans = await trace(mixed)
+            ids = len({span.span_id for span in spans})
+            say(f"{', '.join(span.name for span in spans)}: {agl.find_final_reward(spans)}, {ids} ids")
+            spans = await trace(many)
+            ends = [span.end_time for span in spans]
+            rewards = sorted(int(agl.get_reward_value(span) or 0) for span in spans)
+            say(f"{len({span.span_id for span in spans})} ids, {rewards[0]} to {rewards[-1]}, {ends == sorted(ends)}")
+            (span,) = await trace(lambda: run_forked(_large))
+            say(f"{len(str(span.attributes['text']))} characters, {span.attributes['odd']}")
+            spans = await trace(lambda: kept.submit(_reward, 5).result())
+            forked = processor_of(tracer).forked
+            say(f"{len(spans)} spans, {forked.lost} lost")
+            kept.shutdown()
+            forked.collect()
+            say(f"{len(os.listdir(forked.folder))} files")
 
     asyncio.run(run())
 
@@ -151,19 +160,14 @@ def _large() -> None:
 def run_in_a_fork() -> None:
     """Trace a rollout in a fork of a process that has traced one; says the rewards of both, each with a forked tool."""
     import agentlightning as agl
-    from scenes import started
+
+    def work() -> None:
+        run_forked(_half)
+        _reward(1.0)
 
     async def run() -> None:
-        async with agl.InMemoryLightningStore() as store:
-            tracer = agl.OtelTracer()
-            with tracer.lifespan(store):
-                rollout = await started(store)
-                ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
-                async with tracer.trace_context(**ids):
-                    run_forked(_half)
-                    agl.emit_reward(1.0)
-                spans = await store.query_spans(rollout.rollout_id)
-                say([agl.get_reward_value(span) for span in spans])
+        async with tracing() as (_, trace):
+            say([agl.get_reward_value(span) for span in await trace(work)])
 
     asyncio.run(run())
     child = os.fork()

@@ -17,12 +17,13 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import msgspec
+import psutil
 
 from agentlightning.tracer.recording import Recording
 from agentlightning.types.plain_spans import PlainSpan
 
-_KNOWN_LIMIT = 100
-"""How many traces that were open at a fork are remembered, for children that live on."""
+_CLOSED_LIMIT = 100
+"""How many closed traces that were open at a fork are remembered, for children that live on."""
 _LENGTH_BYTES = 4
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(PlainSpan).decode
@@ -61,8 +62,9 @@ class ForkedSpans:
             self.folder = tempfile.mkdtemp(prefix="agentlightning-forked-")
             atexit.register(self._remove)
         self._known |= {each.number: each for each in traces}
-        while len(self._known) > _KNOWN_LIMIT:
-            del self._known[next(iter(self._known))]
+        closed = [number for number, each in self._known.items() if each.closed]
+        for number in closed[:-_CLOSED_LIMIT]:
+            del self._known[number]
 
     def keep(self, recording: Recording, span: PlainSpan) -> None:
         """In a child: append a span to the file of this process.
@@ -86,16 +88,25 @@ class ForkedSpans:
         if self.folder is None or self._pid != os.getpid():
             return
         with self._lock:
-            for entry in os.scandir(self.folder):
-                recording = self._known.get(int(entry.name.partition("-")[0]))
-                for span in self._new_spans(entry.path):
-                    if recording is not None and (recording.closed_at or float("inf")) >= (span.start_time or 0.0):
-                        recording.add(span)
-                    else:
-                        self._lose(span)
+            found = [
+                (span, self._known.get(number))
+                for entry in list(os.scandir(self.folder))
+                for number, child in [map(int, entry.name.split("-"))]
+                for span in self._new_spans(entry.path, child)
+            ]
+            found.sort(key=lambda each: each[0].end_time or 0.0)  # one host, one clock
+            for span, recording in found:
+                if recording is not None and (recording.closed_at or float("inf")) >= (span.start_time or 0.0):
+                    recording.add(span)
+                else:
+                    self._lose(span)
 
-    def _new_spans(self, path: str) -> Iterable[PlainSpan]:
+    def _new_spans(self, path: str, child: int) -> Iterable[PlainSpan]:
+        """The spans that a child has written since; its file is removed once it has ended."""
+        has_ended = not psutil.pid_exists(child)  # asked first: what it wrote before is read now
         start = self._read.get(path, 0)
+        if not has_ended and os.path.getsize(path) == start:
+            return
         with open(path, "rb") as file:
             file.seek(start)
             content = file.read()
@@ -108,6 +119,9 @@ class ForkedSpans:
             yield _decode(content[begin:end])
             position = end
         self._read[path] = start + position
+        if has_ended:
+            del self._read[path]
+            os.unlink(path)
 
     def _lose(self, span: PlainSpan) -> None:
         self.lost += 1

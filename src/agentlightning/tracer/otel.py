@@ -149,14 +149,15 @@ class OtelTracer(Tracer):
         """
         if recording.store is None or recording.is_ending or recording.closed or not recording.is_here:
             return
-        sent = self._sending().flush(recording)
+        sender = self._sending()
+        was_failing = sender.is_failing
+        sent = sender.flush(recording)
+        if was_failing or _is_in_loop():  # a store that is away holds up one reward, not each of them
+            return
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # a plain function
-            try:
-                sent.result(_REWARD_SECONDS)
-            except (TimeoutError, StoreUnavailable):
-                _logger.warning("a reward of %s is not in the store yet; the agent goes on", recording.name)
+            sent.result(_REWARD_SECONDS)
+        except (TimeoutError, StoreUnavailable):
+            _logger.warning("a reward of %s is not in the store yet; the agent goes on", recording.name)
 
     def _wiring(self) -> tuple[LightningSpanProcessor, trace.Tracer]:
         """Our processor and the OpenTelemetry tracer of this process; set up on first use."""
@@ -232,6 +233,15 @@ class OtelSpanRecordingContext:
             start_time=convert_timestamp(span.start_time),
             end_time=convert_timestamp(span.end_time),
         )
+
+
+def _is_in_loop() -> bool:
+    """Whether the running code belongs to a coroutine, which nothing may hold up."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _nanoseconds(seconds: float | None) -> int | None:

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span as SdkSpan, SpanProcessor
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.conversion import SpanConverter
 from agentlightning.tracer.forked import ForkedSpans
+from agentlightning.tracer.provider import OWN_SCOPE
 from agentlightning.tracer.recording import Recording, current, last
 from agentlightning.tracer.sender import SpanSender
 from agentlightning.types import Span
@@ -173,10 +174,16 @@ class LightningSpanProcessor(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         """Add an ended span to its trace; a span without a trace is dropped."""
         context = span.context
-        if context is not None:
-            recording = self._starting.pop(context.span_id, None)
-            if recording is not None:
-                recording.add(span)
+        recording = None if context is None else self._starting.pop(context.span_id, None)
+        if recording is None:
+            return
+        try:
+            recording.add(span)
+        except Exception as error:  # only in a forked child, whose spans go into a file
+            scope = span.instrumentation_scope
+            if scope is not None and scope.name == OWN_SCOPE:  # whoever emits is told
+                raise
+            _logger.error("the span %r of a forked child is lost: %s", span.name, error)
 
     def shutdown(self) -> None:
         """Send the remaining spans, and end the thread that sends."""

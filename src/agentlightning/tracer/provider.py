@@ -24,7 +24,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, Sampl
 from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.util.types import Attributes
 
-_NAME = "agentlightning"
+OWN_SCOPE = "agentlightning"
+"""The instrumentation scope of the spans that emitters make."""
 _UNLIMITED = SpanLimits(*[SpanLimits.UNSET] * 8)
 _COMPLETE = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler")
 """How the descriptions of samplers begin that keep every span of a rollout."""
@@ -87,7 +88,7 @@ def own_tracer(provider: TracerProvider, processor: SpanProcessor) -> trace.Trac
     ids = getattr(provider, "id_generator", None)
     if type(ids) is RandomIdGenerator:
         vars(ids).update(generate_span_id=_ids.generate_span_id, generate_trace_id=_ids.generate_trace_id)
-    tracer = provider.get_tracer(_NAME)
+    tracer = provider.get_tracer(OWN_SCOPE)
     if isinstance(tracer, SdkTracer) and getattr(tracer, "_is_enabled", lambda: True)():
         _warn_of_sampler(tracer.sampler)
         own = copy.copy(tracer)
@@ -99,13 +100,13 @@ def own_tracer(provider: TracerProvider, processor: SpanProcessor) -> trace.Trac
     private = _private_provider()
     vars(private)["_disabled"] = False  # the SDK reads OTEL_SDK_DISABLED for every provider
     private.add_span_processor(processor)
-    return private.get_tracer(_NAME)
+    return private.get_tracer(OWN_SCOPE)
 
 
 def _private_provider() -> TracerProvider:
     return TracerProvider(
         sampler=ALWAYS_ON,
-        resource=Resource.create({"service.name": _NAME}),
+        resource=Resource.create({"service.name": OWN_SCOPE}),
         span_limits=_UNLIMITED,
         id_generator=_ids,
         shutdown_on_exit=False,

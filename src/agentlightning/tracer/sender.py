@@ -135,6 +135,11 @@ class SpanSender:
         self._notify()
         return done
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the store did not accept the last spans."""
+        return self._failures > 0
+
     def leave(self, recording: Recording) -> None:
         """Do not send the present spans of this trace; somebody else does. One that ends later is sent."""
         self._open.pop(id(recording), None)

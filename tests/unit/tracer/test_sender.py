@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from agentlightning.errors import InvalidValue, StoreClosed, StoreUnavailable
 from agentlightning.store.contract import LightningStoreCapabilities
 from agentlightning.store.sqlite.store import InMemoryLightningStore
+from agentlightning.tracer import otel
 from agentlightning.tracer.conversion import SpanConverter
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.tracer.processor import attach_processor
@@ -117,6 +118,27 @@ class SameIds(IdGenerator):
         return 7
 
     generate_trace_id = generate_span_id
+
+
+async def test_a_store_that_is_away_holds_up_one_reward_of_a_function_and_not_each(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(otel, "_REWARD_SECONDS", 1.0)
+    away = True
+
+    def rewards() -> None:
+        for number in range(20):
+            tracer.create_span("reward", {"agentlightning.reward.0.value": float(number)})
+
+    async with FaultyStore(lambda spans: StoreUnavailable("away") if away else None) as store:
+        tracer = OtelTracer()
+        with tracer.lifespan(store):
+            rollout = await started(store)
+            async with tracer.trace_context(**of(rollout)):
+                await asyncio.to_thread(rewards)
+                away = False
+            assert len(await store.query_spans(rollout.rollout_id)) == 20
+    assert caplog.text.count("is not in the store yet") == 1
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -269,6 +269,41 @@ async def test_bytes_that_are_no_text_cost_no_other_span(encoding: str) -> None:
         assert stored[1].attributes["text"] == "\N{REPLACEMENT CHARACTER}!!"
 
 
+async def test_a_resource_that_is_no_text_costs_only_its_own_spans() -> None:
+    request = _request(OWNER, resource={"service.name": "HERE"})
+    request.MergeFrom(_request(OWNER, OWNER))
+    request.resource_spans[1].scope_spans[0].spans[0].span_id = b"\x07" * 8
+    async with _serving() as (store, server):
+        answer = await _post(server, request.SerializeToString().replace(b"HERE", b"\xff\xfe!!"))
+        assert _partial(answer)[0] == 1
+        assert (await store.query_spans("ro-1")).total == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "is_stored"),
+    [
+        ('{"doubleValue": NaN}', True),
+        ('{"doubleValue": 1e999}', True),
+        ('{"intValue": 9223372036854775808}', False),
+        ('{"intValue": ' + "9" * 5000 + "}", False),
+        ('{"intValue": 1, "intValue": 2}', False),
+        ('{"arrayValue": {"values": [' * 60 + '{"intValue": 1}' + "]}}" * 60, False),
+    ],
+)
+async def test_a_value_that_is_no_strict_json_costs_at_most_its_span(value: str, is_stored: bool) -> None:
+    owner = [{"key": name, "value": {"stringValue": value}} for name, value in OWNER.items()]
+    spans = [
+        {"traceId": "1" * 32, "spanId": f"{number:016x}", "name": f"{number}", "attributes": owner} for number in (1, 2)
+    ]
+    content = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]})
+    place = content.index('"attributes": [') + len('"attributes": [')
+    content = f'{content[:place]}{{"key": "v", "value": {value}}}, {content[place:]}'
+    async with _serving() as (store, server):
+        answer = await _post(server, content.encode(), content_type="application/json")
+        assert answer.status == 200, answer
+        assert [span.name for span in await store.query_spans("ro-1")] == (["1", "2"] if is_stored else ["2"])
+
+
 async def test_the_path_may_end_with_a_slash() -> None:
     async with _serving() as (store, server):
         answer = await server.call("POST", "/v1/traces/", _request(OWNER).SerializeToString(), PROTOBUF)

@@ -7,12 +7,14 @@ no database stores is kept readable: what is none arrives as ``NO_TEXT``, which 
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from agentlightning.errors import AgentLightningError, NotJson, TooLarge, UnsupportedMedia
-from agentlightning.http.codec import MAX_NODES, decode_strict
+from agentlightning.http.codec import MAX_BODY_DEPTH, MAX_NODES, check_node_count, decode_strict
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
@@ -22,6 +24,7 @@ PROTOBUF_MEDIA = b"application/x-protobuf"
 JSON_MEDIA = b"application/json"
 NO_TEXT = "\ufdd0"
 """A character that Unicode reserves for a program's own use."""
+_INT64_DIGITS = 19
 _ID_FIELDS = {"traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"}
 
 
@@ -34,6 +37,13 @@ class SpanGroup(NamedTuple):
     spans: list[trace_pb2.Span]
     refused: list[str]
     """Why others of it could not be read."""
+
+
+def _unreadable(error: Exception, spans: int) -> SpanGroup:
+    """The group of a resource that cannot be read: all its spans are refused."""
+    from opentelemetry.proto.trace.v1 import trace_pb2
+
+    return SpanGroup(trace_pb2.ResourceSpans(), [], [f"its resource is not readable: {error!s:.200}"] * spans)
 
 
 def read_request(media: bytes, content: bytes) -> list[SpanGroup]:
@@ -80,18 +90,20 @@ def _read_protobuf(content: bytes) -> Iterator[SpanGroup]:
     except DecodeError:  # one text that is not UTF-8 is enough; find the span that has it
         pass
     for part in _parts(content, 1):
-        resource = trace_pb2.ResourceSpans()
-        for head in _parts(part, 1):
-            resource.resource.ParseFromString(head)
-        for url in _parts(part, 3):
-            resource.schema_url = url.decode()
-        group = SpanGroup(resource, [], [])
-        for scope in _parts(part, 2):
-            for span in _parts(scope, 2):
-                try:
-                    group.spans.append(trace_pb2.Span.FromString(span))
-                except DecodeError as error:
-                    group.refused.append(f"a span is not readable: {str(error)[:200]}")
+        spans = [span for scope in _parts(part, 2) for span in _parts(scope, 2)]
+        try:
+            group = SpanGroup(trace_pb2.ResourceSpans(), [], [])
+            for head in _parts(part, 1):
+                group.resource.resource.MergeFromString(head)
+            group.resource.schema_url = b"".join(_parts(part, 3)).decode()
+        except (DecodeError, UnicodeDecodeError) as error:
+            yield _unreadable(error, len(spans))
+            continue
+        for span in spans:
+            try:
+                group.spans.append(trace_pb2.Span.FromString(span))
+            except DecodeError as error:
+                group.refused.append(f"a span is not readable: {str(error)[:200]}")
         yield group
 
 
@@ -205,17 +217,14 @@ def _read_json(content: bytes) -> Iterator[SpanGroup]:
     from google.protobuf.json_format import ParseDict, ParseError
     from opentelemetry.proto.trace.v1 import trace_pb2
 
-    decoded = decode_strict(_whole_text(content))
-    for group in _objects(decoded, "resourceSpans", "resource_spans"):
+    for group in _objects(_decode(_whole_text(content)), "resourceSpans", "resource_spans"):
         scopes = list(_objects(group, "scopeSpans", "scope_spans"))
         head = {name: value for name, value in group.items() if name not in ("scopeSpans", "scope_spans")}
         spans = [span for scope in scopes for span in _items(scope, "spans")]
         try:
             read = SpanGroup(ParseDict(head, trace_pb2.ResourceSpans(), ignore_unknown_fields=True), [], [])
         except (ParseError, ValueError, TypeError, AttributeError) as error:
-            yield SpanGroup(
-                trace_pb2.ResourceSpans(), [], [f"its resource is not readable: {error!s:.200}"] * len(spans)
-            )
+            yield _unreadable(error, len(spans))
             continue
         for span in spans:
             try:
@@ -227,6 +236,41 @@ def _read_json(content: bytes) -> Iterator[SpanGroup]:
                 name = cast("dict[str, Any]", span).get("name") if isinstance(span, dict) else span
                 read.refused.append(f"span {str(name)[:80]!r} is not readable: {str(error)[:200]}")
         yield read
+
+
+class _Ambiguous(dict[str, Any]):
+    """An object that has a key twice."""
+
+
+def _decode(content: bytes) -> Any:
+    """The value of strict JSON; of other JSON a value whose bad parts are still seen to be bad, span by span.
+
+    Numbers that are none of 64 bits become texts, as OTLP writes such numbers, and ``ParseDict`` judges them.
+    """
+    check_node_count(content, "the body")
+    try:
+        return decode_strict(content)
+    except (NotJson, TooLarge) as error:
+        try:
+            return json.loads(
+                content, object_pairs_hook=_object, parse_constant=str, parse_int=_int, parse_float=_float
+            )
+        except (ValueError, RecursionError):
+            raise error from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else _Ambiguous(made)
+
+
+def _int(text: str) -> int | str:
+    return int(text) if len(text) <= _INT64_DIGITS else text
+
+
+def _float(text: str) -> float | str:
+    value = float(text)
+    return value if isfinite(value) else text
 
 
 def _objects(holder: Any, *names: str) -> Iterator[dict[str, Any]]:
@@ -259,16 +303,22 @@ def _whole_text(content: bytes) -> bytes:
     return content
 
 
-def _with_base64_ids(value: Any) -> Any:
-    """The JSON form has hexadecimal ids, while protobuf's own JSON has base64 for bytes."""
+def _with_base64_ids(value: Any, depth: int = MAX_BODY_DEPTH) -> Any:
+    """The JSON form has hexadecimal ids, while protobuf's own JSON has base64 for bytes.
+
+    Raises:
+        ValueError: an object has a key twice, or objects are nested too deeply.
+    """
+    if isinstance(value, _Ambiguous) or depth == 0:
+        raise ValueError("it is nested too deeply" if depth == 0 else "an object in it has a key twice")
     if isinstance(value, list):
-        return [_with_base64_ids(each) for each in cast("list[Any]", value)]
+        return [_with_base64_ids(each, depth - 1) for each in cast("list[Any]", value)]
     if not isinstance(value, dict):
         return value
     fields = cast("dict[str, Any]", value)
     return {
         name: base64.b64encode(bytes.fromhex(each)).decode()
         if name in _ID_FIELDS and isinstance(each, str)
-        else _with_base64_ids(each)
+        else _with_base64_ids(each, depth - 1)
         for name, each in fields.items()
     }

@@ -285,6 +285,53 @@ async def test_an_agent_sees_no_failure_that_only_the_proxys_wishes_cause(retrie
         assert all(span.status.status_code == "OK" for span in await scene.spans())
 
 
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize(
+    "failure",
+    [BreakOff(0), *(Fail(status) for status in (402, 403, 404, 405, 413, 415, 500, 502, 504))],
+    ids=lambda each: str(getattr(each, "status", "broken off")),
+)
+async def test_no_failure_of_any_kind_reaches_the_agent_while_the_proxy_asks_for_more(
+    failure: Any, retries: int
+) -> None:
+    backend = OpenAIBackend(fails_for="return_token_ids", fails_with=failure)
+    async with proxied(backend, num_retries=retries) as scene:
+        for _ in range(4):
+            assert await ask(scene, stream=retries > 0)
+        assert all(span.status.status_code == "OK" for span in await scene.spans())
+        before = len(backend.seen)
+        await ask(scene, stream=retries > 0)
+        assert len(backend.seen) == before + 1, "what comes three times in a row is learned"
+
+
+async def test_a_backend_that_is_busy_only_when_it_is_asked_for_more() -> None:
+    backend = OpenAIBackend(fails_for="return_token_ids", fails_with=BUSY)
+    async with proxied(backend) as scene:
+        assert await ask(scene)
+        assert ["return_token_ids" in seen.body for seen in backend.seen] == [True, True, True, False]
+
+
+async def test_a_backend_that_is_busy_is_asked_for_what_it_took_before() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        await ask(scene)
+        backend.plan(BUSY, BUSY, BUSY)
+        with pytest.raises(APIStatusError):
+            await ask(scene)
+        assert all("return_token_ids" in seen.body for seen in backend.seen)
+
+
+async def test_failures_with_answers_in_between_teach_nothing() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend) as scene:
+        for _ in range(4):
+            await ask(scene)
+            backend.plan(Fail(500))
+            await ask(scene)
+        await ask(scene)
+        assert "return_token_ids" in backend.seen[-1].body
+
+
 async def test_sglang_is_asked_in_headers_for_what_its_streams_may_not_ask_for_in_the_body() -> None:
     backend = OpenAIBackend(takes=frozenset({"logprobs", "stream_options"}))
     async with proxied(backend) as scene:
@@ -346,12 +393,12 @@ async def test_an_error_under_a_status_of_success_that_the_proxys_wishes_cause(s
     """An error that names a field is learned from; another may have had its own reason, until it comes again."""
     backend = OpenAIBackend()
     async with proxied(backend) as scene:
-        for number in range(2):
-            if number == 0 or error["message"] == "no":
+        for number in range(4):
+            if number == 0 or (error["message"] == "no" and number < 3):
                 backend.plan(Say([{"error": error}]) if stream else Fail(200, {"error": error}))
             await ask(scene, stream=stream)
         asked = ["return_token_ids" in seen.body for seen in backend.seen]
-        assert asked == ([True, True, True] if "logprobs" in error["message"] else [True, False, True, False])
+        assert asked == ([True] * 5 if "logprobs" in error["message"] else [True, False] * 3 + [False])
         assert all(span.status.status_code == "OK" for span in await scene.spans())
 
 

@@ -93,7 +93,8 @@ class OpenAIBackend:
         takes: fields of vLLM that it knows; others are refused with 400, as OpenAI does.
         key: what it wants as bearer token; None: nothing.
         fingerprint: what it says of its weights.
-        fails_for: a field of the request that it answers 500 to.
+        fails_for: a field of the request that it fails at.
+        fails_with: how.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class OpenAIBackend:
         fingerprint: str | None = "fp-test",
         says: Callable[[Seen], str] | None = None,
         fails_for: str | None = None,
+        fails_with: Fail | BreakOff | None = None,
     ) -> None:
         self.words = words
         self.takes = takes
@@ -112,6 +114,7 @@ class OpenAIBackend:
         self.fingerprint = fingerprint
         self.says = says
         self.fails_for = fails_for
+        self.fails_with = fails_with or Fail(500, {"error": {"message": "-inf is not JSON compliant"}})
         self.content_type = "text/event-stream"
         self.seen: list[Seen] = []
         self._plan: queue.SimpleQueue[Step] = queue.SimpleQueue()
@@ -175,8 +178,6 @@ class OpenAIBackend:
         self.seen.append(seen)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": f"wrong key, I want {self.key}"}}, status=401)
-        if self.fails_for is not None and seen.body.get(self.fails_for):
-            return web.json_response({"error": {"message": "-inf is not JSON compliant"}}, status=500)
         for name in ("return_token_ids", "logprobs", "stream_options"):
             if seen.body.get(name) and name not in self.takes:
                 error = {"message": f"Unrecognized request argument supplied: {name}", "type": "invalid_request_error"}
@@ -185,6 +186,8 @@ class OpenAIBackend:
             step = self._plan.get_nowait()
         except queue.Empty:
             step = None
+        if self.fails_for is not None and seen.body.get(self.fails_for):
+            step = self.fails_with
         if isinstance(step, Fail):
             return web.json_response(step.body, status=step.status, headers=step.headers)
         if isinstance(step, Write):

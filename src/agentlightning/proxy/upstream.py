@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -41,8 +41,11 @@ _logger = logging.getLogger(__name__)
 _COOLDOWN_SECONDS = 5.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that another try may not get."""
+_BUSY = frozenset({408, 425, 429})
+"""Those of them that no field of a request causes."""
 _ABOUT_THE_REQUEST = frozenset({400, 422, 501})
-"""Statuses of a backend that does not know a field of the request, or cannot do what it asks for."""
+"""Statuses of a backend that does not know a field of the request, or cannot do what it asks for. Others (403, 404, 413
+and so on) may be because of a field, too, but teach that only if they name it, or come again and again."""
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _CONNECT_SECONDS = 10.0
@@ -127,13 +130,21 @@ class UpstreamReply:
             yield part
 
 
+class _Unreached(NamedTuple):
+    """A try that got no reply."""
+
+    why: str
+    hidden: frozenset[CaptureField] = frozenset()
+    """The capture fields that it asked for, if they may be the reason."""
+
+
 class Upstream:
     """The way to the backends. Used by one event loop.
 
     It finds out which capture fields each backend accepts for each kind of call. A backend that refuses a request with
-    capture fields, or fails because of it (500), may do so because of the fields or of the request itself. The request
-    is therefore repeated without the fields, so that no agent sees an error that is not its own, and only a repeat that
-    succeeds proves that they were the reason.
+    capture fields, or fails, may do so because of the fields or of the request itself. The request is therefore
+    repeated without the fields before the agent gets such an answer, so that no agent sees an error that is not its
+    own, and only a repeat that succeeds proves that they were the reason.
 
     Args:
         client: the connections.
@@ -180,36 +191,62 @@ class Upstream:
             backend = order[turn % len(order)]
             is_last = number >= self._num_retries
             record.backend, record.retries = backend.name, number
-            capture = frozenset[CaptureField]() if failed else self._capture
-            reply = await self._try(backend, request, record.dialect, capture)
-            if isinstance(reply, UpstreamReply):
-                status = reply.response.status
-                if status not in _RETRIED:
-                    routing.answered(backend)
-                    if failed and status < 400:
-                        self._learn_failure(CallKind.of(backend, request, record.dialect), failed)
-                    return reply
-                if status == 500 and reply.hidden:
+            kind, capture = CallKind.of(backend, request, record.dialect), self._capture
+            reply = await self._try(backend, request, record.dialect, frozenset() if failed else capture)
+            status = reply.response.status if isinstance(reply, UpstreamReply) else None
+            if isinstance(reply, UpstreamReply) and status not in _RETRIED:
+                routing.answered(backend)
+                if failed and reply.response.status < 400:
+                    self._learn_failure(kind, failed)
+                return reply
+            if not failed and self._may_be_blamed(kind, reply.hidden, status, number, is_last=is_last):
+                failed = reply.hidden
+                if isinstance(reply, UpstreamReply):
                     reply.response.close()
-                    failed = reply.hidden
-                    continue
+                continue
+            failed = frozenset()
+            routing.failed(backend)
+            pause = _pause_seconds(turn, len(order))
+            if isinstance(reply, UpstreamReply):
                 wished = _retry_after_seconds(reply.response) or 0.0
-                routing.failed(backend)
                 if is_last or wished > _LONGEST_PAUSE_SECONDS:  # the agent can wait longer than its call may
                     return reply
                 reply.response.close()
-                reply, pause = f"answered {status}", max(_pause_seconds(turn, len(order)), wished)
-            else:
-                pause = _pause_seconds(turn, len(order))
-            failed = frozenset()
-            routing.failed(backend)
-            if is_last:
-                why = f"The backend {backend.name} {reply} (tried {number + 1} times); is it running?"
+                pause = max(pause, wished)
+            elif is_last:
+                why = f"The backend {backend.name} {reply.why} (tried {number + 1} times); is it running?"
                 raise ProxyError(502, "backend_unreachable", why)
-            _logger.info("backend %s %s; retry %d of %d follows", backend.name, reply, number + 1, self._num_retries)
+            why = f"answered {status}" if isinstance(reply, UpstreamReply) else reply.why
+            _logger.info("backend %s %s; retry %d of %d follows", backend.name, why, number + 1, self._num_retries)
             await asyncio.sleep(pause)
             turn += 1
         raise AssertionError("the last try returns or raises")
+
+    def _learn(
+        self,
+        kind: CallKind,
+        accepted: frozenset[CaptureField],
+        refused: frozenset[CaptureField],
+        failed: frozenset[CaptureField],
+    ) -> None:
+        """Note that a backend answered a call, and what it had refused or failed with before."""
+        if failed:
+            self._learn_failure(kind, failed)
+        self._memory.learn(kind, accepted, refused)
+        if refused:
+            names = ", ".join(sorted(refused))
+            _logger.warning("backend %s cannot be asked for %s; its spans will lack that", kind.backend, names)
+
+    def _may_be_blamed(
+        self, kind: CallKind, fields: frozenset[CaptureField], status: int | None, number: int, *, is_last: bool
+    ) -> bool:
+        """Whether a try that failed with capture fields is to be repeated without: at once after a 500, else before
+        the agent gets the failure. Status None: the backend closed the connection."""
+        if not fields or status in _BUSY:
+            return False
+        if status == 503:  # it says that it is busy: that has to last, and where fields were accepted it is true
+            return is_last and number > 0 and not self._memory.are_accepted(kind, fields)
+        return is_last or status == 500
 
     def _learn_failure(self, kind: CallKind, fields: frozenset[CaptureField]) -> None:
         """Note that a backend answered only without these fields, where it had failed with them."""
@@ -219,14 +256,24 @@ class Upstream:
         else:
             _logger.info("backend %s failed when asked for %s; the span of this call lacks that", kind.backend, names)
 
+    def _prepare(
+        self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect, capture: frozenset[CaptureField]
+    ) -> tuple[dict[str, Any], frozenset[CaptureField], frozenset[CaptureField]]:
+        """Return the body for a backend, which of the ``capture`` fields to ask for in it, and all that are missing."""
+        body = {**backend.defaults, **request.body, **backend.overrides, "model": backend.upstream_model}
+        wanted = dialect.missing_capture(body, capture)
+        if backend.capture is not None:
+            wanted &= backend.capture
+        return body, self._memory.askable(CallKind.of(backend, request, dialect), wanted), wanted
+
     async def _try(
         self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect, capture: frozenset[CaptureField]
-    ) -> UpstreamReply | str:
-        """Send the call to one backend; returns why it cannot be reached, if so."""
+    ) -> UpstreamReply | _Unreached:
+        """Send the call to one backend."""
         try:
             return await self._send(backend, request, dialect, capture)
         except aiohttp.ConnectionTimeoutError:
-            return f"cannot be reached within {_CONNECT_SECONDS:g} s"
+            return _Unreached(f"cannot be reached within {_CONNECT_SECONDS:g} s")
         except TimeoutError as error:
             # Not retried: the backend may still be generating, and a repeat would double its load.
             why = (
@@ -236,21 +283,20 @@ class Upstream:
             raise ProxyError(504, "backend_timeout", why) from error
         except aiohttp.ClientError as error:
             _logger.debug("backend %s: %s", backend.name, error)
-            return f"cannot be reached: {type(error).__name__}"
+            is_down = isinstance(error, aiohttp.ClientConnectorError)
+            asked = frozenset[CaptureField]() if is_down else self._prepare(backend, request, dialect, capture)[1]
+            return _Unreached(f"cannot be reached: {type(error).__name__}", asked)
 
     async def _send(
         self, backend: ModelBackend, request: ModelRequest, dialect: WireDialect, capture: frozenset[CaptureField]
     ) -> UpstreamReply:
         """Send the call to one backend, without those of the ``capture`` fields that it turns out to refuse."""
         memory, kind = self._memory, CallKind.of(backend, request, dialect)
-        body = {**backend.defaults, **request.body, **backend.overrides, "model": backend.upstream_model}
-        wanted = dialect.missing_capture(body, capture)
-        if backend.capture is not None:
-            wanted &= backend.capture
-        fields, refused, failed = memory.askable(kind, wanted), frozenset[CaptureField](), frozenset[CaptureField]()
+        body, fields, wanted = self._prepare(backend, request, dialect, capture)
+        refused, failed = frozenset[CaptureField](), frozenset[CaptureField]()
         while True:
             # In headers can be asked for what the body may not ask for; servers that do not know them ignore them.
-            headers, first = dialect.capture_headers(wanted - fields), b""
+            headers, first, is_error = dialect.capture_headers(wanted - fields), b"", False
             response = await self._post(
                 backend, dialect, dialect.add_capture(body, fields) if fields else body, headers
             )
@@ -259,33 +305,24 @@ class Upstream:
                 response.close()
                 why = f"The backend {backend.name} answered with a redirect; give the URL that it leads to as api_base."
                 raise ProxyError(502, "backend_redirected", why)
-            if status in _ABOUT_THE_REQUEST and fields:
-                first = await response.content.read(_MAX_ERROR_BYTES)
-                named = dialect.blamed_capture(first, CAPTURE_FIELDS) != CAPTURE_FIELDS
-                if named or not memory.are_accepted(kind, fields):
-                    response.close()
+            is_accepted = memory.are_accepted(kind, fields | refused)
+            if status >= 400:
+                is_error = status not in _RETRIED and status != 401  # whose key is wrong is told so before all else
+                first = await response.content.read(_MAX_ERROR_BYTES) if is_error and fields else b""
+            elif not is_accepted:  # some servers say errors under a status of success; the first reply shows it
+                first = await response.content.readany()
+                is_error = _begins_with_error(first)
+            is_named = is_error and dialect.blamed_capture(first, CAPTURE_FIELDS) != CAPTURE_FIELDS
+            if is_error and fields and (is_named or not is_accepted):
+                response.close()
+                if is_named or status in _ABOUT_THE_REQUEST:
                     blamed = dialect.blamed_capture(first, fields)
                     fields, refused = fields - blamed, refused | blamed
-                    continue
-            if status < 400 and not memory.are_accepted(kind, fields | refused):
-                # Some servers say errors under a status of success. The first reply of a kind shows it.
-                first = await response.content.readany()
-                if _begins_with_error(first):
-                    if not fields:
-                        return UpstreamReply(response, backend, fields, first)
-                    response.close()
-                    blamed = dialect.blamed_capture(first, fields)
-                    if dialect.blamed_capture(first, CAPTURE_FIELDS) == CAPTURE_FIELDS:  # it may have another reason
-                        fields, failed = frozenset[CaptureField](), fields
-                    else:
-                        fields, refused = fields - blamed, refused | blamed
-                    continue
-                if failed:
-                    self._learn_failure(kind, failed)
-                memory.learn(kind, fields, refused)
-                if refused:
-                    names = ", ".join(sorted(refused))
-                    _logger.warning("backend %s cannot be asked for %s; its spans will lack that", backend.name, names)
+                else:  # it may have another reason
+                    fields, failed = frozenset[CaptureField](), fields
+                continue
+            if status < 400 and not is_error:
+                self._learn(kind, fields, frozenset() if is_accepted else refused, failed)
             return UpstreamReply(response, backend, wanted if headers else fields, first)
 
     async def _post(

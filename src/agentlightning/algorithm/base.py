@@ -8,7 +8,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
-from agentlightning.algorithm.run import ModelProxy, Run, running_proxy
+from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
+from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig

@@ -17,7 +17,8 @@ from agentlightning.algorithm.batches import (
     enqueue_inputs,
     wait_for_ends,
 )
-from agentlightning.algorithm.run import reassign_unfinished, running_proxy
+from agentlightning.algorithm.model_proxy import running_proxy
+from agentlightning.algorithm.resume import reassign_unfinished
 from agentlightning.errors import InvalidValue
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, Dataset, ResourceUnion, RolloutMode, Span

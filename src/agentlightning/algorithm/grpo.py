@@ -23,8 +23,9 @@ from agentlightning.adapter.adapters import TracerTraceToTriplet, TraceToTriplet
 from agentlightning.algorithm.base import Algorithm
 from agentlightning.algorithm.batches import EndedRollout, check_counts, check_datasets, enqueue_inputs, wait_for_ends
 from agentlightning.algorithm.groups import GroupReader, OnFailure, StepGroups, reward_of
+from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
 from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
-from agentlightning.algorithm.run import ModelProxy, reassign_unfinished, running_proxy
+from agentlightning.algorithm.resume import reassign_unfinished
 from agentlightning.errors import InvalidValue, NothingToLearn
 from agentlightning.types import LLM, Dataset, RolloutMode
 

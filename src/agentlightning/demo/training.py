@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from agentlightning.algorithm.grpo import GRPO
-from agentlightning.algorithm.run import local_pid
+from agentlightning.algorithm.resume import local_pid
 from agentlightning.demo import game
 from agentlightning.demo.agent import play
 from agentlightning.demo.softmax_policy import SoftmaxPolicy

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from agentlightning.algorithm.run import ProxyMove, prepare_to_resume, watch_lost_workers
+from agentlightning.algorithm.resume import ProxyMove, prepare_to_resume, watch_lost_workers
 from agentlightning.errors import NothingToLearn
 from agentlightning.execution.base import ExecutionEvent
 from agentlightning.runner.agent import LitAgentRunner

@@ -13,7 +13,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.adapter.adapters import TraceToMessages
 from agentlightning.algorithm.batches import enqueue_inputs, wait_for_ends
-from agentlightning.algorithm.run import reassign_unfinished
+from agentlightning.algorithm.resume import reassign_unfinished
 from agentlightning.errors import IdReused, InvalidValue, StaleAttempt
 from agentlightning.proxy.llm_proxy import LLMProxy
 from agentlightning.store.sqlite.store import InMemoryLightningStore

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import agentlightning as agl
-from agentlightning.algorithm.run import end_lost_workers
+from agentlightning.algorithm.resume import end_lost_workers
 from agentlightning.runner.heartbeat import process_space
 
 

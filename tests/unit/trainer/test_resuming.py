@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import agentlightning as agl
-from agentlightning.algorithm.run import ProxyMove, prepare_to_resume
+from agentlightning.algorithm.resume import ProxyMove, prepare_to_resume
 from agentlightning.trainer.roles import algorithm_store
 
 HERE = "http://127.0.0.1:9/v1"

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from agentlightning.errors import InvalidValue, StoreClosed
@@ -291,13 +292,12 @@ class ProxySession:
             self.unusable[record.unusable.value] += 1
         attempt, outline = record.origin[:2], outline_of(record)
         prefix = None if outline is None else self._known_calls.find(attempt, outline)
-        done = self._deliver(record.origin, spans_of(record, prefix), record.span_bytes())
-        if outline is not None and record.error_type is None:
-            outline.is_shortened = record.is_shortened
-            done.add_done_callback(
-                lambda done: None if done.cancelled() else self._known_calls.add(attempt, outline, prefix)
-            )
-        return done
+        spans = spans_of(record, prefix)
+        if outline is None or record.error_type is not None:
+            return self._deliver(record.origin, spans, record.span_bytes())
+        outline.is_shortened = record.is_shortened
+        stored = partial(self._known_calls.add, attempt, outline, prefix)
+        return self._deliver(record.origin, spans, record.span_bytes(), stored)
 
     def retract(self, record: CallRecord) -> None:
         """Record that the agent did not receive the reply of a call that was recorded."""
@@ -319,19 +319,25 @@ class ProxySession:
             done = self._deliver(origin, [refusal_of(origin, method, path, error)], _SMALL_SPAN_BYTES)
             await asyncio.wait({done}, timeout=self.settings.record_wait_seconds)
 
-    def _deliver(self, origin: CallOrigin, spans: Sequence[PlainSpan], size: int) -> asyncio.Future[None]:
-        """Send spans to the store. The future is done once it has accepted or refused them."""
+    def _deliver(
+        self, origin: CallOrigin, spans: Sequence[PlainSpan], size: int, stored: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
+        """Send spans to the store. The future is done once it has accepted or refused them; ``stored`` is called if it
+        has all of them as they are."""
         recording = Recording(lambda span, _rollout, _attempt: span, self._store, *origin[:2], size_bytes=size)
         for span in spans:
             recording.add(span)
         done = asyncio.wrap_future(self._sender.flush(recording))
         self._waiting[done] = size
         self._waiting_bytes += size
-        done.add_done_callback(self._end_waiting)
-        return done
 
-    def _end_waiting(self, done: asyncio.Future[None]) -> None:
-        self._waiting_bytes -= self._waiting.pop(done)
+        def end_waiting(done: asyncio.Future[None]) -> None:
+            self._waiting_bytes -= self._waiting.pop(done)
+            if stored is not None and not (done.cancelled() or recording.has_refused):
+                stored()
+
+        done.add_done_callback(end_waiting)
+        return done
 
     async def record_and_wait(self, record: CallRecord) -> None:
         """Record a call that has ended, and wait ``record_wait_seconds`` at most until the store has accepted it."""

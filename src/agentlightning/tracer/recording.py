@@ -60,6 +60,8 @@ class Recording:
         """Whether the agent has returned: no model call follows the spans that come now."""
         self.settled = 0
         """How many of the spans are in the store, or were lost because they could not be converted."""
+        self.has_refused = False
+        """Whether the store refused one of the spans, so that it is lost, or stored in another form."""
         self._convert = convert
         self.taken: list[Any] = []
         """All spans: as they ended, then converted in their places; None in place of one that cannot be."""

@@ -254,7 +254,7 @@ class SpanSender:
         """Send the new spans of some traces to their store, as many as one call takes; then there is more to do."""
         store = group[0].store
         assert store is not None
-        parts: list[tuple[Recording, int]] = []
+        parts: list[tuple[Recording, int, Sequence[SpanOrPlain]]] = []
         spans: list[SpanOrPlain] = []
         size = 0
         for recording in group:
@@ -264,25 +264,31 @@ class SpanSender:
                 break
             more, end = recording.unsent(BATCH_SPANS - len(spans))
             spans += more
-            parts.append((recording, end))
+            parts.append((recording, end, more))
         try:
             if spans:
                 await store.add_many_spans(spans)
         except AgentLightningError as error:
             if not is_refusal(error):
                 raise
-            self.refused += await add_spans_apart(store, spans)
-        for recording, end in parts:
+            refused: set[int] = set()
+            self.refused += await add_spans_apart(store, spans, refused)
+            for recording, _, more in parts:
+                recording.has_refused = recording.has_refused or not refused.isdisjoint(map(id, more))
+        for recording, end, _ in parts:
             recording.mark_stored(end)
             if end < len(recording.taken) and len(spans) >= BATCH_SPANS:
                 self._wake.set()
 
 
-async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -> int:
+async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain], refused: set[int] | None = None) -> int:
     """Store spans so that those that the store refuses do not hold up the others (see ``store.refusals``).
 
     A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused. A
     span whose id another one has is stored under an id that is made of its content, so that a repeat is known.
+
+    Args:
+        refused: gets the identity (``id``) of each span that is not stored as it is.
 
     Returns:
         How many spans are lost, because the store does not know their attempt or refuses what is in them. The log names
@@ -295,6 +301,8 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain]) -
 
     async def replace(given: Sequence[SpanOrPlain], error: AgentLightningError) -> None:
         nonlocal lost
+        if refused is not None:
+            refused.update(map(id, given))
         if isinstance(error, (InvalidValue, IdReused)):
             if isinstance(error, IdReused):
                 _logger.warning("a span of rollout %s gets another id: %s", given[0].rollout_id, error)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from agentlightning import InMemoryLightningStore
-from agentlightning.errors import StoreUnavailable
+from agentlightning.errors import InvalidValue, StoreUnavailable
 from agentlightning.proxy.dialects import ChatCompletions
 from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.recording import CallOrigin, CallRecord, spans_of
@@ -42,9 +43,11 @@ class GatedStore(InMemoryLightningStore):
 
 
 @asynccontextmanager
-async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, ProxySession, CallOrigin]]:
+async def delivering(
+    make: type[GatedStore] = GatedStore, **options: Any
+) -> AsyncIterator[tuple[GatedStore, ProxySession, CallOrigin]]:
     """A store with an attempt, and a session of a proxy that delivers to it."""
-    async with GatedStore() as store:
+    async with make() as store:
         rollout = await store.start_rollout({})
         no_upstream = cast("Any", None)
         session = ProxySession(ProxySettings(grace_seconds=0, **options), no_upstream, lambda: store, {}, {})
@@ -55,9 +58,9 @@ async def delivering(**options: Any) -> AsyncIterator[tuple[GatedStore, ProxySes
             await session.close()
 
 
-def recorded(session: ProxySession, origin: CallOrigin, number: int = 0) -> asyncio.Future[None]:
+def recorded(session: ProxySession, origin: CallOrigin, number: int = 0, **more: Any) -> asyncio.Future[None]:
     """The delivery of a call that has just ended, and is known by its number."""
-    done = session.record(CallRecord(CHAT, origin, retries=number))
+    done = session.record(CallRecord(CHAT, origin, retries=number, **more))
     assert done is not None
     return done
 
@@ -84,6 +87,30 @@ async def test_a_store_that_failed_gets_the_same_spans_again_and_keeps_each_once
         assert len(list(await store.query_spans(origin.rollout_id))) == 2
         await session.close()
         assert session.spans_lost == 0
+
+
+class PickyStore(GatedStore):
+    """A store that refuses spans of requests in which it is said that they are bad."""
+
+    async def add_many_spans(self, spans: Sequence[AnySpan]) -> Sequence[AnySpan]:
+        if any("bad" in str(span.attributes.get(LLMCallAttributes.REQUEST.value)) for span in spans):
+            raise InvalidValue("bad")
+        return await super().add_many_spans(spans)
+
+
+async def test_a_call_that_the_store_refused_is_not_referred_to() -> None:
+    async with delivering(PickyStore) as (store, session, origin):
+
+        async def record(*said: str) -> Mapping[str, Any]:
+            messages = [{"role": "user", "content": each * 1_000} for each in said]
+            await asyncio.wait_for(
+                recorded(session, origin, raw_request=msgspec.json.encode({"messages": messages})), 20
+            )
+            return list(await store.query_spans(origin.rollout_id))[-1].attributes
+
+        assert "agentlightning.refused" in await record("first", "bad")
+        assert LLMCallAttributes.PREFIX_SPAN_ID.value not in await record("first", "next")
+        assert LLMCallAttributes.PREFIX_SPAN_ID.value in await record("first", "next", "last")
 
 
 async def test_more_than_is_allowed_to_wait_stops_new_calls() -> None:

@@ -18,9 +18,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let Ctrl+C be heard, keep bytecode, and keep spools out of the home of whoever runs the tests."""
     # Hundreds of new interpreters import the package: each would compile it again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    # A shell starts what it runs in the background with SIGINT ignored, also for children.
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What a shell starts in the background has SIGINT ignored, and under nohup SIGHUP; so have its children.
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # a worker of xdist has what the first process set
         folder = config.stash[_state_folder] = tempfile.TemporaryDirectory(
             prefix="agl-tests-", ignore_cleanup_errors=True

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +99,21 @@ strategy.execute(programs.waits_for_ever, getattr(programs, sys.argv[1]), InMemo
 """
 
 
-def _begin(runner: str, graceful_timeout: float, folder: Path, method: str = "fork") -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+@contextmanager
+def _begin(runner: str, graceful_timeout: float, folder: Path, method: str = "fork") -> Iterator[subprocess.Popen[str]]:
+    """A run that works; killed at the end, so that a test that fails leaves no process."""
+    with subprocess.Popen(
         [sys.executable, "-c", _RUN, runner, str(graceful_timeout), method],
         env={**os.environ, "PYTHONPATH": str(Path(programs.__file__).parent)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    programs.wait_until(lambda: len(programs.noted(folder)) >= 3, "both runners and the algorithm are at work")
-    return process
+    ) as process:
+        try:
+            programs.wait_until(lambda: len(programs.noted(folder)) >= 3, "both runners and the algorithm are at work")
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

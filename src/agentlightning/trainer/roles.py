@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -54,7 +55,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.1
-_FAILURES_READ = 100
+_PAGE = 100
 
 
 @dataclass
@@ -155,18 +156,20 @@ class AlgorithmRole:
             )
             await asyncio.Event().wait()  # until cancelled
             return
-        self._equip(self.algorithm, store, progress)
-        # Of a run that is resumed all rollouts count: those that are left may be few.
-        before = dict[str, int]() if self.run is not None else await _counts(store)
+        made = self._equip(self.algorithm, store, progress)
         if self.algorithm.is_async():
             await cast("Awaitable[None]", self.algorithm.run(self.train_dataset, self.val_dataset))
         else:
             await _in_thread(functools.partial(self.algorithm.run, self.train_dataset, self.val_dataset))
-        await _require_a_success(store, before)
+        # Of a run that is resumed all rollouts count: those that are left may be few.
+        if made or self.run is not None:
+            await _require_a_success(store, made[0] if self.run is None else None)
 
-    def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> None:
+    def _equip(self, algorithm: Algorithm, store: LightningStore, progress: Progress) -> list[str]:
+        """Give the algorithm what it works with; returns a list for the id of the first rollout that it will make."""
+        made: list[str] = []
         move = None if self.run is None else ProxyMove(store, self.llm_proxy)
-        algorithm.set_store(algorithm_store(store, self.rollout_config, progress.observe, move))
+        algorithm.set_store(algorithm_store(store, self.rollout_config, progress.observe, move, made))
         algorithm.set_adapter(self.adapter)
         algorithm.set_llm_proxy(self.llm_proxy)
         algorithm.set_rollout_config(self.rollout_config)
@@ -175,27 +178,38 @@ class AlgorithmRole:
         if self.run is not None:
             algorithm.set_run(self.run)
         algorithm.set_reporter(progress.report)
+        return made
 
 
-async def _counts(store: LightningStore) -> Mapping[str, int]:
-    return (await store.statistics()).get("rollouts_by_status", {})
+async def _require_a_success(store: LightningStore, first_id: str | None) -> None:
+    """Raise ``NothingToLearn`` if of the rollouts from this one on (None: of all) some failed and none succeeded.
+
+    They are read from the newest to the oldest, so that a run with a success needs one page.
+    """
+    reasons, last = Counter[str](), ""
+    async for each in _newest_first(store, first_id):
+        if each.status == "succeeded":
+            return
+        if each.status == "failed":
+            last = last or str(each.reason_message)
+            reasons[each.reason_code or "no reason"] += 1
+    if reasons:
+        counts = ", ".join(f"{code}: {number}" for code, number in reasons.most_common(3))
+        raise NothingToLearn(
+            f"every rollout failed, {reasons.total()} in all ({counts}); the last one with: {last}. "
+            "Correct the agent and try again; trainer.dev() tries it on a few inputs"
+        )
 
 
-async def _require_a_success(store: LightningStore, before: Mapping[str, int]) -> None:
-    """Raise ``NothingToLearn`` if rollouts failed, and none succeeded, since ``before`` was counted."""
-    after = await _counts(store)
-    failed, succeeded = (after.get(status, 0) - before.get(status, 0) for status in ("failed", "succeeded"))
-    if failed <= 0 or succeeded > 0:
-        return
-    newest = await store.query_rollouts(
-        status_in=["failed"], sort_by="end_time", sort_order="desc", limit=min(failed, _FAILURES_READ)
-    )
-    reasons = Counter(each.reason_code or "no reason" for each in newest).most_common(3)
-    last = newest[0].reason_message if newest else None
-    raise NothingToLearn(
-        f"every rollout failed, {failed} in all ({', '.join(f'{code}: {number}' for code, number in reasons)}); "
-        f"the last one with: {last}. Correct the agent and try again; trainer.dev() tries it on a few inputs"
-    )
+async def _newest_first(store: LightningStore, last_id: str | None) -> AsyncIterator[Rollout]:
+    """The rollouts of a store, the newest first, down to this one."""
+    passed = 0
+    while page := await store.query_rollouts(sort_order="desc", limit=_PAGE, offset=passed):
+        for each in page:
+            yield each
+            if each.rollout_id == last_id:
+                return
+        passed += len(page)
 
 
 async def _in_thread(work: Callable[[], Any]) -> None:
@@ -228,6 +242,7 @@ def algorithm_store(
     config: RolloutConfig,
     observe: Callable[[str, float], None] | None = None,
     move: ProxyMove | None = None,
+    made: list[str] | None = None,
 ) -> LightningStore:
     """Return a store that passes everything on to ``store``, also what ``store`` offers beyond the contract.
 
@@ -237,8 +252,9 @@ def algorithm_store(
         observe: called as ``observe(rollout_id, reward)`` for each final reward read by `query_spans`. Progress shows
             the rewards that the algorithm sees, without a query of its own.
         move: of a run that may be resumed: is awaited before the algorithm's first request for rollouts.
+        made: gets the id of the first rollout that is made through this store.
     """
-    return cast("LightningStore", _AlgorithmStore(store, config, observe, move))
+    return cast("LightningStore", _AlgorithmStore(store, config, observe, move, [] if made is None else made))
 
 
 @dataclass(eq=False)
@@ -247,6 +263,7 @@ class _AlgorithmStore:
     _config: RolloutConfig
     _observe: Callable[[str, float], None] | None
     _move: ProxyMove | None
+    _made: list[str]
     _questions: set[str] = field(default_factory=set[str])
 
     def __getattr__(self, name: str) -> Any:
@@ -295,13 +312,17 @@ class _AlgorithmStore:
         **more: Any,
     ) -> Rollout:
         await self._move_proxy()
-        return await self._store.enqueue_rollout(input, mode, resources_id, config or self._config, *args, **more)
+        made = await self._store.enqueue_rollout(input, mode, resources_id, config or self._config, *args, **more)
+        self._note_made(made)
+        return made
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         await self._move_proxy()
-        return await self._store.enqueue_many_rollouts(
+        made = await self._store.enqueue_many_rollouts(
             [each if each.config is not None else each.model_copy(update={"config": self._config}) for each in rollouts]
         )
+        self._note_made(*made)
+        return made
 
     async def start_rollout(
         self,
@@ -312,7 +333,15 @@ class _AlgorithmStore:
         *args: Any,
         **more: Any,
     ) -> AttemptedRollout:
-        return await self._store.start_rollout(input, mode, resources_id, config or self._config, *args, **more)
+        made = await self._store.start_rollout(input, mode, resources_id, config or self._config, *args, **more)
+        self._note_made(made)
+        return made
+
+    def _note_made(self, *rollouts: Rollout | bytes) -> None:
+        """Keep the id of the first rollout; the view for servers has them as JSON."""
+        if rollouts and not self._made:
+            first = rollouts[0]
+            self._made.append(first.rollout_id if isinstance(first, Rollout) else json.loads(first)["rollout_id"])
 
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
         await self._move_proxy()

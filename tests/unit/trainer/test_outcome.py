@@ -11,9 +11,9 @@ import agentlightning as agl
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue, NothingToLearn, NotJson, TooLarge
 from agentlightning.execution.base import ThreadingEvent
-from agentlightning.trainer.roles import AlgorithmRole
 from agentlightning.trainer.rows import check_rows
 from agentlightning.types import AttemptEnd
+from algorithm_roles import algorithm_role
 
 LOOP: list[Any] = []
 LOOP.append(LOOP)
@@ -85,19 +85,7 @@ class Ends(agl.Algorithm):
 
 
 async def carry_out(store: agl.LightningStore, algorithm: agl.Algorithm, run: Run | None = None) -> None:
-    role = AlgorithmRole(
-        algorithm=algorithm,
-        adapter=agl.TracerTraceToTriplet(),
-        llm_proxy=None,
-        initial_resources=None,
-        rollout_config=agl.RolloutConfig(),
-        run=run,
-        train_dataset=None,
-        val_dataset=None,
-        progress="off",
-        linger_seconds=0.0,
-    )
-    await role(store, cast("Any", ThreadingEvent()))
+    await algorithm_role(algorithm, run=run)(store, cast("Any", ThreadingEvent()))
 
 
 async def test_a_run_in_which_every_rollout_failed_is_an_error_that_says_why() -> None:
@@ -106,6 +94,31 @@ async def test_a_run_in_which_every_rollout_failed_is_an_error_that_says_why() -
         await carry_out(store, Ends())  # nothing was asked for
         with pytest.raises(NothingToLearn, match=r"2 in all \(agent_error: 2\); the last one with: .*it failed"):
             await carry_out(store, Ends("failed", "failed"))  # what succeeded earlier was another run's
+
+
+async def test_a_success_is_found_among_more_rollouts_than_a_page_has() -> None:
+    async with agl.InMemoryLightningStore() as store:
+        failures: list[AttemptEnd] = ["failed"] * 210
+        await carry_out(store, Ends("succeeded", *failures))
+        with pytest.raises(NothingToLearn, match=r"210 in all"):
+            await carry_out(store, Ends(*failures))
+
+
+class Serves(Ends):
+    """An algorithm that serves its store, so that others make the rollouts."""
+
+    async def run(self, train_dataset: Any = None, val_dataset: Any = None) -> None:
+        server = agl.LightningStoreServer(self.get_store(), "127.0.0.1", 0)
+        async with server, agl.LightningStoreClient(server.endpoint) as client:
+            self.set_store(client)
+            await super().run()
+
+
+async def test_rollouts_that_others_make_through_the_algorithms_store_count() -> None:
+    async with agl.InMemoryLightningStore() as store:
+        await carry_out(store, Serves("failed", "succeeded"))
+        with pytest.raises(NothingToLearn, match=r"1 in all"):
+            await carry_out(store, Serves("failed"))
 
 
 async def test_of_a_run_that_is_resumed_all_rollouts_count(tmp_path: Path) -> None:

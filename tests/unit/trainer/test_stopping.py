@@ -9,7 +9,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.execution.base import ThreadingEvent
-from agentlightning.trainer.roles import AlgorithmRole
+from algorithm_roles import algorithm_role
 
 
 class Watched(agl.InMemoryLightningStore):
@@ -40,27 +40,12 @@ class Endless(agl.Algorithm):
             self.left = [each.status for each in await self.get_store().query_rollouts()]
 
 
-def role(algorithm: agl.Algorithm, seconds: float) -> AlgorithmRole:
-    return AlgorithmRole(
-        algorithm=algorithm,
-        adapter=agl.TracerTraceToTriplet(),
-        llm_proxy=None,
-        initial_resources=None,
-        rollout_config=agl.RolloutConfig(),
-        run=None,
-        train_dataset=None,
-        val_dataset=None,
-        progress="off",
-        linger_seconds=seconds,
-    )
-
-
 @pytest.mark.parametrize("by", ["event", "cancel"])
 async def test_the_algorithm_stays_until_nothing_runs(by: str) -> None:
     event, algorithm = ThreadingEvent(), Endless()
     async with Watched() as store:
         held = await store.start_rollout("a task")
-        side = asyncio.create_task(role(algorithm, 60.0)(store, event))
+        side = asyncio.create_task(algorithm_role(algorithm, linger_seconds=60.0)(store, event))
         await algorithm.begun.wait()
         if by == "event":
             event.set()
@@ -79,7 +64,7 @@ async def test_it_does_not_stay_longer_than_it_may() -> None:
     async with Watched() as store:
         await store.start_rollout("a task")
         event.set()
-        await role(algorithm, 0.0)(store, event)
+        await algorithm_role(algorithm)(store, event)
     assert algorithm.left == ["preparing"]
 
 

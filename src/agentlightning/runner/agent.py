@@ -12,7 +12,7 @@ from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.attempt import AttemptParts, AttemptRun, RolloutResources
 from agentlightning.runner.base import Runner, StopEvent, stop_watch
 from agentlightning.runner.calling import AgentThreads
-from agentlightning.runner.heartbeat import Heartbeat, worker_name
+from agentlightning.runner.heartbeat import Heartbeat, registration, system_statistics, worker_name
 from agentlightning.runner.main_thread import MAIN_THREAD
 from agentlightning.runner.vital_signs import VITAL_SIGNS
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
@@ -85,8 +85,9 @@ class LitAgentRunner(Runner[T]):
             lease_seconds=max(15.0, 3 * heartbeat_interval) if lease_seconds is None else lease_seconds,
             include_gpu=heartbeat_include_gpu,
             in_thread=heartbeat_launch_mode == "thread",
-            labels=dict(labels or {}),
+            statistics=system_statistics,
         )
+        self._labels = dict(labels or {})
         self._agent: LitAgent[T] | None = None
         self._hooks: Sequence[Hook] = ()
         self._parts: AttemptParts | None = None
@@ -124,7 +125,9 @@ class LitAgentRunner(Runner[T]):
             each.set(None)
         threads = AgentThreads(f"agent-{worker_id}", main if self.wants_main_thread(agent) else None)
         self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
-        self._heartbeat = self._make_heartbeat(store, worker_name(worker_id), signs=signs)
+        self._heartbeat = self._make_heartbeat(
+            store, worker_name(worker_id), registration=registration(self._labels), signs=signs
+        )
         self._heartbeat.start()
 
     def teardown_worker(self, worker_id: int, *args: Any, **kwargs: Any) -> None:

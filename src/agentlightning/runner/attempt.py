@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
@@ -333,10 +332,11 @@ class RolloutResources:
         """
         resources_id, version = rollout.resources_id, rollout.resources_version
         if resources_id is None:
-            if time.monotonic() >= self._latest_until:
+            clock = asyncio.get_running_loop().time
+            if clock() >= self._latest_until:
                 latest = await self._store.get_latest_resources()
                 self._latest = {} if latest is None else latest.resources
-                self._latest_until = time.monotonic() + _LATEST_SECONDS
+                self._latest_until = clock() + _LATEST_SECONDS
             return dict(self._latest)
         if version is None:  # a store that does not keep versions: take the newest
             found = await self._store.get_resources_by_id(resources_id)

@@ -77,8 +77,10 @@ class Heartbeat:
         lease_seconds: float,
         include_gpu: bool,
         in_thread: bool,
-        labels: dict[str, str],
+        registration: dict[str, Any],
+        statistics: Callable[[bool], dict[str, Any]],
         signs: VitalSigns | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_stale: Callable[[str], None] | None = None
         """Called, in the heartbeat's thread, with the id of each attempt that has lost its rollout."""
@@ -93,7 +95,8 @@ class Heartbeat:
         self._include_gpu = include_gpu
         self._in_thread = in_thread
         self._signs = signs
-        self._registration = registration(labels)
+        self._registration = registration
+        self._statistics, self._monotonic = statistics, monotonic
         self._begun: dict[str, _BegunAttempt] = {}
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
@@ -142,7 +145,7 @@ class Heartbeat:
 
         The store may have counted the worker as lost meanwhile, and have handed its attempts to others.
         """
-        return time.monotonic() - self._last_beat >= self._lease_seconds
+        return self._monotonic() - self._last_beat >= self._lease_seconds
 
     def next_beat(self) -> Future[None]:
         """Beat at once; the future is done when the store has answered.
@@ -158,7 +161,7 @@ class Heartbeat:
         """List this attempt in beats from now on. A claim whose work has not begun must not be listed."""
         attempt_id, term = rollout.attempt.attempt_id, rollout.config.unresponsive_seconds
         interval = math.inf if term is None else max(term / _BEATS_PER_TERM, _SHORTEST_INTERVAL_SECONDS)
-        self._begun[attempt_id] = _BegunAttempt(rollout.rollout_id, time.monotonic(), interval)
+        self._begun[attempt_id] = _BegunAttempt(rollout.rollout_id, self._monotonic(), interval)
         if self._signs is not None:
             self._signs.begin(attempt_id)
             if term is not None:  # at once, because the agent may not let the heartbeat have another turn
@@ -166,7 +169,7 @@ class Heartbeat:
 
     def reporting(self, attempt_id: str) -> None:
         """The agent has finished, and the report of the attempt, which confirms its claim, is under way."""
-        self._begun[attempt_id].since = time.monotonic() + _REPORT_SECONDS - CONFIRM_SECONDS
+        self._begun[attempt_id].since = self._monotonic() + _REPORT_SECONDS - CONFIRM_SECONDS
 
     def end(self, attempt_id: str) -> None:
         """Stop listing this attempt."""
@@ -199,18 +202,18 @@ class Heartbeat:
         self._show_life(asyncio.get_running_loop())
         beaten, pause, first = -math.inf, 0.0, True
         while not self._stopping:
-            if self._beat_requested or time.monotonic() >= beaten + min(pause, self._longest_pause()):
+            if self._beat_requested or self._monotonic() >= beaten + min(pause, self._longest_pause()):
                 self._beat_requested = False
                 answered = await self._beat(first)
                 first = first and not answered
-                beaten, pause = time.monotonic(), min(_LONGEST_RETRY_SECONDS, self._interval)
+                beaten, pause = self._monotonic(), min(_LONGEST_RETRY_SECONDS, self._interval)
                 if answered:  # the jitter keeps the workers of a fleet that started together from beating in step
                     spread = min(self._jitter, self._interval / 2)
                     pause = self._interval + random.uniform(-spread, spread)
             await self._confirm()
             due = beaten + min(pause, self._longest_pause())
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - time.monotonic()))):
+                async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - self._monotonic()))):
                     await wake.wait()
             wake.clear()
 
@@ -222,13 +225,13 @@ class Heartbeat:
 
     def _note_life(self, signs: VitalSigns) -> None:
         interval = min(self._interval, self._longest_pause())
-        signs.show_life(Times(time.monotonic(), interval, self._lease_seconds))
+        signs.show_life(Times(self._monotonic(), interval, self._lease_seconds))
 
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""
         awaiting = list(self._awaiting_beat)
         # nvidia-smi takes a while
-        stats = await asyncio.to_thread(system_statistics, True) if self._include_gpu else system_statistics()
+        stats = await asyncio.to_thread(self._statistics, True) if self._include_gpu else self._statistics(False)
         about: dict[str, Any] | Unset = self._registration if first else UNSET
         try:
             worker = await self._store.update_worker(
@@ -244,7 +247,7 @@ class Heartbeat:
                 _logger.warning("%d consecutive heartbeats failed: %s: %s", self._failures, type(error).__name__, error)
             return False
         self._failures = 0
-        self._last_beat = time.monotonic()
+        self._last_beat = self._monotonic()
         if not self.first_beat.done():
             self.first_beat.set_result(None)
         for attempt_id in worker.stale_attempt_ids or ():
@@ -259,7 +262,7 @@ class Heartbeat:
 
     async def _confirm(self) -> None:
         """Confirm the claims of attempts that have run for ``CONFIRM_SECONDS``."""
-        since = time.monotonic() - CONFIRM_SECONDS
+        since = self._monotonic() - CONFIRM_SECONDS
         for attempt_id, begun in list(self._begun.items()):
             if begun.confirmed or begun.since > since:
                 continue

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -200,7 +199,8 @@ class WorkerLoop:
     async def _claim_and_begin(self, limit: int) -> None:
         if self._heartbeat.silent_too_long:  # the store may have to hear first what this worker still holds
             await self._first(asyncio.wrap_future(self._heartbeat.next_beat()), FIRST_BEAT_SECONDS)
-        asked = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        asked = clock()
         self._expected += limit
         try:
             claimed = await self._claim(limit)
@@ -210,7 +210,7 @@ class WorkerLoop:
         self._accept(claimed)
         if not claimed and not self._ending.is_set():
             self._heartbeat.beat_now()  # the reply may say why there was nothing
-            await self._pause(self._settings.poll_seconds - (time.monotonic() - asked))
+            await self._pause(self._settings.poll_seconds - (clock() - asked))
 
     async def _claim(self, limit: int) -> Sequence[AttemptedRollout]:
         """Claim up to ``limit`` rollouts. A claim whose reply was lost is repeated under the same ``request_id``.
@@ -235,7 +235,7 @@ class WorkerLoop:
             except _PERMANENT:
                 raise
             except (AgentLightningError, OSError, TimeoutError) as error:
-                now = time.monotonic()
+                now = asyncio.get_running_loop().time()
                 if self._unreachable_since is None:
                     self._unreachable_since = now
                     _logger.warning("claiming failed and is retried: %s: %s", type(error).__name__, error)
@@ -281,13 +281,14 @@ class WorkerLoop:
 
     async def _carry_out(self, run: AttemptRun) -> None:
         """Work on one rollout and report it. Its slot is free, and the next rollout begins, before the report."""
-        began = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
             try:
                 outcome = await run.work()
             finally:
                 self._working -= 1
-            self._prefetch.note_run(time.monotonic() - began)
+            self._prefetch.note_run(clock() - began)
             self._heartbeat.reporting(run.attempt_id)
             self._begin_held()
             self._changed.set()

@@ -109,6 +109,8 @@ class Alarm:
         self._owner = weakref.ref(ring.__self__)
         self._condition = threading.Condition()
         self._rings_at = math.inf
+        self._rung_for = math.inf
+        """The pulse at which it rang last because the process had stood still."""
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -174,26 +176,36 @@ class Alarm:
         lease_now = self._lease_now()
         return 0.0 if lease_now is None else self._rings_at - lease_now()
 
+    def look(self) -> float:
+        """Look at the clocks; returns for how many seconds there is nothing to do. 0: ring now, once."""
+        left = self._left()
+        if left > 0:
+            since = self._since_pulse()  # read once: the process may be stopped at any moment
+            if since <= _STILL_SECONDS:
+                self.pulse += since
+                return min(left, _PULSE_SECONDS)
+            if self._rung_for == self.pulse:  # once: should that sweep fail, the next one renews the leases
+                return min(left, _PULSE_SECONDS)
+            self._rung_for = self.pulse
+        self._rings_at = math.inf
+        return 0.0
+
+    def ring(self) -> bool:
+        """Ring; returns whether there is still somebody to ring for."""
+        ring = self._ring()
+        if ring is not None:
+            ring()
+        return ring is not None
+
     def _run(self) -> None:
-        rung_for = math.inf
         while True:
             with self._condition:
-                while not self._closed and (left := self._left()) > 0:
-                    since = self._since_pulse()  # read once: the process may be stopped at any moment
-                    if since <= _STILL_SECONDS:
-                        self.pulse += since
-                    elif rung_for != self.pulse:  # once: should this sweep fail, the next one renews the leases
-                        rung_for = self.pulse
-                        break
-                    self._condition.wait(min(left, _PULSE_SECONDS))
+                while not self._closed and (pause := self.look()) > 0:
+                    self._condition.wait(pause)
                 if self._closed:
                     return
-                self._rings_at = math.inf
-            ring = self._ring()
-            if ring is None:
+            if not self.ring():
                 return
-            ring()
-            del ring
 
 
 class Core:
@@ -201,13 +213,14 @@ class Core:
 
     Args:
         backend: where rows live. It is opened by the first operation.
+        alarm: makes the alarm.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, alarm: type[Alarm] = Alarm) -> None:
         self.backend = backend
         self.finishes = FinishWaiters()
         self.claims = ClaimWaiters()
-        self._alarm = Alarm(backend.lease_now, backend.boot_now, self._ring)
+        self._alarm = alarm(backend.lease_now, backend.boot_now, self._ring)
         self._usable = False
 
     def open(self) -> None:

@@ -28,7 +28,7 @@ from agentlightning.store.arguments import (
 )
 from agentlightning.store.backend import Backend, Measure, Transaction
 from agentlightning.store.base import JsonObject, enqueue_request
-from agentlightning.store.core import Core
+from agentlightning.store.core import Alarm, Core
 from agentlightning.store.operations import (
     attempts as attempt_ops,
     resources as resources_ops,
@@ -84,10 +84,18 @@ class EngineStore(ReadingStore):
         backend: where rows live; opened by the first call, or by ``async with``.
         ids: makes the ids that callers do not give.
         confirm_seconds: how long a claim with a ``request_id`` may stay unconfirmed.
+        alarm: rings when something may have expired.
     """
 
-    def __init__(self, backend: Backend, ids: IdSource, *, confirm_seconds: float = _CONFIRM_SECONDS) -> None:
-        super().__init__(Core(backend))
+    def __init__(
+        self,
+        backend: Backend,
+        ids: IdSource,
+        *,
+        confirm_seconds: float = _CONFIRM_SECONDS,
+        alarm: type[Alarm] = Alarm,
+    ) -> None:
+        super().__init__(Core(backend, alarm))
         self._ids = ids
         self._confirm_seconds = confirm_seconds
 

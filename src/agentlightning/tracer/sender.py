@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
@@ -67,13 +67,20 @@ class SpanSender:
     Args:
         interval_seconds: how often to send the spans of traces that nobody waits for yet.
         patience_seconds: how long ``flush`` waits for an unreachable store; infinite: whatever the error is.
+        monotonic: seconds since some moment.
     """
 
-    def __init__(self, interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        interval_seconds: float = 0.5,
+        patience_seconds: float = 120.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.refused = 0
         """How many spans are lost because the store refused them; the log has each of them."""
         self._interval = interval_seconds
         self._patience = patience_seconds
+        self._monotonic = monotonic
         self._open: dict[int, Recording] = {}
         self._waiters: list[_Waiter] = []
         self._thread: threading.Thread | None = None
@@ -131,7 +138,7 @@ class SpanSender:
             done.set_result(None)
             return done
         with self._lock:
-            self._waiters.append(_Waiter(recording, target, done, time.monotonic() + self._patience))
+            self._waiters.append(_Waiter(recording, target, done, self._monotonic() + self._patience))
         self._notify()
         return done
 
@@ -232,7 +239,7 @@ class SpanSender:
     def _settle(self, waiter: _Waiter, error: Exception | None) -> bool:
         """Complete the future of a waiting caller; False if the caller has to wait on."""
         recording = waiter.recording
-        now = time.monotonic()
+        now = self._monotonic()
         if recording.settled >= waiter.target:
             waiter.done.set_result(None)
         elif error is not None and (

@@ -13,7 +13,6 @@ import inspect
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -324,10 +323,11 @@ def ended_early(slice_seconds: float, took_seconds: float) -> bool:
 async def wait_in_slices(caller: Caller, rollout_ids: Sequence[str], timeout: float | None) -> list[Rollout]:
     """``wait_for_rollouts`` over HTTP. Each request asks only for the rollouts that have not ended yet."""
     ids: list[str] = _strings(rollout_ids, "rollout_id", None)
-    ends_at = math.inf if timeout is None else time.monotonic() + check_finite(timeout, "timeout")
+    clock = asyncio.get_running_loop().time
+    ends_at = math.inf if timeout is None else clock() + check_finite(timeout, "timeout")
     ended: dict[str, Rollout] = {}
     while True:
-        asked_at = time.monotonic()
+        asked_at = clock()
         slice_seconds = min(max(ends_at - asked_at, 0.0), LONGEST_SLICE_SECONDS)
         found: list[Rollout] = await caller.call(
             "wait_for_rollouts",
@@ -336,7 +336,7 @@ async def wait_in_slices(caller: Caller, rollout_ids: Sequence[str], timeout: fl
             long_poll=slice_seconds > 0,
         )
         ended.update((rollout.rollout_id, rollout) for rollout in found)
-        now = time.monotonic()
+        now = clock()
         # The server waits no longer than it must: if it did not wait, the missing ones are unknown to it.
         if len(ended) == len(ids) or now >= ends_at or ended_early(slice_seconds, now - asked_at):
             return [ended[each] for each in ids if each in ended]
@@ -364,9 +364,10 @@ class Claims:
         """Claim under this id, waiting in slices; ends early if the server says that there is a reason."""
         plan = plan_of("dequeue_many_rollouts")
         arguments = {"limit": limit, "worker_id": worker_id, "request_id": request_id}
-        ends_at = time.monotonic() + max(check_finite(wait_seconds, "wait_seconds"), 0.0)
+        clock = asyncio.get_running_loop().time
+        ends_at = clock() + max(check_finite(wait_seconds, "wait_seconds"), 0.0)
         while True:
-            asked_at = time.monotonic()
+            asked_at = clock()
             left = max(ends_at - asked_at, 0.0)
             slice_seconds = min(left, LONGEST_SLICE_SECONDS)
             request = self._caller.request(plan, {**arguments, "wait_seconds": slice_seconds})
@@ -377,7 +378,7 @@ class Claims:
             # A claim that is replaced, or whose worker is asked to drain or stop, is answered before its time.
             if claimed or slice_seconds >= left or _DIRECTIVE_HEADER in reply.headers:
                 return claimed
-            if ended_early(slice_seconds, time.monotonic() - asked_at):
+            if ended_early(slice_seconds, clock() - asked_at):
                 return claimed
 
     async def claim_and_confirm(

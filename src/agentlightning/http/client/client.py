@@ -8,12 +8,15 @@ because every write carries ids that were made up before it was first sent.
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import ssl
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.http.client.cache import ResourceCache, state_folder
@@ -22,14 +25,14 @@ from agentlightning.http.client.health import HealthReport
 from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import SpoolFolder
-from agentlightning.http.client.transport import HttpTransport, WireRequest
+from agentlightning.http.client.transport import Connections, HttpTransport, WireRequest
 from agentlightning.http.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PATH, parse_address
 from agentlightning.http.signatures import DerivedStore, derive_methods
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.arguments import check_spans_of, encode_spans
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.records import stored_span
-from agentlightning.store.sources import TimeOrderedIds
+from agentlightning.store.sources import IdSource, TimeOrderedIds
 from agentlightning.types import (
     UNSET,
     AttemptedRollout,
@@ -42,6 +45,23 @@ from agentlightning.types.plain_spans import AnySpan
 
 _TERMINAL = frozenset({"failed", "succeeded", "cancelled"})
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
+
+
+class Surroundings(NamedTuple):
+    """What a client takes from its process and from the network. A simulation of many processes brings its own."""
+
+    connections: Connections | None = None
+    """Carry the requests; None: HTTP."""
+    ids: IdSource | None = None
+    """Makes the ids of requests and records; None: ``TimeOrderedIds``."""
+    monotonic: Callable[[], float] = time.monotonic
+    """Seconds since some moment, the same as those of the callers' event loops."""
+    chance: Callable[[], float] = random.random
+    """A number from 0 up to 1, for jitter."""
+    delivery: Callable[[Caller, SpoolFolder | None, float], SpanDelivery] = SpanDelivery
+    """Takes spans from the disk to the server."""
+    token: Callable[[], str] = partial(secrets.token_hex, 4)
+    """Makes names of spools."""
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -95,6 +115,7 @@ class LightningStoreClient(DerivedStore):
         spool_max_bytes: the most that spans of all processes for this server may take there.
         max_connections: the most connections in one event loop.
         tls_ca_file: the certificates that the server's is checked with; None: those of the system.
+        surroundings: what a simulation replaces; None: those of this process.
 
     Raises:
         InvalidValue: the address is none.
@@ -114,6 +135,7 @@ class LightningStoreClient(DerivedStore):
         spool_max_bytes: int = _DEFAULT_SPOOL_BYTES,
         max_connections: int = 256,
         tls_ca_file: str | Path | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._inherited: list[object] = []
@@ -132,12 +154,13 @@ class LightningStoreClient(DerivedStore):
         address = parse_address(given["server_address"])
         key = given["api_key"] or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
         resilience: Resilience = given["resilience"]
+        around: Surroundings = given["surroundings"] or Surroundings()
         timeout, connect, ca_file = given["request_timeout"], given["connection_timeout"], given["tls_ca_file"]
         self.server_address_root = address.root
         """Where the server is, without a prefix."""
         self.server_address = address.root + COMPATIBLE.prefix
         """Where clients of 0.3 find the routes."""
-        self._http = HttpTransport(
+        self._http = around.connections or HttpTransport(
             address.root,
             {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})},
             connect_seconds=connect,
@@ -153,8 +176,10 @@ class LightningStoreClient(DerivedStore):
             numbers=resilience,
             retry_delays=given["retry_delays"],
             health_retry_delays=given["health_retry_delays"],
+            monotonic=around.monotonic,
+            chance=around.chance,
         )
-        self._ids = TimeOrderedIds()
+        self._ids = around.ids or TimeOrderedIds()
         self._caller = Caller(
             self._transport,
             address.dialect.prefix,
@@ -163,8 +188,10 @@ class LightningStoreClient(DerivedStore):
             patience_seconds=resilience.patience_seconds,
         )
         folder = state_folder(given["spool_dir"], address)
-        spools = None if folder is None else SpoolFolder(folder, given["spool_max_bytes"])
-        self._spans = SpanDelivery(self._caller, spools, resilience.spool_after_seconds)
+        spools = None
+        if folder is not None:
+            spools = SpoolFolder(folder, given["spool_max_bytes"], around.monotonic, around.token)
+        self._spans = around.delivery(self._caller, spools, resilience.spool_after_seconds)
         self._claims = Claims(self._caller)
         self._cache = None if folder is None else ResourceCache(folder / "resources")
         self._cache_after_seconds = resilience.cache_after_seconds

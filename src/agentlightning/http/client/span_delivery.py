@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -88,7 +87,8 @@ class SpanDelivery:
         issued: list[int | None] = []
         if self.orphans_unknown:
             self.look_for_orphans()
-        deadline = time.monotonic() + self._caller.patience_seconds
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._caller.patience_seconds
         pushed_back = False
         while len(issued) < len(encoded):
             if not self._waiting:
@@ -111,7 +111,7 @@ class SpanDelivery:
                     self._counts["pushed_back"] += not pushed_back
                 pushed_back = True
                 await self._wait_for_progress(deadline)
-                if time.monotonic() >= deadline:
+                if clock() >= deadline:
                     raise
         return issued
 
@@ -138,13 +138,14 @@ class SpanDelivery:
         Raises:
             StoreUnreachable: it still has not got them when the caller's patience has run out.
         """
-        deadline = time.monotonic() + self._caller.patience_seconds
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._caller.patience_seconds
         while self._waiting:
             with self._lock:
                 waiting = self._by_attempt[rollout_id, attempt_id]
             if not waiting:
                 return
-            if time.monotonic() >= deadline:
+            if clock() >= deadline:
                 raise StoreUnreachable(
                     f"{waiting} spans of rollout {rollout_id} still wait on this machine's disk for the server, and "
                     "must arrive before their attempt ends. Try again when the server is back"
@@ -217,7 +218,7 @@ class SpanDelivery:
         with self._lock:
             self._progress.append(woken)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(deadline - time.monotonic(), _LOOK_AGAIN_SECONDS)):
+            async with asyncio.timeout(min(deadline - asyncio.get_running_loop().time(), _LOOK_AGAIN_SECONDS)):
                 await asyncio.wrap_future(woken)
 
     # --- In the thread ---------------------------------------------------------------------------

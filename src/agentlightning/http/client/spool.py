@@ -320,6 +320,7 @@ class SpoolFolder:
         root: where they are; made when the first is. Readable by its owner only.
         max_bytes: the most that all spools together may take.
         monotonic: seconds since some moment.
+        token: a text that no two spools of a process share, for the name of one.
     """
 
     def __init__(
@@ -327,10 +328,12 @@ class SpoolFolder:
         root: Path,
         max_bytes: int,
         monotonic: Callable[[], float] = time.monotonic,
+        token: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
         self.root = root
         self._max_bytes = max_bytes
         self._monotonic = monotonic
+        self._token = token
         self._lock = threading.Lock()
         self._others_bytes = 0
         self._counted_at = float("-inf")
@@ -349,7 +352,7 @@ class SpoolFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             while True:
-                folder = self.root / f"{os.getpid()}-{secrets.token_hex(4)}.spool"
+                folder = self.root / f"{os.getpid()}-{self._token()}.spool"
                 folder.mkdir(mode=0o700)
                 spool = Spool.take(folder)
                 if spool is not None:  # else somebody took it for a dead one's, and has removed it

@@ -64,6 +64,14 @@ class Transport(Protocol):
         ...
 
 
+class Connections(Transport, Protocol):
+    """A transport that holds connections."""
+
+    async def close(self) -> None:
+        """Let go of them. Later requests open new ones; idempotent."""
+        ...
+
+
 _JSON = {"Content-Type": "application/json"}
 _PIECE_BYTES = 2**18
 _GONE_SECONDS = 30

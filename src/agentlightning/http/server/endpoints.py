@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from time import monotonic
 from typing import Any, NamedTuple, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -143,11 +143,12 @@ class Endpoint:
         """Claim; the reply to an empty claim says what its worker is asked to do."""
         if arguments.get("limit") == 0 and self.dialect.empty_limit_is_empty:
             return []
-        began = monotonic()
+        clock = asyncio.get_running_loop().time
+        began = clock()
         claimed = await self._store.dequeue_many_rollouts(**arguments)
         worker_id = arguments.get("worker_id")
         # A worker that is asked to drain or stop is answered before its time is up, so only then it is looked up.
-        has_waited = 0 < arguments.get("wait_seconds", 0) <= monotonic() - began
+        has_waited = 0 < arguments.get("wait_seconds", 0) <= clock() - began
         if claimed or worker_id is None or has_waited:
             return claimed
         worker = await self._store.get_worker_by_id(worker_id)

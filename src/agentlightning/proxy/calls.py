@@ -85,9 +85,10 @@ class StreamRelay:
         self._held += self._scrubber.bytes(self._stream.feed(rest) if rest.strip() else rest)
 
     def ending(self) -> bytes:
-        """Return the last bytes for the agent: what is held back, and what came after the last whole event."""
+        """Return the last bytes for the agent: what is held back, what came after the last whole event, and what the
+        wire has after that."""
         self.read_rest()
-        return bytes(self._held)
+        return bytes(self._held + self._scrubber.bytes(self._stream.end()))
 
 
 def _read_origin(request: Request) -> CallOrigin | None:
@@ -148,6 +149,7 @@ class _ModelCall:
         try:
             record.raw_request = await _read_body(request, self._grow)
             record.request = self._dialect.read_request(record.raw_request, request.path_params)
+            record.raw_request = record.request.recorded or record.raw_request
             hangup.watch(request.receive)
             ending = await self._pass_on(hangup)
         except _AgentGone:
@@ -216,28 +218,39 @@ class _ModelCall:
 
     async def _relay_whole(self, reply: UpstreamReply) -> list[Message]:
         record, dialect, status = self._record, self._dialect, reply.response.status
+        assert record.request is not None
         scrubber = Scrubber(reply.backend.api_key, reply.backend.headers)
         body = scrubber.bytes(await self._read_whole(reply))
         headers = _shown_headers(reply.response, scrubber)
+        if status >= 400:
+            return _whole(status, headers, self._refused_by_backend(reply, body, scrubber))
+        answer = dialect.read_reply(body, reply.hidden, record.request)
+        if answer is None:
+            record.fail("invalid_reply", "the reply of the backend is no JSON object")
+            record.reply.body = body
+            return _whole(status, headers, body)
+        answer.scrub(scrubber)
+        record.reply = answer
+        if answer.error is not None:  # under a status that says success
+            record.fail(scrubber.text(answer.error.code), scrubber.text(answer.error.message))
+        return _whole(status, headers, answer.body if answer.shown is None else answer.shown)
+
+    def _refused_by_backend(self, reply: UpstreamReply, body: bytes, scrubber: Scrubber) -> bytes:
+        """Record a backend's error; returns what the agent gets."""
+        record, dialect, status = self._record, self._dialect, reply.response.status
         if status in (401, 403):
             # The agent never had the key that the backend refuses, and the backend may quote a part of it.
             why = (
                 f"The backend {reply.backend.name} answered {status}: it does not accept the key that the proxy has "
                 "for it; correct api_key in the proxy's model list."
             )
-            body = dialect.error_body(ProxyError(status, "backend_key_refused", why))
-        if status >= 400:
-            code, message = dialect.read_error(body, status)
-            record.fail(scrubber.text(code), scrubber.text(message))
-        elif (answer := dialect.read_reply(body, reply.hidden)) is None:
-            record.fail("invalid_reply", "the reply of the backend is no JSON object")
-        else:
-            answer.scrub(scrubber)
-            record.reply, body = answer, answer.body
-            if answer.error is not None:  # under a status that says success
-                record.fail(scrubber.text(answer.error.code), scrubber.text(answer.error.message))
+            error = ProxyError(status, "backend_key_refused", why)
+            record.refuse(error)
+            return record.reply.body
+        code, message = dialect.read_error(body, status)
+        record.fail(scrubber.text(code), scrubber.text(message))
         record.reply.body = body
-        return _whole(status, headers, body)
+        return dialect.shown_error(body, status)
 
     async def _read_whole(self, reply: UpstreamReply) -> bytes:
         """Read the body of a reply that is no stream."""
@@ -255,7 +268,8 @@ class _ModelCall:
     async def _relay_stream(self, reply: UpstreamReply) -> list[Message]:
         record, dialect = self._record, self._dialect
         scrubber = Scrubber(reply.backend.api_key, reply.backend.headers)
-        stream = dialect.open_stream(reply.hidden)
+        assert record.request is not None
+        stream = dialect.open_stream(reply.hidden, record.request)
         relay = StreamRelay(stream, scrubber)
         self._has_begun = True
         await self._send(_head(reply.response.status, _shown_headers(reply.response, scrubber)))

@@ -19,7 +19,7 @@ class CallKind(NamedTuple):
     """What servers tell apart: some cannot say token ids in streams, or log-probabilities beside tools."""
 
     backend: str
-    dialect: str
+    path: str
     is_streamed: bool = False
     has_tools: bool = False
     has_format: bool = False
@@ -31,7 +31,7 @@ class CallKind(NamedTuple):
         body = request.body
         several = body.get("n") not in (None, 1)
         tools, form = bool(body.get("tools") or body.get("functions")), bool(body.get("response_format"))
-        return cls(backend.name, dialect.name, request.is_streamed, tools, form, several)
+        return cls(backend.name, dialect.backend_path, request.is_streamed, tools, form, several)
 
 
 class CaptureMemory:
@@ -52,7 +52,7 @@ class CaptureMemory:
         now = self._clock()
         accepted, until = self._known.get((kind, field), (None, 0.0))
         if now >= until:
-            accepted, until = self._known.get((CallKind(kind.backend, kind.dialect), field), (None, 0.0))
+            accepted, until = self._known.get((CallKind(kind.backend, kind.path), field), (None, 0.0))
             accepted = False if accepted is False and now < until else None
         return accepted
 

@@ -9,6 +9,7 @@ import pytest
 
 from agentlightning.proxy.dialects import ChatCompletions, Completions, WireDialect
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ReplyStream, event_of
+from asked import ASKED
 
 CHAT = ChatCompletions()
 
@@ -17,7 +18,7 @@ def assembled(
     *choices: dict[str, Any], dialect: WireDialect = CHAT, hidden: frozenset[CaptureField] = frozenset()
 ) -> tuple[ReplyStream, dict[str, Any]]:
     """One chunk for each choice, put together."""
-    stream = dialect.open_stream(hidden)
+    stream = dialect.open_stream(hidden, ASKED)
     for choice in choices:
         feed(stream, {"id": "c", "created": 1, "model": "m", "choices": [choice]})
     return stream, json.loads(stream.recorded().body)
@@ -217,8 +218,8 @@ def test_numbers_that_no_span_can_hold_are_left_out_of_the_record(huge: int) -> 
     usage = {"prompt_tokens": huge, "completion_tokens": 2}
     choice = {"index": 0, "token_ids": [huge], "logprobs": {"content": [{"logprob": 10**400}]}, "finish_reason": "stop"}
     reply = {"usage": usage, "prompt_token_ids": [huge], "choices": [choice | {"message": {"content": "a"}}]}
-    whole = CHAT.read_reply(json.dumps(reply).encode(), frozenset())
-    stream = CHAT.open_stream(frozenset())
+    whole = CHAT.read_reply(json.dumps(reply).encode(), frozenset(), ASKED)
+    stream = CHAT.open_stream(frozenset(), ASKED)
     feed(stream, reply | {"choices": [choice | {"delta": {"content": "a"}}]})
     for answer in (whole, stream.recorded()):
         assert answer is not None
@@ -242,12 +243,12 @@ def test_numbers_that_no_span_can_hold_are_left_out_of_the_record(huge: int) -> 
     ],
 )
 def test_no_shape_of_a_chunk_or_reply_breaks_the_record(chunk: dict[str, Any]) -> None:
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     feed(stream, chunk)
     stream.recorded()
-    assert CHAT.read_reply(json.dumps(chunk).encode(), CAPTURE_FIELDS) is not None
+    assert CHAT.read_reply(json.dumps(chunk).encode(), CAPTURE_FIELDS, ASKED) is not None
 
 
 def test_nothing_came() -> None:
-    answer = CHAT.open_stream(frozenset()).recorded()
+    answer = CHAT.open_stream(frozenset(), ASKED).recorded()
     assert (answer.body, answer.token_ids, answer.finish_reasons) == (b"", None, [])

@@ -30,8 +30,8 @@ class Shout(ChatCompletions):
         return ModelRequest(path_params["model"], False, {"messages": [{"role": "user", "content": text}]})
 
     @override
-    def read_reply(self, body: bytes, hidden: frozenset[CaptureField]) -> RecordedReply | None:
-        record = super().read_reply(body, hidden)
+    def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
+        record = super().read_reply(body, hidden, request)
         assert record is not None
         words = json.loads(record.body)["choices"][0]["message"]["content"]
         record.body = json.dumps({"words": words.upper()}).encode()

@@ -13,6 +13,7 @@ from agentlightning.proxy.calls import StreamRelay
 from agentlightning.proxy.dialects import ChatCompletions
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, Scrubber
 from agentlightning.semconv import UnusableReason
+from asked import ASKED
 from random_streams import Stream, events_of, put_together, random_stream
 
 CHAT = ChatCompletions()
@@ -26,7 +27,7 @@ HIDDEN_NAMES = {
 
 def relayed(rng: random.Random, data: bytes, hidden: frozenset[CaptureField]) -> tuple[Any, bytes]:
     """The record of a stream that came in random pieces, and what the agent got."""
-    stream = CHAT.open_stream(hidden)
+    stream = CHAT.open_stream(hidden, ASKED)
     relay = StreamRelay(stream, Scrubber())
     edges = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(6)))})
     shown = b"".join(relay.feed(data[start:end]) for start, end in itertools.pairwise(edges))

@@ -13,6 +13,7 @@ import pytest
 from agentlightning.proxy.dialects import ChatCompletions, Completions
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, RecordedReply, data_of, event_of
 from agentlightning.semconv import UnusableReason
+from asked import ASKED
 
 CHAT = ChatCompletions()
 ENTRY: dict[str, Any] = {"token": "hi", "logprob": -0.5, "bytes": [104, 105], "top_logprobs": []}
@@ -21,14 +22,14 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 def whole(reply: dict[str, Any], dialect: ChatCompletions | Completions = CHAT) -> tuple[RecordedReply, dict[str, Any]]:
     """The record of a reply, and what the agent gets."""
-    record = dialect.read_reply(json.dumps(reply).encode(), CAPTURE_FIELDS)
+    record = dialect.read_reply(json.dumps(reply).encode(), CAPTURE_FIELDS, ASKED)
     assert record is not None
     return record, json.loads(record.body)
 
 
 def streamed(*chunks: dict[str, Any]) -> tuple[RecordedReply, list[Any]]:
     """The record of a stream, and the chunks that the agent gets."""
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     shown = [stream.feed(event_of(json.dumps({"id": "x", **chunk}).encode())) for chunk in chunks]
     return stream.recorded(), [json.loads(data_of(event) or b"") for event in shown if event]
 
@@ -175,20 +176,20 @@ def test_a_reply_that_does_not_add_up_is_marked(change: dict[str, Any], reason: 
     ],
 )
 def test_chunks_that_only_some_parsers_read_lose_what_is_hidden_and_nothing_else(text: str, meant: str | None) -> None:
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     chunk = '{"choices":[{"index":0,"delta":{"content":"a"},"token_ids":[7],"x":%s}]}'
     shown = stream.feed(event_of((chunk % text).encode()))
     expected = chunk.replace(',"token_ids":[7]', "") % (meant or text)
     assert shown.decode().replace(" ", "") == f"data: {expected}\n\n".replace(" ", "")
     assert list(stream.recorded().token_ids or ()) == [7]
     whole_chunk = chunk.replace('"delta"', '"message"')
-    record = CHAT.read_reply((whole_chunk % text).encode(), CAPTURE_FIELDS)
+    record = CHAT.read_reply((whole_chunk % text).encode(), CAPTURE_FIELDS, ASKED)
     assert record is not None
     assert b"token_ids" not in record.body
 
 
 def test_a_character_in_two_halves_is_put_together() -> None:
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     for text in (r"A \ud83d", r"\ude00", r" \ud800"):
         stream.feed(b'data: {"choices":[{"index":0,"delta":{"content":"' + text.encode() + b'"}}]}\n\n')
     record = stream.recorded()
@@ -197,13 +198,13 @@ def test_a_character_in_two_halves_is_put_together() -> None:
 
 
 def test_a_chunk_that_is_no_json_makes_the_call_unusable() -> None:
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     assert stream.feed(b"data: {\n\n") == b"data: {\n\n"
     assert stream.recorded().unusable == UnusableReason.UNREADABLE_CHUNK
 
 
 def test_other_lines_of_an_event_stay() -> None:
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     chunk = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
     event = f"id: 3\nevent: message\ndata: {json.dumps(chunk | {'prompt_token_ids': [1]})}\n\n".encode()
     assert stream.feed(event) == b"id: 3\nevent: message\n" + event_of(
@@ -217,11 +218,11 @@ def test_other_lines_of_an_event_stay() -> None:
 )
 def test_an_error_under_a_status_that_says_success_is_one(reply: dict[str, Any]) -> None:
     """https://openrouter.ai/docs/api-reference/errors: errors after the first token have the status 200."""
-    record = CHAT.read_reply(json.dumps(reply).encode(), CAPTURE_FIELDS)
+    record = CHAT.read_reply(json.dumps(reply).encode(), CAPTURE_FIELDS, ASKED)
     assert record is not None
     assert record.error is not None
     assert record.error.message == "no"
-    stream = CHAT.open_stream(CAPTURE_FIELDS)
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
     stream.feed(event_of(json.dumps(reply).encode()))
     assert stream.error is not None
     assert stream.error.message == "no"

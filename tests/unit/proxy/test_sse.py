@@ -20,6 +20,7 @@ from agentlightning.proxy.dialects.base import (
     data_of,
     event_of,
 )
+from asked import ASKED
 
 _LINE_ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"])
 _EVENTS = st.lists(
@@ -88,7 +89,7 @@ def relay(
     scrubber: Scrubber | None = None, hidden: frozenset[CaptureField] = frozenset()
 ) -> tuple[StreamRelay, ReplyStream]:
     """A streamed chat on its way, and what reads it."""
-    stream = ChatCompletions().open_stream(hidden)
+    stream = ChatCompletions().open_stream(hidden, ASKED)
     return StreamRelay(stream, scrubber or Scrubber()), stream
 
 

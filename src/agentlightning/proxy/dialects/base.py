@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from agentlightning.semconv import UnusableReason
@@ -106,6 +107,12 @@ class ModelRequest(NamedTuple):
     """The name in the model list, not the backend's own."""
     is_streamed: bool
     body: dict[str, Any]
+    recorded: bytes | None = None
+    """The request as it is recorded, if that is not as the agent sent it: the wire is a translation."""
+    asked: Mapping[str, Any] = MappingProxyType({})
+    """What the agent sent, as far as the reply depends on it."""
+    notes: tuple[str, ...] = ()
+    """What of the agent's request no backend gets, for the record."""
 
 
 class BackendError(NamedTuple):
@@ -133,7 +140,10 @@ class RecordedReply:
     """What is recorded of a reply. What the backend did not send is None or empty."""
 
     body: bytes = b""
-    """The reply as the agent got it, as JSON; of a stream, what the same call would have got without streaming."""
+    """The reply as the agent got it, as JSON; of a stream, what the same call would have got without streaming. Of a
+    translated wire: as a chat completion."""
+    shown: bytes | None = None
+    """What the agent gets, if that is not the body: the wire is a translation."""
     response_id: str | None = None
     model: str | None = None
     fingerprint: str | None = None
@@ -167,6 +177,7 @@ class RecordedReply:
     def scrub(self, scrubber: Scrubber) -> None:
         """Remove the backend's secrets from the body and from every text."""
         self.body = scrubber.bytes(self.body)
+        self.shown = self.shown and scrubber.bytes(self.shown)
         self.response_id = self.response_id and scrubber.text(self.response_id)
         self.model = self.model and scrubber.text(self.model)
         self.fingerprint = self.fingerprint and scrubber.text(self.fingerprint)
@@ -200,6 +211,10 @@ class ReplyStream(Protocol):
 
     def feed(self, event: bytes) -> bytes:
         """Read one whole event of the backend, with its empty line; returns the events for the agent, if any."""
+        ...
+
+    def end(self) -> bytes:
+        """Return the events that the agent gets after the backend's last one. Called once, when that has come."""
         ...
 
     def recorded(self) -> RecordedReply:
@@ -250,26 +265,31 @@ class WireDialect(ABC):
     # --- Replies ---
 
     @abstractmethod
-    def read_reply(self, body: bytes, hidden: frozenset[CaptureField]) -> RecordedReply | None:
+    def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
         """Read a whole reply.
 
         Args:
             hidden: the fields that only the proxy asked for. They are recorded, and removed from the reply's body,
                 so that the agent sees what it would have got without the proxy.
+            request: what it replies to.
 
         Returns:
-            The record, whose ``body`` is what the agent gets; None if it is no reply of this wire.
+            The record, whose ``shown`` or else ``body`` is what the agent gets; None if it is no reply of this wire.
         """
 
     @abstractmethod
-    def open_stream(self, hidden: frozenset[CaptureField]) -> ReplyStream:
-        """Begin to read a streamed reply. See ``read_reply`` for ``hidden``."""
+    def open_stream(self, hidden: frozenset[CaptureField], request: ModelRequest) -> ReplyStream:
+        """Begin to read a streamed reply. See ``read_reply`` for the arguments."""
 
     # --- Errors and lists ---
 
     @abstractmethod
     def read_error(self, body: bytes, status: int) -> BackendError:
         """Read the body of a backend's error reply."""
+
+    def shown_error(self, body: bytes, status: int) -> bytes:
+        """Return what the agent gets for a backend's error reply. Most wires are those of their backends."""
+        return body
 
     @abstractmethod
     def error_body(self, error: ProxyError) -> bytes:

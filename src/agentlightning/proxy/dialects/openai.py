@@ -54,19 +54,8 @@ class OpenAIDialect(WireDialect):
 
     @override
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:
-        try:
-            fields = read_request_json(body)
-        except (ValueError, RecursionError) as error:
-            raise ProxyError(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
-        if not isinstance(fields, dict):
-            raise ProxyError(400, "invalid_json", f"The body is a JSON {type(fields).__name__}; send an object.")
-        known = cast("dict[str, Any]", fields)
-        model = known.get("model")
-        if not isinstance(model, str) or not model:
-            raise ProxyError(
-                400, "model_required", "The field 'model' is missing; name one of GET /v1/models.", param="model"
-            )
-        return ModelRequest(model, known.get("stream") is True, known)
+        fields = read_request_object(body)
+        return ModelRequest(model_of(fields), fields.get("stream") is True, fields)
 
     @override
     def missing_capture(self, body: Mapping[str, Any], wanted: Iterable[CaptureField]) -> frozenset[CaptureField]:
@@ -104,7 +93,7 @@ class OpenAIDialect(WireDialect):
     # --- Replies ---
 
     @override
-    def read_reply(self, body: bytes, hidden: frozenset[CaptureField]) -> RecordedReply | None:
+    def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
         reply = read_object(body)
         if reply is None:
             return None
@@ -118,7 +107,7 @@ class OpenAIDialect(WireDialect):
         return record
 
     @override
-    def open_stream(self, hidden: frozenset[CaptureField]) -> OpenAIStream:
+    def open_stream(self, hidden: frozenset[CaptureField], request: ModelRequest) -> OpenAIStream:
         return OpenAIStream(self.reply_object, self.content, hidden)
 
     # --- Errors and lists ---
@@ -169,6 +158,27 @@ class Completions(OpenAIDialect):
     content = "text"
     logprobs_request = 1
     """How many alternatives of each token are reported besides the one that was chosen; 0 is valid too."""
+
+
+def read_request_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that an agent sent. Raises ``ProxyError`` if it is none (400)."""
+    try:
+        fields = read_request_json(body)
+    except (ValueError, RecursionError) as error:
+        raise ProxyError(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ProxyError(400, "invalid_json", f"The body is a JSON {type(fields).__name__}; send an object.")
+    return cast("dict[str, Any]", fields)
+
+
+def model_of(fields: Mapping[str, Any]) -> str:
+    """Return the model that a request names. Raises ``ProxyError`` if it names none (400)."""
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        raise ProxyError(
+            400, "model_required", "The field 'model' is missing; name one of GET /v1/models.", param="model"
+        )
+    return model
 
 
 def _asks_for_usage(options: object) -> bool:

@@ -85,23 +85,32 @@ class OpenAIStream:
 
     def feed(self, event: bytes) -> bytes:
         """Read one event; returns it without the hidden fields, or nothing if nothing else was in it."""
+        chunk = self.read(event)
+        if chunk is None or not self._hidden:
+            return event
+        return with_data(event, write_json(chunk)) if remove_hidden(chunk, self._hidden) else b""
+
+    def read(self, event: bytes) -> dict[str, Any] | None:
+        """Read one event for the record; returns the chunk that it is, and None if it is another event."""
         data = data_of(event)
         if data == _DONE:
             self.is_done = True
         if not data or self.is_done:
-            return event
+            return None
         chunk = read_object(data)
         if chunk is None:  # no chunk of this wire: the agent's client has to judge it
             self._is_readable = False
-            return event
+            return None
         if is_error(chunk):
             self.error = read_error_in(chunk, 200)
             self.is_done = True
-            return event
+            return None
         self._add(chunk)
-        if not self._hidden:
-            return event
-        return with_data(event, write_json(chunk)) if remove_hidden(chunk, self._hidden) else b""
+        return chunk
+
+    def end(self) -> bytes:
+        """Return nothing: the backend has said all that the agent gets."""
+        return b""
 
     def _add(self, chunk: dict[str, Any]) -> None:
         for name in _HEAD_FIELDS:

@@ -105,11 +105,16 @@ class GenAIAttributes(Enum):
 class LLMCallAttributes(Enum):
     """What the LLM proxy records of a model call beyond ``GenAIAttributes``."""
 
+    WIRE = "agentlightning.llm.wire"
+    """The wire that the agent spoke: ``chat_completions``, ``completions``, ``messages``. Calls of other wires than the
+    first two are made and recorded as chat completions."""
+    NOTES = "agentlightning.llm.notes"
+    """What the agent asked for and no backend got, because a chat completion cannot say it."""
     REQUEST = "agentlightning.llm.request"
-    """The request body as the agent sent it, as a JSON string."""
+    """The request body as the agent sent it, or as it was translated, as a JSON string."""
     RESPONSE = "agentlightning.llm.response"
-    """The response body as the agent got it, as a JSON string. Of a stream: put together to what the same call
-    without streaming would have answered."""
+    """The response body as the agent got it, or would have got it on ``chat_completions``, as a JSON string. Of a
+    stream: put together to what the same call without streaming would have answered."""
     PROMPT_TOKEN_IDS = "agentlightning.llm.prompt_token_ids"
     """List of integers."""
     RESPONSE_TOKEN_IDS = "agentlightning.llm.response_token_ids"

@@ -24,14 +24,17 @@ from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
 
-_PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1)?(?P<rest>/.*)")
-"""Clients have ``/v1`` in their base URL, or not."""
+_PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1(?:beta)?)*(?P<rest>/.*)")
+"""Clients have ``/v1`` in their base URL, or not, and some add it once more; Google's say ``/v1beta``."""
 
 _FIELD = re.compile(r"`\$\.(\w+)")
 """Where msgspec's error messages say which field is wrong."""
 
 _AGENT, _OPERATOR = Principal("agent"), Principal("control")
 """The callers that a key tells apart."""
+
+_KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
+"""Where Anthropic's, Google's and Azure's clients show their key."""
 
 _MISTAKES = frozenset({401, 404, 405})
 """Statuses of requests with a wrong key, path or method. What a policy forbids (403) leaves no trace in the store."""
@@ -62,8 +65,8 @@ class ProxyAccess:
         """Whether there are control routes."""
         return self._control_key is not None
 
-    def authorize(self, headers: Headers, permission: Permission | None) -> None:
-        """Check that a request with these headers has the permission of its route.
+    def authorize(self, request: Request, permission: Permission | None) -> None:
+        """Check that a request has the permission of its route.
 
         Args:
             permission: ``run`` for model calls and the model list, ``operate`` for control; None: open to everybody.
@@ -75,30 +78,46 @@ class ProxyAccess:
         if permission is None:
             return
         try:
-            self._policy.authorize(self._identify(headers, permission), permission)
+            self._policy.authorize(self._identify(request, permission), permission)
         except NotAllowed as error:
             raise ProxyError(403, "not_allowed", error.message) from error
 
-    def _identify(self, headers: Headers, permission: Permission) -> Principal:
-        shown, host = (
-            None if value is None else value.encode("latin-1")
-            for value in (headers.get("authorization"), headers.get("host"))
-        )
+    def _identify(self, request: Request, permission: Permission) -> Principal:
+        headers = request.headers
         if permission == "operate":
-            if self._control_key is None or not self._control_key.opens(shown):
+            if self._control_key is None or not self._control_key.opens(_encoded(headers.get("authorization"))):
                 raise ProxyError(401, "invalid_control_key", "The control key is missing or wrong.")
             return _OPERATOR
         if self._api_key is not None:
-            if not self._api_key.opens(shown):
+            if not any(map(self._api_key.opens, _shown_keys(request))):
                 why = "The proxy's API key is missing or wrong; use the api_key of the LLM resource."
                 raise ProxyError(401, "invalid_api_key", why)
             return _AGENT
-        if "origin" in headers or not self._hosts.allows(host):
+        if "origin" in headers or not self._hosts.allows(_encoded(headers.get("host"))):
             # Any web page that the user opens can send requests to this machine. Browsers add Origin to them, and
             # a page whose own name resolves to this machine (DNS rebinding) sends that name as Host.
             why = "A proxy without a key answers programs on this machine only, and no web pages; give it an api_key."
             raise ProxyError(403, "forbidden_origin", why)
         return ANONYMOUS
+
+
+def _encoded(value: str | None) -> bytes | None:
+    return None if value is None else value.encode("latin-1")
+
+
+def _shown_keys(request: Request) -> list[bytes]:
+    """Return the keys that a request shows, each as the value of ``Authorization``: clients of each vendor have a
+    place of their own, and Google's may have the key in the URL."""
+    headers = request.headers
+    keys = [headers.get(name) for name in _KEY_HEADERS] + [request.query_params.get("key")]
+    shown = [b"Bearer " + key.encode("latin-1", "replace") for key in keys if key]
+    return [headers["authorization"].encode("latin-1"), *shown] if "authorization" in headers else shown
+
+
+def _wire_of(headers: Headers) -> WireDialect:
+    """Return the wire that a request's client speaks, as far as its headers tell."""
+    found = (dialect for dialect in DIALECTS if any(name in headers for name in dialect.client_headers))
+    return next(found, DEFAULT_DIALECT)
 
 
 class _PauseOptions(msgspec.Struct):
@@ -133,8 +152,8 @@ class _Route(NamedTuple):
     """What a request needs before it is answered; None: it is open to everybody."""
     answer: Callable[[Request], Awaitable[dict[str, Any]]] | None
     """None: it takes model calls."""
-    dialect: WireDialect = DEFAULT_DIALECT
-    """Gives errors their shape."""
+    dialect: WireDialect | None = None
+    """Gives errors their shape; None: the wire that the client speaks."""
 
 
 class ProxyApp:
@@ -166,13 +185,14 @@ class ProxyApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = Request(scope, receive)
-        dialect = DEFAULT_DIALECT
+        dialect = _wire_of(request.headers)
         try:
             route, scope["path_params"] = self._find(scope["method"], scope["path"])
-            dialect = route.dialect
-            self._access.authorize(request.headers, route.permission)
+            dialect = route.dialect or dialect
+            self._access.authorize(request, route.permission)
             if route.answer is None:
-                await handle_model_call(self._session, dialect, request, send)
+                assert route.dialect is not None
+                await handle_model_call(self._session, route.dialect, request, send)
             else:
                 await JSONResponse(await route.answer(request))(scope, receive, send)
         except ProxyError as error:
@@ -216,11 +236,11 @@ class ProxyApp:
     # --- What answers requests that are no model calls ---
 
     async def _list_models(self, request: Request) -> dict[str, Any]:
-        return DEFAULT_DIALECT.model_list(self._session.upstream.routing.models())
+        return _wire_of(request.headers).model_list(self._session.upstream.routing.models())
 
     async def _show_model(self, request: Request) -> dict[str, Any]:
         backend, *_ = self._session.upstream.routing.order(request.path_params["model"], None)
-        return DEFAULT_DIALECT.model(backend.model_name)
+        return _wire_of(request.headers).model(backend.model_name)
 
     async def _show_health(self, request: Request) -> dict[str, Any]:
         return {

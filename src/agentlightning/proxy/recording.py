@@ -218,6 +218,8 @@ def _attributes_of(record: CallRecord, ended: float, prefix: Prefix | None, limi
             for name, attribute in _REQUEST_NUMBERS.items()
             if type(body.get(name)) in (int, float) and -(2**63) <= body[name] < 2**63
         },
+        LLMCallAttributes.WIRE: record.dialect.name,
+        LLMCallAttributes.NOTES: [*request.notes] or None if request else None,
         LLMCallAttributes.IMPOSED_SAMPLING: msgspec.json.encode(record.imposed).decode() if record.imposed else None,
         LLMCallAttributes.BACKEND: record.backend,
         LLMCallAttributes.MODEL_VERSION: record.model_version or reply.fingerprint,

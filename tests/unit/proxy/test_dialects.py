@@ -22,7 +22,7 @@ class Shout(ChatCompletions):
 
     name = "shout"
     provider = "shout.example"
-    paths = ("/v1beta/models/(?P<model>[^/]+):shout",)
+    paths = ("/models/(?P<model>[^/]+):shout",)
 
     @override
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:

@@ -232,6 +232,8 @@ class WireDialect(ABC):
         paths: regular expressions of the paths of its model calls, below ``/v1``. Their named groups are handed to
             ``read_request``, for wires that name the model in the URL.
         backend_path: where backends take its calls, below their ``api_base``.
+        client_headers: headers that only its clients send. Requests that are no model calls, such as for the model
+            list, are answered in its shapes if they have one.
     """
 
     name: ClassVar[str]
@@ -239,6 +241,7 @@ class WireDialect(ABC):
     provider: ClassVar[str]
     paths: ClassVar[tuple[str, ...]]
     backend_path: ClassVar[str]
+    client_headers: ClassVar[tuple[str, ...]] = ()
 
     # --- Requests ---
 

@@ -21,6 +21,7 @@ import uvloop
 from agentlightning.errors import InvalidValue, NotAuthenticated, StoreClosed, StoreUnreachable
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.client.retry import Resilience
+from agentlightning.http.client.transport import HttpTransport
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.store.sqlite.store import InMemoryLightningStore
 from served_store import served
@@ -46,12 +47,17 @@ async def _use(client: LightningStoreClient) -> int:
 # --- Loops and threads -----------------------------------------------------------------------------
 
 
+def _sessions_of(client: LightningStoreClient) -> object:
+    assert isinstance(client._http, HttpTransport)
+    return client._http._sessions
+
+
 def test_a_loop_that_ends_takes_its_session_along(url: str) -> None:
     client = LightningStoreClient(url, spool_dir=None)
     for number in range(1, 4):
         assert asyncio.run(_use(client)) == 5 * number
         gc.collect()
-        assert not client._http._sessions
+        assert not _sessions_of(client)
     asyncio.run(client.close())
 
 
@@ -112,7 +118,7 @@ def test_closing_from_another_loop_while_the_first_still_runs(url: str) -> None:
     thread.start()
     used.wait()
     asyncio.run(client.close())
-    assert not client._http._sessions
+    assert not _sessions_of(client)
     done.set()
     thread.join()
     gc.collect()

@@ -335,8 +335,8 @@ async def test_nobody_is_given_spans_that_are_to_stay_in_memory() -> None:
 
 
 @asynccontextmanager
-async def sending(**times: float) -> AsyncIterator[SpanSender]:
-    sender = SpanSender(**times)
+async def sending(interval_seconds: float = 0.5, patience_seconds: float = 120.0) -> AsyncIterator[SpanSender]:
+    sender = SpanSender(interval_seconds, patience_seconds)
     sender.start()
     try:
         async with asyncio.timeout(30):

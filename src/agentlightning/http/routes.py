@@ -51,10 +51,14 @@ class Dialect(NamedTuple):
     """Whether a claim with ``limit`` below 1 gets an empty list, instead of 422."""
     overload_status: Literal[429, 503]
     """The status of a request refused because of load. Clients of 0.3 retry after 503, not after 429."""
+    default_limit: int
+    """How many records a page has at most when the request does not say; -1: all, as clients of 0.3 expect."""
 
 
-CANONICAL = Dialect("/agl/v1", unknown_is_null=False, empty_limit_is_empty=False, overload_status=429)
-COMPATIBLE = Dialect("/v1/agl", unknown_is_null=True, empty_limit_is_empty=True, overload_status=503)
+CANONICAL = Dialect(
+    "/agl/v1", unknown_is_null=False, empty_limit_is_empty=False, overload_status=429, default_limit=1000
+)
+COMPATIBLE = Dialect("/v1/agl", unknown_is_null=True, empty_limit_is_empty=True, overload_status=503, default_limit=-1)
 """What clients of agentlightning 0.3 use."""
 DIALECTS = (CANONICAL, COMPATIBLE)
 
@@ -103,6 +107,11 @@ class Route:
     def wait_argument(self) -> str | None:
         """The argument that says how long the server may wait before it answers, in seconds; None: without limit."""
         return next((name for name in ("wait_seconds", "timeout") if name in arguments_of(self.method)), None)
+
+    @cached_property
+    def is_query(self) -> bool:
+        """Whether the reply is a page of records."""
+        return self.method.startswith("query_")
 
     @cached_property
     def sends_sequence_ids(self) -> bool:
@@ -169,15 +178,24 @@ class Route:
             if list in {get_origin(part) for part in (wire, *get_args(wire))}:
                 wire = Annotated[wire, FailFast()]  # of ten thousand wrong items pydantic would list all, for seconds
             default: dict[str, Any] = {} if each.required else {"default": each.default}
+            text = each.help
+            if self.is_query and each.name == "limit":
+                text = f"At least 1, or -1 for all. Absent: {_default_limits()}."
+                default = {"default_factory": int}
             if each.default is UNSET:  # a factory, because a default would be shown in the schema
                 default = {"default_factory": NoneType}
-            fields[each.name] = wire, Field(description=each.help, **default)
+            fields[each.name] = wire, Field(description=text, **default)
         return self._model(kind, fields, base)
 
     def _model(self, kind: str, fields: dict[str, Any], base: type[BaseModel] | None = None) -> type[BaseModel]:
         title = "".join(word.capitalize() for word in self.method.split("_")) + kind
         summary = (inspect.getdoc(getattr(LightningStore, self.method)) or "").partition("\n")[0]
         return create_model(title, __base__=base or BaseModel, __doc__=summary, **fields)
+
+
+def _default_limits() -> str:
+    said = {each.prefix: "all" if each.default_limit < 0 else f"{each.default_limit:,}" for each in DIALECTS}
+    return ", ".join(f"{limit} below {prefix}" for prefix, limit in said.items())
 
 
 def wire_type(annotation: Any, *, in_query: bool = False) -> Any:

@@ -398,6 +398,21 @@ async def test_large_pages_come_in_parts_and_whole() -> None:
         assert (page["limit"], page["offset"], page["total"]) == (-1, 0, 2_000)
 
 
+async def test_a_page_without_a_limit_is_short_but_for_clients_of_0_3_and_in_python() -> None:
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0) as server:
+        await store.enqueue_many_rollouts(requests(*range(1_001)))
+        calls = AsgiCalls(store)
+        for verb, path in (("GET", "/rollouts"), ("POST", "/rollouts/search")):
+            for prefix, limit, items in (("/agl/v1", 1_000, 1_000), ("/v1/agl", -1, 1_001)):
+                _, page = await _json(calls, verb, prefix + path)
+                assert (page["limit"], page["total"], len(page["items"])) == (limit, 1_001, items)
+        _, page = await _json(calls, "GET", "/agl/v1/rollouts?limit=-1")
+        assert (page["limit"], len(page["items"])) == (-1, 1_001)
+        async with LightningStoreClient(server.endpoint) as client:
+            for page in (await client.query_rollouts(), await store.query_rollouts()):
+                assert (page.limit, len(page)) == (-1, 1_001)
+
+
 async def test_metrics_tell_of_requests_and_of_the_store() -> None:
     async with InMemoryLightningStore() as store:
         server = AsgiCalls(store)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.errors import NotJson, TooLarge
-from agentlightning.http.codec import MAX_BODY_DEPTH, MAX_NODES, decode_strict
+from agentlightning.http.codec import MAX_BODY_DEPTH, MAX_NODES, check_node_count, decode_strict
+from agentlightning.store.validation import holds_nul
 
 REFUSED: Mapping[str, tuple[type[Exception], bytes]] = {
     "NaN": (NotJson, b'{"a": NaN}'),
@@ -123,3 +126,49 @@ def test_a_key_given_twice_is_always_found(pairs: list[tuple[str, Any]], spaced:
     assert decode_strict(written(once)) == dict(once)
     with pytest.raises(NotJson, match="twice"):
         decode_strict(written([*once, once[0]]))
+
+
+@given(text=st.text(st.sampled_from('\\\0u0"n'), max_size=12))
+def test_a_nul_is_found_behind_any_backslashes(text: str) -> None:
+    assert holds_nul(json.dumps(text).encode()) == ("\0" in text)
+
+
+@pytest.mark.parametrize(
+    ("item", "nodes"),
+    [
+        (b'"' + b"[,:{" * 9 + b'"', 1),
+        (b'"' + b'\\"[' * 9 + b'"', 1),
+        (b'"' + b"\\\\" * 9 + b'",[', 3),
+        (b'"\\\\\\"[,",{', 3),
+        (b'""', 1),
+        (b"[]", 2),
+    ],
+)
+def test_nodes_are_counted_outside_of_strings(item: bytes, nodes: int) -> None:
+    """Each item adds its comma and what it has itself; one more than there may be is one too many."""
+    most = MAX_NODES // nodes
+    check_node_count(item + (b"," + item) * (most - 2) + b" " * MAX_NODES, "it")
+    with pytest.raises(TooLarge):
+        check_node_count(item + (b"," + item) * (most + 1), "it")
+
+
+_IN_LITTLE_MEMORY = r"""
+import re, resource
+from agentlightning.http.codec import decode_strict
+pairs = 4 << 20
+bodies = [b'{"a":"' + each * pairs + b'"}' for each in (rb"\\", rb"\"", rb",[", rb"\\u0000")]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 8 * len(bodies[-1]),) * 2)
+for body in bodies:
+    decode_strict(body)
+try:
+    re.search(rb"(?<!\\)(?:\\\\)*\\u0000", bodies[0])
+except MemoryError:
+    print("too much for an expression that remembers each pair")
+"""
+
+
+def test_the_checks_of_a_hostile_body_take_a_few_times_its_bytes() -> None:
+    done = subprocess.run([sys.executable, "-c", _IN_LITTLE_MEMORY], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "too much for an expression that remembers each pair\n"  # so the limit is one

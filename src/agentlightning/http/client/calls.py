@@ -112,7 +112,7 @@ class Caller:
         timeout, patience, silence = self.timeout_seconds, self.patience_seconds, None
         if plan.route.work_seconds is not None:
             timeout = patience = plan.route.work_seconds
-        elif plan.is_query:  # a long page may take as long as the caller is ready to wait, while it comes
+        elif plan.route.is_query:  # a long page may take as long as the caller is ready to wait, while it comes
             timeout, silence = patience, timeout
         target, priority = self._prefix + target, plan.route.priority
         return WireRequest(plan.route.verb, target, body, priority, timeout, patience, silence_seconds=silence)
@@ -137,7 +137,6 @@ class Plan:
 
     def __init__(self, method: str) -> None:
         self.route = CLIENT_ROUTES[method]
-        self.is_query = method.startswith("query_")
         self._signature = inspect.signature(getattr(LightningStore, method))
         arguments = arguments_of(method)
         self._positional = [each.name for each in arguments.values() if not each.keyword_only]
@@ -161,6 +160,9 @@ class Plan:
             if value is not field.default:
                 places[field.place][name] = None if value is None and field.nullable else field.encode(value)
         route = self.route
+        if route.is_query:  # the server's own default is less than all
+            limit = self.fields["limit"]
+            places[limit.place].setdefault("limit", limit.default)
         for old, new in (route.renamed or {}).items():  # what was given under an old name goes under the new one
             if arguments.get(old) is not None:
                 either(new, arguments.get(new), old, arguments[old])

@@ -156,6 +156,7 @@ class StoreApp:
             if raw is None:
                 raw = await load.body_of(exchange)
             arguments = endpoint.arguments(ids, exchange.query, raw)
+            del raw  # a call that waits for minutes does not hold its body
             if not endpoint.may_wait or not endpoint.waits(arguments):
                 return endpoint.reply(await endpoint.call(**arguments), arguments)
             load.give_back(exchange)  # a long poll may wait for minutes and uses nothing meanwhile

@@ -108,6 +108,8 @@ class Endpoint:
                 raise _invalid(error, "body") from error
         if self._is_claim and self.dialect.empty_limit_is_empty:
             arguments["limit"] = max(arguments.get("limit", 1), 0)
+        if self.route.is_query:
+            arguments.setdefault("limit", self.dialect.default_limit)
         if wait := self.route.wait_argument:
             seconds = arguments.get(wait, self._wait_seconds)
             arguments[wait] = LONGEST_WAIT_SECONDS if seconds is None else min(seconds, LONGEST_WAIT_SECONDS)

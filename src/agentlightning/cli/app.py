@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from agentlightning.cli.terminal import ExitCode
+from agentlightning.cli.terminal import ExitCode, OptionGroup
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound, StoreStopped, StoreUnavailable
 
 
@@ -155,28 +155,42 @@ def _load(name: str | None, target: str) -> Any:
     function = getattr(import_module(module_name), function_name)
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     text = _unwrapped(inspect.getdoc(function) or "")
-    app.command(name, cls=_ReportingCommand, context_settings=_HELP_NAMES, help=text)(_with_target(function))
+    app.command(name, cls=_ReportingCommand, context_settings=_HELP_NAMES, help=text)(_spread(function))
     return get_command(app)
 
 
-def _with_target(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with ``--url`` and ``--api-key`` in place of its parameter ``target``, if it has that."""
-    parameters = inspect.signature(command).parameters
-    if "target" not in parameters:
+def _spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with options in place of parameters that stand for several: ``target``, and each ``OptionGroup``."""
+    hints, parameters = get_type_hints(command, include_extras=True), inspect.signature(command).parameters
+    makers: dict[str, tuple[Callable[..., Any], list[inspect.Parameter]]] = {}
+    for name, hint in hints.items():
+        if name == "target":
+            from agentlightning.cli.target import locate
+
+            makers[name] = locate, _parameters_of(locate)
+        elif isinstance(hint, type) and issubclass(hint, OptionGroup):
+            makers[name] = hint, _parameters_of(hint)
+    if not makers:
         return command
-    from agentlightning.cli.target import ApiKey, Url, locate
 
-    def called(url: str | None, api_key: str | None, **others: Any) -> None:
-        command(target=locate(url, api_key), **others)
+    def called(**given: Any) -> None:
+        for name, (make, options) in makers.items():
+            given[name] = make(**{each.name: given.pop(each.name) for each in options})
+        command(**given)
 
-    hints = {"url": Url, "api_key": ApiKey, **get_type_hints(command, include_extras=True)}
-    defaults = {"url": None, "api_key": None, **{name: each.default for name, each in parameters.items()}}
-    names = [name for name in defaults if name != "target"]
-    called.__dict__["__signature__"] = inspect.Signature(
-        [inspect.Parameter(each, _KEYWORD, default=defaults[each], annotation=hints[each]) for each in names]
-    )
-    called.__annotations__ = {name: hints[name] for name in names}
+    spread: list[inspect.Parameter] = []
+    for name, each in parameters.items():
+        own = inspect.Parameter(name, _KEYWORD, default=each.default, annotation=hints[name])
+        spread += makers[name][1] if name in makers else [own]
+    called.__dict__["__signature__"] = inspect.Signature(spread)
+    called.__annotations__ = {each.name: each.annotation for each in spread}
     return called
+
+
+def _parameters_of(maker: Callable[..., Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(maker, include_extras=True)
+    found = inspect.signature(maker).parameters.values()
+    return [inspect.Parameter(each.name, _KEYWORD, default=each.default, annotation=hints[each.name]) for each in found]
 
 
 def _unwrapped(text: str) -> str:

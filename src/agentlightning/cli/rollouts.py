@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from math import inf, nan
@@ -16,10 +16,12 @@ from agentlightning.cli.overview import reason_of
 from agentlightning.cli.rewards import rewards_of
 from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import (
+    Age,
     Column,
     Limit,
     Match,
     Offset,
+    OptionGroup,
     Output,
     ago,
     count,
@@ -49,25 +51,52 @@ else:  # typer takes a list of an enum, and none of a Literal
     Status = StrEnum("Status", {each.upper(): each for each in get_args(RolloutStatus)})
 
 
-def ls(
-    target: Target,
+@dataclass(frozen=True)
+class RolloutQuery(OptionGroup):
+    """Which rollouts are listed, and in which order."""
+
     status: Annotated[
         list[Status] | None, typer.Option("--status", "-s", help="Only those in this state; give it several times.")
-    ] = None,
-    match: Match = None,
+    ] = None
+    match: Match = None
     sort: Annotated[
         str | None,
         typer.Option(
             help="A field to sort by: end_time, priority, …, or reward. [dim]Default: when they were enqueued.[/dim]"
         ),
-    ] = None,
-    min_reward: Annotated[float | None, typer.Option(help="Only those with this reward or more.")] = None,
-    max_reward: Annotated[float | None, typer.Option(help="Only those with this reward or less.")] = None,
-    oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Turn the order around.")] = False,
-    limit: Limit = 20,
-    offset: Offset = 0,
-    output: Output = "table",
-) -> None:
+    ] = None
+    min_reward: Annotated[float | None, typer.Option(help="Only those with this reward or more.")] = None
+    max_reward: Annotated[float | None, typer.Option(help="Only those with this reward or less.")] = None
+    oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Turn the order around.")] = False
+    limit: Limit = 20
+    offset: Offset = 0
+
+    async def read(self, store: LightningStore, rewards: dict[str, float]) -> PaginatedResult[Rollout]:
+        """The page; the rewards of its rollouts are added to ``rewards``, by id."""
+        page = partial(store.query_rollouts, status_in=self.status or None, rollout_id_contains=self.match)
+        if self.sort == "reward" or (self.min_reward, self.max_reward) != (None, None):
+            sort = None if self.sort == "reward" else self.sort
+            found = await page(sort_by=sort, sort_order="desc", limit=_REWARDED)
+            rewards.update(await rewards_of(store, found.items))
+            chosen = self._by_reward(found.items, rewards)
+            shown = chosen[self.offset :][: self.limit]
+            return PaginatedResult(items=shown, limit=self.limit, offset=self.offset, total=len(chosen))
+        order = "asc" if self.oldest_first else "desc"
+        found = await page(sort_by=self.sort, sort_order=order, limit=self.limit, offset=self.offset)
+        rewards.update(await rewards_of(store, found.items))
+        return found
+
+    def _by_reward(self, rollouts: Sequence[Rollout], rewards: Mapping[str, float]) -> list[Rollout]:
+        """Those with a reward within the limits, the highest first or as they were."""
+        least = -inf if self.min_reward is None else self.min_reward
+        most = inf if self.max_reward is None else self.max_reward
+        chosen = [each for each in rollouts if least <= rewards.get(each.rollout_id, nan) <= most]
+        if self.sort == "reward":
+            chosen.sort(key=lambda each: -rewards[each.rollout_id])
+        return chosen[::-1] if self.oldest_first else chosen
+
+
+def ls(target: Target, query: RolloutQuery, output: Output = "table") -> None:
     """List rollouts, the newest first, with their rewards.
 
     Filters and order by reward look at the 2,000 newest rollouts that the other options leave.
@@ -82,35 +111,13 @@ def ls(
       agl rollouts ls -s failed -n 1000 -o json | jq -r '.items[].rollout_id'
     """
     rewards: dict[str, float] = {}
-
-    async def query(store: LightningStore) -> PaginatedResult[Rollout]:
-        page = partial(store.query_rollouts, status_in=status or None, rollout_id_contains=match)
-        if sort == "reward" or (min_reward, max_reward) != (None, None):
-            found = await page(sort_by=None if sort == "reward" else sort, sort_order="desc", limit=_REWARDED)
-            rewards.update(await rewards_of(store, found.items))
-            chosen = _by_reward(found.items, rewards, min_reward, max_reward, sorts=sort == "reward")
-            chosen = chosen[::-1] if oldest_first else chosen
-            return PaginatedResult(items=chosen[offset:][:limit], limit=limit, offset=offset, total=len(chosen))
-        found = await page(sort_by=sort, sort_order="asc" if oldest_first else "desc", limit=limit, offset=offset)
-        rewards.update(await rewards_of(store, found.items))
-        return found
-
     target.print_page(
         output,
-        query,
+        lambda store: query.read(store, rewards),
         lambda now: _columns(rewards, now),
         empty="No rollouts.",
         record=lambda each: {**plain(each), "reward": rewards.get(each.rollout_id)},
     )
-
-
-def _by_reward(
-    rollouts: Sequence[Rollout], rewards: Mapping[str, float], low: float | None, high: float | None, *, sorts: bool
-) -> list[Rollout]:
-    """Those with a reward within the limits, the highest first or as they were."""
-    least, most = -inf if low is None else low, inf if high is None else high
-    chosen = [each for each in rollouts if least <= rewards.get(each.rollout_id, nan) <= most]
-    return sorted(chosen, key=lambda each: -rewards[each.rollout_id]) if sorts else chosen
 
 
 def _columns(rewards: Mapping[str, float], now: float) -> Sequence[Column[Rollout]]:
@@ -259,9 +266,6 @@ def _reason_of_attempt(told: _Told) -> str:
 
 # --- ``agl rollouts cancel`` and ``prune``: what changes rollouts ---
 
-_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
-
 
 def cancel(
     target: Target,
@@ -291,9 +295,7 @@ def cancel(
 
 def prune(
     target: Target,
-    older_than: Annotated[
-        str, typer.Option("--older-than", metavar="AGE", help="How long ago they ended: 90m, 12h, 7d.")
-    ],
+    older_than: Annotated[float, Age(help="How long ago they ended: 90m, 12h, 7d.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete rollouts that ended long ago, with their attempts and spans. There is no way back but a backup.
@@ -305,13 +307,9 @@ def prune(
       agl rollouts prune --older-than 30d
       agl rollouts prune --older-than 12h --yes
     """
-    age = _AGE.fullmatch(older_than.strip())
-    if age is None:
-        raise typer.BadParameter(f"{older_than!r} is no age; write a number and s, m, h or d, such as 7d")
-    seconds = float(age[1]) * _SECONDS[age[2]]
     if not yes:
-        typer.confirm(f"Delete all rollouts in {target} that ended more than {older_than} ago?", abort=True)
-    deleted = target.act(lambda store: store.delete_finished_rollouts(older_than_seconds=seconds))
+        typer.confirm(f"Delete all rollouts in {target} that ended more than {duration(older_than)} ago?", abort=True)
+    deleted = target.act(lambda store: store.delete_finished_rollouts(older_than_seconds=older_than))
     typer.echo(f"{deleted:,} rollouts deleted")
 
 

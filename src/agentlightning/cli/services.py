@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agentlightning.cli.target import ApiKey, Server, Target, Url, locate
-from agentlightning.cli.terminal import LogLevel
+from agentlightning.cli.terminal import LogLevel, OptionGroup, seconds_of
 from agentlightning.errors import InvalidValue
 from agentlightning.telemetry.logs import setup_logging
 
 if TYPE_CHECKING:
     from agentlightning.execution.base import ExecutionEvent
+    from agentlightning.http.server.server import LightningStoreServer
     from agentlightning.proxy import LLMProxy, ModelConfig
     from agentlightning.store.base import LightningStore
     from agentlightning.store.engine import EngineStore
@@ -35,23 +37,74 @@ Level = Annotated[LogLevel, typer.Option(case_sensitive=False, help="The least i
 _Durability = Literal["full", "process", "none"]
 
 
+@dataclass(frozen=True)
+class ServerOptions(OptionGroup):
+    """Where a store is served, and who may come in."""
+
+    host: Annotated[str, _serving(envvar="AGL_SERVER_HOST", help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, _serving(envvar="AGL_SERVER_PORT", min=0, max=65535, help="0: any that is free.")] = 4747
+    api_key: Annotated[str | None, _access(envvar="AGL_API_KEY", help="Secret that every request has to show.")] = None
+    allowed_host: Annotated[list[str] | None, _access(help="Name under which the server is reached.")] = None
+    cors_origin: Annotated[list[str] | None, _access(help="Web page that may use the server; '*': all.")] = None
+    tls_cert: Annotated[Path | None, _access(help="Certificate chain in PEM, for HTTPS.")] = None
+    tls_key: Annotated[Path | None, _access(help="Its private key in PEM.")] = None
+
+    def serve(self, store: LightningStore) -> LightningStoreServer:
+        """Return a server for the store, which does not serve yet.
+
+        Raises:
+            typer.BadParameter, InvalidValue: the options do not go together, or one is not valid.
+        """
+        from agentlightning.http.server.server import LightningStoreServer
+
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise typer.BadParameter("for HTTPS give both --tls-cert and --tls-key, for HTTP neither")
+        return LightningStoreServer(
+            store,
+            self.host,
+            self.port,
+            self.cors_origin or None,
+            api_key=self.api_key,
+            allowed_hosts=self.allowed_host or (),
+            tls_certificate=self.tls_cert,
+            tls_key=self.tls_key,
+        )
+
+
+@dataclass(frozen=True)
+class LogOptions(OptionGroup):
+    """What a server logs, and where."""
+
+    log_level: Annotated[LogLevel, _logging(case_sensitive=False, help="debug logs every request.")] = "info"
+    log_format: Annotated[
+        Literal["console", "json"] | None, _logging(help="Default: console on a terminal, else json.")
+    ] = None
+    log_file: Annotated[Path | None, _logging(help="Log there, too.")] = None
+    log_max_mb: Annotated[int, _logging(min=1, metavar="MB", help="A larger log file is put away, compressed.")] = 64
+    log_max_age: Annotated[
+        float | None, _logging(parser=seconds_of, metavar="AGE", help="So is an older one; 24h: at midnight UTC.")
+    ] = None
+    log_keep: Annotated[int, _logging(min=0, help="Log files that are kept besides the one in use.")] = 5
+
+    def set_up(self) -> None:
+        """Begin to log. Raises ``InvalidValue`` if the file cannot be written."""
+        setup_logging(
+            self.log_level,
+            format=self.log_format,
+            files=self.log_file,
+            max_file_bytes=self.log_max_mb * 1_000_000,
+            max_file_age_seconds=self.log_max_age,
+            kept_files=self.log_keep,
+        )
+
+
 def store(
-    host: Annotated[str, _serving(envvar="AGL_SERVER_HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _serving(envvar="AGL_SERVER_PORT", min=0, max=65535, help="0: any that is free.")] = 4747,
+    serving: ServerOptions,
+    logs: LogOptions,
     db: Annotated[str, _serving(help="Database file, made if it is not there; or 'memory'.")] = "agentlightning.db",
     durability: Annotated[
         _Durability, _serving(help="What an acknowledged write survives: full: power loss.")
     ] = "full",
-    api_key: Annotated[str | None, _access(envvar="AGL_API_KEY", help="Secret that every request has to show.")] = None,
-    allowed_host: Annotated[list[str] | None, _access(help="Name under which the server is reached.")] = None,
-    cors_origin: Annotated[list[str] | None, _access(help="Web page that may use the server; '*': all.")] = None,
-    tls_cert: Annotated[Path | None, _access(help="Certificate chain in PEM, for HTTPS.")] = None,
-    tls_key: Annotated[Path | None, _access(help="Its private key in PEM.")] = None,
-    log_level: Annotated[LogLevel, _logging(case_sensitive=False, help="debug logs every request.")] = "info",
-    log_format: Annotated[
-        Literal["console", "json"] | None, _logging(help="Default: console on a terminal, else json.")
-    ] = None,
-    log_file: Annotated[Path | None, _logging(help="Log there, too; rotated when it is large.")] = None,
 ) -> None:
     """Serve the store: queue, attempts, spans, resources.
 
@@ -63,22 +116,11 @@ def store(
       agl store --db runs/today.db --port 0
       AGL_API_KEY=... agl store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    from agentlightning.http.server.server import LightningStoreServer, run_service
+    from agentlightning.http.server.server import run_service
 
-    if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("for HTTPS give both --tls-cert and --tls-key, for HTTP neither")
-    setup_logging(log_level, format=log_format, files=log_file)
+    logs.set_up()
     served = _store_of(db, durability)
-    server = LightningStoreServer(
-        served,
-        host,
-        port,
-        cors_origin or None,
-        api_key=api_key,
-        allowed_hosts=allowed_host or (),
-        tls_certificate=tls_cert,
-        tls_key=tls_key,
-    )
+    server = serving.serve(served)
     run_service(server, served, lambda: typer.echo(f"serving {db} at {server.endpoint}"))
 
 
@@ -171,22 +213,39 @@ def _model_list(words: list[str], config: Path | None, upstream_key_env: str | N
     return models
 
 
+@dataclass(frozen=True)
+class RunnerOptions(OptionGroup):
+    """How each runner process works."""
+
+    concurrency: Annotated[int, _how("--concurrency", "-c", min=1, help="Rollouts at once in each.")] = 1
+    max_rollouts: Annotated[int | None, _how(min=1, help="Rollouts for each process, then it ends.")] = None
+    heartbeat: Annotated[float, _how(min=0.1, help="Seconds between signs of life; lost after three.")] = 10.0
+    label: Annotated[
+        list[str] | None, _how(metavar="NAME=VALUE", help="What operators shall see of these workers.")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of ``LitAgentRunner``. Raises ``typer.BadParameter`` for what is no label."""
+        pairs = [each.partition("=") for each in self.label or ()]
+        for name, sign, _ in pairs:
+            if not sign or not name:
+                raise typer.BadParameter(f"{name!r} is no label; write NAME=VALUE", param_hint="--label")
+        labels = {name: value for name, _, value in pairs}
+        told = {"concurrency": self.concurrency, "max_rollouts": self.max_rollouts, "labels": labels}
+        return {**told, "heartbeat_interval": self.heartbeat}
+
+
 def runner(
     target: Target,
+    settings: RunnerOptions,
     agent: Annotated[
         str | None, typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent.")
     ] = None,
     exec_: Annotated[str | None, _what("--exec", metavar="COMMAND", help="Any program as the agent instead.")] = None,
     n: Annotated[int, _how("--n", "-n", min=1, help="Runner processes on this machine.")] = 1,
-    concurrency: Annotated[int, _how("--concurrency", "-c", min=1, help="Rollouts at once in each.")] = 1,
-    max_rollouts: Annotated[int | None, _how(min=1, help="Rollouts for each process, then it ends.")] = None,
     run_id: Annotated[str | None, _whom(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.")] = None,
     wait: Annotated[float, _whom(min=0, help="Seconds to wait for a server that is not up.")] = 300.0,
     stay: Annotated[bool, _whom("--stay", help="When a run is over, wait for the next one.")] = False,
-    heartbeat: Annotated[float, _whom(min=0.1, help="Seconds between signs of life; lost after three.")] = 10.0,
-    label: Annotated[
-        list[str] | None, _whom(metavar="NAME=VALUE", help="What operators shall see of these workers.")
-    ] = None,
     log_level: Level = "info",
 ) -> None:
     """Run agents: claim rollouts from a store, run the agent on each, report how it went.
@@ -212,9 +271,7 @@ def runner(
     if not isinstance(target, Server):
         raise InvalidValue(f"--url {target} is a file; runners need a server: agl store --db {target}")
     setup_logging(log_level)
-    labels = _labels(label or [])
-    settings = {"concurrency": concurrency, "max_rollouts": max_rollouts, "heartbeat_interval": heartbeat}
-    bundle = RunAgent(agent, exec_, str(Path.cwd()), {**settings, "labels": labels})
+    bundle = RunAgent(agent, exec_, str(Path.cwd()), settings.settings())
     bundle.make()  # what is wrong with it shall be said here, not by each process
     ClientServerExecutionStrategy(
         role="runner",
@@ -230,11 +287,3 @@ def runner(
 
 async def _elsewhere(store: LightningStore, event: ExecutionEvent) -> None:
     raise RuntimeError("the algorithm runs where the store is; this side has runners only")
-
-
-def _labels(given: list[str]) -> dict[str, str]:
-    pairs = [each.partition("=") for each in given]
-    for name, sign, _ in pairs:
-        if not sign or not name:
-            raise typer.BadParameter(f"{name!r} is no label; write NAME=VALUE", param_hint="--label")
-    return {name: value for name, _, value in pairs}

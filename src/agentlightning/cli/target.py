@@ -204,7 +204,7 @@ class Database(Target):
             raise StoreOwned(f"{who} has {str(self)!r} open, and only one may write; {way}") from error
 
 
-def locate(url: str | None, api_key: str | None = None) -> Target:
+def locate(url: Url = None, api_key: ApiKey = None) -> Target:
     """What ``--url`` and ``--api-key`` say.
 
     Args:

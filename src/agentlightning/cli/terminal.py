@@ -54,6 +54,32 @@ Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At
 Offset = Annotated[int, typer.Option(min=0, help="Pass over so many.")]
 Match = Annotated[str | None, typer.Option(help="Only those whose id has this in it.")]
 
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+class OptionGroup:
+    """Options that go together. A command takes them as one parameter; its fields are the options.
+
+    Subclasses are dataclasses, whose fields are annotated as parameters of commands are.
+    """
+
+
+def seconds_of(text: str) -> float:
+    """A length of time as people write it (90m, 12h, 7d), in seconds; for the ``parser`` of an option.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    age = _AGE.fullmatch(text.strip())
+    if age is None:
+        raise typer.BadParameter(f"{text!r} is no length of time; write a number and s, m, h or d, such as 7d")
+    return float(age[1]) * _SECONDS[age[2]]
+
+
+Age = partial(typer.Option, parser=seconds_of, metavar="AGE")
+"""An option that is a length of time."""
+
 
 # --- Printing ------------------------------------------------------------------------------------------
 

@@ -8,18 +8,16 @@ attempt that the current task works for (``CURRENT``).
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import InvalidValue
+from agentlightning.telemetry.rotation import RotatingLog, Rotation
 
 if TYPE_CHECKING:
     from structlog.typing import Processor
@@ -31,7 +29,6 @@ LogFormat = Literal["console", "json"]
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _LOGGERS = ("agentlightning", "uvicorn")
 _LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
-_MIB = 1024 * 1024
 _OURS = "_agentlightning_handler"
 """The attribute that marks handlers which `setup_logging` has added, so that a second call can replace them."""
 
@@ -88,8 +85,9 @@ def setup_logging(
     console: bool = True,
     format: LogFormat | None = None,
     files: str | Path | Sequence[str | Path] | None = None,
-    max_file_bytes: int = 64 * _MIB,
-    kept_files: int = 5,
+    max_file_bytes: int = Rotation().max_bytes,
+    max_file_age_seconds: float | None = None,
+    kept_files: int = Rotation().kept,
     propagate: bool = False,
 ) -> None:
     """Show the log lines of Agent Lightning. A second call replaces what the first one set up.
@@ -101,18 +99,22 @@ def setup_logging(
         console: whether lines go to standard error.
         format: of the lines. Default: ``console`` on a terminal, else ``json``. Files are ``json`` by default.
         files: paths of files that lines go to as well.
-        max_file_bytes: a file that would grow larger is renamed to ``NAME.1``, and a new one is started.
-        kept_files: how many renamed files are kept.
+        max_file_bytes: a file that would grow larger is put away as ``NAME.TIME.gz``, and a new one is begun.
+        max_file_age_seconds: a file is also put away at multiples of this time since the Unix epoch, so that 86,400
+            means at midnight UTC. None: files may become as old as they like.
+        kept_files: how many files are kept besides the one that is written to.
         propagate: whether lines go to the root logger as well.
 
     Raises:
-        InvalidValue: the level or the format does not exist, or a file cannot be written.
+        InvalidValue: the level or the format does not exist, a limit is not valid, or a file cannot be written.
     """
     number = level if isinstance(level, int) else _LEVELS.get(level.upper())
     if number is None:
         raise InvalidValue(f"log level {level!r} is not one of {', '.join(_LEVELS)}")
     if format not in (None, "console", "json"):
         raise InvalidValue(f"log format {format!r} is not one of console, json")
+    rotation = Rotation(max_file_bytes, max_file_age_seconds, kept_files)
+    rotation.check()
     handlers: list[logging.Handler] = []
     if console:
         on_terminal = sys.stderr.isatty()
@@ -120,28 +122,18 @@ def setup_logging(
         stream.setFormatter(_formatter(format or ("console" if on_terminal else "json"), colors=on_terminal))
         handlers.append(stream)
     paths = [files] if isinstance(files, (str, Path)) else files or ()
-    handlers += _open_files(paths, format or "json", max_file_bytes, kept_files)
+    handlers += _open_files(paths, format or "json", rotation)
     _replace_handlers(handlers, number, propagate=propagate)
 
 
-class _PrivateFileHandler(RotatingFileHandler):
-    """Makes files that only their owner can read; one that exists keeps the mode that it was given."""
-
-    def _open(self) -> TextIOWrapper:
-        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
-        return super()._open()
-
-
-def _open_files(
-    files: Sequence[str | Path], format: LogFormat, max_bytes: int, kept: int
-) -> Sequence[RotatingFileHandler]:
+def _open_files(files: Sequence[str | Path], format: LogFormat, rotation: Rotation) -> Sequence[RotatingLog]:
     """Return handlers that write to the files: to all of them, or none is left open."""
-    found: list[RotatingFileHandler] = []
+    found: list[RotatingLog] = []
     with ExitStack() as opened:
         for file in files:
             try:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
-                handler = _PrivateFileHandler(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
+                handler = RotatingLog(file, rotation)
             except OSError as error:
                 raise InvalidValue(f"cannot write the log file {str(file)!r}: {error}") from error
             opened.callback(handler.close)

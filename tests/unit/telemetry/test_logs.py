@@ -94,20 +94,17 @@ def test_a_second_call_replaces_the_first(tmp_path: Path) -> None:
     assert own in logging.getLogger("agentlightning").handlers
 
 
-def test_a_file_that_has_grown_is_renamed_and_the_oldest_goes(tmp_path: Path) -> None:
-    setup_logging(console=False, files=tmp_path / "log", max_file_bytes=2_000, kept_files=2)
-    for number in range(100):
-        logging.getLogger("agentlightning").info("line %d", number)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
-    assert all(file.stat().st_size <= 2_000 for file in tmp_path.iterdir())
-    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
-    assert _lines(tmp_path / "log")[-1]["event"] == "line 99"
-
-
 @pytest.mark.parametrize(("level", "format"), [("LOUD", None), ("", None), ("INFO", "xml")])
 def test_what_is_no_level_or_format(level: str, format: str | None) -> None:
     with pytest.raises(InvalidValue, match="not one of"):
         setup_logging(level, format=format)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limits", [{"max_file_bytes": 0}, {"max_file_age_seconds": 0.0}, {"kept_files": -1}])
+def test_what_is_no_limit_of_files(limits: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="not possible"):
+        setup_logging(console=False, files=tmp_path / "log", **limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from agentlightning import (
 )
 from agentlightning.errors import InvalidValue, NotFound, StoreUnavailable
 from agentlightning.proxy import llm_proxy, session as session_module
+from agentlightning.proxy.admission import CallAdmission
 from agentlightning.proxy.app import ProxyApp
-from agentlightning.proxy.session import CallAdmission
 from agentlightning.semconv import GenAIAttributes as GenAI, LLMCallAttributes as Call
 from agentlightning.serving import connections as connection
 from agentlightning.serving.connections import ConnectionBounds
@@ -111,7 +111,8 @@ async def test_a_pause_that_follows_at_once_holds_the_held_calls_again() -> None
 
         async def call() -> None:
             begun.set()
-            async with admission.admit():
+            async with admission.place() as place:
+                await place.admitted()
                 assert not admission.is_paused
 
         await admission.pause(1.0, WAIT_SECONDS, None)
@@ -123,6 +124,40 @@ async def test_a_pause_that_follows_at_once_holds_the_held_calls_again() -> None
         assert not done
         await admission.resume()
         await held
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000], ids=["small", "large"])
+async def test_a_held_call_whose_agent_hangs_up_frees_its_place_and_is_never_made(size: int) -> None:
+    backend = OpenAIBackend()
+    messages: Any = [{"role": "user", "content": "x" * size}]
+    async with proxied(backend, max_calls=1) as scene, scene.client() as agent:
+        await scene.proxy.pause()
+        call = asyncio.create_task(agent.chat.completions.create(model="policy", messages=messages))
+        await _until(scene.proxy, "calls_held", 1)
+        call.cancel()
+        await asyncio.wait({call})
+        await _until(scene.proxy, "calls_held", 0)
+        assert (await health(scene.proxy))["calls_unusable"] == {"not_received": 1}
+        asked_again = asyncio.create_task(ask(scene))  # there is room for one
+        await _until(scene.proxy, "calls_held", 1)
+        await scene.proxy.resume()
+        assert (await asked_again).choices[0].message.content
+        assert await scene.proxy.pause() == 0
+        await scene.proxy.stop()
+        assert len(backend.seen) == 1, "the call that nobody waited for was not sent"
+        spans = await scene.spans()
+        examined = LlmProxyTraceToTriplet().examine(spans)
+        assert ([each.reason for each in examined.unusable], len(examined.made)) == (
+            ["the call failed: the agent closed the connection before the reply had ended"],
+            1,
+        )
+        assert {attribute(each, Call.UNUSABLE) for each in spans} == {"not_received", None}
+
+
+async def _until(proxy: LLMProxy, name: str, count: int) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while (await health(proxy))[name] != count:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_large_request_that_is_held_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:

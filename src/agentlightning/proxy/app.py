@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from agentlightning.errors import InvalidId, InvalidValue, NotAllowed
+from agentlightning.proxy.admission import HOLD_SECONDS, RETRY_AFTER_SECONDS
 from agentlightning.proxy.calls import error_reply, handle_model_call
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import ProxyError
 from agentlightning.proxy.recording import CallOrigin
 from agentlightning.proxy.sampling import check_sampling
-from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession
+from agentlightning.proxy.session import ProxySession
 from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
@@ -246,6 +247,7 @@ class ProxyApp:
         return {
             "status": "paused" if self._session.admission.is_paused else "ok",
             "calls_in_flight": self._session.admission.in_flight,
+            "calls_held": self._session.admission.held,
             "spans_waiting": self._session.spans_waiting,
             "spans_lost": self._session.spans_lost,
             "calls_unusable": dict(self._session.unusable),

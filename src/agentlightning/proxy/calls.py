@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Send
 
 from agentlightning.errors import InvalidId
+from agentlightning.proxy.admission import Place, TurnedAway, current_task
 from agentlightning.proxy.dialects.base import (
     EventSplitter,
     EventTooLarge,
@@ -28,7 +29,7 @@ from agentlightning.proxy.dialects.base import (
     WireDialect,
 )
 from agentlightning.proxy.recording import DISCONNECTED, CallOrigin, CallRecord
-from agentlightning.proxy.session import ProxySession, current_task
+from agentlightning.proxy.session import ProxySession
 from agentlightning.proxy.upstream import UpstreamReply
 from agentlightning.store.validation import check_id
 from agentlightning.telemetry.logs import trace_of
@@ -118,18 +119,18 @@ async def handle_model_call(session: ProxySession, dialect: WireDialect, request
     """Answer one model call. Raises ``ProxyError`` if it was not admitted; nothing was sent then."""
     origin = _read_origin(request)
     session.check_can_record(origin)
-    async with session.admission.admit() as grow:
-        await _ModelCall(session, CallRecord(dialect, origin), grow, send).run(request)
+    async with session.admission.place() as place:
+        await _ModelCall(session, CallRecord(dialect, origin), place, send).run(request)
 
 
 class _ModelCall:
-    """One call that has been admitted."""
+    """One call that has a place, in flight or held."""
 
-    def __init__(self, session: ProxySession, record: CallRecord, grow: Callable[[int], None], send: Send) -> None:
+    def __init__(self, session: ProxySession, record: CallRecord, place: Place, send: Send) -> None:
         self._session = session
         self._record = record
         self._dialect = record.dialect
-        self._grow = grow
+        self._place = place
         self._send = send
         self._has_begun = False
         """Whether the agent has got the head of a reply, so that no other status can be sent."""
@@ -137,7 +138,11 @@ class _ModelCall:
         """Whether the agent has got all that the model wrote, though not yet the end of the reply."""
 
     async def run(self, request: Request) -> None:
-        """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent."""
+        """Have the call answered, recorded, and its reply ended. Never raises because of the backend or the agent.
+
+        Raises:
+            TurnedAway: it was held, and is not admitted; nothing was sent.
+        """
         hangup = _Hangup()
         try:
             await self._run(request, hangup)
@@ -147,14 +152,19 @@ class _ModelCall:
     async def _run(self, request: Request, hangup: _Hangup) -> None:
         record = self._record
         try:
-            record.raw_request = await _read_body(request, self._grow)
+            # A held call is read, too: only then is it seen that its agent hangs up.
+            record.raw_request = await _read_body(request, self._place.grow)
+            hangup.watch(request.receive)
+            async with hangup.cancels():
+                await self._place.admitted()
             record.request = self._dialect.read_request(record.raw_request, request.path_params)
             record.raw_request = record.request.recorded or record.raw_request
-            hangup.watch(request.receive)
             ending = await self._pass_on(hangup)
         except _AgentGone:
             self._end_without_agent()
             return
+        except TurnedAway:
+            raise
         except ProxyError as error:
             ending = self._refuse(error)
         except asyncio.CancelledError:
@@ -301,7 +311,7 @@ class _ModelCall:
         large (502), or the calls in flight take too much together (503)."""
         if now > _MAX_REPLY_BYTES:
             raise ProxyError(502, "reply_too_large", f"The reply of the backend is over {_MAX_REPLY_BYTES:,} bytes.")
-        self._grow(now - before)
+        self._place.grow(now - before)
         return now
 
     def _refuse(self, error: ProxyError) -> list[Message]:
@@ -335,6 +345,8 @@ class _Hangup:
     @asynccontextmanager
     async def cancels(self) -> AsyncGenerator[None]:
         """End the block when it happens, whatever the block waits for; raises ``_AgentGone`` then."""
+        if self.has_happened:
+            raise _AgentGone
         task = self._cancels = current_task()
         try:
             yield

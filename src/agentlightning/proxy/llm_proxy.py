@@ -14,13 +14,14 @@ import aiohttp
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
+from agentlightning.proxy.admission import HOLD_SECONDS, RETRY_AFTER_SECONDS
 from agentlightning.proxy.app import ProxyAccess, ProxyApp
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
 from agentlightning.proxy.dialects.base import CaptureField, ProxyError
 from agentlightning.proxy.legacy_arguments import capture_fields, warn_of_unused
 from agentlightning.proxy.models import ModelConfig, backends_of
 from agentlightning.proxy.sampling import check_sampling
-from agentlightning.proxy.session import HOLD_SECONDS, RETRY_AFTER_SECONDS, ProxySession, ProxySettings
+from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing, Upstream
 from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import is_loopback

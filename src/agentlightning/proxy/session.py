@@ -7,14 +7,13 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from agentlightning.errors import InvalidValue, StoreClosed
 from agentlightning.http.signatures import ForwardingStore
+from agentlightning.proxy.admission import CallAdmission
 from agentlightning.proxy.dialects.base import CAPTURE_FIELDS, CaptureField, ProxyError
 from agentlightning.proxy.prefixes import KnownCalls, outline_of
 from agentlightning.proxy.recording import CallOrigin, CallRecord, refusal_of, retraction_of, spans_of
@@ -29,17 +28,10 @@ from agentlightning.types.plain_spans import PlainSpan
 _logger = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 2.0
-HOLD_SECONDS = 300.0
-"""How long a pause holds calls: less than the 600 s that OpenAI's clients wait for a reply."""
-RETRY_AFTER_SECONDS = 30.0
-"""What a call that was held in vain is told. OpenAI's clients obey up to 60 s, and repeat sooner if told more; some
-programs give up at once without it."""
 _SMALL_SPAN_BYTES = 2_000
 _MAX_REFUSALS = 100
 _REFUSAL_SECONDS = 60.0
 """So many refused requests are recorded in this time: who has no key can make them."""
-_MAX_BYTES = 256 * 1024 * 1024
-"""How much memory the requests and kept replies of calls in flight may take together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,126 +61,6 @@ class ProxySettings:
             seconds: object = getattr(self, name)
             if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
                 raise InvalidValue(f"{name} is {seconds!r}; give seconds, 0 or more")
-
-
-class CallAdmission:
-    """Admits calls: none while the proxy is paused or stopped, and only ``max_calls`` at once. For one event loop."""
-
-    def __init__(self, max_calls: int) -> None:
-        self._max_calls = max_calls
-        self._max_bytes = _MAX_BYTES
-        self._bytes = 0
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._held = 0
-        self._open = asyncio.Event()
-        self._open.set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._retry_after_seconds = RETRY_AFTER_SECONDS
-        self._hold_seconds = HOLD_SECONDS
-        self.is_closed = False
-
-    @property
-    def in_flight(self) -> int:
-        """How many calls are in flight."""
-        return len(self._calls)
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether calls are held, or refused, until ``resume``."""
-        return not self._open.is_set()
-
-    @asynccontextmanager
-    async def admit(self) -> AsyncGenerator[Callable[[int], None]]:
-        """Make the current task a call for the length of the block.
-
-        Yields:
-            Takes so many bytes more for the call, until its end. Raises 503 if all calls take too many together.
-
-        Raises:
-            ProxyError: the proxy is paused (429), stopped, or has too many calls in flight (503).
-        """
-        if not self._open.is_set():
-            await self._wait_until_open()
-        if self.is_closed:
-            raise ProxyError(503, "proxy_stopped", "The proxy is being stopped; no new calls are taken.")
-        if len(self._calls) >= self._max_calls:
-            raise _overloaded(f"The proxy holds {self._max_calls:,} calls already, which is its limit")
-        task = current_task()
-        self._calls.add(task)
-        self._idle.clear()
-        taken = 0
-
-        def grow(size: int) -> None:
-            nonlocal taken
-            if size > 0 and self._bytes + size > self._max_bytes:
-                raise _overloaded(f"The calls in flight take up {self._bytes:,} bytes, near the proxy's limit")
-            self._bytes += size
-            taken += size
-
-        try:
-            yield grow
-        finally:
-            self._bytes -= taken
-            self._calls.discard(task)
-            if not self._calls:
-                self._idle.set()
-
-    async def _wait_until_open(self) -> None:
-        if self._hold_seconds > 0 and self._held < self._max_calls:
-            self._held += 1
-            try:
-                async with asyncio.timeout(self._hold_seconds):
-                    while not self._open.is_set():  # the next pause may have begun before this task woke up
-                        await self._open.wait()
-                    return
-            except TimeoutError:
-                pass  # refused below, like a call that is not held
-            finally:
-                self._held -= 1
-        why = "The proxy is paused while the model is updated; repeat the call later."
-        raise ProxyError(429, "proxy_paused", why, retry_after_seconds=self._retry_after_seconds)
-
-    async def pause(self, retry_after_seconds: float, hold_seconds: float, timeout_seconds: float | None) -> int:
-        """Admit no calls until ``resume``, and wait for those in flight. See ``LLMProxy.pause``."""
-        self._retry_after_seconds = retry_after_seconds
-        self._hold_seconds = hold_seconds
-        self._open.clear()
-        return await self.wait_idle(timeout_seconds)
-
-    async def resume(self) -> None:
-        """Admit calls again. A coroutine, so that other threads can run it in the loop of the proxy."""
-        self._open.set()
-
-    def close(self) -> None:
-        """Admit no calls any more; those that are held are refused."""
-        self.is_closed = True
-        self._open.set()
-
-    async def wait_idle(self, timeout_seconds: float | None) -> int:
-        """Wait until no call is in flight, for at most so long; returns how many still are."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return len(self._calls)
-        return 0
-
-    def cancel_calls(self) -> None:
-        """Cancel the calls that are in flight."""
-        for task in list(self._calls):
-            task.cancel()
-
-
-def _overloaded(why: str) -> ProxyError:
-    return ProxyError(503, "proxy_overloaded", f"{why}; repeat this one later.", retry_after_seconds=1.0)
-
-
-def current_task() -> asyncio.Task[Any]:
-    """Return the task that runs; every call has one."""
-    task = asyncio.current_task()
-    assert task is not None, "calls run in tasks"
-    return task
 
 
 class _CurrentStore(ForwardingStore):

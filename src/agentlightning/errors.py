@@ -53,6 +53,10 @@ class TooLarge(InvalidValue):
     status = 413
 
 
+class TemplateOutOfBounds(InvalidValue):
+    """Filling a prompt template takes more text, work or time than is allowed. Simplify it, or raise the bound."""
+
+
 class NotFound(AgentLightningError, ValueError):
     """An id is unknown to this store."""
 

@@ -33,6 +33,7 @@ CODES = {
     "store_stopped": ("StoreStopped", 503),
     "store_unavailable": ("StoreUnavailable", 503),
     "store_unreachable": ("StoreUnreachable", 503),
+    "template_out_of_bounds": ("TemplateOutOfBounds", 422),
     "too_large": ("TooLarge", 413),
     "unsupported_media_type": ("UnsupportedMedia", 415),
     "wrong_server": ("WrongServer", 409),

@@ -15,7 +15,6 @@ import random
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from string import Formatter
 from typing import Any
 
 from agentlightning.adapter.adapters import TraceToMessages
@@ -388,7 +387,7 @@ def ask_for_critique(prompt: PromptTemplate, trials: Sequence[EndedRollout], ada
 
 def ask_for_edit(prompt: PromptTemplate, critique: str) -> str:
     """Return the request for a better prompt, given the critique."""
-    names = sorted(placeholders(prompt) or ())
+    names = sorted(prompt.placeholders() or ())
     kept = f"It may use these placeholders and no others: {', '.join(names)}. " if names else ""
     syntax = {"f-string": "Python's str.format", "jinja": "Jinja", "poml": "POML"}[prompt.engine]
     return (
@@ -408,30 +407,10 @@ def read_prompt(reply: str, like: PromptTemplate) -> PromptTemplate:
     if not text:
         raise InvalidValue("the reply holds no prompt")
     prompt = PromptTemplate(template=text, engine=like.engine)
-    unknown = (placeholders(prompt) or set()) - (placeholders(like) or set())
+    unknown = (prompt.placeholders() or set()) - (like.placeholders() or set())
     if unknown:
         raise InvalidValue(f"the new prompt uses {', '.join(sorted(unknown))}, which the agent does not fill in")
     return prompt
-
-
-def placeholders(prompt: PromptTemplate) -> set[str] | None:
-    """Return the names of a template's placeholders; None for a language that is not parsed here. Raises
-    ``InvalidValue`` if the template is malformed."""
-    if prompt.engine == "f-string":
-        try:
-            return {name for _, name, _, _ in Formatter().parse(prompt.template) if name is not None}
-        except ValueError as error:
-            raise InvalidValue(f"the template is malformed: {error}") from error
-    if prompt.engine == "jinja":
-        from jinja2 import Environment, TemplateSyntaxError, meta
-
-        # Parsed and not rendered, because a model wrote the template and its code must not run here.
-        environment = Environment(autoescape=True)
-        try:
-            return set(meta.find_undeclared_variables(environment.parse(prompt.template)))
-        except TemplateSyntaxError as error:
-            raise InvalidValue(f"the template is malformed: {error}") from error
-    return None
 
 
 def _describe(number: int, trial: EndedRollout, adapter: TraceToMessages) -> str:

@@ -62,6 +62,7 @@ from agentlightning.types.spans import (
     TraceState,
     TraceStatus,
 )
+from agentlightning.types.templates import TemplateBounds
 
 __all__ = [
     "LLM",
@@ -107,6 +108,7 @@ __all__ = [
     "Task",
     "TaskIfAny",
     "TaskInput",
+    "TemplateBounds",
     "TraceState",
     "TraceStatus",
     "Triplet",

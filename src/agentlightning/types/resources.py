@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
-from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -13,100 +11,7 @@ from pydantic import BaseModel, Field
 
 from agentlightning.errors import InvalidValue
 from agentlightning.types.rollouts import AttemptedRollout
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-
-# --- Filling prompt templates, in two languages ---
-
-_FORMATTER = Formatter()
-
-
-def format_braces(template: str, values: Mapping[str, Any], *, levels: int = 2) -> str:
-    """Fill a template as `str.format` does, save that a placeholder is a plain name.
-
-    ``{name}``, ``{name!r}``, ``{name:>10}``, ``{name:{width}}``, and ``{{`` and ``}}`` for
-    literal braces. No ``{}`` or ``{0}``, no ``{name.attribute}``, no ``{name[index]}``. A format
-    spec may hold placeholders, whose own spec may not: the two ``levels`` of `str.format`.
-
-    Raises:
-        InvalidValue: The template is malformed, a placeholder is not a plain name or has no
-            value, or a value does not take its format spec.
-    """
-    if levels == 0:
-        raise InvalidValue(f"the format spec {template!r} is nested too deep; placeholders go two levels deep at most")
-    try:
-        pieces = list(_FORMATTER.parse(template))
-    except ValueError as error:
-        raise InvalidValue(f"the template is malformed: {error}; write '{{{{' and '}}}}' for literal braces") from error
-    filled: list[str] = []
-    for literal, name, spec, conversion in pieces:
-        filled.append(literal)
-        if name is not None:
-            filled_spec = format_braces(spec, values, levels=levels - 1) if spec else ""
-            filled.append(_render(name, _look_up(name, values), filled_spec, conversion))
-    return "".join(filled)
-
-
-def format_jinja(template: str, values: Mapping[str, Any]) -> str:
-    """Fill a Jinja template in a sandbox. A name that has no value is an error, not an empty text.
-
-    Nothing is escaped, since a prompt is not HTML, and a newline at the end stays.
-
-    Raises:
-        InvalidValue: The template is malformed, uses a name without a value, does what the
-            sandbox forbids, or fails in some other way.
-    """
-    try:
-        return _compile_jinja(template).render(values)
-    except Exception as error:  # a boundary: a template is a program, and whatever it raises is its error
-        raise InvalidValue(
-            f"the jinja template cannot be filled: {error} ({type(error).__name__}); {_given(values)}"
-        ) from error
-
-
-def _look_up(name: str, values: Mapping[str, Any]) -> Any:
-    if not name or name.isdecimal():
-        raise InvalidValue(f"the placeholder '{{{name}}}' has no name; values are given by name: write '{{some_name}}'")
-    if "." in name or "[" in name:
-        raise InvalidValue(
-            f"the placeholder '{{{name}}}' reaches into a value, which a template must not; "
-            "pass what it needs under a plain name of its own"
-        )
-    if name not in values:
-        raise InvalidValue(
-            f"the placeholder '{{{name}}}' has no value; {_given(values)}; "
-            "write '{{' and '}}' if the braces were meant literally"
-        )
-    return values[name]
-
-
-def _render(name: str, value: Any, spec: str, conversion: str | None) -> str:
-    try:
-        return format(_FORMATTER.convert_field(value, conversion), spec)
-    except Exception as error:  # a boundary: the value's own __format__, __str__ or __repr__ runs here
-        shown = f"{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
-        raise InvalidValue(
-            f"the placeholder '{{{name}{shown}}}' cannot show a value of type {type(value).__name__}: {error}"
-        ) from error
-
-
-def _given(values: Mapping[str, Any]) -> str:
-    return f"the names given are: {', '.join(sorted(values))}" if values else "no names were given"
-
-
-@lru_cache(maxsize=128)
-def _compile_jinja(template: str) -> Template:
-    """Compile once per text: it takes about a hundred times longer than filling."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template)
-
-
-# ---
+from agentlightning.types.templates import DEFAULT_BOUNDS, TemplateBounds, format_braces, names_in_braces
 
 _logger = logging.getLogger(__name__)
 
@@ -193,23 +98,46 @@ class PromptTemplate(Resource):
     """The language of the template. `poml` can be stored and read, not filled."""
 
     def format(self, /, **kwargs: Any) -> str:
+        """Return the prompt with the values in place, as `fill` does."""
+        return self.fill(kwargs)
+
+    def fill(self, values: Mapping[str, Any], bounds: TemplateBounds = DEFAULT_BOUNDS) -> str:
         """Return the prompt with the values in place. Values the template does not name are ignored.
 
-        The template is not trusted: see `agentlightning.types.resources` for what each language
-        lets it do with the values.
+        The template is not trusted: it cannot reach into the values, nor take more text, work or time than allowed.
+
+        Args:
+            values: by the names that the template uses.
+            bounds: what filling it may take.
 
         Raises:
             InvalidValue: The template is malformed, or names a value that is not given.
+            TemplateOutOfBounds: It takes more than the bounds allow.
             NotImplementedError: The engine is `poml`.
         """
         if self.engine == "f-string":
-            return format_braces(self.template, kwargs)
+            return format_braces(self.template, values, bounds)
         if self.engine == "jinja":
-            return format_jinja(self.template, kwargs)
+            from agentlightning.types.jinja_templates import format_jinja
+
+            return format_jinja(self.template, values, bounds)
         raise NotImplementedError(
             f"templates of the engine {self.engine!r} cannot be filled; use 'f-string' or 'jinja', "
             "or fill the text in .template yourself"
         )
+
+    def placeholders(self) -> set[str] | None:
+        """Return the names that the template takes from its values; None for `poml`. Nothing of it is run.
+
+        Raises:
+            InvalidValue: The template is malformed.
+            TemplateOutOfBounds: It is too long to be read.
+        """
+        if self.engine == "jinja":
+            from agentlightning.types.jinja_templates import names_in_jinja
+
+            return names_in_jinja(self.template)
+        return names_in_braces(self.template) if self.engine == "f-string" else None
 
 
 ResourceUnion: TypeAlias = Annotated[LLM | ProxyLLM | PromptTemplate, Field(discriminator="resource_type")]

@@ -16,7 +16,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from agentlightning.algorithm.apo import APO, placeholders, read_prompt
+from agentlightning.algorithm.apo import APO, read_prompt
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue, MissingExtra, NothingToLearn
 from agentlightning.store.base import LightningStore
@@ -104,7 +104,11 @@ async def agent(
             assert resources is not None
             prompt = resources.resources["prompt"]
             assert isinstance(prompt, PromptTemplate)
-            said = prompt.format(question=attempted.input)
+            try:
+                said = prompt.format(question=attempted.input)
+            except InvalidValue:
+                await finish(store, attempted, "failed")  # as a runner does
+                continue
             call = {
                 "gen_ai.prompt.0.role": "user",
                 "gen_ai.prompt.0.content": said,
@@ -190,6 +194,26 @@ async def test_a_failed_rollout_counts_as_the_worst(shift: float, failure_reward
     assert numbers["reward_mean"] == numbers["best_score"] == pytest.approx(score)
     assert (numbers["failures"], numbers["best_failures"]) == (1, 1), "of the new prompt, which both branches found"
     assert algorithm.get_best_score() == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("width", "wins"), [(2000, False), (20, True)], ids=["out of bounds", "within"])
+async def test_a_prompt_that_takes_too_much_counts_as_failed(width: int, wins: bool) -> None:
+    wide = f"Answer {{question:>{width}}} please please"
+    async with Author() as author, InMemoryLightningStore() as store, agent(store):
+        author.edits = lambda _: f"<prompt>{wide}</prompt>"
+        algorithm = apo(author, store, beam_rounds=1)
+        told: list[dict[str, float]] = []
+        algorithm.set_reporter(lambda _, numbers: told.append(numbers))
+        await algorithm.run(TASKS, TASKS)
+    assert (algorithm.get_best_prompt().template == wide) is wins
+    assert told[0]["failures"] == (0 if wins else 2)
+
+
+async def test_a_prompt_that_a_model_wrote_is_read_and_not_run() -> None:
+    like = PromptTemplate(template="{{ question }}", engine="jinja")
+    assert read_prompt("{{ question }}{{ 'x' * 9999999 }}{{ 2 ** 99 }}", like).template
+    with pytest.raises(InvalidValue, match="takes more than 1000000 steps"):
+        read_prompt("{{ question }}" * 7000, like)
 
 
 async def test_a_prompt_that_makes_the_agent_crash_does_not_win() -> None:
@@ -344,8 +368,8 @@ def test_prompts_are_read_out_of_replies() -> None:
         with pytest.raises(InvalidValue):
             read_prompt(reply, FIRST)
     jinja = PromptTemplate(template="{% for x in items %}{{ x }}{% endfor %}", engine="jinja")
-    assert placeholders(jinja) == {"items"}
+    assert jinja.placeholders() == {"items"}
     assert read_prompt("{{ items | join }}", jinja).engine == "jinja"
     with pytest.raises(InvalidValue, match="malformed"):
         read_prompt("{% for %}", jinja)
-    assert placeholders(PromptTemplate(template="<poml/>", engine="poml")) is None
+    assert PromptTemplate(template="<poml/>", engine="poml").placeholders() is None

@@ -9,9 +9,9 @@ import pytest
 
 import agentlightning.types
 
-MODULES = ["attributes", "contract", "resources", "rewards", "rollouts", "spans"]
-INTERNAL = {"attributes", "rewards"}
-NOT_EXPORTED = {"ParallelWorkerBase", "format_braces", "format_jinja"}
+MODULES = ["attributes", "contract", "jinja_templates", "resources", "rewards", "rollouts", "spans", "templates"]
+INTERNAL = {"attributes", "jinja_templates", "rewards", "templates"}
+NOT_EXPORTED = {"ParallelWorkerBase"}
 
 
 def public_things(module: ModuleType) -> dict[str, object]:

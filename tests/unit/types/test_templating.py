@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from agentlightning.errors import InvalidValue
-from agentlightning.types.resources import format_braces, format_jinja
+from agentlightning.types.jinja_templates import format_jinja
+from agentlightning.types.templates import format_braces
 
 
 class Secret:

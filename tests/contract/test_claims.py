@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -130,19 +131,6 @@ async def test_redelivery_does_not_use_up_attempts(stores: Stores) -> None:
         assert await statuses(store, rollout_id) == ("failed", ["unresponsive", "unresponsive", "failed", "failed"])
 
 
-async def test_what_is_never_confirmed_is_poison_in_the_end(stores: Stores) -> None:
-    async with stores.open() as (store, clock):
-        [rollout_id] = await enqueued(store, "input", config=config(max_attempts=10))
-        for number in range(1, 5):
-            assert (await claimed(store, request_id=f"rq-{number}")).attempt.sequence_id == number
-            clock.advance(ANY_LEASE)
-        assert await store.dequeue_rollout() is None
-        rollout = await rollout_now(store, rollout_id)
-        assert (rollout.status, rollout.reason_code) == ("failed", "poison")
-        assert rollout.end_time is not None
-        assert [attempt.reason_code for attempt in await attempts_of(store, rollout_id)] == ["unconfirmed"] * 4
-
-
 async def test_until_it_is_confirmed_only_the_lease_counts_as_silence(stores: Stores) -> None:
     async with stores.open() as (store, clock):
         policy = config(unresponsive_seconds=0.5, max_attempts=1, retry_condition=[])
@@ -208,6 +196,16 @@ async def test_a_late_repeat_of_a_claim_that_is_done_takes_nothing(stores: Store
         done = await claimed(store, "worker", request_id="rq-1")
         await store.update_attempt(done.rollout_id, done.attempt.attempt_id, "succeeded")
         assert await store.dequeue_rollout("worker", request_id="rq-1") is None
+
+
+async def test_a_repeat_that_has_nothing_left_waits_for_nothing(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        await enqueued(store, "first")
+        done = await claimed(store, "worker", request_id="rq-1")
+        await store.cancel_rollout(done.rollout_id)
+        before = time.monotonic()
+        assert await store.dequeue_rollout("worker", request_id="rq-1", wait_seconds=3600) is None
+        assert time.monotonic() - before < 60
 
 
 @pytest.mark.parametrize(("worker_id", "limit"), [("other", 1), (None, 1), ("worker", 2)])

@@ -17,6 +17,7 @@ import store_programs
 from agentlightning import SqliteLightningStore
 from agentlightning.errors import NewerSchema
 from agentlightning.store.sqlite.connections import MIGRATIONS, check_identity, migrate, open_writer
+from clocks import ManualClock
 from faulty_disk import FaultyDisk
 from fresh_process import FreshProcess
 from store_state import assert_sound
@@ -155,6 +156,45 @@ def test_a_file_of_the_third_version_keeps_what_its_workers_do(tmp_path: Path) -
             await assert_sound(store)
 
     asyncio.run(check_workers())
+
+
+def test_a_file_of_the_fourth_version_goes_on_counting(tmp_path: Path) -> None:
+    """Version 5 adds which workers were there and never confirmed a rollout: none, so far."""
+    database, clock = tmp_path / "old.db", ManualClock()
+    open_writer(str(database), "full", vfs=None, migrations=MIGRATIONS[:4]).close()
+    with closing(apsw.Connection(str(database))) as connection:
+        connection.execute(
+            "INSERT INTO rollouts (version, rollout_id, status, priority, input, policy, start_time, attempts, "
+            "redeliveries, latest_attempt_id, digest, claimable) "
+            "VALUES (1, 'ro-1', 'requeuing', 0, x'31', '{}', 1.0, 1, 1, 'at-1', x'', 1); "
+            "INSERT INTO attempts (version, rollout_id, attempt_id, sequence_id, status, start_time, end_time, "
+            "worker_id, reason_code, started_lease, beaten_lease, span_sequence, digest, live) "
+            "VALUES (1, 'ro-1', 'at-1', 1, 'unresponsive', 1.0, 2.0, 'old', 'unconfirmed', 1.0, 1.0, 0, x'', 0); "
+            "INSERT INTO workers (version, worker_id, status, beaten_lease) VALUES (1, 'old', 'unknown', 1.0); "
+            "INSERT INTO counters VALUES ('workers', 1), ('attempts', 1), ('rollouts.requeuing', 1)"
+        )
+
+    async def lose_it(store: SqliteLightningStore, worker_id: str) -> None:
+        assert await store.dequeue_rollout(worker_id, request_id=f"of-{worker_id}") is not None
+        clock.advance(1)
+        await store.update_worker(worker_id)
+        clock.advance(60)
+
+    async def check_poison() -> None:
+        async with SqliteLightningStore(database, clock=clock) as store:
+            for worker_id in ("old", "new"):
+                await lose_it(store, worker_id)
+            await assert_sound(store)
+        async with SqliteLightningStore(database, clock=clock) as store:
+            for worker_id in ("newer", "newest"):
+                assert (await store.query_rollouts()).items[0].status == "requeuing"
+                await lose_it(store, worker_id)
+            [rollout] = await store.query_rollouts()
+            assert rollout.reason_code == "poison"
+            assert (rollout.reason_message or "").endswith("had it: old, new, newer, newest")
+            await assert_sound(store)
+
+    asyncio.run(check_poison())
 
 
 @pytest.mark.parametrize("operation", ["write", "sync"])

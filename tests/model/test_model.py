@@ -7,6 +7,7 @@ the same each time; the long form takes other steps each time, and names the see
 from __future__ import annotations
 
 import itertools
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -20,7 +21,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle import attempts, deadlines, workers
 from agentlightning.lifecycle.deadlines import Due
-from agentlightning.lifecycle.records import AttemptRow, Moment, RolloutPolicy, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Holder, Moment, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.store import core
 from agentlightning.store.operations import attempts as attempt_ops, spans as span_ops, workers as worker_ops
 from agentlightning.store.sqlite.row_cache import RowCache
@@ -156,7 +157,29 @@ def lost_workers_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
 
 
 def poison_is_found_too_soon(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attempts, "MAX_REDELIVERIES", 2)
+    patch.setattr(attempts, "POISON_SUSPECTS", 3)
+
+
+def what_is_handed_to_vanished_workers_is_poison(patch: pytest.MonkeyPatch) -> None:
+    async def heard_just_now(*_: Any) -> Holder:
+        return Holder(last_heard=math.inf)
+
+    for module in (attempt_ops, core):
+        patch.setattr(module, "holder_of", heard_just_now)
+
+
+def one_worker_alone_proves_poison(patch: pytest.MonkeyPatch) -> None:
+    suspects = attempts._suspects
+
+    def forgetful(pair: Pair, holder: Holder) -> list[str]:
+        fresh = pair._replace(rollout=attempts.replace(pair.rollout, suspects=""))
+        return [*pair.rollout.suspects.split(), *suspects(fresh, holder)]
+
+    patch.setattr(attempts, "_suspects", forgetful)
+
+
+def what_nobody_confirms_is_handed_out_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attempts, "MAX_REDELIVERIES", 1_000_000)
 
 
 def repeated_claims_get_more(patch: pytest.MonkeyPatch) -> None:
@@ -259,6 +282,9 @@ FIRST_SEEDS: dict[Callable[[pytest.MonkeyPatch], None], int] = {
         nothing_times_out,
         lost_workers_are_not_noticed,
         poison_is_found_too_soon,
+        what_is_handed_to_vanished_workers_is_poison,
+        one_worker_alone_proves_poison,
+        what_nobody_confirms_is_handed_out_for_ever,
         repeated_claims_get_more,
         priority_is_overlooked,
         spans_are_not_counted,

@@ -14,6 +14,7 @@ __all__ = [
     "ATTEMPT_STATUS",
     "CONFIGS",
     "EDITS",
+    "FATE",
     "PICK",
     "REASON_CODE",
     "REQUEST",
@@ -32,6 +33,10 @@ __all__ = [
 
 PICK = st.integers(0, 15)
 WORKER = st.sampled_from(["w1", "w2", "w3", None])
+FATE = st.tuples(
+    st.sampled_from(["w1", "w2", "w3", "w4", "w5", None]), st.sampled_from(["vanishes", "lives on", "lives on", "dies"])
+)
+"""A worker, and what becomes of it."""
 SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 CONFIGS: tuple[dict[str, Any], ...] = (
     {},

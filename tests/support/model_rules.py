@@ -19,6 +19,7 @@ from model_draws import (
     ATTEMPT_STATUS,
     CONFIGS,
     EDITS,
+    FATE,
     PICK,
     REASON_CODE,
     REQUEST,
@@ -35,7 +36,7 @@ from model_draws import (
 )
 from model_machine import Call, ComparingMachine
 from model_questions import AskingMachine
-from reference_model import CONFIRM_SECONDS
+from reference_model import CONFIRM_SECONDS, REDELIVERIES
 
 __all__ = ["StoreMachine"]
 
@@ -129,6 +130,28 @@ class StoreMachine(AskingMachine):
         self.do(self._claim(limit, worker_id, self._name("request")))
         self.clock.advance(seconds)
         self.look()
+
+    @rule(limit=st.sampled_from([1, 1, 3]), fates=st.lists(FATE, min_size=1, max_size=5))
+    def claim_in_vain(self, limit: int, fates: list[tuple[str | None, str]]) -> None:
+        """Workers get rollouts, one after another, and never confirm them."""
+        for worker_id, fate in fates:
+            self.do(self._claim(limit, worker_id, self._name("request")))
+            self.clock.advance(1.0)
+            if worker_id is None or fate == "vanishes":
+                self.clock.advance(CONFIRM_SECONDS)
+                self.look()
+            elif fate == "lives on":
+                self.do(self._beat(worker_id, None, [], None))
+                self.clock.advance(CONFIRM_SECONDS)
+                self.look()
+            else:
+                self.do(self._lose(worker_id, None))
+
+    @rule(worker_id=WORKER, lives_on=st.booleans())
+    def claim_in_vain_for_ever(self, worker_id: str | None, lives_on: bool) -> None:
+        """One worker, whatever becomes of it, gets the first rollout of the queue until that is over."""
+        fate = "lives on" if lives_on else "vanishes"
+        self.claim_in_vain(1, [(worker_id, fate)] * (REDELIVERIES + 1))
 
     def _start_attempt(self, rollout_id: str, worker_id: str | None, attempt_id: str | None) -> Call:
         return Call(

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 from reference_records import ENDS_OF_ROLLOUTS, Facts, ReferenceRecords, Refused, live, shown, waiting
 
-__all__ = ["CONFIRM_SECONDS", "ReferenceStore", "Refused", "live", "shown"]
+__all__ = ["CONFIRM_SECONDS", "REDELIVERIES", "ReferenceStore", "Refused", "live", "shown"]
 
 CONFIRM_SECONDS = 10.0
 """How long a claim with a request id may stay without a sign of life."""
-REDELIVERIES = 3
-"""How often a rollout is handed out again because nobody confirmed that they had received it."""
+PROOFS = 4
+"""So many workers that had a rollout, and never confirmed it, prove that it is poison."""
+REDELIVERIES = 20
+"""How often a rollout is handed out again because nobody confirmed that they had received it, whoever had it."""
 IDLE_NOTED_SECONDS = 60.0
 """How long a worker that asks in vain again is not noted anew."""
 
@@ -103,7 +105,10 @@ class ReferenceStore(ReferenceRecords):
 
     def _heard_a_claim(self, worker_id: str, claimed: Sequence[Facts]) -> None:
         worker = self._worker(worker_id)
-        worker.update(_heard=self.clock.monotonic(), _leased=worker["lease_seconds"] is not None)
+        now = self.clock.monotonic()
+        worker["_called"] = now
+        if worker["lease_seconds"] is not None:
+            worker.update(_heard=now, _leased=True)
         if claimed:
             self._hold(worker_id, self.attempts[claimed[-1]["attempt"]["attempt_id"]])
             worker["last_dequeue_time"] = self.clock.wall()
@@ -236,7 +241,7 @@ class ReferenceStore(ReferenceRecords):
         if status == "running":
             self._begin(attempt)
         if held and worker_id != before:
-            self._let_go(before, attempt["status"])
+            self._let_go(before, attempt, attempt["status"])
             self._hold(worker_id, attempt)
 
     def _report_end(self, attempt: Facts, status: str, reason_code: str | None) -> None:
@@ -254,6 +259,9 @@ class ReferenceStore(ReferenceRecords):
         attempt.update(last_heartbeat_time=self.clock.wall(), _heard=self.clock.monotonic(), _unconfirmed=False)
         if standing == "returning":
             attempt.update(status="running", end_time=None, reason_code=None, _redelivered=False)
+            for each in self.attempts_of(attempt["rollout_id"]):
+                if each["_proof"] == attempt["_lost_by"]:
+                    each["_proof"] = None
             self.rollouts[attempt["rollout_id"]]["status"] = "running"
             if not ends:
                 self._hold(attempt["worker_id"], attempt)
@@ -264,8 +272,9 @@ class ReferenceStore(ReferenceRecords):
 
     def _end_attempt(self, attempt: Facts, status: str, code: str, *, held: bool = True) -> None:
         attempt.update(status=status, end_time=self.clock.wall(), reason_code=code, _unconfirmed=False)
+        attempt["_lost_by"] = attempt["worker_id"]
         if held:
-            self._let_go(attempt["worker_id"], "given back" if attempt["_released"] else status)
+            self._let_go(attempt["worker_id"], attempt, "given back" if attempt["_released"] else status)
 
     def _settle_rollout(self, attempt: Facts) -> None:
         """What the end of its attempt means for the rollout."""
@@ -280,16 +289,30 @@ class ReferenceStore(ReferenceRecords):
         else:
             self._close(rollout, "failed", attempt["reason_code"])
 
-    def _redeliver(self, attempt: Facts) -> None:
-        """Nobody confirmed it: it goes back to the queue, without using up an attempt; after too often, it fails."""
+    def _redeliver(self, attempt: Facts, *, died: bool = False) -> None:
+        """Nobody confirmed it: it goes back to the queue, without using up an attempt; after too often, it fails.
+
+        Too often is when its workers died of it, or lived on with it, or after very often.
+        """
         rollout = self.rollouts[attempt["rollout_id"]]
-        before = sum(each["_redelivered"] for each in self.attempts_of(rollout["rollout_id"]))
+        of_rollout = self.attempts_of(rollout["rollout_id"])
+        before = sum(each["_redelivered"] for each in of_rollout)
+        worker_id = attempt["worker_id"]
+        known = [each["_proof"] for each in of_rollout if each["_proof"] is not None]
+        if worker_id is not None and (died or (self._lived_on(worker_id, attempt) and worker_id not in known)):
+            attempt["_proof"] = worker_id
+            known.append(worker_id)
         self._end_attempt(attempt, "unresponsive", "unconfirmed")
-        if before < REDELIVERIES:
+        if before < REDELIVERIES and len(known) < PROOFS:
             attempt["_redelivered"] = True
             rollout["status"] = "requeuing"
         else:
             self._close(rollout, "failed", "poison")
+
+    def _lived_on(self, worker_id: str, attempt: Facts) -> bool:
+        """Whether a worker, or what it holds or held, gave a sign of life after it was handed this attempt."""
+        held = [each["_heard"] for each in self._held_by(worker_id) if each["last_heartbeat_time"] is not None]
+        return max([self._worker(worker_id)["_called"], *held]) > attempt["_heard"]
 
     def _close(self, rollout: Facts, status: str, code: str) -> None:
         rollout.update(status=status, end_time=self.clock.wall(), reason_code=code)
@@ -443,7 +466,8 @@ class ReferenceStore(ReferenceRecords):
             else:
                 self._hear(attempt)
         worker = self._worker(worker_id)
-        worker.update(last_heartbeat_time=self.clock.wall(), _heard=self.clock.monotonic())
+        now = self.clock.monotonic()
+        worker.update(last_heartbeat_time=self.clock.wall(), _heard=now, _called=now)
         worker["heartbeat_stats"] = worker["heartbeat_stats"] if stats is None else stats
         worker["lease_seconds"] = lease_seconds or worker["lease_seconds"]
         worker["_leased"] = worker["lease_seconds"] is not None
@@ -465,15 +489,15 @@ class ReferenceStore(ReferenceRecords):
             self.workers[each]["directive"] = directive
         return [shown(self.workers[each]) for each in chosen]
 
-    def lose_worker(self, worker_id: str, reason_code: str | None = None) -> list[Facts]:
-        """It is gone: attempts that it had confirmed are lost, others are handed out again."""
+    def lose_worker(self, worker_id: str, reason_code: str | None = None, *, died: bool = True) -> list[Facts]:
+        """It died, or is gone: attempts that it had confirmed are lost, others are handed out again."""
         check_code(reason_code)
         if worker_id not in self.workers:
             raise Refused("not_found")
         held = self._held_by(worker_id)
         for attempt in held:
             if attempt["_unconfirmed"]:
-                self._redeliver(attempt)
+                self._redeliver(attempt, died=died)
             else:
                 self._end_attempt(attempt, "unresponsive", reason_code or "worker_lost")
                 self._settle_rollout(attempt)
@@ -498,6 +522,7 @@ class ReferenceStore(ReferenceRecords):
             "registration": None,
             "directive": None,
             "_heard": 0.0,
+            "_called": float("-inf"),
             "_leased": False,
         }
         return self.workers.setdefault(worker_id, unheard)
@@ -511,11 +536,13 @@ class ReferenceStore(ReferenceRecords):
             worker.update(status="busy", last_busy_time=self.clock.wall())
             worker.update({f"current_{name}": attempt[name] for name in ("rollout_id", "attempt_id")})
 
-    def _let_go(self, worker_id: str | None, status: str) -> None:
+    def _let_go(self, worker_id: str | None, attempt: Facts, status: str) -> None:
         """A worker does not hold an attempt any more, which has this status now."""
         if worker_id is None:
             return
         worker = self._worker(worker_id)
+        if attempt["last_heartbeat_time"] is not None:
+            worker["_called"] = max(worker["_called"], attempt["_heard"])
         others = self._held_by(worker_id)
         if others:
             worker.update({f"current_{name}": others[-1][name] for name in ("rollout_id", "attempt_id")})
@@ -546,7 +573,7 @@ class ReferenceStore(ReferenceRecords):
                 self._settle_rollout(attempt)
         for worker_id, worker in list(self.workers.items()):
             if self._lease_end(worker) <= now:
-                self.lose_worker(worker_id)
+                self.lose_worker(worker_id, died=False)
 
     def next_due(self) -> float:
         """The monotonic time at which something will expire if nothing happens; infinite if nothing will."""

@@ -147,6 +147,8 @@ class ReferenceRecords:
             "_asked": asked,
             "_unconfirmed": request_id is not None,
             "_redelivered": False,
+            "_proof": None,
+            "_lost_by": None,
             "_released": False,
             "_started": self.clock.monotonic(),
             "_heard": self.clock.monotonic(),

@@ -186,9 +186,10 @@ async def test_a_claim_that_was_made_for_a_caller_as_its_time_ended_is_found() -
     waiters, looks = ClaimWaiters(), 0
     wanted, transaction = ClaimRequest(1, "w", "rq", b"", 10.0), object()
 
-    async def claim() -> list[str]:
+    async def claim(waited: bool) -> list[str]:
         nonlocal looks
         looks += 1
+        assert waited == (looks > 1)
         if looks == 1:
             asyncio.get_running_loop().call_soon(waiters.offer, transaction, 1)
             return []

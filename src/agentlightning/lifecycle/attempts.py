@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.deadlines import attempt_deadline, attempt_due
-from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Claim, Holder, Moment, Pair, Reason, RolloutRow
 from agentlightning.lifecycle.states import (
     ENDED,
     check_attempt_move,
@@ -21,8 +21,11 @@ from agentlightning.lifecycle.states import (
 )
 from agentlightning.types import AttemptEnd, AttemptStatus, RolloutStatus
 
-MAX_REDELIVERIES = 3
-"""How often a rollout whose claim was never confirmed is handed out again before it counts as poison."""
+POISON_SUSPECTS = 4
+"""So many different workers that had a rollout, and never confirmed it, are no accident: it is poison. One that has
+vanished is no proof against the rollout, because it may have vanished before the rollout was handed to it."""
+MAX_REDELIVERIES = 20
+"""How often a rollout is handed out again at most because it was not confirmed, whatever is known of the workers."""
 
 
 class Started(NamedTuple):
@@ -197,10 +200,10 @@ def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment, retry: bool
     return Pair(close(rollout, "failed", Reason(reason.code, last), now), attempt)
 
 
-def lose(pair: Pair, reason: Reason, now: Moment) -> Pair:
+def lose(pair: Pair, reason: Reason, holder: Holder, now: Moment) -> Pair:
     """End a live attempt whose worker is gone. One that was never confirmed is handed out again."""
     if pair.attempt.confirm_seconds is not None:
-        return _redelivered(pair, now, reason.message)
+        return _redelivered(pair, holder, now, reason.message)
     return end(pair, "unresponsive", reason, now)
 
 
@@ -228,15 +231,18 @@ def release(pair: Pair, now: Moment) -> Pair:
     return Pair(replace(_requeued(rollout), releases=rollout.releases + 1), attempt)
 
 
-def expire(pair: Pair, now: Moment) -> Pair:
-    """Look at a live attempt whose ``deadline`` has passed: end it, or set the true deadline."""
+def expire(pair: Pair, holder: Holder, now: Moment) -> Pair:
+    """Look at a live attempt whose ``deadline`` has passed: end it, or set the true deadline.
+
+    ``holder`` decides only whether one that was never confirmed is a proof against its rollout.
+    """
     rollout, attempt = pair
     due = attempt_due(rollout.policy, attempt)
     if due is None or due.at > now.lease:
         return Pair(rollout, replace(attempt, deadline=None if due is None else due.at))
     match due.cause:
         case "unconfirmed":
-            return _redelivered(pair, now)
+            return _redelivered(pair, holder, now, "its worker never confirmed that it had received it")
         case "unresponsive":
             message = f"no sign of life for {rollout.policy.unresponsive_seconds:g} s"
             return end(pair, "unresponsive", Reason(reasons.UNRESPONSIVE, message), now)
@@ -279,18 +285,29 @@ def ended(attempt: AttemptRow, status: AttemptEnd, reason: Reason, now: Moment) 
     )
 
 
-def _requeued(rollout: RolloutRow, redeliveries: int = 0) -> RolloutRow:
+def _requeued(rollout: RolloutRow) -> RolloutRow:
     check_rollout_move(rollout.rollout_id, rollout.status, "requeuing")
-    return replace(rollout, status="requeuing", redeliveries=rollout.redeliveries + redeliveries)
+    return replace(rollout, status="requeuing")
 
 
-def _redelivered(pair: Pair, now: Moment, message: str = "its worker never confirmed that it had received it") -> Pair:
-    rollout, attempt = pair
-    attempt = ended(attempt, "unresponsive", Reason(reasons.UNCONFIRMED, message), now)
-    if rollout.redeliveries < MAX_REDELIVERIES:
-        return Pair(_requeued(rollout, redeliveries=1), attempt)
+def _redelivered(pair: Pair, holder: Holder, now: Moment, message: str) -> Pair:
+    suspects = _suspects(pair, holder)
+    rollout = replace(pair.rollout, suspects=" ".join(suspects))
+    attempt = ended(pair.attempt, "unresponsive", Reason(reasons.UNCONFIRMED, message), now)
+    if len(suspects) < POISON_SUSPECTS and rollout.redeliveries < MAX_REDELIVERIES:
+        return Pair(replace(_requeued(rollout), redeliveries=rollout.redeliveries + 1), attempt)
     message = f"handed out {rollout.redeliveries + 1} times without being confirmed once"
+    if suspects:
+        message += f"; workers that were there and had it: {', '.join(suspects)}"
     return Pair(close(rollout, "failed", Reason(reasons.POISON, message), now), attempt)
+
+
+def _suspects(pair: Pair, holder: Holder) -> list[str]:
+    """The workers that are a proof against the rollout, now that this attempt ends unconfirmed."""
+    rollout, attempt = pair
+    known, worker_id = rollout.suspects.split(), attempt.worker_id
+    had_it = holder.last_heard > attempt.beaten_lease and worker_id not in known
+    return [*known, worker_id] if worker_id is not None and (holder.died or had_it) else known
 
 
 def _confirmed(pair: Pair, attempt: AttemptRow) -> Pair:
@@ -305,6 +322,7 @@ def _revived(pair: Pair, now: Moment) -> Pair:
     check_attempt_move(attempt.attempt_id, attempt.status, "running")
     check_rollout_move(rollout.rollout_id, rollout.status, "running")
     redeliveries = rollout.redeliveries - (attempt.reason_code == reasons.UNCONFIRMED)
+    suspects = " ".join(each for each in rollout.suspects.split() if each != attempt.worker_id)
     attempt = replace(touch(attempt, now), status="running", end_time=None, reason_code=None, reason_message=None)
     attempt = replace(attempt, deadline=attempt_deadline(rollout.policy, attempt))
-    return Pair(replace(rollout, status="running", redeliveries=redeliveries), attempt)
+    return Pair(replace(rollout, status="running", redeliveries=redeliveries, suspects=suspects), attempt)

@@ -28,7 +28,7 @@ REQUEUED: Final = "requeued"
 CANCELLED: Final = "cancelled"
 """Its rollout was cancelled."""
 POISON: Final = "poison"
-"""The rollout was handed out too often without ever being confirmed."""
+"""The rollout was handed out too often without ever being confirmed: it may kill its workers."""
 
 STORE_ONLY: Final = frozenset({UNCONFIRMED, RELEASED})
 """Codes that no caller may give, because they decide whether an attempt counts and whether it can be revived."""

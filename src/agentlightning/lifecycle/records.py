@@ -7,6 +7,7 @@ store needs: versions for conditional writes, lease clocks, counters.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -82,6 +83,9 @@ class RolloutRow(msgspec.Struct, frozen=True, gc=False):
     """Digest of the request that made it, to tell a repeat from a reused id."""
     releases: int = 0
     """How many of its attempts were given back before their work began; these do not use up ``max_attempts``."""
+    suspects: str = ""
+    """The workers that were handed it, gave a sign of life after that, and never confirmed it, separated by spaces.
+    Each is there once, and once more for each time that it was reported dead."""
 
     @property
     def counted_attempts(self) -> int:
@@ -148,6 +152,15 @@ class Pair(NamedTuple):
     attempt: AttemptRow
 
 
+class Holder(NamedTuple):
+    """What is known of the worker of a live attempt."""
+
+    last_heard: float = -math.inf
+    """When it, or one of its attempts, gave its last sign of life, on the lease clock."""
+    died: bool = False
+    """Whether it was reported dead."""
+
+
 class WorkerRow(msgspec.Struct, frozen=True, gc=False):
     """One runner process as the store sees it."""
 
@@ -171,6 +184,9 @@ class WorkerRow(msgspec.Struct, frozen=True, gc=False):
     """What it said of itself when it began, as canonical JSON."""
     directive: WorkerDirective | None = None
     """What it has been asked to do; while there is one, it gets no work."""
+    heard_lease: float = 0.0
+    """When it, or an attempt of it that has ended, was last heard of, on the lease clock. Unlike ``beaten_lease``, a
+    rollout that it gets when it has waited does not count: its connection may be gone."""
 
 
 class ResourcesRow(msgspec.Struct, frozen=True, gc=False):

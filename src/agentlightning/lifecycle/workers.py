@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from agentlightning.lifecycle import reasons
@@ -13,9 +16,10 @@ _IDLE_NOTED_SECONDS = 60.0
 """An empty claim within this time of the last one writes nothing, so a fleet that waits causes no writes."""
 
 
-def took(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
-    """It got this attempt from the queue."""
-    return replace(_heard(holds(worker, attempt, now), now), last_dequeue_time=now.wall)
+def took(worker: WorkerRow, attempt: AttemptRow, now: Moment, *, waited: bool) -> WorkerRow:
+    """It got this attempt from the queue; ``waited``: it had asked earlier, and is not heard now."""
+    heard_lease = worker.heard_lease if waited else now.lease
+    return replace(_renewed(holds(worker, attempt, now), now), last_dequeue_time=now.wall, heard_lease=heard_lease)
 
 
 def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
@@ -29,9 +33,11 @@ def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
     )
 
 
-def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
-    """It asked for work and there was none. One that still holds an attempt stays busy."""
-    worker = _heard(worker, now)
+def came_empty(worker: WorkerRow, now: Moment, *, waited: bool) -> WorkerRow:
+    """It asked for work and there was none. One that still holds an attempt stays busy. ``waited``: as for ``took``."""
+    worker = _renewed(worker, now)
+    if not waited:
+        worker = replace(worker, heard_lease=now.lease)
     if worker.current_attempt_id is not None or (worker.status == "idle" and _noted_lately(worker, now)):
         return worker
     return _idle(worker, now)
@@ -39,6 +45,7 @@ def came_empty(worker: WorkerRow, now: Moment) -> WorkerRow:
 
 def released(worker: WorkerRow, ended: AttemptRow, other: AttemptRow | None, now: Moment) -> WorkerRow:
     """One of its attempts has ended; ``other`` is an attempt that it still holds, if any."""
+    worker = replace(worker, heard_lease=max(worker.heard_lease, _last_word(ended)))
     if other is not None:
         return replace(worker, status="busy", current_rollout_id=other.rollout_id, current_attempt_id=other.attempt_id)
     worker = replace(worker, current_rollout_id=None, current_attempt_id=None)
@@ -54,6 +61,7 @@ def beat(worker: WorkerRow, lease_seconds: float | None, stats: bytes | None, no
         worker,
         last_heartbeat_time=now.wall,
         beaten_lease=now.lease,
+        heard_lease=now.lease,
         lease_seconds=worker.lease_seconds if lease_seconds is None else lease_seconds,
         heartbeat_stats=worker.heartbeat_stats if stats is None else stats,
     )
@@ -82,6 +90,7 @@ def only_heard(before: WorkerRow, after: WorkerRow) -> bool:
         current_rollout_id=after.current_rollout_id,
         current_attempt_id=after.current_attempt_id,
         beaten_lease=after.beaten_lease,
+        heard_lease=after.heard_lease,
     )
 
 
@@ -110,6 +119,16 @@ def lose(worker: WorkerRow) -> WorkerRow:
     return replace(worker, status="unknown", current_rollout_id=None, current_attempt_id=None, deadline=None)
 
 
+def last_heard(worker: WorkerRow, held: Iterable[AttemptRow]) -> float:
+    """When it gave its last sign of life, on the lease clock; ``held``: its live attempts."""
+    return max([worker.heard_lease, *map(_last_word, held)])
+
+
+def _last_word(attempt: AttemptRow) -> float:
+    """When an attempt was heard of; before all time, if it never was."""
+    return attempt.beaten_lease if attempt.last_heartbeat_time is not None else -math.inf
+
+
 def _idle(worker: WorkerRow, now: Moment) -> WorkerRow:
     return replace(worker, status="idle", last_idle_time=now.wall)
 
@@ -118,8 +137,8 @@ def _noted_lately(worker: WorkerRow, now: Moment) -> bool:
     return worker.last_idle_time is not None and 0 <= now.wall - worker.last_idle_time < _IDLE_NOTED_SECONDS
 
 
-def _heard(worker: WorkerRow, now: Moment) -> WorkerRow:
-    """A claim is a sign of life, too: it renews the worker's lease."""
+def _renewed(worker: WorkerRow, now: Moment) -> WorkerRow:
+    """A claim renews the worker's lease, too."""
     if worker.lease_seconds is None:
         return worker
     worker = replace(worker, beaten_lease=now.lease)

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
 from agentlightning.lifecycle import attempts, reasons, workers
-from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import (
     Backend,
@@ -36,7 +36,7 @@ from agentlightning.store.backend import (
     Transaction,
     Waiting,
 )
-from agentlightning.store.operations.attempts import lose_attempts
+from agentlightning.store.operations.attempts import holder_of, lose_attempts
 from agentlightning.store.operations.rows import save, save_worker
 from agentlightning.store.waits import ClaimWaiters, FinishWaiters
 
@@ -55,14 +55,17 @@ async def sweep(tx: Transaction) -> bool:
     """Check rows whose deadline has passed, and end what has expired; returns whether more rows are due."""
     now = tx.now()
     due = await tx.due(now.lease, _SLICE)
+    holders: dict[str | None, Holder] = {}
     for row in due:
         if isinstance(row, AttemptRow):
             rollout = await tx.get(RolloutRow, row.rollout_id)
             if rollout is None:  # a damaged store; `verify` names the row, and the sweep must not stand still at it
                 await tx.put(row, replace(row, deadline=None))
                 continue
+            if row.worker_id not in holders:
+                holders[row.worker_id] = await holder_of(tx, row.worker_id)
             before = Pair(rollout, row)
-            await save(tx, Change(*before), Change(*attempts.expire(before, now)))
+            await save(tx, Change(*before), Change(*attempts.expire(before, holders[row.worker_id], now)))
     for row in due:
         if isinstance(row, WorkerRow):
             await _look_at_worker(tx, row.worker_id)
@@ -78,7 +81,8 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
     after, lost = workers.expire(worker, tx.now())
     if lost:
         silence = f"worker {worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s"
-        await lose_attempts(tx, worker_id, Reason(reasons.WORKER_LOST, silence))
+        holder = await holder_of(tx, worker_id)
+        await lose_attempts(tx, worker_id, Reason(reasons.WORKER_LOST, silence), holder)
         worker = await tx.get(WorkerRow, worker_id) or worker
         after, _ = workers.expire(worker, tx.now())
     await save_worker(tx, worker, after)

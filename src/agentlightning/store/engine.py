@@ -176,8 +176,9 @@ class EngineStore(ReadingStore):
         wait_seconds = check_finite(wait_seconds, "wait_seconds")
         wanted = self._claim_request(limit, worker_id, request_id)
 
-        async def claim() -> Sequence[AttemptedRollout] | None:
-            claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, wanted, self._mint_attempt_id))
+        async def claim(waited: bool) -> Sequence[AttemptedRollout] | None:
+            now = wanted._replace(waited=waited)
+            claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, now, self._mint_attempt_id))
             return None if claimed is None else [self._shown.rollout_view(*pair) for pair in claimed]
 
         self._core.open()

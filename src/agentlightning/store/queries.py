@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from agentlightning.errors import InvalidValue
 from agentlightning.lifecycle import attempts
-from agentlightning.lifecycle.records import AttemptRow, Moment, Pair, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Holder, Moment, Pair, RolloutRow
 from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, Table
 from agentlightning.store.validation import MAX_BATCH, check_id, check_one_of, check_paging, shown
 from agentlightning.types import Attempt, AttemptedRollout, ResourcesUpdate, Span, Worker
@@ -111,7 +111,7 @@ def within(field: str, values: Sequence[str], allowed: Sequence[str] | None = No
 def as_of(rollout: RolloutRow, attempt: AttemptRow, now: Moment) -> Pair:
     """Both as they are at this moment. A read uses it, because a store that cannot write cannot store an expiry."""
     pair = Pair(rollout, attempt)
-    return pair if attempt.deadline is None or attempt.deadline > now.lease else attempts.expire(pair, now)
+    return pair if attempt.deadline is None or attempt.deadline > now.lease else attempts.expire(pair, Holder(), now)
 
 
 def text_filter(what: str, value: Any) -> str:

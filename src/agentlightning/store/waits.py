@@ -181,26 +181,27 @@ class ClaimWaiters(_Waiters):
 
     async def claim_or_wait(
         self,
-        claim: Callable[[], Awaitable[Sequence[T] | None]],
+        claim: Callable[[bool], Awaitable[Sequence[T] | None]],
         wanted: ClaimRequest,
         seconds: float,
     ) -> Sequence[T]:
         """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
 
         Args:
-            claim: claims what is ``wanted``. If it returns None, its worker must not claim: the result is empty,
-                without a wait.
+            claim: claims what is ``wanted``; is told whether the caller has waited. If it returns None, it will never
+                get anything: the result is empty, without a wait.
             wanted: if it has a ``request_id``, others may make the claim meanwhile (``offer``); ``claim`` then finds
                 its attempts.
             seconds: how long to wait at most.
         """
         clock = asyncio.get_running_loop().time
         until = clock() + seconds
+        waited = False
         while clock() < until:
             ticket = self._join(wanted)
             will_look = False
             try:
-                claimed = () if self.held else await claim()
+                claimed = () if self.held else await claim(waited)
                 if claimed is None:
                     self.wake(1)  # this ticket may have been called for a rollout that another worker can take
                     return []
@@ -209,10 +210,10 @@ class ClaimWaiters(_Waiters):
                 called = await self._wait(ticket, until - clock())
                 if ticket.replaced or (not called and self._give_up(ticket)):
                     return []
-                will_look = True
+                will_look = waited = True
             finally:
                 self._leave(ticket, will_look=will_look)
-        return [] if self.held else await claim() or []
+        return [] if self.held else await claim(waited) or []
 
     def wake(self, count: int) -> None:
         """Wake one caller for each of ``count`` rollouts that have become claimable."""

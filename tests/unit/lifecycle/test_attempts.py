@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import attempts, reasons
 from agentlightning.lifecycle.attempts import MAX_REDELIVERIES
-from agentlightning.lifecycle.records import Claim, Pair, Reason, RolloutPolicy
+from agentlightning.lifecycle.records import Claim, Holder, Pair, Reason, RolloutPolicy
 from agentlightning.lifecycle.states import ENDED, FINAL, LIVE
 from agentlightning.types import AttemptEnd, AttemptStatus
 from rows import NOW, STANDS, an_attempt, pair_of, standing_rollout
@@ -21,6 +22,20 @@ ATTEMPT_STATES: tuple[AttemptStatus, ...] = get_args(AttemptStatus)
 WITH_ATTEMPT = [stands for stands in STANDS if stands[1] is not None]
 STALE = [stands for stands in WITH_ATTEMPT if stands[1] in ENDED and stands != ("requeuing", "unresponsive")]
 SILENT = RolloutPolicy(unresponsive_seconds=20.0, max_attempts=3, retry_condition=("unresponsive",))
+
+
+def handed_out(redeliveries: int, *, worker_id: str | None = "w-1", suspects: str = "") -> Pair:
+    """A rollout that nobody confirmed so often, and that is handed out once more."""
+    policy = RolloutPolicy(max_attempts=1)
+    rollout, attempt = pair_of("preparing", "preparing", policy, confirm_seconds=10.0, worker_id=worker_id)
+    return Pair(replace(rollout, attempts=redeliveries + 1, redeliveries=redeliveries, suspects=suspects), attempt)
+
+
+ENDS_UNCONFIRMED: list[Callable[[Pair, Holder], Pair]] = [
+    lambda pair, holder: attempts.expire(pair, holder, NOW),
+    lambda pair, holder: attempts.lose(pair, WHY, holder, NOW),
+]
+"""How an attempt that was not confirmed ends."""
 
 
 def ended_rollout(pair: Pair) -> tuple[str, float | None, str | None]:
@@ -203,7 +218,7 @@ class TestSignsOfLife:
         after = attempts.reclaim(pair_of("requeuing", "unresponsive", policy), 10.0, NOW)
         assert (after.rollout.status, after.attempt.status) == ("running", "running")
         assert (after.attempt.confirm_seconds, after.attempt.deadline) == (10.0, deadline)
-        silent = attempts.expire(after, NOW._replace(lease=1_010.0)).attempt
+        silent = attempts.expire(after, Holder(), NOW._replace(lease=1_010.0)).attempt
         assert silent.reason_code in (reasons.UNCONFIRMED, reasons.TIMEOUT)
 
 
@@ -346,26 +361,63 @@ class TestEnd:
 class TestLoss:
     def test_of_a_worker_that_had_confirmed_follows_the_policy(self) -> None:
         pair = pair_of("running", "running", SILENT)
-        after = attempts.lose(pair, WHY, NOW)
+        after = attempts.lose(pair, WHY, Holder(), NOW)
         assert after == attempts.end(pair, "unresponsive", WHY, NOW)
         assert after.rollout.status == "requeuing"
 
     @pytest.mark.parametrize("redelivered", range(MAX_REDELIVERIES))
     def test_of_one_that_had_not_uses_up_no_attempt(self, redelivered: int) -> None:
-        rollout, attempt = pair_of("preparing", "preparing", RolloutPolicy(max_attempts=1), confirm_seconds=10.0)
-        rollout = replace(rollout, attempts=redelivered + 1, redeliveries=redelivered)
-        after = attempts.lose(Pair(rollout, attempt), WHY, NOW)
+        rollout, attempt = handed_out(redelivered)
+        after = attempts.lose(Pair(rollout, attempt), WHY, Holder(), NOW)
         assert after.rollout == replace(rollout, status="requeuing", redeliveries=redelivered + 1)
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNCONFIRMED)
         assert after.attempt.reason_message == "it broke"
 
-    def test_too_often_is_poison(self) -> None:
-        rollout, attempt = pair_of("preparing", "preparing", RolloutPolicy(max_attempts=99), confirm_seconds=10.0)
-        rollout = replace(rollout, attempts=MAX_REDELIVERIES + 1, redeliveries=MAX_REDELIVERIES)
-        after = attempts.lose(Pair(rollout, attempt), WHY, NOW)
+
+class TestPoison:
+    """What was handed out and never confirmed: whether the rollout or the worker is to blame."""
+
+    @pytest.mark.parametrize("end", ENDS_UNCONFIRMED)
+    @pytest.mark.parametrize(
+        ("worker_id", "before", "holder", "suspects"),
+        [
+            ("w-4", "w-1 w-2", Holder(), "w-1 w-2"),
+            ("w-4", "w-1 w-2", Holder(last_heard=900.0), "w-1 w-2"),  # by the claim itself
+            ("w-4", "w-1 w-2", Holder(last_heard=900.1), "w-1 w-2 w-4"),
+            ("w-1", "w-1 w-2", Holder(last_heard=950.0), "w-1 w-2"),
+            ("w-1", "w-1 w-2", Holder(died=True), "w-1 w-2 w-1"),
+            (None, "w-1 w-2", Holder(), "w-1 w-2"),
+        ],
+    )
+    def test_a_worker_is_a_proof_once_if_it_lived_on_and_whenever_it_died(
+        self, end: Any, worker_id: str | None, before: str, holder: Holder, suspects: str
+    ) -> None:
+        after = end(handed_out(2, worker_id=worker_id, suspects=before), holder)
+        assert (after.rollout.status, after.rollout.suspects) == ("requeuing", suspects)
+
+    @pytest.mark.parametrize("end", ENDS_UNCONFIRMED)
+    @pytest.mark.parametrize(
+        ("suspects", "holder"), [("w-1 w-2 w-3", Holder(last_heard=950.0)), ("w-4 w-4 w-4", Holder(died=True))]
+    )
+    def test_the_fourth_suspect_proves_it(self, end: Any, suspects: str, holder: Holder) -> None:
+        after = end(handed_out(3, worker_id="w-4", suspects=suspects), holder)
         assert ended_rollout(after) == ("failed", NOW.wall, reasons.POISON)
-        assert after.rollout.reason_message == "handed out 4 times without being confirmed once"
+        assert after.rollout.reason_message == (
+            "handed out 4 times without being confirmed once; workers that were there and had it: "
+            + ", ".join([*suspects.split(), "w-4"])
+        )
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNCONFIRMED)
+
+    @pytest.mark.parametrize("end", ENDS_UNCONFIRMED)
+    def test_so_does_the_number_alone_in_the_end(self, end: Any) -> None:
+        after = end(handed_out(MAX_REDELIVERIES), Holder())
+        assert ended_rollout(after) == ("failed", NOW.wall, reasons.POISON)
+        assert after.rollout.reason_message == "handed out 21 times without being confirmed once"
+
+    def test_a_worker_that_takes_it_up_after_all_is_no_proof(self) -> None:
+        lost = attempts.expire(handed_out(2, worker_id="w-1", suspects="w-1 w-2 w-1"), Holder(), NOW)
+        assert lost.rollout.suspects == "w-1 w-2 w-1"
+        assert attempts.beat(lost, NOW).rollout.suspects == "w-2"
 
 
 class TestRelease:
@@ -414,28 +466,28 @@ class TestExpire:
 
     def test_an_attempt_that_was_heard_since_gets_its_true_deadline(self) -> None:
         pair = pair_of("running", "running", self.POLICY, beaten_lease=980.0, deadline=950.0)
-        after = attempts.expire(pair, NOW)
+        after = attempts.expire(pair, Holder(), NOW)
         assert after.rollout is pair.rollout
         assert after.attempt == replace(pair.attempt, deadline=1_030.0)
 
     def test_an_attempt_that_nothing_ends_any_more_has_no_deadline(self) -> None:
         pair = pair_of("running", "running", RolloutPolicy(), deadline=950.0)
-        assert attempts.expire(pair, NOW) == Pair(pair.rollout, replace(pair.attempt, deadline=None))
+        assert attempts.expire(pair, Holder(), NOW) == Pair(pair.rollout, replace(pair.attempt, deadline=None))
 
     def test_the_moment_itself_is_late_enough(self) -> None:
         pair = pair_of("running", "running", RolloutPolicy(unresponsive_seconds=100.0))
-        assert attempts.expire(pair, NOW).attempt.status == "unresponsive"
-        assert attempts.expire(pair, NOW._replace(lease=NOW.lease - 0.001)).attempt.status == "running"
+        assert attempts.expire(pair, Holder(), NOW).attempt.status == "unresponsive"
+        assert attempts.expire(pair, Holder(), NOW._replace(lease=NOW.lease - 0.001)).attempt.status == "running"
 
     def test_silence(self) -> None:
-        after = attempts.expire(pair_of("running", "running", self.POLICY), NOW)
+        after = attempts.expire(pair_of("running", "running", self.POLICY), Holder(), NOW)
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNRESPONSIVE)
         assert after.attempt.reason_message == "no sign of life for 50 s"
         assert ended_rollout(after) == ("failed", NOW.wall, reasons.UNRESPONSIVE)
 
     def test_time_out(self) -> None:
         pair = pair_of("running", "running", self.POLICY, beaten_lease=1_049.0)
-        after = attempts.expire(pair, NOW._replace(lease=1_050.0))
+        after = attempts.expire(pair, Holder(), NOW._replace(lease=1_050.0))
         assert (after.attempt.status, after.attempt.reason_code) == ("timeout", reasons.TIMEOUT)
         assert after.attempt.reason_message == "not finished within 150 s"
         assert after.rollout.status == "requeuing"
@@ -443,8 +495,8 @@ class TestExpire:
     @pytest.mark.parametrize("status", sorted(LIVE))
     def test_a_claim_that_nobody_confirmed(self, status: Any) -> None:
         pair = pair_of(status, status, self.POLICY, confirm_seconds=10.0)
-        after = attempts.expire(pair, NOW)
-        lost = attempts.lose(pair, WHY, NOW)
+        after = attempts.expire(pair, Holder(), NOW)
+        lost = attempts.lose(pair, WHY, Holder(), NOW)
         assert lost.rollout == after.rollout
         assert lost.attempt == replace(after.attempt, reason_message=WHY.message)
         assert after.rollout.status == "requeuing"

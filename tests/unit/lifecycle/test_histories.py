@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, get_args
 
+import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
 from agentlightning.errors import IllegalMove, StaleAttempt
 from agentlightning.lifecycle import attempts, rollouts
-from agentlightning.lifecycle.attempts import MAX_REDELIVERIES, standing
+from agentlightning.lifecycle.attempts import MAX_REDELIVERIES, POISON_SUSPECTS, standing
 from agentlightning.lifecycle.deadlines import attempt_deadline
-from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutPolicy, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Claim, Holder, Moment, Pair, Reason, RolloutPolicy, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import ATTEMPT_MOVES, ENDED, ROLLOUT_MOVES
 from agentlightning.types import AttemptStatus, RolloutStatus
@@ -51,7 +52,7 @@ def to_attempt(function: Callable[[Pair, Moment], Pair], stands: tuple[str, ...]
 
 def sweep(pair: Pair, now: Moment) -> Pair:
     deadline = pair.attempt.deadline
-    return pair if deadline is None or deadline > now.lease else attempts.expire(pair, now)
+    return pair if deadline is None or deadline > now.lease else attempts.expire(pair, Holder(), now)
 
 
 def acts() -> Iterator[tuple[str, Act]]:
@@ -62,7 +63,7 @@ def acts() -> Iterator[tuple[str, Act]]:
     yield "beat", to_attempt(attempts.beat, anyhow)
     yield "run", to_attempt(attempts.run, anyhow)
     yield "expire", to_attempt(sweep, ("live",))
-    yield "lose", to_attempt(lambda pair, now: attempts.lose(pair, WHY, now), ("live",))
+    yield "lose", to_attempt(lambda pair, now: attempts.lose(pair, WHY, Holder(died=True), now), ("live",))
     yield "release", to_attempt(attempts.release, anyhow)
     yield "reclaim", to_attempt(lambda pair, now: attempts.reclaim(pair, 10.0, now), ("revivable",))
     for status in get_args(AttemptStatus):
@@ -93,6 +94,7 @@ def assert_sound(change: Change) -> None:
     assert (rollout.status, status) in STANDS
     assert rollout.final == (rollout.end_time is not None) == (rollout.reason_code is not None)
     assert 0 <= rollout.redeliveries <= MAX_REDELIVERIES
+    assert len(rollout.suspects.split()) <= min(POISON_SUSPECTS, rollout.attempts)
     assert rollout.releases >= 0
     assert rollout.counted_attempts >= 0
     assert (attempt is None) == (rollout.latest_attempt_id is None) == (rollout.attempts == 0)
@@ -182,7 +184,7 @@ def test_an_attempt_never_expires_early_and_never_late(before: Change, now: Mome
     if attempt is None or not attempt.live:
         return
     due = attempt_deadline(rollout.policy, attempt)
-    after = attempts.expire(Pair(rollout, attempt), now)
+    after = attempts.expire(Pair(rollout, attempt), Holder(), now)
     assert after.attempt.live == (due is None or due > now.lease)
     if after.attempt.live:
         assert after.attempt.deadline == due
@@ -234,7 +236,11 @@ def test_a_rollout_that_always_fails_gets_as_many_attempts_as_it_may(max_attempt
     assert change.rollout.status == "failed"
 
 
-def test_a_rollout_that_nobody_confirms_is_handed_out_four_times() -> None:
+@pytest.mark.parametrize(
+    ("name", "times"), [("expire", MAX_REDELIVERIES + 1), ("lose", POISON_SUSPECTS)], ids=["vanishing", "dying"]
+)
+def test_a_rollout_that_nobody_confirms_is_handed_out_a_limited_number_of_times(name: str, times: int) -> None:
+    """To one worker that vanishes each time, or is reported dead."""
     change = Change(standing_rollout(policy=RolloutPolicy(max_attempts=1)), None)
     claims = 0
     now = NOW
@@ -242,6 +248,6 @@ def test_a_rollout_that_nobody_confirms_is_handed_out_four_times() -> None:
         change = claim(change, now)
         claims += 1
         now = now._replace(lease=now.lease + 10.0)
-        change = ACTS["expire"](change, now)
-    assert claims == MAX_REDELIVERIES + 1
+        change = ACTS[name](change, now)
+    assert claims == times
     assert (change.rollout.status, change.rollout.reason_code) == ("failed", "poison")

@@ -29,30 +29,41 @@ def test_one_that_got_an_attempt_is_busy_with_it(status: WorkerStatus) -> None:
     busy = {**HOLDING, "last_busy_time": NOW.wall}
     expected = {name: value for name, value in busy.items() if getattr(before, name) != value}
     assert changed(before, workers.holds(before, an_attempt(), NOW)) == expected
-    assert changed(before, workers.took(before, an_attempt(), NOW)) == {**expected, "last_dequeue_time": NOW.wall}
+    taken = {**expected, "last_dequeue_time": NOW.wall}
+    assert changed(before, workers.took(before, an_attempt(), NOW, waited=True)) == taken
+    taken["heard_lease"] = NOW.lease
+    assert changed(before, workers.took(before, an_attempt(), NOW, waited=False)) == taken
 
 
 def test_one_that_got_nothing_is_idle_unless_it_still_holds_something() -> None:
-    assert changed(a_worker(), workers.came_empty(a_worker(), NOW)) == {"status": "idle", "last_idle_time": NOW.wall}
+    idle = {"status": "idle", "last_idle_time": NOW.wall}
+    assert changed(a_worker(), workers.came_empty(a_worker(), NOW, waited=True)) == idle
+    idle["heard_lease"] = NOW.lease
+    assert changed(a_worker(), workers.came_empty(a_worker(), NOW, waited=False)) == idle
     holding = a_worker(**HOLDING)
-    assert workers.came_empty(holding, NOW) is holding
+    assert workers.came_empty(holding, NOW, waited=True) is holding
+    assert changed(holding, workers.came_empty(holding, NOW, waited=False)) == {"heard_lease": NOW.lease}
 
 
 @pytest.mark.parametrize(("since", "is_noted"), [(None, True), (0.0, False), (59.9, False), (60.0, True), (-1.0, True)])
 def test_one_that_waits_for_work_is_noted_once_a_minute(since: float | None, is_noted: bool) -> None:
     """Also after the machine's clock was set back."""
     idle = a_worker(status="idle", last_idle_time=None if since is None else NOW.wall - since)
-    after = workers.came_empty(idle, NOW)
+    after = workers.came_empty(idle, NOW, waited=True)
     assert changed(idle, after) == ({"last_idle_time": NOW.wall} if is_noted else {})
 
 
-def test_a_claim_renews_the_lease() -> None:
+@pytest.mark.parametrize("waited", [False, True])
+def test_a_claim_renews_the_lease(waited: bool) -> None:
     """Whatever it gets; the deadline is a lower bound still, and is moved only where there is none."""
     leased = a_worker(lease_seconds=20.0, beaten_lease=940.0, deadline=960.0)
     lost = workers.lose(leased)
-    for after in (workers.took(leased, an_attempt(), NOW), workers.came_empty(leased, NOW)):
+    for after in (
+        workers.took(leased, an_attempt(), NOW, waited=waited),
+        workers.came_empty(leased, NOW, waited=waited),
+    ):
         assert (after.beaten_lease, after.deadline) == (NOW.lease, 960.0)
-    for after in (workers.took(lost, an_attempt(), NOW), workers.came_empty(lost, NOW)):
+    for after in (workers.took(lost, an_attempt(), NOW, waited=waited), workers.came_empty(lost, NOW, waited=waited)):
         assert (after.beaten_lease, after.deadline) == (NOW.lease, NOW.lease + 20.0)
 
 
@@ -90,6 +101,7 @@ class TestBeat:
             "last_idle_time": NOW.wall,
             "last_heartbeat_time": NOW.wall,
             "beaten_lease": NOW.lease,
+            "heard_lease": NOW.lease,
         }
 
     def test_one_that_holds_an_attempt_and_was_given_up_is_busy_again(self) -> None:
@@ -127,6 +139,28 @@ class TestBeat:
         assert due is None or (
             after.deadline is not None and after.deadline <= due == later.lease + (new_lease or lease or 0)
         )
+
+
+class TestLastHeard:
+    NEVER = an_attempt("preparing", beaten_lease=999.0)
+    LATELY = an_attempt("running", beaten_lease=990.0, last_heartbeat_time=4_990.0)
+
+    def test_by_itself_or_by_what_it_holds(self) -> None:
+        worker = a_worker(heard_lease=980.0)
+        assert workers.last_heard(worker, []) == 980.0
+        assert workers.last_heard(worker, [self.NEVER]) == 980.0
+        assert workers.last_heard(worker, [self.NEVER, self.LATELY]) == 990.0
+        assert workers.last_heard(a_worker(heard_lease=995.0), [self.LATELY]) == 995.0
+
+    @pytest.mark.parametrize("ended", ["succeeded", "unresponsive"])
+    def test_what_it_held_is_remembered(self, ended: Any) -> None:
+        """However it ended: when it was heard of last is known."""
+        worker = a_worker(heard_lease=980.0)
+        for attempt, heard in ((self.NEVER, 980.0), (self.LATELY, 990.0)):
+            fields = {"beaten_lease": attempt.beaten_lease, "last_heartbeat_time": attempt.last_heartbeat_time}
+            for other in (None, an_attempt()):
+                after = workers.released(worker, an_attempt(ended, **fields), other, NOW)
+                assert workers.last_heard(after, []) == heard
 
 
 class TestExpire:
@@ -189,8 +223,8 @@ class TestOnlyHeard:
         "after",
         [
             workers.beat(a_worker(status="idle"), None, None, NOW),
-            workers.took(a_worker(status="idle"), an_attempt(), NOW),
-            workers.came_empty(a_worker(status="idle"), NOW),
+            workers.took(a_worker(status="idle"), an_attempt(), NOW, waited=False),
+            workers.came_empty(a_worker(status="idle"), NOW, waited=False),
         ],
     )
     def test_a_beat_a_claim_and_an_empty_claim(self, after: WorkerRow) -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from agentlightning.errors import IdReused, StaleAttempt
 from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import Started, standing
-from agentlightning.lifecycle.records import AttemptRow, Claim, Moment, Pair, Reason, RolloutRow
+from agentlightning.lifecycle.records import AttemptRow, Claim, Holder, Moment, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Claimed, Filter, PageQuery, Transaction
 from agentlightning.store.operations.rollouts import Draft, existing, with_resources
@@ -39,6 +39,8 @@ class ClaimRequest(NamedTuple):
     digest: bytes
     """Digest of the request, if it has an id."""
     confirm_seconds: float
+    waited: bool = False
+    """Whether its caller asked earlier, and has waited since: it may be gone."""
 
 
 class Report(NamedTuple):
@@ -65,32 +67,33 @@ class Finish(NamedTuple):
 
 
 async def claim(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
-    """Start attempts of the next rollouts in the queue; None for a worker that shall take no more work.
+    """Start attempts of the next rollouts in the queue; None if this request will never get any.
 
-    A repeated request gets those of its attempts that it still has, be it none; it claims no others.
+    That is so for a worker that shall take no more work, and for a repeated request: it gets those of its attempts that
+    it still has, and no others, so none if it has none any more.
 
     Raises:
         IdReused: ``request_id`` was used for another claim.
     """
     held = await _claimed_before(tx, wanted)
-    return await _claim_new(tx, wanted, mint) if held is None else held
+    return await _claim_new(tx, wanted, mint) if held is None else held or None
 
 
 async def claim_for_waiter(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> None:
     """``claim`` in the name of a caller that waits, who repeats the claim when it is told of what it got."""
     assert wanted.request_id is not None
     if not await tx.attempts_of_request(wanted.request_id):  # else it is told by whoever claimed, or need not be
-        taken = await _claim_new(tx, wanted, mint)
+        taken = await _claim_new(tx, wanted._replace(waited=True), mint)
         if taken:
             tx.publish(Claimed(wanted.request_id, len(taken)))
 
 
 async def _claim_new(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
-    limit, worker_id, request_id, digest, confirm_seconds = wanted
+    limit, worker_id, request_id, digest, confirm_seconds, waited = wanted
     now = tx.now()
     worker = None if worker_id is None else await worker_of(tx, worker_id)
     if worker is not None and worker.directive is not None:
-        await save_worker(tx, worker, workers.came_empty(worker, now))
+        await save_worker(tx, worker, workers.came_empty(worker, now, waited=waited))
         return None
     lease = None if request_id is None else confirm_seconds
     taken: list[Pair] = []
@@ -98,7 +101,10 @@ async def _claim_new(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], s
         started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease, digest), now)
         taken.append(_pair(await save_started(tx, Change(rollout, None), started)))
     if worker is not None:
-        after = workers.took(worker, taken[-1].attempt, now) if taken else workers.came_empty(worker, now)
+        if taken:
+            after = workers.took(worker, taken[-1].attempt, now, waited=waited)
+        else:
+            after = workers.came_empty(worker, now, waited=waited)
         await save_worker(tx, worker, after)
     return taken
 
@@ -225,7 +231,16 @@ def _reported(before: Pair, said: Report, now: Moment) -> Pair:
     return Pair(after.rollout, attempt)
 
 
-async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
+async def holder_of(tx: Transaction, worker_id: str | None) -> Holder:
+    """What is known of the worker of attempts that end because nothing is heard of them."""
+    worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
+    if worker is None:
+        return Holder()
+    held = [await tx.get(AttemptRow, each) for each in await tx.live_attempts_of(worker.worker_id)]
+    return Holder(workers.last_heard(worker, filter(None, held)))
+
+
+async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason, holder: Holder) -> list[AttemptRow]:
     """End all live attempts of a worker that is gone."""
     lost: list[AttemptRow] = []
     for attempt_id in await tx.live_attempts_of(worker_id):
@@ -233,7 +248,7 @@ async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason) -> list
         rollout = attempt and await tx.get(RolloutRow, attempt.rollout_id)
         if attempt is not None and rollout is not None:
             before = Pair(rollout, attempt)
-            after = attempts.lose(before, reason, tx.now())
+            after = attempts.lose(before, reason, holder, tx.now())
             lost.append(_pair(await save(tx, Change(*before), Change(*after))).attempt)
     return lost
 

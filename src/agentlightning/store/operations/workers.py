@@ -8,7 +8,7 @@ from typing import NamedTuple
 from agentlightning.errors import NotFound
 from agentlightning.lifecycle import attempts, workers
 from agentlightning.lifecycle.attempts import standing
-from agentlightning.lifecycle.records import AttemptRow, Pair, Reason, RolloutRow, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Directed, PageQuery, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
@@ -43,7 +43,7 @@ async def lose(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptR
         NotFound: the worker is unknown.
     """
     await _known(tx, worker_id)
-    lost = await lose_attempts(tx, worker_id, reason)
+    lost = await lose_attempts(tx, worker_id, reason, Holder(died=True))
     worker = await worker_of(tx, worker_id)
     await save_worker(tx, worker, workers.lose(worker))
     return lost

@@ -87,6 +87,8 @@ MIGRATIONS: Sequence[str] = (
     "ALTER TABLE workers ADD COLUMN registration BLOB; ALTER TABLE workers ADD COLUMN directive TEXT",
     "ALTER TABLE rollouts ADD COLUMN releases INTEGER NOT NULL DEFAULT 0",
     _VERSION_4,
+    "ALTER TABLE rollouts ADD COLUMN suspects TEXT NOT NULL DEFAULT ''; "
+    "ALTER TABLE workers ADD COLUMN heard_lease REAL NOT NULL DEFAULT 0.0",
 )
 """Script number n brings a file from version n to version n + 1."""
 
@@ -214,6 +216,7 @@ def rebase_leases(connection: apsw.Connection, now: float, lost_seconds: float |
             "WHERE deadline IS NOT NULL AND (:lost IS NULL OR beaten_lease <> :now)",
             {"now": now, "lost": lost_seconds},
         )
+        connection.execute("UPDATE workers SET heard_lease = :now WHERE heard_lease > :now", {"now": now})
 
 
 # --- One owner for each database file ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -14,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from agentlightning.errors import InvalidId, InvalidValue, NotAllowed
 from agentlightning.proxy.admission import HOLD_SECONDS, RETRY_AFTER_SECONDS
-from agentlightning.proxy.calls import error_reply, handle_model_call
+from agentlightning.proxy.calls import error_reply, handle_model_call, ids_of, read_origin
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
-from agentlightning.proxy.dialects.base import ProxyError
+from agentlightning.proxy.dialects.base import Lookup, ProxyError
 from agentlightning.proxy.recording import CallOrigin
 from agentlightning.proxy.sampling import check_sampling
 from agentlightning.proxy.session import ProxySession
@@ -115,10 +116,8 @@ def _shown_keys(request: Request) -> list[bytes]:
     return [headers["authorization"].encode("latin-1"), *shown] if "authorization" in headers else shown
 
 
-def _wire_of(headers: Headers) -> WireDialect:
-    """Return the wire that a request's client speaks, as far as its headers tell."""
-    found = (dialect for dialect in DIALECTS if any(name in headers for name in dialect.client_headers))
-    return next(found, DEFAULT_DIALECT)
+async def _look_up(lookup: Lookup, request: Request) -> dict[str, Any]:
+    return lookup.answer(request.path_params | ids_of(read_origin(request)))
 
 
 class _PauseOptions(msgspec.Struct):
@@ -167,8 +166,16 @@ class ProxyApp:
     def __init__(self, session: ProxySession, access: ProxyAccess) -> None:
         self._session = session
         self._access = access
+        self._dialects = [kind() for kind in DIALECTS]
         self._routes = [
-            _Route("POST", re.compile(path), "run", None, dialect) for dialect in DIALECTS for path in dialect.paths
+            _Route("POST", re.compile(path), "run", None, dialect)
+            for dialect in self._dialects
+            for path in dialect.paths
+        ]
+        self._routes += [
+            _Route(each.method, re.compile(each.path), "run", partial(_look_up, each), dialect)
+            for dialect in self._dialects
+            for each in dialect.lookups()
         ]
         self._routes += [
             _Route("GET", re.compile("/models"), "run", self._list_models),
@@ -186,8 +193,11 @@ class ProxyApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = Request(scope, receive)
-        dialect = _wire_of(request.headers)
+        dialect = self._wire_of(request.headers)
         try:
+            if request.headers.get("upgrade", "").lower() == "websocket":
+                # Codex asks for one first, and posts at once after this status; after others it asks again for seconds.
+                raise ProxyError(426, "no_websockets", "The proxy has no WebSockets; send the request by POST.")
             route, scope["path_params"] = self._find(scope["method"], scope["path"])
             dialect = route.dialect or dialect
             self._access.authorize(request, route.permission)
@@ -200,6 +210,11 @@ class ProxyApp:
             await self._note_refusal(request, error)
             for message in error_reply(dialect, error):
                 await send(message)
+
+    def _wire_of(self, headers: Headers) -> WireDialect:
+        """Return the wire that a request's client speaks, as far as its headers tell."""
+        found = (dialect for dialect in self._dialects if any(name in headers for name in dialect.client_headers))
+        return next(found, DEFAULT_DIALECT)
 
     async def _note_refusal(self, request: Request, error: ProxyError) -> None:
         """Record a request below an attempt's URL that nothing here answers: its agent is set up wrongly. That the
@@ -226,7 +241,7 @@ class ProxyApp:
                 exists = True
                 if route.method == method:
                     return route, prefix_params | match.groupdict()
-        wires = ", ".join(f"POST /v1{path}" for dialect in DIALECTS for path in dialect.paths)
+        wires = ", ".join(f"POST /v1{path}" for dialect in self._dialects for path in dialect.paths)
         raise ProxyError(
             405 if exists else 404,
             "wrong_method" if exists else "unknown_url",
@@ -237,11 +252,11 @@ class ProxyApp:
     # --- What answers requests that are no model calls ---
 
     async def _list_models(self, request: Request) -> dict[str, Any]:
-        return _wire_of(request.headers).model_list(self._session.upstream.routing.models())
+        return self._wire_of(request.headers).model_list(self._session.upstream.routing.models())
 
     async def _show_model(self, request: Request) -> dict[str, Any]:
         backend, *_ = self._session.upstream.routing.order(request.path_params["model"], None)
-        return _wire_of(request.headers).model(backend.model_name)
+        return self._wire_of(request.headers).model(backend.model_name)
 
     async def _show_health(self, request: Request) -> dict[str, Any]:
         return {

@@ -92,7 +92,7 @@ class StreamRelay:
         return bytes(self._held + self._scrubber.bytes(self._stream.end()))
 
 
-def _read_origin(request: Request) -> CallOrigin | None:
+def read_origin(request: Request) -> CallOrigin | None:
     """Read which attempt a call belongs to; None: none, and the call is not recorded.
 
     The ids are those of ``/rollout/{rollout_id}/attempt/{attempt_id}/`` or of the headers ``x-rollout-id`` and
@@ -115,9 +115,14 @@ def _read_origin(request: Request) -> CallOrigin | None:
     return CallOrigin(rollout_id, attempt_id, trace_id, parent_span_id)
 
 
+def ids_of(origin: CallOrigin | None) -> dict[str, str]:
+    """Return the ids of an origin as parameters of a path."""
+    return {} if origin is None else {"rollout_id": origin.rollout_id, "attempt_id": origin.attempt_id}
+
+
 async def handle_model_call(session: ProxySession, dialect: WireDialect, request: Request, send: Send) -> None:
     """Answer one model call. Raises ``ProxyError`` if it was not admitted; nothing was sent then."""
-    origin = _read_origin(request)
+    origin = read_origin(request)
     session.check_can_record(origin)
     async with session.admission.place() as place:
         await _ModelCall(session, CallRecord(dialect, origin), place, send).run(request)
@@ -157,7 +162,8 @@ class _ModelCall:
             hangup.watch(request.receive)
             async with hangup.cancels():
                 await self._place.admitted()
-            record.request = self._dialect.read_request(record.raw_request, request.path_params)
+            params = request.path_params | ids_of(record.origin)
+            record.request = self._dialect.read_request(record.raw_request, params)
             record.raw_request = record.request.recorded or record.raw_request
             ending = await self._pass_on(hangup)
         except _AgentGone:

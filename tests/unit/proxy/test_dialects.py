@@ -43,7 +43,7 @@ class Shout(ChatCompletions):
 
 
 async def test_a_new_wire_is_served_recorded_and_refused_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "DIALECTS", (*DIALECTS, Shout()))
+    monkeypatch.setattr(app, "DIALECTS", (*DIALECTS, Shout))
     backend = OpenAIBackend()
     async with proxied(backend) as scene, aiohttp.ClientSession() as agent:
         base = scene.llm.endpoint.removesuffix("/v1")

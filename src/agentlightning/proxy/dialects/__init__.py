@@ -1,16 +1,18 @@
 """The wires that the proxy speaks with agents, one object each.
 
-A further wire is one more class that implements ``WireDialect``, and one more entry in ``DIALECTS``.
+A further wire is one more class that implements ``WireDialect``, and one more entry in ``DIALECTS``. Each proxy has its
+own objects.
 """
 
 from agentlightning.proxy.dialects.base import WireDialect
 from agentlightning.proxy.dialects.messages import Messages
 from agentlightning.proxy.dialects.openai import ChatCompletions, Completions
+from agentlightning.proxy.dialects.responses import Responses
 
-DIALECTS: tuple[WireDialect, ...] = (ChatCompletions(), Completions(), Messages())
+DIALECTS: tuple[type[WireDialect], ...] = (ChatCompletions, Completions, Responses, Messages)
 """Every wire that the proxy serves, in the order in which error messages list them."""
 
-DEFAULT_DIALECT = DIALECTS[0]
+DEFAULT_DIALECT = ChatCompletions()
 """Answers what belongs to no wire in particular: unknown URLs, the model list, the control routes."""
 
-__all__ = ["DEFAULT_DIALECT", "DIALECTS", "ChatCompletions", "Completions", "Messages", "WireDialect"]
+__all__ = ["DEFAULT_DIALECT", "DIALECTS", "ChatCompletions", "Completions", "Messages", "Responses", "WireDialect"]

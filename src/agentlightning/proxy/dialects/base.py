@@ -3,7 +3,7 @@
 Everything else in the proxy handles calls of all wires alike. A dialect reads an agent's request into a
 ``ModelRequest``, which already has the form that the backend takes; turns the backend's reply into what the agent
 reads and what is recorded; and gives errors and model lists the shape that the wire's clients parse. Dialects hold
-no state of a call: one object serves all calls at the same time.
+no state of a call: one object serves all calls of a proxy at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, get_args
@@ -111,6 +111,8 @@ class ModelRequest(NamedTuple):
     """The request as it is recorded, if that is not as the agent sent it: the wire is a translation."""
     asked: Mapping[str, Any] = MappingProxyType({})
     """What the agent sent, as far as the reply depends on it."""
+    context: object = None
+    """What else the dialect needs to write the reply."""
     notes: tuple[str, ...] = ()
     """What of the agent's request no backend gets, for the record."""
 
@@ -185,6 +187,17 @@ class RecordedReply:
             choice.finish_reason = choice.finish_reason and scrubber.text(choice.finish_reason)
 
 
+class Lookup(NamedTuple):
+    """A request of a wire that asks for something that its dialect keeps, and calls no model."""
+
+    method: str
+    path: str
+    """A regular expression, as those of ``WireDialect.paths``."""
+    answer: Callable[[Mapping[str, str]], dict[str, Any]]
+    """Takes the parameters of the path and ``rollout_id`` and ``attempt_id``, if the request names them. Raises
+    ``ProxyError``."""
+
+
 class ReplyStream(Protocol):
     """One streamed reply: the backend's events go in, the agent's events come out."""
 
@@ -247,7 +260,14 @@ class WireDialect(ABC):
 
     @abstractmethod
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:
-        """Read an agent's request. Raises ``ProxyError`` if it is no valid request of this wire (400)."""
+        """Read an agent's request.
+
+        Args:
+            path_params: the named groups of the path, and ``rollout_id`` and ``attempt_id`` if the call has them.
+
+        Raises:
+            ProxyError: it is no valid request of this wire (400).
+        """
 
     @abstractmethod
     def missing_capture(self, body: Mapping[str, Any], wanted: Iterable[CaptureField]) -> frozenset[CaptureField]:
@@ -289,6 +309,10 @@ class WireDialect(ABC):
     @abstractmethod
     def read_error(self, body: bytes, status: int) -> BackendError:
         """Read the body of a backend's error reply."""
+
+    def lookups(self) -> Sequence[Lookup]:
+        """Return the requests beside model calls that the wire has. Most have none."""
+        return ()
 
     def shown_error(self, body: bytes, status: int) -> bytes:
         """Return what the agent gets for a backend's error reply. Most wires are those of their backends."""

@@ -6,6 +6,7 @@ events and their order are those that the package ``anthropic`` (2.14.0) parses.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -106,7 +107,7 @@ class Messages(TranslatedDialect):
         content += [_tool_use(call) for call in calls]
         stop = choice.get("stop_reason")
         reason, sequence = _stop_reason(choice.get("finish_reason"), stop, has_calls=bool(calls))
-        return _message(reply.get("id"), request.model, content, reason, sequence, usage_of(reply))
+        return _message(request.model, content, reason, sequence, usage_of(reply))
 
     @override
     def open_writer(self, request: ModelRequest) -> _MessageWriter:
@@ -290,7 +291,6 @@ def _add_choice(choice: dict[str, Any], chat: ChatRequest) -> None:
 
 
 def _message(
-    chat_id: object,
     model: str,
     content: list[dict[str, Any]],
     reason: str | None,
@@ -298,7 +298,7 @@ def _message(
     usage: Usage,
 ) -> dict[str, Any]:
     return {
-        "id": f"msg_{chat_id}",
+        "id": f"msg_{secrets.token_hex(12)}",  # some backends repeat their ids
         "type": "message",
         "role": "assistant",
         "model": model,
@@ -352,7 +352,7 @@ class _MessageWriter:
         begin = b""
         if not self._has_begun:
             self._has_begun = True
-            message = _message(chunk.get("id"), self._model, [], None, None, usage_of(chunk))
+            message = _message(self._model, [], None, None, usage_of(chunk))
             begin = sse("message_start", {"type": "message_start", "message": message})
         return begin + self._events(self._pieces.read(chunk))
 

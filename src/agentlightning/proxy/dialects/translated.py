@@ -75,7 +75,7 @@ class TranslatedDialect(ChatCompletions):
             chat.body |= {"stream": True, "stream_options": {"include_usage": True}}
         sent = {"model": chat.model, "messages": chat.messages, **chat.body}
         notes = tuple(dict.fromkeys(chat.notes))
-        return ModelRequest(chat.model, chat.is_streamed, sent, write_json(sent), asked, notes)
+        return ModelRequest(chat.model, chat.is_streamed, sent, write_json(sent), asked, chat.context, notes)
 
     @override
     def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
@@ -137,6 +137,8 @@ class ChatRequest:
     notes: list[str] = field(default_factory=list[str])
     """What is left out, and why."""
     is_streamed: bool = False
+    context: object = None
+    """See ``ModelRequest``."""
 
     def copy(self, asked: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Take over fields that mean the same, by their names there and here. Absent and null are left out."""

@@ -105,7 +105,7 @@ async def test_replies_are_kept_for_their_attempt_alone() -> None:
         first = await agent.responses.create(**ASK)
         second = await agent.responses.create(model="policy", input="More.", previous_response_id=first.id)
         assert (await agent.responses.retrieve(first.id)).output_text == SAID
-        items = [item async for item in agent.responses.input_items.list(second.id)]
+        items: list[Any] = [item async for item in agent.responses.input_items.list(second.id)]
         assert [item.role for item in items] == ["user", "assistant", "user"]
         async with AsyncOpenAI(base_url=f"{scene.proxy.url}/v1", api_key="any", max_retries=0) as stranger:
             with pytest.raises(openai.NotFoundError):

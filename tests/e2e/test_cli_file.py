@@ -193,7 +193,7 @@ def test_old_rollouts_are_deleted_when_that_is_wanted(database: Path) -> None:
 
 
 def test_a_trace_is_a_waterfall(worked: Path) -> None:
-    lines = agl("trace", "ro-task-3", "--url", worked).ok().out.splitlines()
+    lines = agl("trace", "ro-task-3", "--spans", "--url", worked).ok().out.splitlines()
     assert lines[0].startswith("ro-task-3  attempt 1  succeeded")
     assert lines[0].endswith("4 spans  reward 0.375")
     assert [line.split()[0] for line in lines[1:]] == ["agent", "chat", "tool", "agentlightning.annotation"]
@@ -209,11 +209,12 @@ def test_a_trace_of_the_newest_that_has_begun(worked: Path) -> None:
 
 
 def test_a_trace_by_attempt_name_and_attribute(worked: Path) -> None:
-    text = agl("trace", "ro-task-3", "-a", "1", "--name", "tool", "--attributes", "--url", worked).ok().out
+    text = agl("trace", "ro-task-3", "-a", "1", "--spans", "--name", "tool", "--attributes", "--url", worked).ok().out
     assert "query = x" in text
     assert "chat" not in text
-    told = agl("trace", "ro-task-3", "-o", "json", "--url", worked).ok().json
+    told = agl("trace", "ro-task-3", "--spans", "-o", "json", "--url", worked).ok().json
     assert [each["sequence_id"] for each in told["items"]] == [1, 2, 3, 4]
+    assert agl("trace", "ro-task-3", "--name", "tool", "--url", worked).code == ExitCode.USAGE, "without --spans"
     missing = agl("trace", "ro-task-3", "-a", "2", "--url", worked)
     assert missing.code == ExitCode.NOT_FOUND
     assert "has 1 attempts, and none is '2'" in missing.err
@@ -387,7 +388,7 @@ def test_a_pipe_gets_whole_lines_and_no_colours(worked: Path) -> None:
 
 def test_an_output_that_lacks_characters_gets_others_and_json_whole(worked: Path) -> None:
     narrow = {"PYTHONIOENCODING": "ascii"}
-    drawn = agl_process("trace", "ro-task-3", "--url", worked, env=narrow).ok()
+    drawn = agl_process("trace", "ro-task-3", "--spans", "--url", worked, env=narrow).ok()
     assert "chat policy" in drawn.out
     assert drawn.out.isascii()
     hidden = agl_process("resources", "show", "-o", "json", "--url", worked, env=narrow).ok()

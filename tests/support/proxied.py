@@ -12,6 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from agentlightning import LLM, InMemoryLightningStore, LLMProxy, Span
 from agentlightning.store.base import LightningStore
+from agentlightning.store.engine import EngineStore
 from openai_backend import OpenAIBackend
 
 __all__ = ["MESSAGES", "Proxied", "attribute", "body_of", "proxied"]
@@ -48,16 +49,19 @@ class Proxied:
 
 
 @asynccontextmanager
-async def proxied(*backends: OpenAIBackend, entries: list[Any] | None = None, **options: Any) -> AsyncIterator[Proxied]:
+async def proxied(
+    *backends: OpenAIBackend, entries: list[Any] | None = None, into: EngineStore | None = None, **options: Any
+) -> AsyncIterator[Proxied]:
     """Start the backends, and a proxy for them with these options; all are gone after.
 
     Args:
         entries: the model list; default: all backends as ``policy``.
+        into: the store; default: one in memory.
     """
     with ExitStack() as stack:
         for backend in backends:
             stack.enter_context(backend)
-        async with InMemoryLightningStore() as store:
+        async with into or InMemoryLightningStore() as store:
             rollout = await store.start_rollout({"question": "any"})
             model_list = [backend.entry() for backend in backends] if entries is None else entries
             proxy = LLMProxy(model_list=model_list, store=store, **options)

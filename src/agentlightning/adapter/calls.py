@@ -108,6 +108,12 @@ class ModelCall:
         return keys[1:]
 
     @cached_property
+    def whole_key(self) -> str | None:
+        """What ``prefix_keys`` of a call has that goes on from this one and its reply; None without a reply."""
+        reply = self.conversation.reply
+        return None if reply is None else _digest([(self.prefix_keys or [""])[-1], _essence(reply)])
+
+    @cached_property
     def reply_key(self) -> str | None:
         """The same for calls with the same reply, however it was recorded; None without one."""
         reply = self.conversation.reply

@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command | Group] = {
         },
         _LOOK,
     ),
-    "trace": Command("agentlightning.cli.trace:trace", "Draw the spans of an attempt as a waterfall.", _LOOK),
+    "trace": Command("agentlightning.cli.trace:trace", "Show an attempt as a transcript, or its spans.", _LOOK),
     "doctor": Command("agentlightning.cli.doctor:doctor", "Find what is wrong, and say how to fix it.", _KEEP),
     "verify": Command("agentlightning.cli.database:verify", "Check every record against the rules.", _KEEP),
     "backup": Command("agentlightning.cli.database:backup", "Copy a database while it is used.", _KEEP),
@@ -219,6 +219,12 @@ def exit_code(error: AgentLightningError) -> ExitCode:
 
 class _ReportingCommand(TyperCommand):
     """A command whose errors become one line on stderr and an exit code that programs can tell apart."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(each.name == "output" for each in self.params):  # a short form, wherever there is the long one
+            end = args.index("--") if "--" in args else len(args)
+            args = [*("--output=json" if each == "--json" else each for each in args[:end]), *args[end:]]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.find_root().params.get("debug"):

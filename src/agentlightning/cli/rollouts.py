@@ -253,7 +253,7 @@ def _print_attempts(rollout: Rollout, told: Sequence[_Told], total: int, now: fl
         names = [f"{name} ×{number}" for name, number in told[-1].names.most_common(_SHOWN_NAMES)]
         typer.echo()
         print_facts({"spans": one_line(", ".join(names), 2_000)})
-        typer.echo(f"Draw them: agl trace {rollout.rollout_id}")
+        typer.echo(f"Read it: agl trace {rollout.rollout_id}")
 
 
 def _reason_of_attempt(told: _Told) -> str:

@@ -48,7 +48,7 @@ Format = Literal["table", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 Output = Annotated[
-    Format, typer.Option("--output", "-o", help="For people (table), or for programs (json), whole and unchanged.")
+    Format, typer.Option("--output", "-o", help="For people (table), or for programs (json, or just --json).")
 ]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")]
 Offset = Annotated[int, typer.Option(min=0, help="Pass over so many.")]

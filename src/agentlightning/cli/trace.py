@@ -1,10 +1,9 @@
-"""``agl trace``: the spans of an attempt as a waterfall in the terminal."""
+"""``agl trace``: an attempt as a transcript of what was said, or its spans as a waterfall."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from math import inf
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -19,58 +18,86 @@ from agentlightning.cli.terminal import (
     console,
     count,
     duration,
-    one_line,
     print_json,
 )
+from agentlightning.cli.transcript import TranscriptEntry, transcript_of
+from agentlightning.cli.waterfall import draw, lines
 from agentlightning.errors import NotFound
-from agentlightning.semconv import GenAIAttributes, LightningSpanAttributes, LLMCallAttributes
-from agentlightning.types import AttemptedRollout, Span
-from agentlightning.types.rewards import find_final_reward, get_rewards_from_span
+from agentlightning.types import AttemptedRollout
+from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
-    from agentlightning.store.base import LightningStore
-    from agentlightning.types import Attempt, Event, PaginatedResult, Rollout
+    from rich.console import Console
 
-_NAME_LIMIT = 60
-_NOTE_WIDTH = 34
-_MIN_BAR, _MAX_BAR = 12, 60
+    from agentlightning.store.base import LightningStore
+    from agentlightning.types import Attempt, PaginatedResult, Rollout, Span
+
 _PLAIN_WIDTH = 140
-"""How wide the picture is where there is no terminal."""
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
+"""How wide the waterfall is where there is no terminal."""
+_SHORT_LINES, _SHORT_CHARACTERS = 12, 800
+"""What is shown of a text without ``--full``."""
+_INDENT = "    "
+_STYLES = {
+    "system": "magenta",
+    "user": "blue",
+    "assistant": "green",
+    "tool": "cyan",
+    "reward": "yellow",
+    "error": "red",
+}
+
+
+class _Found(NamedTuple):
+    rollout: Rollout
+    attempt: Attempt
+    page: PaginatedResult[Span]
 
 
 def trace(
     target: Target,
     rollout: Id = LATEST,
     attempt: Annotated[str, typer.Option("--attempt", "-a", help="Its number or id, or latest.")] = LATEST,
-    name: Annotated[str | None, typer.Option(help="Only spans whose name has this in it.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    spans: Annotated[bool, typer.Option("--spans", help="Draw the spans as a waterfall instead.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the spans only those whose name has this in it.")] = None,
     attributes: Annotated[bool, typer.Option("--attributes", help="Print the attributes of each span, too.")] = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many spans.")] = 500,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Read at most so many spans.")] = 5_000,
     output: Output = "table",
 ) -> None:
-    """Draw the spans of an attempt: what called what, when, for how long, with which tokens and rewards.
+    """Show what an attempt did, as a transcript: who said what, tool calls and their results, tokens, rewards, errors.
+
+    Each call shows only the messages that no call before it had. Calls on the side (a title, a summary) are marked.
+    With [bold]--spans[/bold]: what called what, when, and for how long.
 
     [bold]Examples[/bold]
 
-      agl trace                                    the newest that has begun
-      agl trace ro-01a2 --attempt 1                its first attempt
-      agl trace ro-01a2 --name chat --attributes   model calls, whole
-      agl trace ro-01a2 -o json | jq '.items[].name'
+      agl trace                                            the newest that has begun
+      agl trace ro-01a2 --attempt 1 --full                 its first attempt, with long texts whole
+      agl trace ro-01a2 -o json | jq '.entries[].text'
+      agl trace ro-01a2 --spans --name chat --attributes   model calls, with all that was recorded
+      agl trace ro-01a2 --spans -o json | jq '.items[].name'
     """
+    if not spans and (name is not None or attributes):
+        raise typer.BadParameter("--name and --attributes are about spans; give --spans as well")
 
-    async def question(store: LightningStore) -> tuple[Rollout, Attempt, PaginatedResult[Span]]:
+    async def question(store: LightningStore) -> _Found:
         found = await find_rollout(store, rollout, "preparing", "running", "succeeded", "failed", "requeuing")
         chosen = await _find_attempt(store, found, attempt)
         page = await store.query_spans(found.rollout_id, chosen.attempt_id, name_contains=name, limit=limit)
-        return found, chosen, page
+        return _Found(found, chosen, page)
 
-    found, chosen, page = target.look(question)
-    if output == "json":
-        print_json(page)
-        return
-    _print(found, chosen, list(page.items), attributes)
-    if len(page) < page.total:
-        typer.echo(f"the first {len(page):,} of {page.total:,} spans; more with --limit", err=True)
+    found = target.look(question)
+    if spans and output == "json":
+        print_json(found.page)
+    elif output == "json":
+        told = {"rollout": found.rollout, "attempt": found.attempt, "reward": find_final_reward(found.page.items)}
+        print_json({**told, "entries": [asdict(each) for each in transcript_of(found.page.items)]})
+    elif spans:
+        _print_spans(found, attributes)
+    else:
+        _print_transcript(found, full)
+    if len(found.page) < found.page.total:
+        typer.echo(f"the first {len(found.page):,} of {found.page.total:,} spans; more with --limit", err=True)
 
 
 async def _find_attempt(store: LightningStore, rollout: Rollout, name: str) -> Attempt:
@@ -89,136 +116,101 @@ async def _find_attempt(store: LightningStore, rollout: Rollout, name: str) -> A
     )
 
 
-def _print(rollout: Rollout, attempt: Attempt, spans: Sequence[Span], attributes: bool) -> None:
-    screen = console()
-    reward = find_final_reward(spans)
+def _print_head(screen: Console, found: _Found, what: str) -> None:
+    attempt, reward = found.attempt, find_final_reward(found.page.items)
     reason = "" if attempt.status == "succeeded" or not attempt.reason_code else f" ({attempt.reason_code})"
     screen.print(
         Text.assemble(
-            (rollout.rollout_id, "bold"),
+            (found.rollout.rollout_id, "bold"),
             f"  attempt {attempt.sequence_id}  ",
             (attempt.status + reason, STATUS_STYLES.get(attempt.status, "")),
             "" if attempt.end_time is None else f"  {duration(attempt.end_time - attempt.start_time)}",
-            f"  {count(len(spans), 'span')}",
+            f"  {what}",
             "  no reward" if reward is None else f"  reward {reward:.4g}",
         )
     )
-    if not spans:
+    if not found.page.items:
         never = "Was the agent run by a runner with a tracer, and its models called through the proxy?"
         told = "No spans: it has not begun." if attempt.status == "preparing" else f"No spans were recorded. {never}"
         screen.print(told, style="dim")
+
+
+def _print_spans(found: _Found, attributes: bool) -> None:
+    screen = console()
+    _print_head(screen, found, count(len(found.page), "span"))
+    if found.page.items:
+        for line in draw(lines(found.page.items), screen.width if screen.is_terminal else _PLAIN_WIDTH, attributes):
+            screen.print(line, no_wrap=True, overflow="ellipsis", crop=screen.is_terminal)
+
+
+# --- The transcript ----------------------------------------------------------------------------------
+
+
+def _print_transcript(found: _Found, full: bool) -> None:
+    screen = console()
+    entries = transcript_of(found.page.items)
+    replies = [each for each in entries if each.kind == "reply"]
+    tokens = [sum(each.input_tokens or 0 for each in replies), sum(each.output_tokens or 0 for each in replies)]
+    told = f"  {tokens[0]:,} → {tokens[1]:,} tokens" if any(tokens) else ""
+    _print_head(screen, found, f"{count(len(replies), 'model call')}{told}")
+    if found.page.items and not replies:
+        screen.print("No model calls were recorded; `agl trace --spans` shows what was.", style="dim")
+    for entry in entries:
+        for line in _lines_of(entry, full, screen):
+            screen.print(line, crop=False, soft_wrap=not screen.is_terminal)
+    attempt = found.attempt
+    if attempt.status not in ("preparing", "running", "succeeded") and attempt.reason_message:
+        screen.print(Text.assemble("\n", (f"{attempt.status}: {clean(attempt.reason_message)}", "red")), crop=False)
+
+
+def _lines_of(entry: TranscriptEntry, full: bool, screen: Console) -> Iterator[Text]:
+    """A heading, and below it what was said, indented."""
+    style = "dim" if entry.side else ""
+    heading = Text.assemble(
+        "\n", (clean(entry.role), f"bold {style or _STYLES.get(entry.role.partition(' ')[0], '')}"), style=style
+    )
+    facts = ", ".join(_facts(entry))
+    if facts:
+        heading.append(f"  {clean(facts)}", "dim")
+    if entry.problem:
+        heading.append(f"  ✗ {clean(entry.problem)}", "red")
+    if entry.kind in ("reward", "error"):
+        yield heading.append(f"  {_lines(entry.text, full).plain}", _STYLES[entry.kind])
         return
-    for line in _draw(lines(spans), screen.width if screen.is_terminal else _PLAIN_WIDTH, attributes):
-        screen.print(line, no_wrap=True, overflow="ellipsis", crop=screen.is_terminal)
+    yield heading
+    said = [_lines(entry.text, full, style)] if entry.text else []
+    if entry.kind != "tool":
+        said += [_lines(f"→ {each['name']}({each['arguments']})", full, style or "cyan") for each in entry.tool_calls]
+    for text in said:
+        fitted = text.wrap(screen, max(20, screen.width - len(_INDENT))) if screen.is_terminal else text.split("\n")
+        for line in fitted:
+            line.rstrip()
+            yield Text.assemble(_INDENT, line)
 
 
-def _draw(drawn: Sequence[Line], width: int, attributes: bool) -> Iterator[Text]:
-    names = [f"{'  ' * each.depth}{clean(each.span.name)}" for each in drawn]
-    room = max(20, min(_NAME_LIMIT, max(map(len, names))))
-    bar_width = max(_MIN_BAR, min(_MAX_BAR, width - room - 11 - _NOTE_WIDTH))
-    whole = max(each.start + (each.seconds or 0.0) for each in drawn)
-    for line, name in zip(drawn, names, strict=True):
-        failed = line.span.status.status_code == "ERROR"
-        short = name if len(name) <= room else name[: room - 1] + "…"
-        took = "" if line.seconds is None else duration(line.seconds)
-        text = Text.assemble(
-            (f"{short:<{room}}", "red" if failed else ""),
-            (f"{took:>9}  ", "dim"),
-            (_bar(line, whole, bar_width), "red" if failed else "cyan"),
-            (f"  {line.note}", "red" if failed else "yellow"),
-        )
-        text.rstrip()
-        yield text
-        if attributes:
-            for key, value in sorted(line.span.attributes.items()):
-                yield Text(f"{'  ' * (line.depth + 1)}{clean(key)} = {one_line(value, 2_000)}", style="dim")
+def _facts(entry: TranscriptEntry) -> Iterator[str]:
+    if entry.kind == "tool":
+        yield f"called with {entry.tool_calls[0]['arguments']}" if entry.tool_calls[0]["arguments"] else "called"
+    if entry.tool_call_id:
+        yield entry.tool_call_id
+    if entry.model:
+        yield entry.model
+    if (entry.input_tokens, entry.output_tokens) != (None, None):
+        shown = (f"{each:,}" if each is not None else "?" for each in (entry.input_tokens, entry.output_tokens))
+        yield f"{' → '.join(shown)} tokens"
+    if entry.finish_reason:
+        yield f"finish reason {entry.finish_reason}"
+    if entry.seconds is not None:
+        yield duration(max(0.0, entry.seconds))
+    if entry.side:
+        yield entry.side
 
 
-def _bar(line: Line, whole: float, width: int) -> str:
-    """Where in the whole time the span lies, in eighths of a character; what took no time is a thin line."""
-    if whole <= 0.0:
-        return "▏" + " " * (width - 1)
-    begin = min(int(line.start / whole * width), width - 1)
-    if line.seconds is None:
-        return " " * begin + "┄" * (width - begin)
-    eighths = max(1, round(line.seconds / whole * width * 8))
-    full, rest = divmod(min(eighths, (width - begin) * 8), 8)
-    bar = " " * begin + "█" * full + (_EIGHTHS[rest] if rest else "")
-    return f"{bar:<{width}}"
-
-
-# --- The spans of an attempt as a tree in time. Pure: spans go in, lines come out ---
-
-
-class Line(NamedTuple):
-    """One span, as it is to be drawn."""
-
-    span: Span
-    depth: int
-    start: float
-    """Seconds after the earliest span of all began; 0 where its time is not known."""
-    seconds: float | None
-    """How long it took. None: it has not ended, or its times are not known."""
-    note: str
-    """What matters of it, in a few words."""
-
-
-def lines(spans: Sequence[Span]) -> list[Line]:
-    """Spans below their parents, siblings in the order in which they began.
-
-    Whatever holes there are, each span is there once: one whose parent is missing is a root, and so is one of each
-    circle of parents.
-    """
-    known = {each.span_id for each in spans}
-    children: dict[str | None, list[Span]] = defaultdict(list)
-    begins = sorted(spans, key=lambda each: (inf if each.start_time is None else each.start_time, each.sequence_id))
-    for each in reversed(begins):
-        children[each.parent_id if each.parent_id in known else None].append(each)
-    origin = min((each.start_time for each in spans if each.start_time is not None), default=0.0)
-    # A stack, and no recursion: agents may nest deeper than Python does. Those in a circle are no root's children.
-    pending = [(each, 0) for each in (*reversed(spans), *children[None])]
-    drawn: set[int] = set()
-    found: list[Line] = []
-    while pending:
-        span, depth = pending.pop()
-        if id(span) in drawn:
-            continue
-        drawn.add(id(span))
-        start, end = span.start_time, span.end_time
-        seconds = None if start is None or end is None else max(0.0, end - start)
-        found.append(Line(span, depth, 0.0 if start is None else start - origin, seconds, _note(span)))
-        pending += [(child, depth + 1) for child in children.get(span.span_id, ())]
-    return found
-
-
-def _raised(event: Event) -> str:
-    kind, message = (event.attributes.get(f"exception.{each}", "") for each in ("type", "message"))
-    return f"{kind}: {message}".strip(": ")
-
-
-def _note(span: Span) -> str:
-    attributes = span.attributes
-
-    def number(name: GenAIAttributes | LLMCallAttributes) -> int | None:
-        value = attributes.get(name.value)
-        return int(value) if isinstance(value, int | float) else None
-
-    operation = attributes.get(LightningSpanAttributes.OPERATION_NAME.value)
-    parts: list[str] = [] if operation is None else [one_line(operation, 40)]
-    parts += [f"{each.name} reward {each.value:.4g}" for each in get_rewards_from_span(span)]
-    tokens = [number(each) for each in (GenAIAttributes.USAGE_INPUT_TOKENS, GenAIAttributes.USAGE_OUTPUT_TOKENS)]
-    if tokens != [None, None]:
-        parts.append(f"{' → '.join('?' if each is None else str(each) for each in tokens)} tokens")
-    if retries := number(LLMCallAttributes.RETRIES):
-        parts.append(f"{retries} retries")
-    version = attributes.get(LLMCallAttributes.MODEL_VERSION.value)
-    if version is not None:
-        parts.append(f"weights {one_line(version, 20)}")
-    exception = next((_raised(each) for each in span.events if each.name == "exception"), "")
-    if span.status.status_code == "ERROR":
-        parts.append(f"error: {one_line(span.status.description or exception, 80)}")
-    elif exception:
-        parts.append(f"raised {one_line(exception, 80)}")
-    if span.end_time is None:
-        parts.append("not ended")
-    return ", ".join(parts)
+def _lines(text: str, full: bool, style: str = "") -> Text:
+    """A text whose lines stay lines; a long one is cut unless ``full``, and says by how much."""
+    shown = text if full else "\n".join(text[:_SHORT_CHARACTERS].splitlines()[:_SHORT_LINES])
+    told = Text("\n".join(map(clean, shown.splitlines())), style=style)
+    left = len(text) - len(shown)
+    if left > 1:  # a line break at the end is no text
+        told.append(f"\n… {left:,} more characters: --full", "dim")
+    return told

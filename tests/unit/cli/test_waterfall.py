@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.cli.trace import _bar, lines
+from agentlightning.cli.waterfall import _bar, lines
 from agentlightning.types import Event, Span, TraceStatus
 
 

@@ -120,7 +120,8 @@ from agentlightning.execution.shared_memory import (
     SharedMemoryExecutionStrategy as SharedMemoryExecutionStrategy,
 )
 from agentlightning.http.client.client import LightningStoreClient as LightningStoreClient
-from agentlightning.http.client.health import ClientMetrics as ClientMetrics, HealthReport as HealthReport
+from agentlightning.http.client.health import HealthReport as HealthReport
+from agentlightning.http.client.metrics import ClientMetrics as ClientMetrics
 from agentlightning.http.client.retry import Resilience as Resilience
 from agentlightning.http.server.limits import ServerLimits as ServerLimits
 from agentlightning.http.server.server import LightningStoreServer as LightningStoreServer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from agentlightning.http.client.health import BreakerState, ClientMetrics, HealthReport, SpoolReport
+from agentlightning.http.client.health import BreakerState, HealthReport, SpoolReport
+from agentlightning.http.client.metrics import ClientMetrics
 
 
 class _Client:
@@ -17,6 +18,8 @@ def _text(spool: SpoolReport | None) -> dict[str, float]:
         state="degraded",
         breaker=BreakerState.RETURNING,
         breaker_share=0.25,
+        score=0.75,
+        response_seconds=0.625,
         seconds_since_answer=1.5,
         failures_in_a_row=1,
         last_failure="status 503",
@@ -42,6 +45,8 @@ def test_everything_has_its_name() -> None:
     assert sum(value for name, value in found.items() if name.startswith("agl_client_state")) == 1
     assert found['agl_client_breaker{state="returning"}'] == 1
     assert found["agl_client_breaker_share"] == 0.25
+    assert found["agl_client_score"] == 0.75
+    assert found["agl_client_response_seconds"] == 0.625
     assert found["agl_client_seconds_since_answer"] == 1.5
     assert [found[f"agl_client_{each}_total"] for each in ("calls", "failures", "retries", "given_up")] == [10, 3, 2, 1]
     assert found["agl_client_cached_resources_age_seconds"] == 42

@@ -176,3 +176,112 @@ def test_cached_resources_are_told_once(caplog: pytest.LogCaptureFixture) -> Non
         health.cached_resources(age)
         assert health.report().cached_resources_age_seconds == age
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+# --- Response time -------------------------------------------------------------------------------------
+
+
+def test_15_answers_of_4_s_are_not_healthy(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scene(clock: Clock) -> None:
+        _, made = _resilient([silent(4.0)] * 15, clock, Resilience(probe_interval_seconds=1e9))
+        for number in range(15):
+            await made.send(REQUEST)
+            assert (_now(made).state == "degraded") is (number >= 4), "five answers are needed for a judgement"
+        report = _now(made)
+        assert (report.state, report.score, report.response_seconds) == ("degraded", 0.0, 4.0)
+        assert (report.failures, report.breaker) == (0, BreakerState.CLOSED)
+        for _ in range(20):
+            await made.send(REQUEST)
+        report = _now(made)
+        assert (report.state, report.score, report.response_seconds) == ("healthy", 1.0, 0.0)
+
+    in_virtual_time(scene)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "http://s answers slowly: after 4.0 s (median), score 0.00"),
+        ("INFO", "http://s answers in time again: after 0.0 s (median), score 0.55"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "score"), [(0.4, 1.0), (1.9, 0.5), (2.1, 0.0)], ids=["fast", "tolerated", "too slow"]
+)
+def test_the_score_is_apdex(seconds: float, score: float) -> None:
+    async def scene(clock: Clock) -> None:
+        _, made = _resilient([silent(seconds)] * 10, clock, Resilience(probe_interval_seconds=1e9))
+        for _ in range(10):
+            await made.send(REQUEST)
+        assert _now(made).score == score
+
+    in_virtual_time(scene)
+
+
+def test_failures_and_slow_answers_weigh_together() -> None:
+    async def scene(clock: Clock) -> None:
+        acts = [silent(0.1)] * 16 + lost(2) + [silent(1.0)] * 2
+        _, made = _resilient(acts, clock, Resilience(probe_interval_seconds=1e9))
+        for _ in range(16):
+            await made.send(REQUEST)
+        assert _now(made).state == "healthy"
+        await made.send(REQUEST)
+        await made.send(REQUEST)
+        report = _now(made)
+        assert report.score == pytest.approx((16 + 0 + 2 * 0.5) / 20)
+        assert (report.state, report.failures_in_a_row) == ("healthy", 0)
+        await made.send(REQUEST._replace(body=b"x" * 3 * 2**20))
+        assert _now(made).score == pytest.approx((16 + 0 + 2 * 0.5) / 20), "one of the first has left"
+
+    in_virtual_time(scene)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        REQUEST._replace(long_poll=True),
+        REQUEST._replace(silence_seconds=30.0),
+        REQUEST._replace(body=b"x" * 4 * 2**20),
+    ],
+    ids=["long poll", "long reply", "large body"],
+)
+def test_what_has_a_reason_to_take_long_is_not_slow(request_: WireRequest) -> None:
+    async def scene(clock: Clock) -> None:
+        _, made = _resilient([silent(4.0)] * 10, clock, Resilience(probe_interval_seconds=1e9))
+        for _ in range(10):
+            await made.send(request_)
+        assert (_now(made).state, _now(made).score) == ("healthy", 1.0)
+
+    in_virtual_time(scene)
+
+
+def test_the_last_minute_counts() -> None:
+    async def scene(clock: Clock) -> None:
+        _, made = _resilient([silent(4.0)] * 10, clock, Resilience(probe_interval_seconds=1e9))
+        for _ in range(10):
+            await made.send(REQUEST)
+        assert _now(made).state == "degraded"
+        await asyncio.sleep(61)
+        assert (_now(made).state, _now(made).score, _now(made).response_seconds) == ("healthy", None, None)
+
+    in_virtual_time(scene)
+
+
+# --- In use by a runner --------------------------------------------------------------------------------
+
+
+def test_probes_go_on_while_a_runner_has_the_client_and_asks_nothing() -> None:
+    async def scene(clock: Clock) -> None:
+        http, made = _resilient([], clock, Resilience())
+        made.keep_probing(45.0)
+        await made.send(REQUEST)
+        await asyncio.sleep(1000)
+        assert http.tries == [0.0, 10.0, 20.0, 30.0, 40.0]
+
+        made.keep_probing(1000.0)
+        await made.send(REQUEST)
+        await asyncio.sleep(25)
+        made.interrupt()
+        await asyncio.sleep(1000)
+        assert http.tries[5:] == [1000.0, 1010.0, 1020.0], "until it is closed"
+
+    in_virtual_time(scene)

@@ -44,6 +44,7 @@ from agentlightning.types import (
 from agentlightning.types.plain_spans import AnySpan
 
 _TERMINAL = frozenset({"failed", "succeeded", "cancelled"})
+_USUAL_LEASE_SECONDS = 30.0
 _DEFAULT_SPOOL_BYTES = 1024 * 1024 * 1024
 
 
@@ -69,6 +70,9 @@ def _call(name: str) -> Callable[..., Any]:
         plan = plan_of(name)
         arguments = plan.bind(args, kwargs)
         request = self._caller.request(plan, arguments)
+        if plan.route.priority == "heartbeat":  # of a runner, whose agents may be at work for long without a call
+            lease = arguments.get("lease_seconds")
+            self._transport.keep_probing(lease if isinstance(lease, int | float) else _USUAL_LEASE_SECONDS)
         if plan.route.priority == "completion" and arguments.get("status") in _TERMINAL:
             # Spans that wait on the disk go first: otherwise an algorithm that waits for the end would read an attempt
             # without its last rewards.

@@ -13,24 +13,23 @@ succeeds ends the pause.
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple
 
 from agentlightning.http.client.transport import WireRequest
 from agentlightning.http.routes import Priority
 
-if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric
-
 _logger = logging.getLogger(__name__)
 
 HealthState = Literal["unknown", "healthy", "degraded", "unreachable"]
-"""``unknown``: not called yet; ``degraded``: the last call failed, or calls are let through by and by again;
-``unreachable``: the breaker is open, or several calls in a row failed."""
+"""``unknown``: not called yet; ``degraded``: the last call failed, calls are let through by and by again, or the score
+is low, because calls fail or are answered slowly; ``unreachable``: the breaker is open, or several calls in a row
+failed."""
 
 _UNREACHABLE_AFTER = 3
 _TROUBLE = frozenset({500, 502, 503, 504})
@@ -41,6 +40,13 @@ _TRIAL_MIN_CALLS = 3
 _ASK_AGAIN_SECONDS = 0.1
 _PROBE_SECONDS = 2.0
 """A call that probes may be one that the server sits on; after this time another one may find out sooner."""
+
+_FAST_SECONDS = 0.5
+_TOLERATED = 4
+"""An answer within so many times the fast seconds counts half."""
+_HEALTHY_SCORE = 0.85
+"""From here on the standard calls it good."""
+_SCORED_TRIES, _SCORED_SECONDS, _LEAST_TRIES = 20, 60.0, 5
 
 
 class BreakerState(StrEnum):
@@ -102,6 +108,12 @@ class HealthReport:
     breaker_share: float
     """0 while the breaker holds calls back, 1 while it is closed; in between, the share of the trial calls that have
     succeeded."""
+    score: float | None
+    """How well the last tries went, from 0 to 1: up to 20 of the last minute. None: there were fewer than 5. It is
+    Apdex (www.apdex.org): an answer within half a second counts 1, one within two seconds a half, a later one and a
+    failure nothing. Below 0.85 the state is ``degraded``."""
+    response_seconds: float | None
+    """The median time of the answers among them, without those that had a reason to take long."""
     seconds_since_answer: float | None
     """Since any reply of the server. None: there was none."""
     failures_in_a_row: int
@@ -152,6 +164,35 @@ class FailureWindow:
         self._slots.clear()
 
 
+class RecentTries:
+    """How well the last tries went, by success and by time; see ``HealthReport.score``.
+
+    Args:
+        fast_seconds: an answer within this time is good.
+    """
+
+    def __init__(self, fast_seconds: float) -> None:
+        self.fast_seconds = fast_seconds
+        """An answer within this time is good."""
+        self._tries: deque[tuple[float, float, float | None]] = deque(maxlen=_SCORED_TRIES)
+        """When each ended, what it counts, and how long it took."""
+
+    def add(self, now: float, seconds: float | None, *, ok: bool) -> None:
+        """A try ended at ``now``, monotonic seconds. ``seconds``: how long it took; None: that says nothing."""
+        counts = float(ok)
+        if seconds is not None and seconds > self.fast_seconds:
+            counts *= 0.5 if seconds <= _TOLERATED * self.fast_seconds else 0.0
+        self._tries.append((now, counts, seconds if ok else None))
+
+    def summary(self, now: float) -> tuple[float | None, float | None]:
+        """(score, median response time) of those that ended in the last minute."""
+        recent = [each for each in self._tries if each[0] > now - _SCORED_SECONDS]
+        if len(recent) < _LEAST_TRIES:
+            return None, None
+        times = [seconds for _, _, seconds in recent if seconds is not None]
+        return statistics.fmean(counts for _, counts, _ in recent), statistics.median(times) if times else None
+
+
 class Health:
     """Gathers what happens, and decides which calls pass. Safe from any thread; never waits.
 
@@ -160,10 +201,16 @@ class Health:
         numbers: when the breaker opens and how it closes.
         monotonic: seconds since some moment.
         random: a number from 0 up to 1, to spread the ends of pauses.
+        fast_seconds: an answer within this time is good.
     """
 
     def __init__(
-        self, server: str, numbers: BreakerNumbers, monotonic: Callable[[], float], random: Callable[[], float]
+        self,
+        server: str,
+        numbers: BreakerNumbers,
+        monotonic: Callable[[], float],
+        random: Callable[[], float],
+        fast_seconds: float = _FAST_SECONDS,
     ) -> None:
         self._server = server
         self._numbers = numbers
@@ -175,6 +222,8 @@ class Health:
         self.well_answered = 0
         """How many tries brought a reply that does not show the server to be in trouble."""
         self._window = FailureWindow(numbers.window_seconds)
+        self._recent = RecentTries(fast_seconds)
+        self._is_slow = False
         self._pauses = 0
         self._until = 0.0
         self._permits = 0
@@ -271,8 +320,14 @@ class Health:
 
     # --- What happens ----------------------------------------------------------------------------
 
-    def answered(self, status: int, *, guarded: bool = True) -> None:
-        """A try brought a reply. ``guarded``: the breaker had a say in it, and learns from it."""
+    def answered(self, status: int, seconds: float | None = None, *, guarded: bool = True) -> None:
+        """A try brought a reply.
+
+        Args:
+            status: of HTTP.
+            seconds: how long it took; None: it had a reason to take long.
+            guarded: the breaker had a say in it, and learns from it.
+        """
         with self._lock:
             now = self._answered_at = self._monotonic()
             if status in _TROUBLE:
@@ -281,6 +336,7 @@ class Health:
             self._calls += 1
             self._in_a_row = 0
             self.well_answered += 1
+            self._recent.add(now, seconds, ok=True)
             since, self._failing_since = self._failing_since, None
             if since is not None:
                 _logger.info("%s answers again, after %.1f s", self._server, now - since)
@@ -288,6 +344,19 @@ class Health:
                 self._window.add(now, ok=True)
                 if self.breaker is not BreakerState.CLOSED:
                     self._recover(now)
+            self._tell_of_slowness(now)
+
+    def _tell_of_slowness(self, now: float) -> None:
+        """Log when answers begin to be slow, and when they are fast again."""
+        score, median = self._recent.summary(now)
+        if median is None or score is None:
+            return
+        is_slow = score < _HEALTHY_SCORE and median > self._recent.fast_seconds  # of failures other lines tell
+        if is_slow == self._is_slow:
+            return
+        self._is_slow = is_slow
+        level, how = (logging.WARNING, "slowly") if is_slow else (logging.INFO, "in time again")
+        _logger.log(level, "%s answers %s: after %.1f s (median), score %.2f", self._server, how, median, score)
 
     def unanswered(self, why: str, *, guarded: bool = True) -> None:
         """A try brought none. ``guarded``: see ``answered``."""
@@ -298,6 +367,7 @@ class Health:
         self._calls += 1
         self._failures += 1
         self._in_a_row += 1
+        self._recent.add(now, None, ok=False)
         self._last_failure = why
         if self._failing_since is None:
             self._failing_since = now
@@ -334,11 +404,15 @@ class Health:
             share = float(self.breaker is BreakerState.CLOSED)
             if self.breaker is BreakerState.RETURNING:
                 share = self._successes / self._numbers.trial_calls
+            now = self._monotonic()
+            score, response_seconds = self._recent.summary(now)
             return HealthReport(
-                state=self._state(),
+                state=self._state(score),
                 breaker=self.breaker,
                 breaker_share=share,
-                seconds_since_answer=None if self._answered_at is None else self._monotonic() - self._answered_at,
+                score=score,
+                response_seconds=response_seconds,
+                seconds_since_answer=None if self._answered_at is None else now - self._answered_at,
                 failures_in_a_row=self._in_a_row,
                 last_failure=self._last_failure,
                 calls=self._calls,
@@ -349,70 +423,10 @@ class Health:
                 spool=spool,
             )
 
-    def _state(self) -> HealthState:
+    def _state(self, score: float | None) -> HealthState:
         if self._calls == 0:
             return "unknown"
         if self.breaker in (BreakerState.OPEN, BreakerState.PROBING) or self._in_a_row >= _UNREACHABLE_AFTER:
             return "unreachable"
-        return "degraded" if self._in_a_row or self.breaker is BreakerState.RETURNING else "healthy"
-
-
-class KnowsHealth(Protocol):
-    """A ``LightningStoreClient``, for example."""
-
-    @property
-    def health(self) -> HealthReport:
-        """How it and its server get on."""
-        ...
-
-
-class ClientMetrics:
-    """A collector for ``prometheus_client``: ``REGISTRY.register(ClientMetrics(client))``.
-
-    Args:
-        client: who is asked, each time that the metrics are read.
-    """
-
-    def __init__(self, client: KnowsHealth) -> None:
-        self._client = client
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics as they are now; all names begin with ``agl_client_``."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        report = self._client.health
-        spool = report.spool or SpoolReport()
-        for name, text, states, present in (
-            ("state", "1 for the state that the server is in.", get_args(HealthState), report.state),
-            ("breaker", "1 for the state of the circuit breaker.", BreakerState, report.breaker),
-        ):
-            metric = GaugeMetricFamily(f"agl_client_{name}", text, labels=["state"])
-            for each in states:
-                metric.add_metric([str(each)], float(each == present))
-            yield metric
-        for name, value, text in (
-            ("breaker_share", report.breaker_share, "0: calls are held back; 1: all pass; between: recovery."),
-            ("seconds_since_answer", report.seconds_since_answer, "Since any reply of the server."),
-            (
-                "cached_resources_age_seconds",
-                report.cached_resources_age_seconds,
-                "Age of the resources that were last read from the disk; missing while they come from the server.",
-            ),
-            ("spool_spans", spool.waiting_spans, "Spans that wait on the disk."),
-            ("spool_bytes", spool.waiting_bytes, "What they take there."),
-        ):
-            if value is not None:
-                yield GaugeMetricFamily(f"agl_client_{name}", text, value=value)
-        for name, value, text in (
-            ("calls", report.calls, "Tries that were sent."),
-            ("failures", report.failures, "Tries without a reply, or with one that shows the server to be in trouble."),
-            ("retries", report.retries, "Requests that were sent again."),
-            ("given_up", report.given_up, "Requests that failed and were not sent again."),
-            ("spool_spooled", spool.spooled, "Spans that went to the disk because the server was out of reach."),
-            ("spool_delivered", spool.delivered, "Spans that the server has taken from the disk."),
-            ("spool_refused", spool.refused, "Spans that the server refused for good."),
-            ("spool_discarded", spool.discarded, "Refused spans for which the quarantine file had no room."),
-            ("spool_pushed_back", spool.pushed_back, "Calls that found no room on the disk."),
-            ("spool_adopted", spool.adopted, "Spools of dead processes that were taken over."),
-        ):
-            yield CounterMetricFamily(f"agl_client_{name}", text, value=value)
+        is_poor = score is not None and score < _HEALTHY_SCORE
+        return "degraded" if self._in_a_row or is_poor or self.breaker is BreakerState.RETURNING else "healthy"

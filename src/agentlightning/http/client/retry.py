@@ -26,6 +26,8 @@ _LONGEST_RETRY_AFTER = 3600.0
 _INTERNAL_ERROR_TRIES = 4
 """How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a
 passing one, but nothing is gained by insisting."""
+_BYTES_PER_SECOND = 2**20
+"""What a slow link brings of a body; the time for that says nothing about the server."""
 _LOOK_UP_SECONDS = 1.0
 """How often a call that waits looks whether the server has answered another one meanwhile."""
 
@@ -46,6 +48,9 @@ class Resilience(NamedTuple):
     """The most retries that are saved up."""
     breaker: BreakerNumbers = BreakerNumbers()
     probe_interval_seconds: float = 10.0
+    fast_seconds: float = 0.5
+    """An answer within this time is good for the health score, and one within four times of it counts half. A large
+    body gets a second more for each MiB."""
     spool_after_seconds: float = 5.0
     """How long spans are tried to be sent before they are written to the disk."""
     cache_after_seconds: float = 5.0
@@ -92,8 +97,9 @@ class Retrying:
     Time that the circuit breaker holds a request back counts against the patience, not against the budget. A call that
     waits because nobody answered goes on as soon as the server has answered any other: otherwise an outage would last
     longer for those who have waited for long, and a server that comes and goes would be missed. So that somebody does
-    ask, the server's health is asked for at intervals while requests are under way; a probe is the least important of
-    all requests, and so the first that the breaker lets through again.
+    ask, the server's health is asked for at intervals while requests are under way, and while the client is in use by a
+    runner (``keep_probing``); a probe is the least important of all requests, and so the first that the breaker lets
+    through again.
 
     Args:
         inner: sends a request once; is cancelled when its time is up.
@@ -119,7 +125,7 @@ class Retrying:
         monotonic: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        self.health = Health(server, numbers.breaker, monotonic, chance)
+        self.health = Health(server, numbers.breaker, monotonic, chance, numbers.fast_seconds)
         """Says what passes, and hears what happens."""
         self._inner = inner
         self._probe = probe
@@ -134,6 +140,7 @@ class Retrying:
         self._first_tries = 0
         self._tokens, self._tokens_at = numbers.retries_saved, monotonic()
         self._used = False
+        self._in_use_until = float("-inf")
         self._overdue = float("-inf")
         """When the timer of the probes must have fired, had its event loop not been closed."""
         self._probing: asyncio.Task[None] | None = None
@@ -165,8 +172,14 @@ class Retrying:
         finally:
             self._under_way.pop(scope, None)
 
+    def keep_probing(self, seconds: float) -> None:
+        """The client is in use for so many seconds, also if there is no request; any thread may call."""
+        self._in_use_until = self._monotonic() + seconds
+
     def interrupt(self) -> None:
-        """End all requests that are under way now, in any event loop; their callers get ``StoreClosed``."""
+        """End all requests that are under way now, in any event loop; their callers get ``StoreClosed``. The client is
+        in use no more."""
+        self._in_use_until = float("-inf")
         for scope, loop in list(self._under_way.items()):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._end, scope)
@@ -188,6 +201,7 @@ class Retrying:
             if wait > 0:
                 return wait
         seconds = min(request.timeout_seconds, max(patience, 0.001))
+        began = self._monotonic()
         try:
             async with asyncio.timeout(seconds):
                 reply = await self._inner.send(request)
@@ -200,10 +214,17 @@ class Retrying:
                 health.abandoned(request.priority)
             raise
         else:
-            health.answered(reply.status, guarded=guarded)
+            health.answered(reply.status, self._judged(request, self._monotonic() - began), guarded=guarded)
             return reply
         health.unanswered(lost.message, guarded=guarded)
         return lost
+
+    @staticmethod
+    def _judged(request: WireRequest, seconds: float) -> float | None:
+        """How long an answer took, as far as that says how well the server is; None: not at all."""
+        if request.long_poll or request.silence_seconds is not None:  # it waits on purpose, or sends as much as it has
+            return None
+        return max(0.0, seconds - len(request.body or b"") / _BYTES_PER_SECOND)
 
     async def _try_again(
         self, request: WireRequest, started: float, outcome: WireReply | StoreUnreachable | float
@@ -307,7 +328,7 @@ class Retrying:
 
     def _tick(self) -> None:
         self._overdue = float("-inf")
-        if not self._used and not self._under_way:
+        if not self._used and not self._under_way and self._monotonic() >= self._in_use_until:
             return
         self._used = False
         self._arm(self._monotonic())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 from agentlightning.errors import InvalidValue
@@ -42,10 +43,22 @@ class LightningEnvVar(Enum):
     """The key that agents have to show to ``agl proxy``."""
     AGL_PROXY_CONTROL_KEY = "AGL_PROXY_CONTROL_KEY"
     """The key that opens the ``/control`` routes of ``agl proxy``."""
+    AGL_TLS_CERTIFICATE = "AGL_TLS_CERTIFICATE"
+    """File with the certificate of servers that other machines reach."""
+    AGL_TLS_KEY = "AGL_TLS_KEY"
+    """File with its private key."""
+    AGL_TLS_CA_FILE = "AGL_TLS_CA_FILE"
+    """File with the authorities that the certificates of our servers are checked with."""
     AGL_RUN_ID = "AGL_RUN_ID"
     """The run that a process belongs to; a runner refuses the server of another one."""
     AGL_WORKER_NAME = "AGL_WORKER_NAME"
     """The worker id of this process, given by whoever supervises it."""
+
+
+def state_home() -> Path:
+    """Where this user's programs keep what outlives them (XDG Base Directory Specification, ``XDG_STATE_HOME``)."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning"
 
 
 class _Resolve(Protocol[T]):

@@ -214,7 +214,7 @@ def _check_wire(server: Server) -> Iterator[Finding]:
             f"{server} is not on this machine and has no TLS: whoever is on the way can read the key and all data.",
             "Serve with `agl store --tls-cert --tls-key` and use https://, or go through a tunnel.",
         )
-    if server.api_key is None:
+    if server.credentials.api_key is None:
         yield Finding(
             "no_key",
             "warning",

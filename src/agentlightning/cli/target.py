@@ -36,6 +36,8 @@ from agentlightning.errors import (
     StoreUnavailable,
     StoreUnreachable,
 )
+from agentlightning.security.credentials import Credentials, credentials_for
+from agentlightning.security.local_servers import find_serving
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 
 if TYPE_CHECKING:
@@ -149,9 +151,15 @@ class Server(Target):
     url: str
     """Its root, without a key."""
     api_key: str | None
+    """The key that was given for it; None: it is found by ``credentials_for``."""
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def credentials(self) -> Credentials:
+        """What it is shown, and which certificates are accepted."""
+        return credentials_for(self.url, self.api_key)
 
     @asynccontextmanager
     async def open(self, purpose: Purpose = "serve") -> AsyncGenerator[LightningStore]:
@@ -188,6 +196,11 @@ class Database(Target):
             nearby = sorted(each.name for each in self.path.parent.glob("*.db"))
             hint = f"; there are {', '.join(nearby[:5])}" if nearby else ""
             raise InvalidValue(f"there is no database {str(self)!r}{hint}. Give the path of one, or a server's URL")
+        serving = find_serving(self.path) if purpose == "act" else None
+        if serving is not None:  # only the owner may write, and it takes requests
+            async with Server(serving.url, serving.api_key).open(purpose) as store:
+                yield store
+            return
         try:
             async with (ReadOnlySqliteStore if purpose == "look" else SqliteLightningStore)(self.path) as store:
                 yield store
@@ -210,7 +223,8 @@ def locate(url: Url = None, api_key: ApiKey = None) -> Target:
     Args:
         url: a server's URL, in which a key may stand as the password, or the path of a file. None: the server at
             ``AGL_SERVER_HOST`` and ``AGL_SERVER_PORT``, by default on this machine.
-        api_key: goes before a key in the URL, which goes before ``AGL_API_KEY``.
+        api_key: goes before a key in the URL, which goes before the key that a run of this user on this machine has
+            made, and that before ``AGL_API_KEY``.
 
     Raises:
         InvalidValue: it is neither of the two.
@@ -224,8 +238,7 @@ def locate(url: Url = None, api_key: ApiKey = None) -> Target:
         from agentlightning.http.routes import parse_address
 
         address = parse_address(url)
-        key = api_key or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY) or None
-        return Server(address.root, key)
+        return Server(address.root, api_key or address.api_key)
     if separator:
         raise InvalidValue(f"--url {url!r} is neither a server (http://…, https://…) nor the path of a file")
     if _HOST_AND_PORT.fullmatch(url) and not Path(url).exists():
@@ -267,8 +280,11 @@ def ask(server: Server) -> Answer:
 
 def _refusal(server: Server, status: int, detail: str) -> AgentLightningError:
     match status:
-        case 401 if server.api_key is None:
-            return NotAuthenticated(f"{server} asks for an API key; give --api-key, or set AGL_API_KEY")
+        case 401 if server.credentials.api_key is None:
+            return NotAuthenticated(
+                f"{server} asks for an API key; give --api-key, or set AGL_API_KEY. (Of a run that made its key by "
+                "itself, only the user who runs it has the key)"
+            )
         case 401:
             return NotAuthenticated(
                 f"{server} does not take this API key; give the one that `agl store` was started with "
@@ -292,11 +308,13 @@ def _refusal(server: Server, status: int, detail: str) -> AgentLightningError:
 def _get(server: Server, path: str, timeout: float) -> tuple[int, dict[str, Any]]:
     """The status of a reply, and its JSON object; an empty one if it has none."""
     parts = urlsplit(server.url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-    key = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
+    credentials = server.credentials
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+    if parts.scheme == "https":
+        context = credentials.trust.context()
+        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=context)
     try:
-        connection.request("GET", parts.path + path, headers={"Accept": "application/json", **key})
+        connection.request("GET", parts.path + path, headers={"Accept": "application/json", **credentials.headers})
         reply = connection.getresponse()
         body = reply.read()
     except (OSError, UnicodeError, http.client.HTTPException) as error:
@@ -330,7 +348,7 @@ def _silence(server: Server, error: Exception) -> str:
         case ssl.SSLCertVerificationError():
             return (
                 f"the certificate of {server} is not trusted here ({error.verify_message}); "
-                "set SSL_CERT_FILE to that of its authority"
+                "set AGL_TLS_CA_FILE, or SSL_CERT_FILE, to the file with that of its authority"
             )
         case ssl.SSLError():
             return f"what answers at {server} speaks no TLS; try http:// instead of https://"
@@ -373,7 +391,9 @@ def find_owner(path: Path) -> Owner | None:
         pass
     except psutil.Error:
         return None
-    return Owner(process.pid, command if len(command) <= 60 else command[:59] + "…", _servers_of(process))
+    serving = find_serving(path)
+    urls = _servers_of(process) if serving is None else (serving.url,)
+    return Owner(process.pid, command if len(command) <= 60 else command[:59] + "…", urls)
 
 
 def _servers_of(process: psutil.Process) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from multiprocessing.context import BaseContext
 from typing import ClassVar, Protocol
 
 from agentlightning.runner.base import StopEvent
+from agentlightning.security.tls import Serving
 from agentlightning.settings import LightningEnvVar, resolve_bool_env_var
 from agentlightning.store.base import LightningStore
 
@@ -50,7 +51,8 @@ class AlgorithmBundle(Protocol):
     """The algorithm's side of a run, ready to be called.
 
     It ends when it is done, soon after ``event`` is set, or when its task is cancelled. If it also has a coroutine
-    method ``prepare(store)``, that is called first, before any runner can reach the store.
+    method ``prepare(store)``, that is called first, before any runner can reach the store. If it has a method
+    ``why_no_guests()``, that is asked why runners on other machines cannot work for it; None: they can.
     """
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
@@ -93,6 +95,10 @@ class ExecutionStrategy(ABC):
         It must be less than the time after which the strategy stops the algorithm by force. Default: 0.
         """
         return 0.0
+
+    def serving(self) -> Serving | None:
+        """Where the store is served, for services that the runners have to reach, too. Default: None, nowhere."""
+        return None
 
 
 def prepare_store(algorithm: AlgorithmBundle, store: LightningStore) -> None:

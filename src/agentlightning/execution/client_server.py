@@ -7,6 +7,7 @@ from typing import ClassVar
 from agentlightning.execution.base import LINGER_SHARE, AlgorithmBundle, ExecutionStrategy, RunnerBundle
 from agentlightning.execution.roles import AlgorithmRun, RunnerHostRun
 from agentlightning.execution.run import RunSettings
+from agentlightning.security.tls import Serving
 from agentlightning.store.base import LightningStore
 
 
@@ -22,7 +23,8 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
     Args:
         role: what this process does. Default: ``AGL_CURRENT_ROLE``, else ``both``.
         server_host: name or address where the store is served, or for ``runner``, where the server is. Default:
-            ``AGL_SERVER_HOST``, else ``localhost``. One that other machines can reach needs an API key.
+            ``AGL_SERVER_HOST``, else ``localhost``. One that other machines can reach needs an API key. An LLM proxy of
+            the ``Trainer`` listens there too.
         server_port: its port; 0 (not for ``runner``): any free one. Default: ``AGL_SERVER_PORT``, else any free one for
             ``both`` on loopback, else 4747.
         n_runners: how many runners run on this machine.
@@ -36,13 +38,18 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
             process has one thread, else ``forkserver``.
         restarts: when a runner that crashed is started again.
         quotas: limits of each runner process.
-        api_key: of the server. Default: ``AGL_API_KEY``.
+        api_key: of the server. Default: ``AGL_API_KEY``; else a server on loopback makes a new one for each run, which
+            the processes of the run and other programs of this user find. An empty text: it asks for none.
         run_id: names the run; a runner refuses the server of another run. Default: ``AGL_RUN_ID``, else a new one for
             ``algorithm`` and ``both``, and any for ``runner``.
         server_url: of ``runner``: the server's URL, where ``server_host`` and ``server_port`` are not enough: with
             ``https://``, or with a path that a reverse proxy adds. It may contain the key.
         connect_timeout: seconds that a runner waits for a server that is not up yet.
         stay: of ``runner``: when the run is over, wait for the next one, without a limit.
+        tls_certificate, tls_key: the files in PEM of a server with HTTPS. Default: ``AGL_TLS_CERTIFICATE`` and
+            ``AGL_TLS_KEY``, except on loopback.
+        tls_ca_file: of ``runner``: the authorities that the server's certificate is checked with; the server is then
+            reached by ``https``. Default: ``AGL_TLS_CA_FILE``, except on loopback.
 
     Raises:
         InvalidValue: an argument, or an environment variable, is not valid; or the store would be served to
@@ -56,6 +63,10 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
             RunnerHostRun(self, store).execute(runner)
         else:
             AlgorithmRun(self, store).execute(algorithm, runner)
+
+    def serving(self) -> Serving | None:
+        """Where the store is served; None if it is not served by this process."""
+        return Serving(self.server_host, self.tls) if self.serves else None
 
     def linger_seconds(self) -> float:
         """A part of ``graceful_timeout``; 0 if the store is not served.

@@ -144,8 +144,15 @@ PRELOADED = ("agentlightning.execution.run", "agentlightning.runner.agent", "age
 
 
 def _letter(*content: Any) -> IO[bytes]:
-    """A temporary file with the orders of a new interpreter, and this one's module search path."""
-    letter = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    """A file without a name that has the orders of a new interpreter, and this one's module search path.
+
+    The orders may have a key in them, so the file is in memory; on a system without such files it is a temporary one.
+    """
+    letter: IO[bytes]
+    try:
+        letter = open(os.memfd_create("agl-letter"), "w+b")  # noqa: SIM115 - the caller closes it
+    except (AttributeError, OSError):  # another system than Linux
+        letter = tempfile.TemporaryFile()  # noqa: SIM115
     pickle.dump((sys.path, content), letter)
     letter.flush()
     return letter

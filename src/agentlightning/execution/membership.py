@@ -15,8 +15,9 @@ import aiohttp
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound, WrongServer
 from agentlightning.execution.child import Slot
-from agentlightning.http.routes import CANONICAL, parse_address
+from agentlightning.http.routes import CANONICAL
 from agentlightning.lifecycle import reasons
+from agentlightning.security.credentials import Credentials
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
@@ -39,8 +40,8 @@ class JoinedServer(NamedTuple):
 
 async def join_server(
     url: str,
+    credentials: Callable[[], Credentials],
     *,
-    api_key: str | None,
     run_id: str | None,
     limit_seconds: float,
     reason_to_wait: Callable[[JoinedServer], Awaitable[str | None]] | None = None,
@@ -48,8 +49,9 @@ async def join_server(
     """Wait until the server answers and is ready; a countdown is logged as a warning.
 
     Args:
-        url: of the server: ``http://host:port``, or with ``https``; it may contain the key.
-        api_key: the key; None: that of the URL, if it has one.
+        url: of the server, without a key: ``http://host:port``, or with ``https``.
+        credentials: finds what to show to it. It is asked for each try: the key of a server on this machine may be
+            known only when that has begun.
         run_id: the run that the server must serve; None: any.
         limit_seconds: how long to wait; may be infinite.
         reason_to_wait: returns why a server that is ready shall not be joined yet; None: it may be joined.
@@ -58,19 +60,18 @@ async def join_server(
         The server that has been joined.
 
     Raises:
-        WrongServer: it serves another run, does not take the key, or has a certificate that is not trusted.
+        WrongServer: it serves another run, does not take the key, refuses runners of this machine, or has a
+            certificate that is not trusted.
         ExecutionFailed: no server that could be joined has answered in time.
     """
-    address = parse_address(url)
-    key = api_key or address.api_key
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
     log_at = itertools.chain(_LOG_SECONDS, itertools.count(30.0, 30.0))
     next_log = next(log_at)
     timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+    trust = credentials().trust.context() or True
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session:
         while True:
-            answer = await _probe(session, address.root, run_id, key)
+            answer = await _probe(session, url, run_id, credentials())
             if isinstance(answer, JoinedServer):
                 problem = None if reason_to_wait is None else await reason_to_wait(answer)
                 if problem is None:
@@ -80,23 +81,25 @@ async def join_server(
             waited = time.monotonic() - began
             if waited >= limit_seconds:
                 raise ExecutionFailed(
-                    f"no server to join at {address.root} within {limit_seconds:g} s: {problem}. Start the algorithm "
+                    f"no server to join at {url} within {limit_seconds:g} s: {problem}. Start the algorithm "
                     "there, or correct server_host and server_port (AGL_SERVER_HOST, AGL_SERVER_PORT)"
                 )
             if waited >= next_log:
                 next_log = next(log_at)
                 left = "no limit" if limit_seconds == math.inf else f"{limit_seconds - waited:.0f} s left"
-                _log.warning("waiting for %s: %s; %s", address.root, problem, left)
+                _log.warning("waiting for %s: %s; %s", url, problem, left)
             await asyncio.sleep(min(pause, max(limit_seconds - waited, 0.0)))
             pause = min(pause * 1.5, _MAX_PAUSE_SECONDS)
 
 
-async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, key: str | None) -> JoinedServer | str:
+async def _probe(
+    session: aiohttp.ClientSession, root: str, run_id: str | None, credentials: Credentials
+) -> JoinedServer | str:
     """The server if it is ready; else why it is not. Raises ``WrongServer`` if waiting would not help."""
     try:
-        async with session.get(f"{root}{CANONICAL.prefix}/health/detail") as reply:
+        async with session.get(f"{root}{CANONICAL.prefix}/health/detail", headers=credentials.headers) as reply:
             if reply.status in (401, 403):
-                given = "the API key that was given" if key else "a client without an API key"
+                given = "the API key that was given" if credentials.api_key else "a client without an API key"
                 raise WrongServer(f"the server at {root} refuses {given}; set AGL_API_KEY to the key of the server")
             if reply.status == 404:
                 raise WrongServer(f"what answers at {root} is not an Agent Lightning server")
@@ -107,7 +110,7 @@ async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, 
         why = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
         raise WrongServer(
             f"the certificate of the server at {root} is not trusted here ({why}); "
-            "set SSL_CERT_FILE to that of its authority"
+            "set AGL_TLS_CA_FILE, or SSL_CERT_FILE, to the file with that of its authority"
         ) from error
     except aiohttp.ClientConnectorError as error:
         reason = error.os_error
@@ -121,6 +124,8 @@ async def _probe(session: aiohttp.ClientSession, root: str, run_id: str | None, 
             f"the server at {root} serves run {detail.get('run_id')!r}, and this runner belongs to run {run_id!r}; "
             "give it the address of its own, or the AGL_RUN_ID of that run"
         )
+    if "refusal" in detail:
+        raise WrongServer(f"the server at {root} refuses runners of this machine: {detail['refusal']}")
     status = detail.get("status", {}).get("status")
     return JoinedServer(detail.get("run_id"), detail.get("instance")) if status == "ready" else f"it is {status}"
 

@@ -35,14 +35,15 @@ from agentlightning.execution.membership import (
 from agentlightning.execution.run import (
     LoopThread,
     RunSettings,
+    ServerAccess,
     SideJob,
+    remote_server,
     runner_slots,
-    server_url,
     start_of,
     worker_names,
 )
+from agentlightning.execution.store_server import served_store
 from agentlightning.execution.supervisor import Supervisor
-from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.store.base import LightningStore
 from agentlightning.types import WorkerDirective
 
@@ -156,13 +157,13 @@ class AlgorithmRun(ClientServerRun):
         job = SideJob(algorithm, self._unserved) if runner_is_main else runner_job
         side = "algorithm" if runner_is_main else "runner"
         with self._running(side, job if settings.role == "both" else None), self._served(algorithm) as served:
-            store, url, run_id = served
+            store, server, run_id = served
             try:
                 if runner_is_main:
-                    self._run_here(runner_job, store, url, run_id)
+                    self._run_here(runner_job, store, server, run_id)
                 else:
                     if self._supervisor is not None:
-                        self._begin(runner_slots(settings, url, run_id), store)
+                        self._begin(runner_slots(settings, server, run_id), store)
                     self._run_main(algorithm(store, self._event))
                 self._thread.begin(self._end("drain"))
             finally:
@@ -170,27 +171,21 @@ class AlgorithmRun(ClientServerRun):
                 self._thread.call(self._end("stop"))
 
     @contextmanager
-    def _served(self, algorithm: AlgorithmBundle) -> Generator[tuple[LightningStore, str, str | None], None, None]:
-        """The store, its URL and the id of the run, for the length of the block; the algorithm's side gets it first."""
+    def _served(
+        self, algorithm: AlgorithmBundle
+    ) -> Generator[tuple[LightningStore, ServerAccess, str | None], None, None]:
+        """The store, how processes reach it, and the id of the run, for the length of the block; the algorithm's side
+        gets it first."""
         settings = self._settings
         prepare_store(algorithm, self._store)
         if self._unserved is not None:
-            yield self._store, "", None
+            yield self._store, ServerAccess(""), None
             return
-        # Imported late, because a machine that only has runners does not need the server's framework.
-        from agentlightning.http.server.server import LightningStoreServer
-
         run_id = settings.run_id or f"run-{secrets.token_hex(6)}"
-        server = LightningStoreServer(
-            self._store, settings.server_host, settings.server_port, api_key=settings.api_key, run_id=run_id
-        )
-        server.start_blocking()
-        try:
-            _log.info("run %s is served at %s", run_id, server.endpoint)
+        find_reason: Callable[[], str | None] = getattr(algorithm, "why_no_guests", lambda: None)
+        with served_store(settings, self._store, run_id, find_reason(), self._note_refused_guest) as (server, access):
             self._guests = server
-            yield server, server.endpoint, run_id
-        finally:
-            server.stop_blocking()
+            yield server, access, run_id
 
     def _begin(self, slots: list[Slot], store: LightningStore) -> None:
         """Start the processes of the other side."""
@@ -200,13 +195,13 @@ class AlgorithmRun(ClientServerRun):
         self._thread.call(self._supervisor.begin(slots, allowed_exit_codes=codes, store=told))
         self._thread.begin(self._watch_processes(self._supervisor, store))
 
-    def _run_here(self, job: SideJob, store: LightningStore, url: str, run_id: str | None) -> None:
+    def _run_here(self, job: SideJob, store: LightningStore, server: ServerAccess, run_id: str | None) -> None:
         """Run the one runner in this thread, and the algorithm in a process of its own."""
         settings = self._settings
-        self._begin([Slot(start_of(settings, _ALGORITHM, url, run_id, None), None)], store)
-        start = start_of(settings, worker_names(1)[0], url, run_id, 0)
+        self._begin([Slot(start_of(settings, _ALGORITHM, server, run_id, None), None)], store)
+        start = start_of(settings, worker_names(1)[0], server, run_id, 0)
         with _environment(start.environment):
-            self._run_main(job.run(start.slot, self._event, url=url, run_id=run_id, index=0))
+            self._run_main(job.run(start.slot, self._event, server=server, run_id=run_id, index=0))
         if not self._algorithm_over.is_set():  # runners may work on other machines
             self._thread.begin(self._fail_when_unserved(store))
             self._thread.call(self._algorithm_over.wait())
@@ -295,10 +290,19 @@ class AlgorithmRun(ClientServerRun):
         """Fail the run when rollouts wait and no worker is left; the algorithm would wait for them for ever."""
         self._fail(await failure_when_unserved(lambda: unserved_rollouts(store)))
 
+    def _note_refused_guest(self, why: str) -> None:
+        """End the run if it has no other worker: the one that came is refused. Any thread may call."""
+        if self._settings.role == "algorithm":
+            self._thread.begin(self._fail_without_workers(why))
+
+    async def _fail_without_workers(self, why: str) -> None:
+        if not (await self._store.query_workers(status_in=["idle", "busy"], limit=1)).items:
+            self._fail(ExecutionFailed(f"runners on other machines cannot work for this run: {why}"))
+
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Generator[None, None, None]:
-    """Let a runner in this process find its worker id and the key in the environment, as in other processes."""
+    """Let a runner in this process find its worker id in the environment, as in other processes."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -329,6 +333,10 @@ class RunnerHostRun(ClientServerRun):
     _join_was_logged = False
     _work: Future[None] | None = None
 
+    def __init__(self, settings: RunSettings, store: LightningStore) -> None:
+        super().__init__(settings, store)
+        self._access = remote_server(settings)
+
     def execute(self, runner: RunnerBundle) -> None:
         """Run the runners. Raises as ``ExecutionStrategy.execute``."""
         with self._running("runner", SideJob(runner, self._unserved, is_guest=self._unserved is None)):
@@ -351,14 +359,14 @@ class RunnerHostRun(ClientServerRun):
         if self._unserved is not None:
             await self._work_for_runs(self._unserved)
             return
-        async with LightningStoreClient(server_url(self._settings), api_key=self._settings.api_key) as store:
+        async with self._access.client() as store:
             await self._work_for_runs(store)
 
     async def _work_for_runs(self, store: LightningStore) -> None:
         """Keep the runners at work until the run is over, or for ``stay``, until this process is stopped."""
         settings, supervisor = self._settings, self._supervisor
         assert supervisor is not None
-        slots = runner_slots(settings, server_url(settings), settings.run_id)
+        slots = runner_slots(settings, self._access, settings.run_id)
         codes = settings.allowed_exit_codes
         await supervisor.begin(slots, allowed_exit_codes=codes, store=store, on_ready=self._all_ready)
         while True:
@@ -368,7 +376,7 @@ class RunnerHostRun(ClientServerRun):
             left = [slot for slot in slots if slot.has_left]
             if supervisor.over.is_set() and not (settings.stay and left and supervisor.failure is None):
                 if len(left) == len(slots) and all(slot.result and slot.result.status == "gone" for slot in left):
-                    self._failure = ExecutionFailed(f"the server at {server_url(settings)} cannot be reached any more")
+                    self._failure = ExecutionFailed(f"the server at {self._access.url} cannot be reached any more")
                 self._failure = supervisor.failure or self._failure
                 return
             if supervisor.over.is_set():
@@ -382,8 +390,8 @@ class RunnerHostRun(ClientServerRun):
         joined = _NO_SERVER
         if self._unserved is None:
             joined = await join_server(
-                server_url(settings),
-                api_key=settings.api_key,
+                self._access.url,
+                self._access.credentials,
                 run_id=settings.run_id,
                 limit_seconds=limit_seconds,
                 reason_to_wait=reason_to_wait,
@@ -414,5 +422,5 @@ class RunnerHostRun(ClientServerRun):
         if not self._join_was_logged and self._server is not None:
             self._join_was_logged = True
             what = f"run {self._server.run_id}" if self._server.run_id else "the store"
-            where = "" if self._unserved is not None else f" at {server_url(self._settings)}"
+            where = "" if self._unserved is not None else f" at {self._access.url}"
             _log.info("joined %s%s; runners ready: %d", what, where, self._settings.n_runners)

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 from agentlightning.errors import (
     ExecutionFailed,
@@ -36,7 +36,9 @@ from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import parse_address
 from agentlightning.runner.heartbeat import host_part
 from agentlightning.runner.main_thread import MAIN_THREAD
-from agentlightning.security.hosts import is_loopback
+from agentlightning.security.credentials import Credentials, credentials_for
+from agentlightning.security.hosts import is_loopback, require_key, url_of
+from agentlightning.security.tls import AnyPath, tls_files
 from agentlightning.settings import LightningEnvVar, resolve_int_env_var, resolve_str_env_var
 from agentlightning.store.base import LightningStore
 
@@ -49,6 +51,7 @@ MainProcess = Literal["algorithm", "runner"]
 
 _DEFAULT_HOST = "localhost"
 _DEFAULT_PORT = 4747
+_TLS_VARIABLES = (LightningEnvVar.AGL_TLS_CERTIFICATE, LightningEnvVar.AGL_TLS_KEY, LightningEnvVar.AGL_TLS_CA_FILE)
 
 
 class RunSettings:
@@ -74,6 +77,9 @@ class RunSettings:
         server_url: str | None = None,
         connect_timeout: float = 300.0,
         stay: bool = False,
+        tls_certificate: AnyPath | None = None,
+        tls_key: AnyPath | None = None,
+        tls_ca_file: AnyPath | None = None,
     ) -> None:
         self.role: Role = cast("Role", resolve_str_env_var(LightningEnvVar.AGL_CURRENT_ROLE, role, fallback="both"))
         self.server_host = resolve_str_env_var(LightningEnvVar.AGL_SERVER_HOST, server_host, fallback=_DEFAULT_HOST)
@@ -94,8 +100,19 @@ class RunSettings:
         self.server_url = None if server is None else server.root
         self.connect_timeout = connect_timeout
         self.stay = stay
-        self.api_key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key or (server and server.api_key))
+        self.api_key = server.api_key if api_key is None and server is not None else api_key
+        if self.api_key is None and self.role != "runner":  # a runner finds it when the server is there
+            self.api_key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY) or None
+        given = (tls_certificate, tls_key, tls_ca_file)
+        certificate, key, ca_file = map(self._tls_file, _TLS_VARIABLES, given)
+        self.tls, self.tls_ca_file = tls_files(certificate, key), ca_file
         self._check()
+
+    def _tls_file(self, variable: LightningEnvVar, given: AnyPath | None) -> str | None:
+        """A file for TLS. A variable may have been set for other servers than one on loopback."""
+        if given is not None or is_loopback(self.server_host):
+            return None if given is None else str(given)
+        return resolve_str_env_var(variable) or None
 
     def _check(self) -> None:
         if self.role not in get_args(Role):
@@ -122,21 +139,42 @@ class RunSettings:
             )
         if self.start_method is not None and self.start_method not in get_args(StartMethod):
             raise InvalidValue(f"start_method {self.start_method!r} is not one of {', '.join(get_args(StartMethod))}")
-        serves = self.role != "runner" and self.managed_store
-        if serves and not is_loopback(self.server_host) and not self.api_key:
-            raise InvalidValue(
-                f"server_host {self.server_host!r} lets other machines reach the store, and there is no API key: "
-                "anybody who finds the port could read and change everything. Either set a key, in AGL_API_KEY or "
-                "api_key=, here and on the machines of the runners (this command makes one: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))'); "
-                "or serve this machine only, with server_host='localhost'"
-            )
+        if self.serves:
+            remedy = "Set AGL_API_KEY, or api_key=, here and on the machines of the runners"
+            require_key(self.server_host, bool(self.api_key), remedy, "server_host")
+
+    @property
+    def serves(self) -> bool:
+        """Whether the store is served by this process."""
+        return self.role != "runner" and self.managed_store
 
 
-def server_url(settings: RunSettings) -> str:
-    """The URL of the server, for role ``runner``."""
-    host = f"[{settings.server_host}]" if ":" in settings.server_host else settings.server_host
-    return settings.server_url or f"http://{host}:{settings.server_port}"
+class ServerAccess(NamedTuple):
+    """How a process reaches the store's server. It goes to the processes of a run through the launcher's pipe."""
+
+    url: str
+    api_key: str | None = None
+    tls_ca_file: str | None = None
+    tls_certificate: str | None = None
+
+    def client(self) -> LightningStoreClient:
+        """A client of the server."""
+        return LightningStoreClient(
+            self.url, api_key=self.api_key, tls_ca_file=self.tls_ca_file, tls_certificate=self.tls_certificate
+        )
+
+    def credentials(self) -> Credentials:
+        """The key to show now, and the certificates to accept."""
+        return credentials_for(
+            self.url, self.api_key, tls_ca_file=self.tls_ca_file, tls_certificate=self.tls_certificate
+        )
+
+
+def remote_server(settings: RunSettings) -> ServerAccess:
+    """The server of role ``runner``. It has a certificate if one is mentioned: its own, or that of its authority."""
+    scheme = "https" if settings.tls or settings.tls_ca_file else "http"
+    url = settings.server_url or url_of(settings.server_host, settings.server_port, scheme)
+    return ServerAccess(url, settings.api_key or None, settings.tls_ca_file)
 
 
 def worker_names(count: int) -> list[str]:
@@ -145,23 +183,20 @@ def worker_names(count: int) -> list[str]:
     return [f"{prefix}-{index}" for index in range(count)]
 
 
-def runner_slots(settings: RunSettings, url: str, run_id: str | None) -> list[Slot]:
-    """The slots of the runners on this machine; for ``url`` and ``run_id`` see ``SideJob.run``."""
+def runner_slots(settings: RunSettings, server: ServerAccess, run_id: str | None) -> list[Slot]:
+    """The slots of the runners on this machine; for ``server`` and ``run_id`` see ``SideJob.run``."""
     names = enumerate(worker_names(settings.n_runners))
-    starts = [start_of(settings, name, url, run_id, index) for index, name in names]
+    starts = [start_of(settings, name, server, run_id, index) for index, name in names]
     return [Slot(start, CrashCounter(settings.restarts)) for start in starts]
 
 
-def start_of(settings: RunSettings, name: str, url: str, run_id: str | None, index: int | None) -> StartProcess:
-    """The command for the process of a side: of the runner with this index, or None: of the algorithm.
-
-    The key goes by the environment, which few can read.
-    """
-    environment = {} if settings.api_key is None else {LightningEnvVar.AGL_API_KEY.value: settings.api_key}
-    if index is not None:
-        environment[LightningEnvVar.AGL_WORKER_NAME.value] = name
+def start_of(
+    settings: RunSettings, name: str, server: ServerAccess, run_id: str | None, index: int | None
+) -> StartProcess:
+    """The command for the process of a side: of the runner with this index, or None: of the algorithm."""
+    environment = {} if index is None else {LightningEnvVar.AGL_WORKER_NAME.value: name}
     quotas = None if index is None else settings.quotas
-    return StartProcess(name, {"url": url, "run_id": run_id, "index": index}, environment, quotas)
+    return StartProcess(name, {"server": server, "run_id": run_id, "index": index}, environment, quotas)
 
 
 # --- What the processes of a run do: one side of it, with a store ----------------------------------------------------
@@ -196,29 +231,30 @@ class SideJob:
         wants, index = getattr(self.bundle, "wants_main_thread", None), arguments["index"]
         return index is not None and wants is not None and wants(index)
 
-    async def run(self, name: str, event: ExecutionEvent, *, url: str, run_id: str | None, index: int | None) -> str:
+    async def run(
+        self, name: str, event: ExecutionEvent, *, server: ServerAccess, run_id: str | None, index: int | None
+    ) -> str:
         """Run it to its end, and deregister the worker of a runner.
 
         Args:
             name: of a runner's worker.
             event: the stop event.
-            url, run_id: of the server, where the store is served, and the run that it must serve; None: any.
+            server, run_id: where the store is served, and the run that must be served; None: any.
             index: of the runner; None: it is the algorithm.
 
         Returns:
             ``drain`` or ``stop``, if that is what the worker has been asked to do; ``gone``, if the server cannot be
             reached any more; else ``done``.
         """
-        key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
         async with contextlib.AsyncExitStack() as stack:
             store = self.store
             if store is None:
-                store = await stack.enter_async_context(LightningStoreClient(url, api_key=key))
+                store = await stack.enter_async_context(server.client())
             if index is None:
                 await cast("AlgorithmBundle", self.bundle)(store, event)
                 return "done"
             try:
-                join = partial(join_server, url, api_key=key, run_id=run_id, limit_seconds=_JOIN_SECONDS)
+                join = partial(join_server, server.url, server.credentials, run_id=run_id, limit_seconds=_JOIN_SECONDS)
                 async with _while_served(store, name, join) if self.is_guest else contextlib.nullcontext():
                     await cast("RunnerBundle", self.bundle)(store, index, event)
                 try:

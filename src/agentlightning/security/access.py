@@ -14,6 +14,8 @@ class Principal(NamedTuple):
 
     name: str
     """``key`` for a caller that has shown the API key, ``anonymous`` for any other."""
+    address: str | None = None
+    """Where the request comes from, as far as the connection tells. Behind a reverse proxy it is that one's."""
 
 
 ANONYMOUS, KEY_HOLDER = Principal("anonymous"), Principal("key")

@@ -7,7 +7,9 @@ machine. Two headers that a page cannot forge reveal this. ``Host``: a page whos
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import socket
 from collections.abc import Iterable, Sequence
 
 from agentlightning.errors import InvalidValue
@@ -21,9 +23,88 @@ def is_loopback(host: str) -> bool:
     if host.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def require_key(host: str, has_key: bool, remedy: str, argument: str = "host") -> None:
+    """Check, before a server begins to listen, that it does not answer other machines without a key.
+
+    Args:
+        host: where it is to listen.
+        has_key: whether it asks for a key.
+        remedy: how it is given one, for the message.
+        argument: the one that has the host.
+
+    Raises:
+        InvalidValue: it would.
+    """
+    if not has_key and not is_loopback(host):
+        raise InvalidValue(
+            f"other machines can reach {host!r}, and there is no API key: anybody who finds the port could use it. "
+            f"{remedy} (this command makes a key: python -c 'import secrets; print(secrets.token_urlsafe(32))'), "
+            f"or serve this machine only, with {argument}='localhost'"
+        )
+
+
+def url_of(host: str, port: int, scheme: str = "http") -> str:
+    """The URL of a server by its host, a name or an address, and its port."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+# --- Which machine an address belongs to -------------------------------------------------------------
+
+EVERY_ADDRESS = ("", "0.0.0.0", "::")
+"""Hosts that mean: listen on every address of this machine."""
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether an address, of the other side of a connection, belongs to this machine."""
+    plain = address.removeprefix("::ffff:")
+    family = socket.AF_INET6 if ":" in plain else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((plain, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def outward_address(target: str = "192.0.2.1") -> str | None:
+    """The address of this machine by which others reach it; None if it has none but loopback.
+
+    Args:
+        target: an address of the network in question; default: one reserved for documentation (RFC 5737), by which
+            the route to other networks is found.
+    """
+    # Connecting a datagram socket sends nothing; it only finds the route.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+            found = str(probe.getsockname()[0])
+        except OSError:  # there is no route
+            found = ""
+    return found if found and not is_loopback(found) else _first_address()
+
+
+def _first_address() -> str | None:
+    """The first address of an interface that is up, for a machine whose networks have no way out."""
+    import psutil
+
+    up = {name for name, told in psutil.net_if_stats().items() if told.isup}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for name, addresses in psutil.net_if_addrs().items():
+            for each in addresses:
+                if name in up and each.family == family and not _is_near(each.address):
+                    return each.address
+    return None
+
+
+def _is_near(address: str) -> bool:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return found.is_loopback or found.is_link_local
 
 
 class AllowedHosts:

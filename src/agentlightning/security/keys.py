@@ -1,4 +1,4 @@
-"""The API key of a server, and how a request presents it."""
+"""The API key of a server: where it comes from, and how a request presents it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import base64
 import binascii
 import hmac
 import re
+import secrets
 
 from agentlightning.errors import InvalidValue
 
 _USABLE = re.compile(r"[\x21-\x7e]{8,512}")
+
+
+def new_key() -> str:
+    """A key that nobody can guess, for a server that was given none."""
+    return secrets.token_urlsafe(32)
 
 
 class ApiKey:

@@ -20,13 +20,12 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, suppress
 from email.utils import formatdate
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from uvicorn.server import ServerState
 
-from agentlightning.errors import InvalidValue
+from agentlightning.security.tls import TlsFiles
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds, ConnectionCounter
 from agentlightning.serving.keepalive import probe_when_idle
 
@@ -45,13 +44,6 @@ _STOP_SECONDS = 30.0
 """How long ``stop`` waits for the thread, beyond the time for the drain."""
 
 _T = TypeVar("_T")
-
-
-class TlsFiles(NamedTuple):
-    """The files of an HTTPS server, in PEM."""
-
-    certificate: Path
-    key: Path
 
 
 class ThreadedServer:
@@ -130,11 +122,7 @@ class ThreadedServer:
         """
         if self._listening is None:
             if self._tls is not None:
-                try:
-                    self._ssl = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-                    self._ssl.load_cert_chain(self._tls.certificate, self._tls.key)
-                except (OSError, ssl.SSLError) as error:
-                    raise InvalidValue(f"the certificate or key for TLS cannot be used: {error}") from error
+                self._ssl = self._tls.server_context()
             self._listening = _bind(self.host, self.port)
             self.port = self._listening.getsockname()[1]
         return self.port

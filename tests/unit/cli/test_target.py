@@ -61,7 +61,9 @@ def test_the_key_given_goes_before_the_url_and_that_before_the_environment(monke
     monkeypatch.setenv("AGL_API_KEY", "from-environment")
     assert locate("http://agl:from-url@host", "given") == Server("http://host", "given")
     assert locate("http://agl:from-url@host") == Server("http://host", "from-url")
-    assert locate("http://host") == Server("http://host", "from-environment")
+    of_environment = locate("http://host")
+    assert isinstance(of_environment, Server)
+    assert of_environment.credentials.api_key == "from-environment"
 
 
 def test_a_key_in_the_url_is_never_shown() -> None:

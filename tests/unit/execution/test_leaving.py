@@ -20,7 +20,7 @@ import pytest
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore
 from agentlightning.execution.membership import ask_workers_to_leave, deregister_worker, unserved_rollouts
-from agentlightning.execution.run import SideJob
+from agentlightning.execution.run import ServerAccess, SideJob
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.types import WorkerDirective
@@ -111,8 +111,9 @@ async def test_a_worker_says_goodbye_also_when_the_store_does_not_answer_what_it
         await store.update_worker("worker-1", lease_seconds=60.0)
 
     async with RefusesLookUps() as store:
+        nowhere = ServerAccess("")
         with pytest.raises(NotImplementedError):
-            await SideJob(registers, store).run("worker-1", threading.Event(), url="", run_id=None, index=0)
+            await SideJob(registers, store).run("worker-1", threading.Event(), server=nowhere, run_id=None, index=0)
         assert store.lost == ["worker-1"]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from agentlightning.http.routes import ServerAddress
-from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var, state_home
 from agentlightning.types import UNSET, ResourcesUpdate, Unset
 
 _FORGET_AFTER_SECONDS = 7 * 24 * 3600.0
@@ -40,9 +40,8 @@ def state_folder(chosen: str | Path | None | Unset, address: ServerAddress) -> P
 
 
 def default_folder() -> Path:
-    """The folder for all servers, in the user's home (XDG Base Directory Specification, ``XDG_STATE_HOME``)."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "agentlightning" / "spool"
+    """The folder for all servers, in the user's home."""
+    return state_home() / "spool"
 
 
 def _forget_old_servers(folder: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import secrets
-import ssl
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from agentlightning.http.client.spool import SpoolFolder
 from agentlightning.http.client.transport import Connections, HttpTransport, WireRequest
 from agentlightning.http.routes import CLIENT_ROUTES, COMPATIBLE, OTLP_TRACES_PATH, parse_address
 from agentlightning.http.signatures import DerivedStore, derive_methods
-from agentlightning.settings import LightningEnvVar, resolve_str_env_var
+from agentlightning.security.credentials import credentials_for
 from agentlightning.store.arguments import check_spans_of, encode_spans
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.records import stored_span
@@ -107,7 +106,8 @@ class LightningStoreClient(DerivedStore):
     Args:
         server_address: ``http://host:port``, with a key as ``http://agl:KEY@host:port``, with a prefix if it is to be
             another than ours.
-        api_key: sent as a bearer token. Default: the key in the address, else ``AGL_API_KEY``.
+        api_key: sent as a bearer token. Default: the key in the address; else, if the server belongs to a run of this
+            user on this machine, the one that it made for itself; else ``AGL_API_KEY``.
         retry_delays: seconds before each further try, instead of exponential back-off; their number bounds the tries.
         health_retry_delays: if given, a retry is made only when the server answers its health route, which is asked
             again after these delays in seconds.
@@ -118,11 +118,13 @@ class LightningStoreClient(DerivedStore):
             ``AGL_SPOOL_DIR``, else a folder for state in the user's home.
         spool_max_bytes: the most that spans of all processes for this server may take there.
         max_connections: the most connections in one event loop.
-        tls_ca_file: the certificates that the server's is checked with; None: those of the system.
+        tls_ca_file: the authorities that the server's certificate is checked with. Default: ``AGL_TLS_CA_FILE``, else
+            those of the system.
+        tls_certificate: the server's certificate itself; it is accepted under any name, and no other one is.
         surroundings: what a simulation replaces; None: those of this process.
 
     Raises:
-        InvalidValue: the address is none.
+        InvalidValue: the address is none, or a file has no certificates.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class LightningStoreClient(DerivedStore):
         spool_max_bytes: int = _DEFAULT_SPOOL_BYTES,
         max_connections: int = 256,
         tls_ca_file: str | Path | None = None,
+        tls_certificate: str | Path | None = None,
         surroundings: Surroundings | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -156,20 +159,25 @@ class LightningStoreClient(DerivedStore):
     def _assemble(self, given: dict[str, Any]) -> None:
         """Wire the parts together, by the arguments of the constructor; none of them does anything yet."""
         address = parse_address(given["server_address"])
-        key = given["api_key"] or address.api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+        find = partial(
+            credentials_for,
+            address.root,
+            given["api_key"] or address.api_key,
+            tls_ca_file=given["tls_ca_file"],
+            tls_certificate=given["tls_certificate"],
+        )
         resilience: Resilience = given["resilience"]
         around: Surroundings = given["surroundings"] or Surroundings()
-        timeout, connect, ca_file = given["request_timeout"], given["connection_timeout"], given["tls_ca_file"]
+        timeout, connect = given["request_timeout"], given["connection_timeout"]
         self.server_address_root = address.root
         """Where the server is, without a prefix."""
         self.server_address = address.root + COMPATIBLE.prefix
         """Where clients of 0.3 find the routes."""
         self._http = around.connections or HttpTransport(
             address.root,
-            {"User-Agent": "agentlightning", **({"Authorization": f"Bearer {key}"} if key else {})},
+            find,
             connect_seconds=connect,
             max_connections=given["max_connections"],
-            ssl_context=None if ca_file is None else ssl.create_default_context(cafile=str(ca_file)),
         )
         probe_seconds = min(connect, timeout)
         probe = WireRequest("GET", f"{address.dialect.prefix}/health", None, "read", probe_seconds, probe_seconds)

@@ -11,7 +11,7 @@ import io
 import socket
 import ssl
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,6 +20,7 @@ from yarl import URL
 
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.routes import Priority
+from agentlightning.security.credentials import Credentials
 from agentlightning.serving.keepalive import probe_when_idle
 
 
@@ -90,27 +91,30 @@ class HttpTransport:
 
     Args:
         root: scheme, host and port of the server, without a slash at the end.
-        headers: sent with every request.
+        credentials: finds what the server is shown, and how its certificate is checked. It is asked again when the
+            server refuses the key: a run that was begun anew under this address has another one.
         connect_seconds: how long opening a connection may take.
         max_connections: the most there are at once in each event loop; further requests wait for one.
-        ssl_context: how the server's certificate is checked; None: as the system does.
+
+    Raises:
+        InvalidValue: a file has no certificates.
     """
 
     def __init__(
         self,
         root: str,
-        headers: Mapping[str, str],
+        credentials: Callable[[], Credentials],
         *,
         connect_seconds: float,
         max_connections: int,
-        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._root = root
-        self._headers = dict(headers)
+        self._find_credentials = credentials
+        self._credentials = credentials()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
         self._connect_seconds = connect_seconds
         self._max_connections = max_connections
-        self._ssl: ssl.SSLContext | bool = True if ssl_context is None else ssl_context
+        self._ssl: ssl.SSLContext | bool = self._credentials.trust.context() or True
         self._lock = threading.Lock()
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._urls: dict[str, URL] = {}
@@ -121,6 +125,20 @@ class HttpTransport:
         Raises:
             StoreUnreachable: no connection, or no whole reply.
         """
+        shown = self._credentials
+        reply = await self._send(request)
+        return await self._send(request) if reply.status == 401 and self._renew(shown) else reply
+
+    def _renew(self, refused: Credentials) -> bool:
+        """Whether there is another key by now than the one that the server has refused."""
+        with self._lock:
+            if self._credentials == refused:
+                self._credentials = self._find_credentials()
+                for each in self._sessions.values():
+                    each.session.headers.update(self._credentials.headers)
+        return self._credentials.api_key != refused.api_key
+
+    async def _send(self, request: WireRequest) -> WireReply:
         opened = self._sessions.get(asyncio.get_running_loop()) or await self._open()
         body: bytes | io.BytesIO | None = request.body
         if body is not None and len(body) > _PIECE_BYTES:
@@ -196,7 +214,7 @@ class HttpTransport:
                 limit=self._max_connections, ssl=self._ssl, ttl_dns_cache=30, socket_factory=_socket
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._headers,
+            headers={"User-Agent": "agentlightning", **self._credentials.headers},
             timeout=self._timeout,
             read_bufsize=2**18,
         )

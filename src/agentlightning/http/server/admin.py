@@ -73,8 +73,8 @@ class Operations:
         body = encode_json_value({"status": status, "detail": detail})
         return Reply(200, body) if status == "ready" else Reply(503, body, [(b"retry-after", b"1")])
 
-    async def detail(self, _: Exchange) -> Reply:
-        """What the server works on, and how much its store holds."""
+    async def detail(self, exchange: Exchange) -> Reply:
+        """What the server works on, how much its store holds, and why the caller may not run rollouts, if so."""
         status, detail = await self._readiness()
         load = self._app.load
         shown: dict[str, Any] = {
@@ -88,6 +88,9 @@ class Operations:
             "open_connections": self._app.open_connections(),
             "store": None if status == "unavailable" else dict(await self._store.statistics()),
         }
+        refusal = self._app.access.refusal(exchange, "run")
+        if refusal is not None:
+            shown["refusal"] = refusal
         return Reply(200, encode_json_value(shown))
 
     async def metrics(self, _: Exchange) -> Reply:

@@ -58,7 +58,8 @@ class StoreApp:
         self._endpoints = endpoints
         self.find = endpoints.find
         """The route for a verb and a path."""
-        self._access = access
+        self.access = access
+        """Decides who may send requests."""
         self._retry_after = str(limits.retry_after_seconds).encode()
         self._numbers = count(1)
         self._run = secrets.token_hex(4)
@@ -114,12 +115,12 @@ class StoreApp:
                 exchange.check_headers()
             if found is None:
                 operation = self.others.get(exchange.path)
-                reply = self._access.check(exchange, "read" if operation is None else operation.permission)
+                reply = self.access.check(exchange, "read" if operation is None else operation.permission)
                 if reply is None:
                     reply = await self._elsewhere(exchange, operation)
             else:
                 endpoint = found.endpoint
-                reply = self._access.check(exchange, endpoint.route.permission)
+                reply = self.access.check(exchange, endpoint.route.permission)
                 if reply is None:
                     label, dialect, exchange.ids = endpoint.label, endpoint.dialect, found.ids
                     reply = await self._answer(exchange, endpoint, found.ids)

@@ -129,6 +129,10 @@ link, which would start work all the same. Other ports of one host are the same 
 _REMEMBERED = 64
 
 
+def _at(principal: Principal, exchange: Exchange) -> Principal:
+    return principal if exchange.client is None else principal._replace(address=exchange.client[0])
+
+
 class AccessControl:
     """Checks every request before anything else is done with it, also those to OTLP, metrics and health.
 
@@ -181,7 +185,18 @@ class AccessControl:
                 "this server wants an API key: send 'Authorization: Bearer KEY', or set AGL_API_KEY for our client"
             )
         if self._policy is not None:
-            self._policy.authorize(principal, permission)
+            self._policy.authorize(_at(principal, exchange), permission)
+        return None
+
+    def refusal(self, exchange: Exchange, permission: Permission) -> str | None:
+        """Why the policy refuses a permission to a caller who was let in; None: it does not."""
+        try:
+            if self._policy is not None:
+                headers = exchange.headers
+                principal = self._identify(headers.get(b"host"), headers.get(b"authorization"))
+                self._policy.authorize(_at(principal, exchange), permission)
+        except NotAllowed as error:
+            return error.message
         return None
 
     def _identify(self, host: bytes | None, credentials: bytes | None) -> Principal:

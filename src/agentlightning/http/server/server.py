@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 from agentlightning.errors import InvalidValue, StoreUnavailable
@@ -24,9 +23,10 @@ from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, ServerLimits
 from agentlightning.http.signatures import ForwardingStore
 from agentlightning.security.access import AccessPolicy
-from agentlightning.security.hosts import AllowedHosts, AllowedOrigins, is_loopback
+from agentlightning.security.hosts import EVERY_ADDRESS, AllowedHosts, AllowedOrigins, require_key, url_of
 from agentlightning.security.keys import ApiKey
-from agentlightning.serving.server import ThreadedServer, TlsFiles, ended_by_signal
+from agentlightning.security.tls import AnyPath, tls_files
+from agentlightning.serving.server import ThreadedServer, ended_by_signal
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
@@ -56,7 +56,8 @@ class LightningStoreServer(ForwardingStore):
         port: 0 for any that is free; ``port`` says which after ``start``. Default: 4747.
         cors_allow_origins: web pages that may use the server, such as ``https://lab.example``; ``*`` for all.
         n_workers: of 0.3; one process serves a store, so only 1 is possible.
-        api_key: what every request has to show. Default: ``AGL_API_KEY``. Without one, only loopback is served.
+        api_key: what every request has to show. Default: ``AGL_API_KEY``; an empty text: nothing. Without one, only
+            loopback is served.
         allowed_hosts: names under which the server is reached, besides its addresses and ``localhost``.
         tls_certificate, tls_key: files in PEM, for HTTPS.
         run_id: the run that is served, if it is one; runners of another one stay away.
@@ -78,8 +79,8 @@ class LightningStoreServer(ForwardingStore):
         n_workers: int = 1,
         api_key: str | None = None,
         allowed_hosts: Sequence[str] = (),
-        tls_certificate: str | os.PathLike[str] | None = None,
-        tls_key: str | os.PathLike[str] | None = None,
+        tls_certificate: AnyPath | None = None,
+        tls_key: AnyPath | None = None,
         run_id: str | None = None,
         access_policy: AccessPolicy | None = None,
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - a value that cannot change
@@ -93,8 +94,7 @@ class LightningStoreServer(ForwardingStore):
                 warnings.warn(f"{name} has no effect: {_REPLACED[name]}", DeprecationWarning, stacklevel=2)
         if n_workers != 1:
             raise InvalidValue(f"n_workers {n_workers!r} is not possible: one process serves a store; leave it out")
-        if (tls_certificate is None) != (tls_key is None):
-            raise InvalidValue("for HTTPS give both tls_certificate and tls_key; for HTTP give neither")
+        self._tls = tls_files(tls_certificate, tls_key)
         self.store: LightningStore | None = store
         """What is served; None in another process."""
         self.host = DEFAULT_HOST if host is None else host
@@ -102,15 +102,12 @@ class LightningStoreServer(ForwardingStore):
         self.run_id = run_id
         self.app: StoreApp | None = None
         """The ASGI application, while the server runs."""
-        self._key = api_key or resolve_str_env_var(LightningEnvVar.AGL_API_KEY)
+        self._key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key) or None
         self._access = AccessControl(
             ApiKey(self._key) if self._key else None,
             AllowedHosts([self.host, *allowed_hosts]),
             AllowedOrigins(cors_allow_origins),
             access_policy,
-        )
-        self._tls = (
-            None if tls_certificate is None or tls_key is None else TlsFiles(Path(tls_certificate), Path(tls_key))
         )
         self._limits = limits
         self._bound: tuple[ThreadedServer, StoreApp] | None = None
@@ -144,9 +141,8 @@ class LightningStoreServer(ForwardingStore):
     @property
     def endpoint(self) -> str:
         """Where clients on this machine find the server, without a prefix: ``http://127.0.0.1:4747``."""
-        host = {"0.0.0.0": DEFAULT_HOST, "::": "::1", "": DEFAULT_HOST}.get(self.host, self.host)
-        scheme = "http" if self._tls is None else "https"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        host = ("::1" if self.host == "::" else DEFAULT_HOST) if self.host in EVERY_ADDRESS else self.host
+        return url_of(host, self.port, "http" if self._tls is None else "https")
 
     async def start(self) -> None:
         """Serve; returns when requests are answered. Nothing happens if the server runs already.
@@ -209,11 +205,7 @@ class LightningStoreServer(ForwardingStore):
             return self._bound
         if not self._owned or self.store is None:
             raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
-        if not is_loopback(self.host) and self._key is None:
-            raise InvalidValue(
-                f"other machines can reach {self.host!r}, and there is no API key: set AGL_API_KEY (or api_key=, "
-                f"--api-key) to a secret, or listen on {DEFAULT_HOST}"
-            )
+        require_key(self.host, self._key is not None, "Set AGL_API_KEY (or api_key=, --api-key)")
         app = StoreApp(Endpoints(self.store), self._access, self._limits)
         app.others = Operations(self.store, app, self.run_id).by_path()
         listener = ThreadedServer(
@@ -262,7 +254,8 @@ class LightningStoreServer(ForwardingStore):
             return self.store
         with self._changing:
             if self._client is None:
-                self._client = LightningStoreClient(self.endpoint, api_key=self._key)
+                certificate = None if self._tls is None else self._tls.certificate
+                self._client = LightningStoreClient(self.endpoint, api_key=self._key, tls_certificate=certificate)
             return self._client
 
 

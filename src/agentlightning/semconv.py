@@ -106,8 +106,8 @@ class LLMCallAttributes(Enum):
     """What the LLM proxy records of a model call beyond ``GenAIAttributes``."""
 
     WIRE = "agentlightning.llm.wire"
-    """The wire that the agent spoke: ``chat_completions``, ``completions``, ``messages``. Calls of other wires than the
-    first two are made and recorded as chat completions."""
+    """The wire that the agent spoke: ``chat_completions``, ``completions``, ``responses``, ``messages``,
+    ``generate_content``. Calls of all but the first two are made and recorded as chat completions."""
     NOTES = "agentlightning.llm.notes"
     """What the agent asked for and no backend got, because a chat completion cannot say it."""
     REQUEST = "agentlightning.llm.request"

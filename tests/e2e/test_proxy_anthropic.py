@@ -220,3 +220,13 @@ async def test_an_error_inside_of_a_stream_is_an_error_of_the_client() -> None:
         with pytest.raises(anthropic.APIStatusError, match="out of memory"):
             await _ask(agent, True, **ASK)
         assert (await scene.only_span()).status.status_code == "ERROR"
+
+
+async def test_tokens_are_counted_by_the_backend_and_no_call_is_recorded() -> None:
+    backend = OpenAIBackend()
+    backend.counts = 7
+    async with proxied(backend) as scene, client(scene) as agent:
+        count = await agent.messages.count_tokens(model="policy", messages=ASK["messages"], tools=[TOOL])
+        assert count.input_tokens == 7
+        assert backend.seen[0].body["tools"][0]["function"]["name"] == "weather"
+        assert await scene.spans() == []

@@ -116,6 +116,8 @@ class OpenAIBackend:
         self.fails_for = fails_for
         self.fails_with = fails_with or Fail(500, {"error": {"message": "-inf is not JSON compliant"}})
         self.content_type = "text/event-stream"
+        self.counts: int | None = None
+        """What it counts at ``/tokenize``; None: it cannot."""
         self.seen: list[Seen] = []
         self._plan: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._ready = threading.Event()
@@ -164,6 +166,7 @@ class OpenAIBackend:
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/v1/completions", self._answer)
+        app.router.add_post("/tokenize", self._count)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -172,6 +175,10 @@ class OpenAIBackend:
         self._ready.set()
         await self._end.wait()
         await runner.cleanup()
+
+    async def _count(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append(Seen(request.path, dict(request.headers), await request.json()))
+        return web.json_response({"count": self.counts}, status=200 if self.counts is not None else 404)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         seen = Seen(request.path, dict(request.headers), await request.json())

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from agentlightning.errors import InvalidId, InvalidValue, NotAllowed
 from agentlightning.proxy.admission import HOLD_SECONDS, RETRY_AFTER_SECONDS
 from agentlightning.proxy.calls import error_reply, handle_model_call, ids_of, read_origin
+from agentlightning.proxy.counting import count_tokens
 from agentlightning.proxy.dialects import DEFAULT_DIALECT, DIALECTS, WireDialect
 from agentlightning.proxy.dialects.base import Lookup, ProxyError
 from agentlightning.proxy.recording import CallOrigin
@@ -28,6 +29,9 @@ from agentlightning.store.validation import check_id
 
 _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1(?:beta)?)*(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not, and some add it once more; Google's say ``/v1beta``."""
+
+_GROUP = re.compile(r"\(\?P<(\w+)>[^)]*\)")
+"""A parameter of a path."""
 
 _FIELD = re.compile(r"`\$\.(\w+)")
 """Where msgspec's error messages say which field is wrong."""
@@ -178,6 +182,11 @@ class ProxyApp:
             for each in dialect.lookups()
         ]
         self._routes += [
+            _Route("POST", re.compile(path), "run", partial(count_tokens, session, dialect), dialect)
+            for dialect in self._dialects
+            for path in dialect.count_paths
+        ]
+        self._routes += [
             _Route("GET", re.compile("/models"), "run", self._list_models),
             _Route("GET", re.compile("/models/(?P<model>.+)"), "run", self._show_model),
             _Route("GET", re.compile("/health"), None, self._show_health),
@@ -241,7 +250,8 @@ class ProxyApp:
                 exists = True
                 if route.method == method:
                     return route, prefix_params | match.groupdict()
-        wires = ", ".join(f"POST /v1{path}" for dialect in self._dialects for path in dialect.paths)
+        paths = (path for dialect in self._dialects for path in dialect.paths)
+        wires = ", ".join(f"POST /v1{_GROUP.sub(lambda group: group[1].upper(), path)}" for path in paths)
         raise ProxyError(
             405 if exists else 404,
             "wrong_method" if exists else "unknown_url",
@@ -255,8 +265,9 @@ class ProxyApp:
         return self._wire_of(request.headers).model_list(self._session.upstream.routing.models())
 
     async def _show_model(self, request: Request) -> dict[str, Any]:
-        backend, *_ = self._session.upstream.routing.order(request.path_params["model"], None)
-        return self._wire_of(request.headers).model(backend.model_name)
+        wire = self._wire_of(request.headers)
+        backend, *_ = self._session.upstream.routing.order(wire.model_name(request.path_params), None)
+        return wire.model(backend.model_name)
 
     async def _show_health(self, request: Request) -> dict[str, Any]:
         return {

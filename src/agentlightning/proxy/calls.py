@@ -162,7 +162,7 @@ class _ModelCall:
             hangup.watch(request.receive)
             async with hangup.cancels():
                 await self._place.admitted()
-            params = request.path_params | ids_of(record.origin)
+            params = {**request.query_params, **request.path_params, **ids_of(record.origin)}
             record.request = self._dialect.read_request(record.raw_request, params)
             record.raw_request = record.request.recorded or record.raw_request
             ending = await self._pass_on(hangup)

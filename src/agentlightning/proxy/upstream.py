@@ -157,7 +157,7 @@ class Upstream:
         self, client: aiohttp.ClientSession, routing: Routing, *, num_retries: int, capture: frozenset[CaptureField]
     ) -> None:
         self.routing = routing
-        self._client = client
+        self.client = client
         self._num_retries = num_retries
         self._capture = capture
         self._memory = CaptureMemory()
@@ -332,7 +332,7 @@ class Upstream:
         if backend.api_key:
             headers["Authorization"] = f"Bearer {backend.api_key}"
         data = write_json(body)
-        return await self._client.post(
+        return await self.client.post(
             backend.base_url + dialect.backend_path,
             # A large body is written in pieces, so that other calls go on in between.
             data=BytesIO(data) if len(data) > _LARGE_BYTES else data,

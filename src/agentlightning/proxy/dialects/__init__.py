@@ -5,14 +5,24 @@ own objects.
 """
 
 from agentlightning.proxy.dialects.base import WireDialect
+from agentlightning.proxy.dialects.generate_content import GenerateContent
 from agentlightning.proxy.dialects.messages import Messages
 from agentlightning.proxy.dialects.openai import ChatCompletions, Completions
 from agentlightning.proxy.dialects.responses import Responses
 
-DIALECTS: tuple[type[WireDialect], ...] = (ChatCompletions, Completions, Responses, Messages)
+DIALECTS: tuple[type[WireDialect], ...] = (ChatCompletions, Completions, Responses, Messages, GenerateContent)
 """Every wire that the proxy serves, in the order in which error messages list them."""
 
 DEFAULT_DIALECT = ChatCompletions()
 """Answers what belongs to no wire in particular: unknown URLs, the model list, the control routes."""
 
-__all__ = ["DEFAULT_DIALECT", "DIALECTS", "ChatCompletions", "Completions", "Messages", "Responses", "WireDialect"]
+__all__ = [
+    "DEFAULT_DIALECT",
+    "DIALECTS",
+    "ChatCompletions",
+    "Completions",
+    "GenerateContent",
+    "Messages",
+    "Responses",
+    "WireDialect",
+]

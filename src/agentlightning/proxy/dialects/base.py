@@ -245,6 +245,7 @@ class WireDialect(ABC):
         paths: regular expressions of the paths of its model calls, below ``/v1``. Their named groups are handed to
             ``read_request``, for wires that name the model in the URL.
         backend_path: where backends take its calls, below their ``api_base``.
+        count_paths: those of requests that ask for the number of tokens; their bodies are read as requests.
         client_headers: headers that only its clients send. Requests that are no model calls, such as for the model
             list, are answered in its shapes if they have one.
     """
@@ -254,6 +255,7 @@ class WireDialect(ABC):
     provider: ClassVar[str]
     paths: ClassVar[tuple[str, ...]]
     backend_path: ClassVar[str]
+    count_paths: ClassVar[tuple[str, ...]] = ()
     client_headers: ClassVar[tuple[str, ...]] = ()
 
     # --- Requests ---
@@ -263,7 +265,8 @@ class WireDialect(ABC):
         """Read an agent's request.
 
         Args:
-            path_params: the named groups of the path, and ``rollout_id`` and ``attempt_id`` if the call has them.
+            path_params: the named groups of the path, the parameters of the query, and ``rollout_id`` and
+                ``attempt_id`` if the call has them.
 
         Raises:
             ProxyError: it is no valid request of this wire (400).
@@ -309,6 +312,14 @@ class WireDialect(ABC):
     @abstractmethod
     def read_error(self, body: bytes, status: int) -> BackendError:
         """Read the body of a backend's error reply."""
+
+    def count_reply(self, count: int) -> dict[str, Any]:
+        """Return the reply to a request of ``count_paths``."""
+        return {"count": count}
+
+    def model_name(self, path_params: Mapping[str, str]) -> str:
+        """Return the model that a request for one model names."""
+        return path_params["model"]
 
     def lookups(self) -> Sequence[Lookup]:
         """Return the requests beside model calls that the wire has. Most have none."""

@@ -66,6 +66,7 @@ class Messages(TranslatedDialect):
     name = "messages"
     provider = "anthropic"
     paths = ("/messages",)
+    count_paths = ("/messages/count_tokens",)
     client_headers = ("anthropic-version",)
 
     # --- Requests ---
@@ -91,6 +92,10 @@ class Messages(TranslatedDialect):
         if effort := object_of(asked.get("output_config")).get("effort"):
             chat.notes.append(f"output_config.effort {effort!r} is left out")
         return asked.get("stream") is True
+
+    @override
+    def count_reply(self, count: int) -> dict[str, Any]:
+        return {"input_tokens": count}
 
     # --- Replies ---
 

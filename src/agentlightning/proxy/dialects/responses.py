@@ -37,6 +37,7 @@ class Responses(TranslatedDialect):
 
     name = "responses"
     paths = ("/responses",)
+    count_paths = ("/responses/input_tokens",)
 
     def __init__(self) -> None:
         self._memory = ReplyMemory()
@@ -73,6 +74,10 @@ class Responses(TranslatedDialect):
             why = f"This attempt has no reply {previous_id!r}, or the request for it said store: false."
             raise ProxyError(400, "previous_response_not_found", why, param="previous_response_id")
         return history
+
+    @override
+    def count_reply(self, count: int) -> dict[str, Any]:
+        return {"object": "response.input_tokens", "input_tokens": count}
 
     # --- Replies ---
 

@@ -65,7 +65,7 @@ class TranslatedDialect(ChatCompletions):
     @override
     def read_request(self, body: bytes, path_params: Mapping[str, str]) -> ModelRequest:
         asked = read_request_object(body)
-        chat = ChatRequest(model=path_params.get("model") or model_of(asked))
+        chat = ChatRequest(model=self.model_name(path_params) if "model" in path_params else model_of(asked))
         try:
             chat.is_streamed = self.translate(asked, path_params, chat)
         except Untranslatable as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import LINGER_SHARE, AlgorithmBundle, ExecutionStrategy, RunnerBundle
 from agentlightning.execution.roles import AlgorithmRun, RunnerHostRun
 from agentlightning.execution.run import RunSettings
@@ -32,7 +33,8 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
         terminate_timeout: seconds for each of the other stages: SIGINT, SIGTERM, SIGKILL.
         main_process: of ``both``: which side runs in this process; ``runner`` needs ``n_runners=1``.
         managed_store: whether the store is served. False: both sides get it as it is, so it must work in several
-            processes. Default: ``AGL_MANAGED_STORE``, else True.
+            processes (its ``capabilities`` say ``zero_copy``); ``execute`` refuses another one. Default:
+            ``AGL_MANAGED_STORE``, else True.
         allowed_exit_codes: exit codes of a runner that do not count as a crash (negative: by a signal).
         start_method: how processes are started: ``fork``, ``spawn`` or ``forkserver``. Default: ``fork`` while this
             process has one thread, else ``forkserver``.
@@ -59,6 +61,13 @@ class ClientServerExecutionStrategy(RunSettings, ExecutionStrategy):
     alias: ClassVar[str] = "cs"
 
     def execute(self, algorithm: AlgorithmBundle, runner: RunnerBundle, store: LightningStore) -> None:
+        if not self.managed_store and self.role != "algorithm" and not store.capabilities.get("zero_copy"):
+            raise InvalidValue(
+                f"managed_store=False gives the {type(store).__name__} to each process as it is, and it works in "
+                f"one process only: runners would have a copy of their own, and role {self.role!r} loses all work. "
+                "Leave managed_store out, so that the store is served; or give a LightningStoreClient of a server "
+                "(a store of your own that works in several processes says so by zero_copy in its capabilities)"
+            )
         if self.role == "runner":
             RunnerHostRun(self, store).execute(runner)
         else:

@@ -42,6 +42,7 @@ class LightningStoreCapabilities(TypedDict, total=False):
     thread_safe: bool
     async_safe: bool
     zero_copy: bool
+    """Whether copies of the object in several processes are one store, as clients of one server are."""
     otlp_traces: bool
     plain_spans: bool
     """Whether the store takes a ``PlainSpan`` wherever it takes a ``Span``."""

@@ -102,6 +102,20 @@ def test_an_unmanaged_store_is_given_to_both_sides(folder: Path) -> None:
         server.stop_blocking()
 
 
+@pytest.mark.parametrize("role", ["both", "runner"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_unmanaged_store_of_one_process_is_refused(
+    folder: Path, tmp_path: Path, role: Any, method: Any, on_disk: bool
+) -> None:
+    store = SqliteLightningStore(tmp_path / "store.db") if on_disk else InMemoryLightningStore()
+    arguments: dict[str, Any] = {"server_port": 4747, "start_method": method, "managed_store": False, **QUICK}
+    strategy = ClientServerExecutionStrategy(role=role, **arguments)
+    with pytest.raises(InvalidValue, match=r"LightningStore.*one process only(.|\n)*Leave managed_store out"):
+        strategy.execute(programs.enqueue_and_wait, programs.works, store)
+    assert programs.noted(folder) == [], "nothing has begun"
+
+
 def test_a_store_on_disk_that_was_in_use_before(folder: Path, tmp_path: Path) -> None:
     """The processes never touch the file; and what they did is there after."""
 

@@ -126,7 +126,7 @@ async def test_whoever_is_sent_away_is_told_why_and_by_which_id(
 async def test_a_client_that_does_not_read_its_reply_is_cut_off() -> None:
     """What it asked for would stay in memory."""
     limits = ServerLimits(body_seconds=0.3)
-    ask = b"GET /agl/v1/rollouts HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    ask = b"GET /agl/v1/rollouts?limit=-1 HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:
         await enqueued(store, *["x" * 600] * 10_000)
         async with _open(server.port, ask) as [(reader, _)]:  # one that reads gets everything

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from agentlightning.http.server.admin import Operations
 from agentlightning.http.server.app import StoreApp
+from agentlightning.http.server.decoder import Decoder
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, Load, ServerLimits
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
@@ -31,6 +32,7 @@ class AsgiCalls:
         key: the API key it wants.
         cors_allow_origins: web pages it answers.
         limits: bounds.
+        decoder: reads large bodies; None: this process does.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class AsgiCalls:
         key: str | None = None,
         cors_allow_origins: str | None = None,
         limits: ServerLimits | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         limits = limits or ServerLimits()
         access = AccessControl(ApiKey(key) if key else None, AllowedHosts(), AllowedOrigins(cors_allow_origins))
-        self.app = StoreApp(Endpoints(store), access, limits)
+        self.app = StoreApp(Endpoints(store), access, limits, decoder)
         self.app.others = Operations(store, self.app).by_path()
         self.load: Load = self.app.load
 

@@ -9,9 +9,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, get_args
 
+from msgspec.structs import replace
+
 from agentlightning.errors import InvalidValue, TooLarge
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import RolloutPolicy, RolloutRow
+from agentlightning.store.contract import EncodedJson
 from agentlightning.store.operations.attempts import Report
 from agentlightning.store.operations.rollouts import Draft, Edit
 from agentlightning.store.operations.spans import SpanDraft
@@ -26,6 +29,8 @@ from agentlightning.store.validation import (
     encode_json,
     encode_object,
     encode_policy,
+    encode_required,
+    encode_resources,
     reason_of,
     shown,
 )
@@ -86,12 +91,20 @@ def digest_of(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = False) -> Draft:
+def draft_of(request: EnqueueRolloutRequest | Draft, ids: IdSource | None, *, started: bool = False) -> Draft:
     """A new rollout: ``queuing``, or ``preparing`` because it is ``started`` at once.
+
+    Args:
+        request: what a caller asks for, or the draft that this has made of it before without ``ids``.
+        ids: makes its id, if the caller gives none; None: that is to be done later.
+        started: whether it has an attempt from the beginning.
 
     Raises:
         InvalidValue: a field is not valid.
     """
+    if isinstance(request, Draft):
+        row = request.row
+        return request if row.rollout_id or ids is None else Draft(replace(row, rollout_id=ids.mint("ro-")), False)
     if not isinstance(request, EnqueueRolloutRequest):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"{shown(request)} is a {type(request).__name__}; give an EnqueueRolloutRequest")
     if type(request.priority) is not int or not -(2**31) <= request.priority < 2**31:
@@ -102,7 +115,11 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
     if resources_id is not None:
         check_id(resources_id, "resources_id")
     repeatable = request.rollout_id is not None
-    rollout_id = check_id(request.rollout_id, "rollout_id") if repeatable else ids.mint("ro-")
+    rollout_id = request.rollout_id
+    if rollout_id is not None:
+        check_id(rollout_id, "rollout_id")
+    else:
+        rollout_id = "" if ids is None else ids.mint("ro-")
     content = encode_json(request.input, "input")
     metadata = encode_object(request.metadata, "metadata")
     policy = encode_policy(request.config)
@@ -132,6 +149,29 @@ def draft_of(request: EnqueueRolloutRequest, ids: IdSource, *, started: bool = F
         digest=digest,
     )
     return Draft(row, repeatable)
+
+
+def encode_ahead(arguments: dict[str, Any]) -> None:
+    """Check and encode those arguments of a method that are JSON, so that the store only has to keep them.
+
+    Raises:
+        InvalidValue: one of them is not valid.
+    """
+    for name, encode in _JSON_ARGUMENTS.items():
+        value = arguments.get(name)
+        if value is not None:
+            encoded = encode(value, name)
+            arguments[name] = ahead = EncodedJson(encoded)
+            ahead.canonical = canonical(encoded)
+
+
+_JSON_ARGUMENTS: Mapping[str, Callable[[Any, str], Any]] = {
+    "input": encode_json,
+    "metadata": encode_object,
+    "heartbeat_stats": encode_required,
+    "registration": encode_required,
+    "resources": lambda value, _: encode_resources(value),
+}
 
 
 def edit_of(fields: Mapping[str, Any], status: Any, reason_code: str | None, reason_message: str | None) -> Edit:

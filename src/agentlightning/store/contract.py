@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -338,6 +338,13 @@ class WorkerMethods(ABC):
         """One page of workers."""
 
 
+class EncodedJson(bytes):
+    """A value that was checked and encoded ahead of the call; our stores take it wherever they take the value."""
+
+    canonical: bytes
+    """With sorted keys, so that equal values have equal bytes."""
+
+
 def enqueue_request(*values: Any) -> EnqueueRolloutRequest:
     """The arguments of ``enqueue_rollout`` as a request, in the order of its fields.
 
@@ -346,15 +353,20 @@ def enqueue_request(*values: Any) -> EnqueueRolloutRequest:
         InvalidId, NotJson: an id is not a string; the metadata are not an object with string keys.
     """
     fields = dict(zip(EnqueueRolloutRequest.model_fields, values, strict=True))
-    metadata = fields["metadata"]
+    metadata, encoded = fields["metadata"], None
+    if type(metadata) is EncodedJson:
+        metadata, encoded, fields["metadata"] = None, metadata, None
     if metadata is not None and not isinstance(metadata, Mapping):
         raise NotJson(f"metadata is a {type(metadata).__name__}; give a dict with string keys")
     try:
-        return EnqueueRolloutRequest(**fields)
+        request = EnqueueRolloutRequest(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = str(first["loc"][0])
         raise _FIELD_ERRORS.get(field, InvalidValue)(f"{field} is not valid: {first['msg']}") from error
+    if encoded is not None:
+        request.metadata = cast("Any", encoded)
+    return request
 
 
 _FIELD_ERRORS: Mapping[str, type[InvalidValue]] = {

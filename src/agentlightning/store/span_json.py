@@ -47,7 +47,7 @@ def encode_span(span: SpanOrPlain) -> bytes:
     if encoded is None:
         encoded = span_json(span.rollout_id, span.attempt_id, span.sequence_id, encode_any_body(span))
     if len(encoded) > MAX_JSON_BYTES or (b"\\" in encoded and b"\\u0000" in encoded):  # one byte is found sooner
-        check_json_size(body_of(span, encoded), "span", span_id)
+        check_json_size(body_of(span, encoded), f"span {span_id}")
     return encoded
 
 

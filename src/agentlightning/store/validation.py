@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from agentlightning.errors import InvalidId, InvalidValue, NotJson, TooLarge
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.records import Reason, RolloutPolicy
+from agentlightning.store.contract import EncodedJson
 from agentlightning.types import NamedResources, Resource, ResourceUnion, RolloutConfig
 
 MAX_JSON_BYTES = 4 * 1024 * 1024
@@ -109,6 +110,8 @@ def encode_json(value: object, what: str) -> bytes:
         NotJson: it contains a value that strict JSON does not have (tuples count as arrays).
         TooLarge: it is larger than ``MAX_JSON_BYTES`` or deeper than ``MAX_DEPTH``.
     """
+    if type(value) is EncodedJson:
+        return value
     exact = check_json_value(value, what)
     try:
         encoded = _encode(value) if exact else _encode_subclasses(value).encode()
@@ -121,19 +124,21 @@ def encode_json(value: object, what: str) -> bytes:
 
 def canonical(encoded: bytes) -> bytes:
     """The same JSON with sorted keys, so that equal content has equal bytes and therefore equal digests."""
+    if type(encoded) is EncodedJson:
+        return encoded.canonical
     return _encode_sorted(msgspec.json.decode(encoded))
 
 
-def encode_object(value: Mapping[str, Any] | None, what: str) -> bytes | None:
+def encode_object(value: Mapping[str, Any] | EncodedJson | None, what: str) -> bytes | None:
     """A JSON object, or None where there is none. Raises as ``encode_json``."""
-    if value is None:
-        return None
+    if value is None or type(value) is EncodedJson:
+        return value
     if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise NotJson(f"{what} is a {type(value).__name__}; give a dict with string keys")
     return encode_json(dict(value), what)
 
 
-def encode_required(value: Mapping[str, Any], what: str) -> bytes:
+def encode_required(value: Mapping[str, Any] | EncodedJson, what: str) -> bytes:
     """A JSON object that must not be None. Raises as ``encode_json``."""
     encoded = encode_object(value, what)
     if encoded is None:
@@ -163,8 +168,10 @@ def encode_policy(config: RolloutConfig | None) -> RolloutPolicy:
     )
 
 
-def encode_resources(resources: Mapping[str, ResourceUnion]) -> bytes:
+def encode_resources(resources: Mapping[str, ResourceUnion] | EncodedJson) -> bytes:
     """Named resources as JSON. Raises as ``encode_json``, and ``InvalidValue`` for what is no resource."""
+    if type(resources) is EncodedJson:
+        return resources
     if not isinstance(resources, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidValue(f"resources is a {type(resources).__name__}; give a dict of names to resources")
     for name, resource in resources.items():
@@ -206,8 +213,8 @@ def holds_nul(encoded: bytes) -> bool:
     return b"\\\\" not in encoded or b"\\u0000" in encoded.replace(b"\\\\", b"")
 
 
-def check_json_size(encoded: bytes, what: str, name: str = "") -> None:
-    """Raise if encoded JSON is too large, or holds a NUL; ``what`` and ``name`` say what it is.
+def check_json_size(encoded: bytes, what: str) -> None:
+    """Raise if encoded JSON is too large, or holds a NUL; ``what`` names it.
 
     Raises:
         TooLarge: it has more than ``MAX_JSON_BYTES``.
@@ -215,11 +222,11 @@ def check_json_size(encoded: bytes, what: str, name: str = "") -> None:
     """
     if len(encoded) > MAX_JSON_BYTES:
         raise TooLarge(
-            f"{what} {name} has {len(encoded):,} bytes as JSON; the store takes {MAX_JSON_BYTES:,}. "
+            f"{what} has {len(encoded):,} bytes as JSON; the store takes {MAX_JSON_BYTES:,}. "
             "Store large data elsewhere and put a reference here"
         )
     if holds_nul(encoded):
-        raise NotJson(f"{what} {name} holds a NUL character, which not every database can store; remove it")
+        raise NotJson(f"{what} holds a NUL character, which not every database can store; remove it")
 
 
 def check_json_value(value: object, what: str, depth: int = 0) -> bool:

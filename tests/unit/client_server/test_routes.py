@@ -157,6 +157,6 @@ def test_no_request_waits_for_longer_than_a_minute(
 ) -> None:
     found = Endpoints(InMemoryLightningStore()).find("POST", dialect.prefix + path)
     assert found is not None
-    arguments = found.endpoint.arguments(found.ids, b"", body)
+    arguments = found.endpoint.intake.arguments(found.ids, b"", body)
     assert arguments[name] == waits
     assert found.endpoint.waits(arguments) == (waits > 0)

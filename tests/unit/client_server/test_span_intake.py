@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentlightning.errors import AgentLightningError, NotJson
 from agentlightning.http.codec import decode_strict
-from agentlightning.http.server.endpoints import drafts_of, plain_drafts, plain_report
+from agentlightning.http.server.span_intake import drafts_of, plain_drafts, plain_report
 from agentlightning.store.arguments import span_drafts
 from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.span_json import span_json

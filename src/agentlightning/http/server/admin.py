@@ -113,7 +113,7 @@ class Operations:
 
     async def traces(self, exchange: Exchange) -> Reply:
         """Store spans sent by an OpenTelemetry exporter."""
-        return await answer_traces(self._store, self._app.load, exchange)
+        return await answer_traces(self._store, self._app.load, self._app.decoder, exchange)
 
     async def _readiness(self) -> tuple[str, str | None]:
         """Whether requests are taken, and why not."""

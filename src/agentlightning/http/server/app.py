@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 from agentlightning.errors import AgentLightningError, BadRequest, NoSuchRoute, Overloaded, StoreUnavailable
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.http.routes import CANONICAL, Dialect
+from agentlightning.http.server.decoder import Decoder
 from agentlightning.http.server.endpoints import Endpoint, Endpoints, Match
 from agentlightning.http.server.exchange import ClientGone, Exchange, Header, Message, Receive, Reply, Send
+from agentlightning.http.server.intake import put_together, take_in
 from agentlightning.http.server.limits import STOPPING, AccessControl, Load, ServerLimits
 from agentlightning.security.access import Permission
 from agentlightning.telemetry.logs import CURRENT
@@ -52,14 +55,19 @@ class StoreApp:
         endpoints: answer the routes of the table.
         access: decides who may send requests.
         limits: how much is taken at once.
+        decoder: reads large bodies; None: the event loop does.
     """
 
-    def __init__(self, endpoints: Endpoints, access: AccessControl, limits: ServerLimits) -> None:
+    def __init__(
+        self, endpoints: Endpoints, access: AccessControl, limits: ServerLimits, decoder: Decoder | None = None
+    ) -> None:
         self._endpoints = endpoints
         self.find = endpoints.find
         """The route for a verb and a path."""
         self.access = access
         """Decides who may send requests."""
+        self.decoder = decoder
+        """Reads large bodies."""
         self._retry_after = str(limits.retry_after_seconds).encode()
         self._numbers = count(1)
         self._run = secrets.token_hex(4)
@@ -77,6 +85,11 @@ class StoreApp:
         self.load.draining = True
         for end in list(self._waits):
             end()
+
+    def close(self) -> None:
+        """Let go of what it holds, after the last request; idempotent. Blocks."""
+        if self.decoder is not None:
+            self.decoder.close()
 
     def refuse(
         self, client: Sequence[Any] | None, status: int, why: str, seconds: float
@@ -146,18 +159,23 @@ class StoreApp:
         """Answer a request to a route of the table."""
         load = self.load
         load.admit(exchange, endpoint.route.priority)
-        raw, exchange.body = exchange.body, None  # whatever is begun here may keep its context, and so the exchange
+        body, exchange.body = exchange.body, None  # whatever is begun here may keep its context, and so the exchange
+        parts = [] if body is None else [body]
+        del body
         try:
-            if not endpoint.has_body:
-                raw = b""
+            if not endpoint.intake.has_body:
+                parts = [b""]
             elif (
                 exchange.headers.get(b"content-type") != b"application/json" or b"content-encoding" in exchange.headers
             ):
                 exchange.check_json()
-            if raw is None:
-                raw = await load.body_of(exchange)
-            arguments = endpoint.arguments(ids, exchange.query, raw)
-            del raw  # a call that waits for minutes does not hold its body
+            parts = parts or await load.body_of(exchange)
+            if self.decoder is None or endpoint.intake.is_light(parts):
+                arguments = endpoint.intake.arguments(ids, exchange.query, b"".join(parts))
+                parts.clear()  # a call that waits for minutes does not hold its body
+            else:
+                reading = partial(take_in, endpoint.intake.source(ids, exchange.query))
+                arguments = put_together(await self.decoder.read(reading, parts))
             if not endpoint.may_wait or not endpoint.waits(arguments):
                 return endpoint.reply(await endpoint.call(**arguments), arguments)
             load.give_back(exchange)  # a long poll may wait for minutes and uses nothing meanwhile

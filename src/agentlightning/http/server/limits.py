@@ -85,8 +85,8 @@ class Load:
         self.requests += 1
         self.bytes += size
 
-    async def body_of(self, exchange: Exchange) -> bytes:
-        """The body of a request that was admitted. Raises as ``admit``, and as ``Exchange.body_parts``."""
+    async def body_of(self, exchange: Exchange) -> list[bytes]:
+        """The body of a request that was admitted, in parts. Raises as ``admit``, and as ``Exchange.body_parts``."""
         parts: list[bytes] = []
         size = 0
         async for part in exchange.body_parts():
@@ -96,7 +96,7 @@ class Load:
                 raise TooLarge(f"the body has more than {self.body_bytes:,} bytes; send less at a time")
             self.grow(exchange, size)
             parts.append(part)
-        return b"".join(parts)
+        return parts
 
     def grow(self, exchange: Exchange, size: int) -> None:
         """Count a request that was admitted with ``size`` bytes, if that is more than it had. Raises as ``admit``."""

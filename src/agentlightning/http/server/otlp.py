@@ -7,13 +7,13 @@ The store takes the spans that it can. The reply counts the others in ``partial_
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
@@ -24,13 +24,17 @@ from agentlightning.errors import (
     NotJson,
     TooLarge,
 )
+from agentlightning.http.server.decoder import Decoder
 from agentlightning.http.server.exchange import Exchange, Reply
+from agentlightning.http.server.intake import in_parts
 from agentlightning.http.server.limits import Load
 from agentlightning.http.server.otlp_body import JSON_MEDIA, NO_TEXT, PROTOBUF_MEDIA, read_request
 from agentlightning.semconv import LightningResourceAttributes, LightningSpanAttributes
-from agentlightning.store.arguments import check_batch
+from agentlightning.store.arguments import check_batch, span_drafts
 from agentlightning.store.base import LightningStore
+from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.refusals import send_apart
+from agentlightning.store.span_json import read_span, span_json
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
 
 if TYPE_CHECKING:
@@ -47,30 +51,31 @@ _STATUS_CODES: Sequence[StatusCode] = ("UNSET", "OK", "ERROR")
 _REASONS_SHOWN = 5
 _NO_TEXT = re.compile(f"[\0{NO_TEXT}]")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_LARGE_BYTES = 256 * 1024
-"""From this size on a request is parsed in a thread, because parsing would delay other requests noticeably."""
+_PLAIN = b"identity"
+_LIGHT_BYTES = 16 * 1024
+"""Up to this size the event loop reads a request itself. To make spans of protobuf takes longer than of JSON."""
 
 
-async def answer_traces(store: LightningStore, load: Load, exchange: Exchange) -> Reply:
+async def answer_traces(store: LightningStore, load: Load, decoder: Decoder | None, exchange: Exchange) -> Reply:
     """Store the spans of an ``ExportTraceServiceRequest``, and answer in its encoding.
 
     Exporters retry after 429 and 503 with ``Retry-After``, and drop the spans after any other status.
     """
     media = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     answered_as = media if media in (PROTOBUF_MEDIA, JSON_MEDIA) else JSON_MEDIA
-    reasons: list[str] = []
-
-    async def note(refused: Sequence[Span], error: AgentLightningError) -> None:
-        reasons.extend(f"span {span.span_id}: {error.message[:200]}" for span in refused)
-
+    encoding = exchange.headers.get(b"content-encoding", _PLAIN).lower()
     try:
         load.admit(exchange, "span")
-        content = await _content(load, exchange)
-        if len(content) < _LARGE_BYTES:
-            spans = _spans_in(media, content, reasons)
+        parts = await load.body_of(exchange)
+        size = sum(map(len, parts))
+        read = partial(take_in_traces, media, encoding, load.body_bytes)
+        if decoder is None or (encoding == _PLAIN and size <= _LIGHT_BYTES):
+            taken = list(read(b"".join(parts)))
+            parts.clear()
         else:
-            spans = await asyncio.to_thread(_spans_in, media, content, reasons)
-        await send_apart(spans, store.add_many_spans, note, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
+            taken = await decoder.read(read, parts)
+        load.grow(exchange, size + sum([draft.size for each in taken for draft in each.drafts]))
+        reasons = await _store(store, taken)
     except AgentLightningError as error:
         headers = [(b"retry-after", b"1")] if error.status in (429, 503, 507) else []
         status = 400 if error.status == 422 else error.status
@@ -80,17 +85,66 @@ async def answer_traces(store: LightningStore, load: Load, exchange: Exchange) -
     return Reply(200, _encode_outcome(answered_as, reasons), content_type=answered_as)
 
 
-async def _content(load: Load, exchange: Exchange) -> bytes:
-    """The body of a request, unpacked."""
-    raw = await load.body_of(exchange)
-    encoding = exchange.headers.get(b"content-encoding", b"identity").lower()
-    if encoding == b"identity":
-        return raw
-    if encoding != b"gzip":
+async def _store(store: LightningStore, taken: Sequence[TakenIn]) -> list[str]:
+    """Store spans; returns why some are not stored."""
+    reasons = [reason for each in taken for reason in each.refused]
+    drafts = [draft for each in taken for draft in each.drafts]
+
+    async def note(refused: Sequence[SpanDraft], error: AgentLightningError) -> None:
+        reasons.extend(f"span {span.span_id}: {error.message[:200]}" for span in refused)
+
+    async def send_records(some: Sequence[SpanDraft]) -> object:
+        return await store.add_many_spans([_record(each) for each in some])
+
+    in_json = store.answering_in_json()
+    send = send_records if in_json is None else in_json.add_span_drafts
+    await send_apart(drafts, send, note, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
+    return reasons
+
+
+def _record(draft: SpanDraft) -> Span:
+    return read_span(span_json(draft.rollout_id, draft.attempt_id, draft.sequence_id, draft.body))
+
+
+class TakenIn(NamedTuple):
+    """Some of the spans of a request."""
+
+    drafts: Sequence[SpanDraft]
+    refused: Sequence[str] = ()
+    """Why other spans of it are refused."""
+
+
+def take_in_traces(media: bytes, encoding: bytes, limit: int, raw: bytes) -> Iterator[TakenIn]:
+    """The spans of a request.
+
+    Args:
+        media: ``PROTOBUF_MEDIA`` or ``JSON_MEDIA``.
+        encoding: the header ``Content-Encoding``, or ``identity``.
+        limit: the most bytes that the body may have, unpacked, and all spans together, as the store keeps them.
+        raw: the body.
+
+    Raises:
+        BadRequest, NotJson, UnsupportedMedia: it is no ``ExportTraceServiceRequest``.
+        TooLarge: it has too many spans, fields or bytes.
+    """
+    if encoding not in (_PLAIN, b"gzip"):
         raise BadRequest(f"the body is encoded as {encoding[:80].decode('latin-1')!r}; send it as it is, or gzip")
-    content = await asyncio.to_thread(_inflate, raw, load.body_bytes)
-    load.grow(exchange, len(raw) + len(content))
-    return content
+    content = raw if encoding == _PLAIN else _inflate(raw, limit)
+    drafts: list[SpanDraft] = []
+    reasons: list[str] = []
+    size = 0
+    for span in _spans_in(media, content, reasons):
+        try:
+            [draft] = span_drafts([span])
+        except AgentLightningError as error:
+            reasons.append(f"span {span.span_id}: {error.message[:200]}")
+            continue
+        size += draft.size
+        if size > limit:  # each span has its resource, which all of them share in the request
+            raise TooLarge(f"the spans take more than {limit:,} bytes as JSON; send fewer at a time")
+        drafts.append(draft)
+    yield TakenIn((), reasons)
+    yield from map(TakenIn, in_parts(drafts))
 
 
 def _inflate(raw: bytes, limit: int) -> bytes:
@@ -107,9 +161,8 @@ def _inflate(raw: bytes, limit: int) -> bytes:
     return content
 
 
-def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> list[Span]:
+def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> Iterator[Span]:
     """The spans of a request; why others of it are not among them is added to ``reasons``."""
-    spans: list[Span] = []
     groups = read_request(media, content)
     check_batch([each for group in groups for each in group.spans], "spans")
     for head, members, refused in groups:
@@ -118,10 +171,9 @@ def _spans_in(media: bytes, content: bytes, reasons: list[str]) -> list[Span]:
         resource = OtelResource(attributes=given, schema_url=head.schema_url)
         for each in members:
             try:
-                spans.append(_convert(each, resource))
+                yield _convert(each, resource)
             except (ValidationError, InvalidValue) as error:
                 reasons.append(f"span {each.name[:80]!r} is not valid: {str(error)[:200]}")
-    return spans
 
 
 def _encode_outcome(media: bytes, reasons: Sequence[str]) -> bytes:

@@ -18,6 +18,7 @@ from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import OTLP_TRACES_PATH
 from agentlightning.http.server.admin import Operations
 from agentlightning.http.server.app import StoreApp
+from agentlightning.http.server.decoder import Decoder
 from agentlightning.http.server.direct import DirectConnection, KnownHeaders
 from agentlightning.http.server.endpoints import Endpoints
 from agentlightning.http.server.limits import AccessControl, ServerLimits
@@ -188,7 +189,10 @@ class LightningStoreServer(ForwardingStore):
             bound, self._bound = self._bound, None
             was_serving, self.app = self.app is not None, None
             if bound is not None:
-                bound[0].stop()
+                try:
+                    bound[0].stop()
+                finally:
+                    bound[1].close()
         if was_serving:
             _log.info("stopped serving at %s", self.endpoint)
 
@@ -206,7 +210,7 @@ class LightningStoreServer(ForwardingStore):
         if not self._owned or self.store is None:
             raise StoreUnavailable("this is a copy of a server of another process; make a new one to serve here")
         require_key(self.host, self._key is not None, "Set AGL_API_KEY (or api_key=, --api-key)")
-        app = StoreApp(Endpoints(self.store), self._access, self._limits)
+        app = StoreApp(Endpoints(self.store), self._access, self._limits, Decoder())
         app.others = Operations(self.store, app, self.run_id).by_path()
         listener = ThreadedServer(
             partial(nullcontext, app),

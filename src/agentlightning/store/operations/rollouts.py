@@ -26,6 +26,11 @@ class Draft(NamedTuple):
     repeatable: bool
     """Whether the caller gave the id, so that it may exist already."""
 
+    @property
+    def size(self) -> int:
+        """The bytes of what the caller gave."""
+        return len(self.row.input) + len(self.row.metadata or b"")
+
 
 class Edit(NamedTuple):
     """What a caller wants changed about a rollout; only what is in ``fields`` and ``status`` changes."""

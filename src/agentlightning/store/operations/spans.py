@@ -27,6 +27,11 @@ class SpanDraft(NamedTuple):
     span_id: str
     body: bytes
 
+    @property
+    def size(self) -> int:
+        """The bytes of what the caller gave."""
+        return len(self.body)
+
 
 async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
     """Store spans; returns the ``sequence_id`` of each, 0 for one that was stored before.

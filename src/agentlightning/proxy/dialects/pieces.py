@@ -33,11 +33,14 @@ class Piece(NamedTuple):
 class _Call:
     """A tool call, as far as it came."""
 
+    index: int
     id: str
     name: str
     arguments: list[str] = field(default_factory=list[str])
     told: int = 0
     """So many of the pieces of its arguments are passed on."""
+    is_told: bool = False
+    """Whether its block has begun."""
 
     @property
     def is_whole(self) -> bool:
@@ -60,8 +63,11 @@ class PieceReader:
         self._place = -1
         self._kind: BlockKind | None = None
         self._calls: list[_Call] = []
-        self._open = 0
-        """The call whose block is open, or will be the next."""
+        self._open: _Call | None = None
+        """The call whose block is open."""
+        self._waiting: list[_Call] = []
+        """Those that come after it, in the order of their index."""
+        self._next_index = 0
         self._by_index: dict[int, _Call] = {}
         self._last_index = 0
         self._late: list[tuple[BlockKind, str]] = []
@@ -72,8 +78,6 @@ class PieceReader:
         if chunk.get("usage") is not None:
             self.usage = usage_of(chunk)
         choice = first_choice(chunk)
-        if choice.get("index") not in (None, 0):
-            return []
         reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
         self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
         self.stop_text = stop if isinstance(stop, str) else self.stop_text
@@ -92,10 +96,7 @@ class PieceReader:
 
     def rest(self) -> list[Piece]:
         """Return the pieces that wait, at the end of the stream."""
-        pieces: list[Piece] = []
-        while self._open < len(self._calls):
-            pieces += self._tell_open()
-            self._open += 1
+        pieces = self._tell(is_last=True)
         for kind, text in self._late:
             pieces.append(self._piece(kind, text))
         self._late = []
@@ -112,13 +113,7 @@ class PieceReader:
         call = self._call_of(given, str(function.get("name") or ""))
         if arguments := function.get("arguments"):
             call.arguments.append(str(arguments))
-        pieces: list[Piece] = []
-        while self._open < len(self._calls):
-            pieces += self._tell_open()
-            if self._open == len(self._calls) - 1 or not self._calls[self._open].is_whole:
-                break
-            self._open += 1
-        return pieces
+        return self._tell()
 
     def _call_of(self, given: dict[str, Any], name: str) -> _Call:
         """Return the call that a piece belongs to: one index may stand for several calls with ids of their own."""
@@ -129,19 +124,29 @@ class PieceReader:
         if known is None or (name and call_id and known.id != call_id):
             known = next((call for call in self._calls if call_id and call.id == call_id), None)
             if known is None:
-                known = _Call(call_id or f"call_{len(self._calls)}", name)
+                known = _Call(self._last_index, call_id or f"call_{len(self._calls)}", name)
                 self._calls.append(known)
+                self._waiting.append(known)
+                self._waiting.sort(key=lambda call: call.index)
             self._by_index[self._last_index] = known
         return known
 
-    def _tell_open(self) -> list[Piece]:
-        """Return what is not passed on yet of the call whose turn it is; its first piece may be empty."""
-        call = self._calls[self._open]
-        is_new = call.told == 0
-        text = "".join(call.arguments[call.told - 1 if call.told else 0 :])
-        if not is_new and not text:
-            return []
-        call.told = len(call.arguments) + 1
-        if is_new:
-            self._kind, self._place = "call", self._place + 1
-        return [Piece(self._place, "call", text, call.id, call.name)]
+    def _tell(self, *, is_last: bool = False) -> list[Piece]:
+        """Return the pieces that can be passed on: those of the open call, and of the next ones if it is whole."""
+        pieces: list[Piece] = []
+        while self._open is not None or self._waiting:
+            if self._open is None:
+                if self._waiting[0].index > self._next_index and not is_last:
+                    break  # one that comes before it is still to come
+                self._open = self._waiting.pop(0)
+                self._kind, self._place = "call", self._place + 1
+            call = self._open
+            text = "".join(call.arguments[call.told :])
+            if text or not call.is_told:
+                pieces.append(Piece(self._place, "call", text, call.id, call.name))
+            call.told, call.is_told = len(call.arguments), True
+            self._next_index = call.index + 1
+            if not is_last and not (self._waiting and self._waiting[0].index <= self._next_index and call.is_whole):
+                break
+            self._open = None
+        return pieces

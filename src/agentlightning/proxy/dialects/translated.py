@@ -205,9 +205,9 @@ def sse(name: str, data: Mapping[str, Any]) -> bytes:
 
 
 def first_choice(reply: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first choice of a chat reply or chunk; empty if it has none."""
+    """Return the choice 0 of a chat reply, or what a chunk has of it; empty if there is none."""
     choices = choices_of(cast("dict[str, Any]", reply))
-    return choices[0] if choices else {}
+    return next((choice for choice in choices if choice.get("index") in (None, 0)), {})
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
@@ -219,11 +219,11 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 
 def text_in(message: Mapping[str, Any]) -> str:
-    """Return the text of a message, or of a piece of one."""
-    content = message.get("content")
+    """Return the text of a message, or of a piece of one; a refusal is one, too."""
+    content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):
-        return "".join(str(object_of(part).get("text") or "") for part in cast("list[Any]", content))
-    return content if isinstance(content, str) else ""
+        content = "".join(str(object_of(part).get("text") or "") for part in cast("list[Any]", content))
+    return (content if isinstance(content, str) else "") + (refusal if isinstance(refusal, str) else "")
 
 
 class ToolCall(msgspec.Struct):

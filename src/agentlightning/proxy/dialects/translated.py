@@ -207,7 +207,7 @@ def sse(name: str, data: Mapping[str, Any]) -> bytes:
 def first_choice(reply: Mapping[str, Any]) -> dict[str, Any]:
     """Return the choice 0 of a chat reply, or what a chunk has of it; empty if there is none."""
     choices = choices_of(cast("dict[str, Any]", reply))
-    return next((choice for choice in choices if choice.get("index") in (None, 0)), {})
+    return next((choice for choice in choices if choice.get("index") in (None, 0)), dict[str, Any]())
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:

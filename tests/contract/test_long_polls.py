@@ -88,11 +88,13 @@ async def test_each_rollout_wakes_one_of_many(stores: Stores) -> None:
         assert not waiting
 
 
-async def test_a_waiter_that_is_cancelled_passes_its_call_on(stores: Stores) -> None:
+@pytest.mark.parametrize("own_ids", [False, True])
+async def test_a_waiter_that_is_cancelled_passes_its_call_on(stores: Stores, own_ids: bool) -> None:
+    """Also if the claim was made for it already, without waiting for the end of a lease."""
     async with stores.open() as (store, _):
-        first = asyncio.create_task(store.dequeue_rollout(wait_seconds=LONG))
+        first = asyncio.create_task(store.dequeue_rollout(request_id="rq-1" if own_ids else None, wait_seconds=LONG))
         await settled()
-        second = asyncio.create_task(store.dequeue_rollout(wait_seconds=LONG))
+        second = asyncio.create_task(store.dequeue_rollout(request_id="rq-2" if own_ids else None, wait_seconds=LONG))
         await settled()
         # This loop stands still meanwhile, so that the first waiter is called and cannot answer.
         filling = threading.Thread(target=lambda: asyncio.run(enqueued(store, "work")))
@@ -103,6 +105,24 @@ async def test_a_waiter_that_is_cancelled_passes_its_call_on(stores: Stores) -> 
         assert claim is not None
         assert claim.input == "work"
         assert first.cancelled()
+
+
+@pytest.mark.parametrize("request_id", [None, "rq-1"])
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 8, 30])
+async def test_a_claim_that_is_cancelled_loses_nothing(stores: Stores, turns: int, request_id: str | None) -> None:
+    """However far it has come."""
+    async with stores.open() as (store, _):
+        [rollout_id] = await enqueued(store, "work")
+        claiming = asyncio.create_task(store.dequeue_rollout("worker", request_id=request_id, wait_seconds=LONG))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        claiming.cancel()
+        await asyncio.wait([claiming])
+        if not claiming.cancelled():
+            return
+        claim = await store.dequeue_rollout("worker", request_id=request_id, wait_seconds=LONG)
+        claim = claim or await claimed(store, "worker", wait_seconds=LONG)  # what was given back is not the request's
+        assert claim.rollout_id == rollout_id
 
 
 async def test_a_waiter_that_is_cancelled_before_takes_nothing(stores: Stores) -> None:

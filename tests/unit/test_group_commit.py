@@ -195,7 +195,7 @@ async def test_a_claim_that_was_made_for_a_caller_as_its_time_ended_is_found() -
             return []
         return ["claimed"]
 
-    assert await waiters.claim_or_wait(claim, wanted, 0.01) == ["claimed"]
+    assert await waiters.claim_or_wait(claim, wanted, 0.01, abandon=lambda: None) == ["claimed"]
     assert waiters.offer(object(), 1) == []
 
 

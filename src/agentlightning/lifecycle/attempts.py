@@ -231,6 +231,12 @@ def release(pair: Pair, now: Moment) -> Pair:
     return Pair(replace(_requeued(rollout), releases=rollout.releases + 1), attempt)
 
 
+def abandon(pair: Pair, now: Moment) -> Pair:
+    """Give back a claim whose caller left before it heard of it. One that has been heard of stays as it is."""
+    unheard = pair.attempt.status == "preparing" and pair.attempt.last_heartbeat_time is None
+    return release(pair, now) if unheard else pair
+
+
 def expire(pair: Pair, holder: Holder, now: Moment) -> Pair:
     """Look at a live attempt whose ``deadline`` has passed: end it, or set the true deadline.
 

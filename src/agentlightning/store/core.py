@@ -226,6 +226,7 @@ class Core:
         self.claims = ClaimWaiters()
         self._alarm = alarm(backend.lease_now, backend.boot_now, self._ring)
         self._usable = False
+        self._unattended: set[asyncio.Future[object]] = set()
 
     def open(self) -> None:
         """Take possession of the data; idempotent. Raises as ``Backend.open``, also in a forked child."""
@@ -266,6 +267,20 @@ class Core:
         while more_is_due:
             result = await self.backend.write(swept_first)
         return cast(T, result)
+
+    def write_unattended(self, operation: Callable[[Transaction], Awaitable[object]]) -> None:
+        """``write`` for nobody who waits. If the store takes nothing any more, that is all right."""
+        try:
+            writing = asyncio.ensure_future(self.write(operation))
+        except AgentLightningError:
+            return
+        self._unattended.add(writing)
+        writing.add_done_callback(self._note_unattended)
+
+    def _note_unattended(self, writing: asyncio.Future[object]) -> None:
+        self._unattended.discard(writing)
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            _log.debug("what a caller left behind was not cleared up: %s", error)
 
     async def read(
         self, operation: Callable[[ReadTransaction], Awaitable[T]], *, rows: int = 1, save_touched: bool = False

@@ -6,6 +6,7 @@ and ``reading`` has the methods that only read.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, Literal, Self, get_args
@@ -175,14 +176,26 @@ class EngineStore(ReadingStore):
         check_claim_limit(limit)
         wait_seconds = check_finite(wait_seconds, "wait_seconds")
         wanted = self._claim_request(limit, worker_id, request_id)
+        minted: list[str] = []
+
+        def mint() -> str:
+            minted.append(self._mint_attempt_id())
+            return minted[-1]
+
+        def abandon() -> None:
+            self._core.write_unattended(lambda tx: attempt_ops.abandon(tx, request_id, minted))
 
         async def claim(waited: bool) -> Sequence[AttemptedRollout] | None:
             now = wanted._replace(waited=waited)
-            claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, now, self._mint_attempt_id))
+            try:
+                claimed = await self._core.write(lambda tx: attempt_ops.claim(tx, now, mint))
+            except asyncio.CancelledError:
+                abandon()
+                raise
             return None if claimed is None else [self._shown.rollout_view(*pair) for pair in claimed]
 
         self._core.open()
-        return await self._core.claims.claim_or_wait(claim, wanted, wait_seconds)
+        return await self._core.claims.claim_or_wait(claim, wanted, wait_seconds, abandon)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None = None, *, attempt_id: str | None = None

@@ -184,6 +184,7 @@ class ClaimWaiters(_Waiters):
         claim: Callable[[bool], Awaitable[Sequence[T] | None]],
         wanted: ClaimRequest,
         seconds: float,
+        abandon: Callable[[], None],
     ) -> Sequence[T]:
         """Claim; while the queue is empty, wait for it to fill and claim again, until the time is up.
 
@@ -193,6 +194,7 @@ class ClaimWaiters(_Waiters):
             wanted: if it has a ``request_id``, others may make the claim meanwhile (``offer``); ``claim`` then finds
                 its attempts.
             seconds: how long to wait at most.
+            abandon: called if this caller is cancelled after others may have made the claim.
         """
         clock = asyncio.get_running_loop().time
         until = clock() + seconds
@@ -211,6 +213,11 @@ class ClaimWaiters(_Waiters):
                 if ticket.replaced or (not called and self._give_up(ticket)):
                     return []
                 will_look = waited = True
+            except asyncio.CancelledError:
+                self._leave(ticket, will_look=False)  # nobody claims for it from now on
+                if ticket.offered_in is not None and not ticket.replaced:
+                    abandon()
+                raise
             finally:
                 self._leave(ticket, will_look=will_look)
         return [] if self.held else await claim(waited) or []
@@ -263,10 +270,12 @@ class ClaimWaiters(_Waiters):
         return ticket
 
     def _leave(self, ticket: _Ticket, *, will_look: bool) -> None:
-        """Leave the line. If this caller was called but will not look at the queue, the next one is called instead."""
+        """Leave the line; idempotent. If this caller was called but will not look at the queue, the next one is called
+        instead."""
         with self._lock:
             self._forget(ticket)
             if ticket.called and not will_look:
+                ticket.called = False
                 self._call_next(1)
 
     def _call_next(self, count: int) -> None:

@@ -453,6 +453,20 @@ class TestRelease:
         with pytest.raises(StaleAttempt, match=f"'at-1' of rollout 'ro-1' is {attempt_status}"):
             attempts.release(pair_of(rollout_status, attempt_status), NOW)
 
+    def test_what_its_caller_never_heard_of_is_given_back(self) -> None:
+        pair = pair_of("preparing", "preparing", confirm_seconds=10.0)
+        assert attempts.abandon(pair, NOW) == attempts.release(pair, NOW)
+
+    @pytest.mark.parametrize("heard", [{"status": "running"}, {"status": "preparing", "last_heartbeat_time": 4_990.0}])
+    def test_not_what_somebody_has(self, heard: dict[str, Any]) -> None:
+        status = heard["status"]
+        pair = Pair(standing_rollout(status, attempts=1, latest_attempt_id="at-1"), an_attempt(**heard))
+        assert attempts.abandon(pair, NOW) is pair
+
+    def test_not_what_was_given_back_already(self) -> None:
+        released = attempts.release(pair_of("preparing", "preparing"), NOW)
+        assert attempts.abandon(released, NOW) is released
+
     def test_one_that_was_released_is_not_revived(self) -> None:
         released = attempts.release(pair_of("preparing", "preparing"), NOW)
         assert attempts.standing(released) == "stale"

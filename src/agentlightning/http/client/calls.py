@@ -390,7 +390,16 @@ class Claims:
         if worker_id is not None:
             check_id(worker_id, "worker_id")
         check_claim_limit(limit)
-        request_id = self.take(worker_id, limit) or self._caller.mint("rq-")
+        left_over = self.take(worker_id, limit)
+        if left_over is not None:
+            claimed = await self._claim_under(left_over, limit, worker_id, 0.0)
+            if claimed:
+                return claimed
+        return await self._claim_under(self._caller.mint("rq-"), limit, worker_id, wait_seconds)
+
+    async def _claim_under(
+        self, request_id: str, limit: int, worker_id: str | None, wait_seconds: float
+    ) -> Sequence[AttemptedRollout]:
         answered = False
         try:
             claimed = await self.claim(limit, worker_id, request_id, wait_seconds)

@@ -211,6 +211,18 @@ async def release(tx: Transaction, rollout_id: str, attempt_id: str) -> AttemptR
     return _pair(await save(tx, Change(*before), Change(*after))).attempt
 
 
+async def abandon(tx: Transaction, request_id: str | None, attempt_ids: Sequence[str]) -> None:
+    """Give back what was claimed, under this ``request_id`` or as these attempts, for a caller who left before it heard
+    of that. What was heard of in the meantime stays, since somebody has it."""
+    if request_id is not None:
+        made = await tx.attempts_of_request(request_id)
+    else:
+        made = [each for each in [await tx.get(AttemptRow, attempt_id) for attempt_id in attempt_ids] if each]
+    for attempt in made:
+        before = Pair(await load_rollout(tx, attempt.rollout_id), attempt)
+        await save(tx, Change(*before), Change(*attempts.abandon(before, tx.now())))
+
+
 def _reported(before: Pair, said: Report, now: Moment) -> Pair:
     """The pair after a worker's report. Raises as ``report``."""
     edits = said.worker_id is not None or said.last_heartbeat_time is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentlightning import TracerTraceToTriplet, Triplet
-from recorded_spans import ANSWER, CONVERSATIONS, FINISH_REASONS, names, recorded
+from recorded_spans import ANSWER, CHOICES, FINISH_REASONS, conversations, names, recorded
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "capture.md"
 
@@ -31,12 +31,23 @@ def _calls(message: Any) -> Any:
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
 
 
+def _choices(name: str) -> str:
+    """Whether all choices of two calls that asked for two are read, of which the second one streamed."""
+    if name not in names("choices"):
+        return "–"
+    adapted = TracerTraceToTriplet(call_filter=None).examine(recorded(name, "choices").spans)
+    texts = [each.response["message"]["content"] for each in adapted.made]
+    whole = [text for text, _ in CHOICES]
+    return "no" if texts[:2] != whole else "yes" if texts == whole * 2 else "not of streams"
+
+
 def _row(name: str) -> list[str]:
     versions, spans = recorded(name)
     made: list[Triplet] = TracerTraceToTriplet(call_filter=None).adapt(spans)
-    assert len(made) == len(CONVERSATIONS)
+    said = conversations(name)
+    assert len(made) == len(said)
     asked = [[message["role"] for message in each.prompt["messages"]] for each in made]
-    expected = [[message["role"] for message in each["messages"][:-1]] for each in CONVERSATIONS]
+    expected = [[message["role"] for message in each["messages"][:-1]] for each in said]
     replies = [each.response["message"] for each in made]
     library = ", ".join(f"{package} {version}" for package, version in versions.items())
     return [
@@ -44,8 +55,9 @@ def _row(name: str) -> list[str]:
         library or "as documented, not run",
         _says(asked == expected),
         _says(bool(made[0].prompt["tools"])),
-        _says(_calls(replies[0]) == _calls(CONVERSATIONS[0]["messages"][-1]) and replies[1]["content"] == ANSWER),
+        _says(_calls(replies[0]) == _calls(said[0]["messages"][-1]) and replies[1]["content"] == ANSWER),
         _says(replies[2]["content"] == ANSWER),
+        _choices(name),
         _says([each.metadata["finish_reason"] for each in made] == FINISH_REASONS),
         _says(all(each.metadata["response_id"] for each in made)),
         _says(all(each.metadata["agent_name"] for each in made)),
@@ -55,8 +67,8 @@ def _row(name: str) -> list[str]:
 
 def instrumentations() -> str:
     """What each tracing library records of a model call."""
-    head = ("Written by", "Versions", "Messages", "Tools", "Reply", "Streams", "Finish reason", "Response id")
-    return table((*head, "Agent", "Token ids"), [_row(name) for name in names()])
+    head = ("Written by", "Versions", "Messages", "Tools", "Reply", "Streams", "Choices", "Finish reason")
+    return table((*head, "Response id", "Agent", "Token ids"), [_row(name) for name in names()])
 
 
 TABLES: Mapping[str, Callable[[], str]] = {"instrumentations": instrumentations}

@@ -1,7 +1,8 @@
 """Spans that tracing libraries wrote of one small agent, kept as files in ``tests/unit/adapter/recorded``.
 
-``instrumented_calls`` runs the agent with the real libraries: `instrumented_calls.py NAME > recorded/NAME.json`.
-The files whose versions are empty are written by hand, after what the libraries document.
+``instrumented_calls`` runs the agent with the real libraries: `instrumented_calls.py NAME > recorded/NAME.json`, and
+`instrumented_calls.py NAME SCENE > recorded/SCENE/NAME.json` for other scenes; ``instrumented_programs`` does so for
+programs of Node.js. A file whose versions are empty is written by hand, after what the library documents.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ TOOL = {
     "function": {"name": "weather", "description": "Tells the weather.", "parameters": SCHEMA},
 }
 SYSTEM, QUESTION, RESULT, AGAIN = "Be brief.", "Weather in Paris?", "rain", "And tomorrow?"
-ANSWER = "word0 word1 word2 word3 "
+WORDS = ("word0 ", "word1 ", "word2 ", "word3 ")
+ANSWER = "".join(WORDS)
+LISTED_FOLDER = "FOLDER"
 
 _CALL = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 _ASKED = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
@@ -37,6 +40,75 @@ CONVERSATIONS = [
 FINISH_REASONS = ["tool_calls", "stop", "stop"]
 
 
+def conversations(name: str) -> list[dict[str, Any]]:
+    """The conversations of the agent of one library: Gemini CLI lists a folder, and begins with what it knows of it."""
+    if name != "gemini-cli":
+        return CONVERSATIONS
+    listing = json.dumps({"output": f"Directory listing for {LISTED_FOLDER}:\nrain (0 bytes)"})
+    known = {
+        QUESTION: f"<session_context></session_context>{QUESTION}",
+        AGAIN: f"<session_context></session_context>{AGAIN}",
+        RESULT: listing,
+    }
+    text = json.dumps(CONVERSATIONS).replace('{\\"city\\": \\"Paris\\"}', '{\\"dir_path\\": \\".\\"}')
+    found = json.loads(text.replace('"weather"', '"list_directory"'))
+    for conversation in found:
+        for message in conversation["messages"]:
+            message["content"] = known.get(message["content"], message["content"])
+    return found
+
+
+CHOICES = [("a0 b0 ", "stop"), ("a1 b1 ", "length")]
+"""The texts of a reply with two choices, and why each ended."""
+
+
+def choices_body() -> dict[str, Any]:
+    """A reply with two choices."""
+    messages = [{"role": "assistant", "content": text} for text, _ in CHOICES]
+    choices = [
+        {"index": number, "message": message, "finish_reason": CHOICES[number][1]}
+        for number, message in enumerate(messages)
+    ]
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    head = {"id": "cmpl-2", "created": 1, "model": "policy", "object": "chat.completion"}
+    return {**head, "choices": choices, "usage": usage}
+
+
+def choices_chunks() -> list[dict[str, Any]]:
+    """The same in a stream, whose chunks take turns."""
+    pieces = [text.split(" ")[:2] for text, _ in CHOICES]
+    deltas = [(number, {"content": f"{pieces[number][place]} "}) for place in range(2) for number in range(2)]
+    choices = [{"index": number, "delta": delta, "finish_reason": None} for number, delta in deltas]
+    choices += [{"index": number, "delta": {}, "finish_reason": reason} for number, (_, reason) in enumerate(CHOICES)]
+    head = {"id": "cmpl-3", "created": 1, "model": "policy", "object": "chat.completion.chunk"}
+    return [{**head, "choices": [choice]} for choice in choices]
+
+
+ITEMS = {
+    "role": "assistant",
+    "content": "Let me look.",
+    "tool_calls": [
+        {"id": f"call-{number}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        for number, arguments in enumerate(('{"city": "Paris"}', '{"city": "Rome"}'))
+    ],
+}
+"""What ``items_body`` says as one message."""
+
+
+def items_body() -> dict[str, Any]:
+    """A reply of the Responses API: a thought, a text and two calls of a tool, each an item."""
+    text = {"type": "output_text", "text": ITEMS["content"], "annotations": []}
+    output: list[dict[str, Any]] = [
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Which city?"}]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [text]},
+    ]
+    for number, call in enumerate(ITEMS["tool_calls"]):
+        item = {"type": "function_call", "id": f"fc_{number}", "call_id": call["id"], "status": "completed"}
+        output.append({**item, **call["function"]})
+    head = {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "policy"}
+    return {**head, "output": output, "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+
+
 class Recorded(NamedTuple):
     """What one library wrote."""
 
@@ -44,14 +116,18 @@ class Recorded(NamedTuple):
     spans: list[Span]
 
 
-def names() -> list[str]:
-    """The libraries of which there are spans."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+def names(scene: str = "talk") -> list[str]:
+    """The libraries of which there are spans of a scene."""
+    return sorted(path.stem for path in _folder(scene).glob("*.json"))
 
 
-def recorded(name: str) -> Recorded:
+def recorded(name: str, scene: str = "talk") -> Recorded:
     """The spans that one library wrote, as the store would give them: with sequence ids, in the order of their ends."""
-    return read(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+    return read(json.loads((_folder(scene) / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def _folder(scene: str) -> Path:
+    return FOLDER if scene == "talk" else FOLDER / scene
 
 
 def read(content: dict[str, Any]) -> Recorded:

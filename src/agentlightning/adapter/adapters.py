@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict, TypeVar
 
-from agentlightning.adapter.calls import Conversation, ModelCall, has_token_ids, read_model_call
+from agentlightning.adapter.calls import Conversation, ModelCall, has_token_ids
 from agentlightning.adapter.filters import Filter, side_calls
 from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.adapter.shapes import Message
 from agentlightning.adapter.tree import RewardMatchPolicy, TraceTree
 from agentlightning.errors import InvalidValue
-from agentlightning.semconv import LLMCallAttributes
 from agentlightning.types import Span, Triplet
 from agentlightning.types.attempt_spans import by_attempt, newest_attempts, order_of
 from agentlightning.types.attributes import filter_and_unflatten_attributes
-from agentlightning.types.recorded_calls import each_choice, whole_calls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -40,7 +38,6 @@ _ON_THE_SIDE = (
 )
 _NO_AGENT = "no agent that agent_match finds made the call"
 
-_SHORTENED = "its texts were shortened, because they are too large for a span"
 _logger = logging.getLogger(__name__)
 
 
@@ -229,7 +226,7 @@ def _as_spans(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
 
 
 def _add_triplet(adapted: Adapted[Triplet], record: RecordedCall, reward: float | None, needs_token_ids: bool) -> None:
-    for call in _of_each_choice(record.call):
+    for call in record.call.each_choice():
         problem = call.problem
         if problem is None and needs_token_ids and not call.has_token_ids:
             problem = _NO_TOKEN_IDS
@@ -237,12 +234,6 @@ def _add_triplet(adapted: Adapted[Triplet], record: RecordedCall, reward: float 
             adapted.made.append(call.triplet(record.agent or "", reward))
         else:
             adapted.unusable.append(_unusable(call.span, problem))
-
-
-def _of_each_choice(call: ModelCall) -> list[ModelCall]:
-    """The call as if each choice of its reply were the only one."""
-    spans = each_choice(call.span)
-    return [call] if len(spans) == 1 else [read_model_call(span) for span in spans]
 
 
 def _unusable(span: Span, reason: str) -> UnusableSpan:
@@ -272,7 +263,7 @@ class _CallFinder:
         used = groups.keys() if self.attempts == "all" else set(newest_attempts(list(groups)).values())
         for key, group in groups.items():
             if key in used:
-                yield whole_calls(group)
+                yield group
             else:
                 records = self._records(TraceTree.from_spans(group))
                 adapted.unusable.extend(_unusable(each.call.span, _EARLIER) for each in records)
@@ -382,8 +373,12 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
                 below[span.parent_id].append(span)
             tree = TraceTree.from_spans(spans)
             for each in self._finder.calls_of(tree, adapted):
-                for call in _of_each_choice(each.call):
-                    self._add_conversation(adapted, call, below[call.span.span_id])
+                choices = each.call.each_choice()
+                tools = (
+                    below[each.call.span.span_id] if len(choices) == 1 else []
+                )  # not known for which choice they ran
+                for call in choices:
+                    self._add_conversation(adapted, call, tools)
         return adapted
 
     def adapt(self, source: Sequence[Span], /) -> list[OpenAIMessages]:
@@ -392,13 +387,9 @@ class TraceToMessages(TraceAdapter[list[OpenAIMessages]]):
 
     def _add_conversation(self, adapted: Adapted[OpenAIMessages], call: ModelCall, below: Sequence[Span]) -> None:
         conversation = call.conversation
-        is_marked = LLMCallAttributes.UNUSABLE.value in call.span.attributes
-        if LLMCallAttributes.SHORTENED.value in call.span.attributes:
-            adapted.unusable.append(_unusable(call.span, _SHORTENED))
-            return
-        if is_marked or not conversation.messages or conversation.reply is None:
-            reason = str(call.problem) if is_marked or call.failed else "no messages were recorded"
-            adapted.unusable.append(_unusable(call.span, reason))
+        problem = call.problem_of_reply or call.problem_of_texts
+        if problem is not None or conversation.reply is None:
+            adapted.unusable.append(_unusable(call.span, str(problem)))
             return
         if not conversation.reply.get("tool_calls"):
             tool_calls = list(self.get_tool_calls(call.span, below))

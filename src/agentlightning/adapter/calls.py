@@ -10,19 +10,24 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from agentlightning.adapter.instrumentations import PROXY, instrumentation_of, read_told
-from agentlightning.adapter.shapes import Message, as_text, decoded, finish_reason_of, first, object_of, objects
+from agentlightning.adapter.instrumentations import PROXY, instrumentation_of, is_cut, read_told
+from agentlightning.adapter.replies import Choice, finish_reason_of
+from agentlightning.adapter.shapes import Message, as_text, decoded, first, object_of, objects
 from agentlightning.semconv import LLMCallAttributes
 from agentlightning.types import Span, Triplet
+from agentlightning.types.recorded_calls import each_choice
 
 _PROMPT_IDS = (LLMCallAttributes.PROMPT_TOKEN_IDS.value, "prompt_token_ids")
 _RESPONSE_IDS = (LLMCallAttributes.RESPONSE_TOKEN_IDS.value, "response_token_ids")
 _LOGPROBS = (LLMCallAttributes.RESPONSE_LOGPROBS.value, "response_logprobs")
 """Each: the name that our proxy writes, and the one that instrumentations of vLLM write."""
+_NO_TEXTS = "no messages were recorded"
+_SHORTENED = "its texts were shortened, because they are too large for a span"
+_CUT = "its texts were cut by the library that wrote them, or by a limit for attributes of OpenTelemetry"
 _VERSION = (LLMCallAttributes.MODEL_VERSION.value,)
 
 
@@ -59,6 +64,12 @@ class ModelCall:
     """Natural logarithms of probabilities, one for each of `response_token_ids`."""
     agent_path: tuple[str, ...] = ()
     """The agents that the call was made in, the outermost first, as far as spans around it name them."""
+    further_choices: Sequence[Choice] = ()
+    """The other choices of the reply, as far as a library wrote them. See ``each_choice``."""
+    asked: int | None = None
+    """How many choices were asked for, as far as a library wrote it."""
+    is_cut: bool = False
+    """Whether only the beginning of what a library wrote is there."""
 
     @property
     def is_proxied(self) -> bool:
@@ -75,18 +86,55 @@ class ModelCall:
         """Whether the model could call tools."""
         return bool(self.conversation.tools)
 
+    def each_choice(self) -> list[ModelCall]:
+        """Return the call as if each choice of its reply were the only one."""
+        spans = each_choice(self.span)
+        if len(spans) > 1:
+            return [read_model_call(span, self.agent_path) for span in spans]
+        return [self, *(self._with(choice) for choice in self.further_choices)]
+
+    def _with(self, choice: Choice) -> ModelCall:
+        said = replace(self.conversation, reply=choice.message)
+        return replace(self, conversation=said, finish_reason=finish_reason_of(choice))
+
     @property
     def problem(self) -> str | None:
         """Why the call cannot be used for training; None if it can."""
+        problem = self.problem_of_reply
+        if problem is not None or self.has_token_ids:
+            return problem
+        problem = self.problem_of_texts
+        return "neither token ids nor messages were recorded" if problem == _NO_TEXTS else problem
+
+    @property
+    def problem_of_reply(self) -> str | None:
+        """Why what was recorded is no reply to learn from, be it tokens or texts; None if it is one."""
         if self.failed:
             return f"the call failed: {self.span.status.description or 'no description'}"
         if LLMCallAttributes.UNUSABLE.value in self.span.attributes:
             return str(self.span.attributes[LLMCallAttributes.UNUSABLE.value])
-        if self.has_token_ids:
-            return None
+        if self.is_merged:
+            count = 1 + len(self.further_choices)
+            return f"{self.asked} choices were asked for and {count} recorded, which may be several as one text"
+        return None
+
+    @property
+    def problem_of_texts(self) -> str | None:
+        """Why the texts of the call are not those of the conversation; None if they are."""
+        if LLMCallAttributes.SHORTENED.value in self.span.attributes:
+            return _SHORTENED
+        if self.is_cut:
+            return _CUT
         if self.conversation.messages and self.conversation.reply is not None:
             return None
-        return "neither token ids nor messages were recorded"
+        return _NO_TEXTS
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a library wrote fewer choices than were asked for: some write those of a stream as one text."""
+        if self.is_proxied or self.asked is None or self.conversation.reply is None:
+            return False
+        return 1 + len(self.further_choices) < self.asked
 
     @property
     def failed(self) -> bool:
@@ -117,7 +165,10 @@ class ModelCall:
     def reply_key(self) -> str | None:
         """The same for calls with the same reply, however it was recorded; None without one."""
         reply = self.conversation.reply
-        return None if reply is None else _digest(_essence(reply))
+        if reply is None:
+            return None
+        further = [_essence(each.message) for each in self.further_choices if each.message is not None]
+        return _digest([_essence(reply), *further] if further else _essence(reply))
 
     def triplet(self, agent_name: str, reward: float | None) -> Triplet:
         """Return the call as a training example.
@@ -155,20 +206,26 @@ def read_model_call(span: Span, agent_path: tuple[str, ...] = ()) -> ModelCall:
         choice = next(iter(objects(body.get("choices"))), dict[str, Any]())
         prompt_ids = prompt_ids or body.get("prompt_token_ids") or choice.get("prompt_token_ids")
         response_ids = response_ids or choice.get("token_ids")
-    response_ids = _integers(response_ids)
+    choices = told.choices or [Choice()]
+    # Ids in attributes of their own are those of one choice, which is not known if there are several.
+    is_one = len(choices) == 1 or instrumentation_of(span) == PROXY
+    response_ids = _integers(response_ids) if is_one else list[int]()
     version = first(attributes, _VERSION)
     return ModelCall(
         span=span,
         instrumentation=instrumentation_of(span) or "",
-        conversation=Conversation(list(told.messages), told.reply, told.tools),
+        conversation=Conversation(list(told.messages), choices[0].message, told.tools),
         model=told.model,
         model_version=None if version is None else str(version),
         response_id=told.response_id,
-        finish_reason=finish_reason_of(told.finish_reason, told.reply),
+        finish_reason=finish_reason_of(choices[0]),
         prompt_token_ids=_integers(prompt_ids),
         response_token_ids=response_ids,
         logprobs=_logprobs(first(attributes, _LOGPROBS), len(response_ids)),
         agent_path=agent_path,
+        further_choices=choices[1:],
+        asked=told.asked,
+        is_cut=is_cut(span),
     )
 
 

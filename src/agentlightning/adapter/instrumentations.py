@@ -14,16 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+from agentlightning.adapter.replies import Choice, ReadReply, choices_of, reply_message, reply_of
 from agentlightning.adapter.shapes import (
     Message,
-    ReadReply,
     decoded,
     first,
     messages_of,
     object_of,
     objects,
-    reply_message,
-    reply_of,
     system_message,
     tool_call,
     tools_of,
@@ -38,7 +36,12 @@ _OPERATION = GenAIAttributes.OPERATION_NAME.value
 _INPUT, _OUTPUT = GenAIAttributes.INPUT_MESSAGES.value, GenAIAttributes.OUTPUT_MESSAGES.value
 _SYSTEM = "gen_ai.system_instructions"
 _OLD_TOOLS = ("llm.request.functions", "gen_ai.request.tools", "gen_ai.request.functions")
-_FINISH = (GenAIAttributes.RESPONSE_FINISH_REASONS.value, "llm.finish_reason", "ai.response.finishReason")
+_FINISH = (
+    GenAIAttributes.RESPONSE_FINISH_REASONS.value,
+    "llm.finish_reason",
+    "ai.response.finishReason",
+    "langfuse.observation.metadata.finish_reason",
+)
 _MODELS = (
     GenAIAttributes.REQUEST_MODEL.value,
     GenAIAttributes.RESPONSE_MODEL.value,
@@ -46,7 +49,23 @@ _MODELS = (
     "ai.model.id",
     "langfuse.observation.model.name",
 )
+_COUNT = "gen_ai.request.choice.count"
 _RESPONSE_IDS = (GenAIAttributes.RESPONSE_ID.value, "ai.response.id")
+_JSON = (
+    _INPUT,
+    _OUTPUT,
+    _SYSTEM,
+    GenAIAttributes.TOOL_DEFINITIONS.value,
+    "gen_ai.prompt",
+    "gen_ai.completion",
+    "mlflow.spanInputs",
+    "mlflow.spanOutputs",
+    "ai.prompt.messages",
+    "ai.response.toolCalls",
+    "request_data",
+    "response_data",
+)
+"""What is always JSON."""
 _EVENT_ROLES = {
     f"gen_ai.{role}.message": role for role in ("system", "user", "assistant", "tool")
 }  # earlier conventions: one event for each message
@@ -60,24 +79,35 @@ class Told:
     """What a span says of a model call. What it does not say is None or empty."""
 
     messages: Sequence[Message] = ()
-    reply: Message | None = None
+    choices: Sequence[Choice] = ()
     tools: list[Message] | None = None
-    finish_reason: str | None = None
     response_id: str | None = None
     model: str | None = None
+    asked: int | None = None
+    """How many choices were asked for."""
 
     @classmethod
     def of(cls, request: Any, reply: ReadReply, tools: Any = None) -> Told:
         """What the bodies of a request and of a reply say."""
         known = object_of(request)
         listed = tools_of(known.get("tools") if tools is None else tools)
-        model = known.get("model")
-        return cls(messages_of(request), reply.message, listed, *reply[1:3], str(model) if model else reply.model)
+        model = str(known["model"]) if known.get("model") else reply.model
+        return cls(messages_of(request), reply.choices, listed, reply.response_id, model, _count(known.get("n")))
 
     def or_else(self, other: Told) -> Told:
         """This, and where it says nothing, the other."""
         mine = {name: value for name, value in vars(self).items() if value not in (None, ()) and value != []}
-        return replace(other, **mine)
+        return replace(other, **mine | {"choices": _filled(self.choices, other.choices)})
+
+
+def _filled(mine: Sequence[Choice], others: Sequence[Choice]) -> Sequence[Choice]:
+    """Some choices, with what others say where they say nothing: those of the same places, if there are as many."""
+    if len(mine) != len(others):
+        return mine if any(each.message is not None for each in mine) or not others else others
+    return [
+        Choice(one.message if one.message is not None else other.message, one.finish_reason or other.finish_reason)
+        for one, other in zip(mine, others, strict=True)
+    ]
 
 
 Attributes = Mapping[str, Any]
@@ -109,6 +139,16 @@ def is_told_otherwise(span: Span) -> bool:
     return next((said for said in says if said is not None), None) is False
 
 
+def is_cut(span: Span) -> bool:
+    """Whether a text that should be JSON is only the beginning of it: Gemini CLI keeps 10,000 characters."""
+    known = [span.attributes, *(event.attributes for event in span.events)]
+    return any(_is_beginning(attributes.get(name)) for attributes in known for name in _JSON)
+
+
+def _is_beginning(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("{", "[", '"')) and decoded(value) is value
+
+
 def read_told(span: Span) -> Told:
     """Return what a span says of its model call, in whichever ways."""
     attributes: Attributes = span.attributes
@@ -116,12 +156,12 @@ def read_told(span: Span) -> Told:
     for each in INSTRUMENTATIONS:
         told = told.or_else(each.read(attributes, span))
     reasons = decoded(first(attributes, _FINISH))
-    if isinstance(reasons, list | tuple):
-        reasons = next(iter(cast("Sequence[Any]", reasons)), None)
+    listed = cast("Sequence[Any]", reasons) if isinstance(reasons, list | tuple) else [reasons]
     return Told(
-        finish_reason=reasons if isinstance(reasons, str) and reasons else None,
+        choices=[Choice(None, each if isinstance(each, str) and each else None) for each in listed],
         response_id=_text(attributes, _RESPONSE_IDS),
         model=_text(attributes, _MODELS),
+        asked=_count(attributes.get(_COUNT)),
     ).or_else(told)
 
 
@@ -138,11 +178,15 @@ def _read_proxy(attributes: Attributes, span: Span) -> Told:
     messages, tools = objects(body.get("messages")), objects(body.get("tools"))
     if not messages and "prompt" in body:
         messages = [{"role": "user", "content": body["prompt"]}]
-    message = next(iter(objects(response.get("choices"))), dict[str, Any]()).get("message")
+    given = [choice.get("message") for choice in objects(response.get("choices"))]
+    choices = [
+        each._replace(message=cast("Message", message) if isinstance(message, dict) else each.message)
+        for each, message in zip(told.choices, given, strict=True)
+    ]
     return replace(
         told,
         messages=messages or told.messages,
-        reply=cast("Message", message) if isinstance(message, dict) else told.reply,
+        choices=choices,
         tools=tools if "messages" in body and tools else told.tools,
     )
 
@@ -161,7 +205,6 @@ def _read_structured(attributes: Attributes, span: Span) -> Told:
             if name in (_INPUT, _OUTPUT, _SYSTEM, GenAIAttributes.TOOL_DEFINITIONS.value)
         }
     outputs = objects(decoded(known.get(_OUTPUT)))
-    reason = outputs[0].get("finish_reason") if outputs else None
     inputs = decoded(known.get(_INPUT))
     return Told(
         [*system_message(known[_SYSTEM]), *messages_of(inputs)]
@@ -169,38 +212,34 @@ def _read_structured(attributes: Attributes, span: Span) -> Told:
         else messages_of(inputs)
         if isinstance(inputs, list)
         else [],
-        reply_message(outputs),
+        choices_of([Choice(reply_message(each), _reason(each)) for each in outputs], _count(known.get(_COUNT))),
         tools_of(known.get(GenAIAttributes.TOOL_DEFINITIONS.value)),
-        str(reason) if reason else None,
     )
 
 
 def _read_events(attributes: Attributes, span: Span) -> Told:
     """The earlier ones of events: one for each message, and one for each choice."""
     messages: list[Message] = []
-    told = Told()
+    choices: list[Choice] = []
     for event in span.events:
         body = {**event.attributes, **object_of(event.attributes.get("gen_ai.event.content"))}
         if event.name in _EVENT_ROLES:
             message = {"role": _EVENT_ROLES[event.name], **body, "content": decoded(body.get("content"))}
             messages += messages_of([message])
-        elif event.name == "gen_ai.choice" and told.reply is None:
+        elif event.name == "gen_ai.choice":
             said = object_of(body.get("message")) or {"content": decoded(body.get("message"))}
-            reason = body.get("finish_reason")
-            told = Told(reply=reply_message(said), finish_reason=str(reason) if reason else None)
-    return replace(told, messages=messages)
+            choices.append(Choice(reply_message(said), _reason(body)))
+    return Told(messages, choices)
 
 
 def _read_flattened(attributes: Attributes, span: Span) -> Told:
-    """The oldest ones: one attribute for each field of each message."""
-    replies = [_flat_message(given, "assistant") for given in _listed(attributes, "gen_ai.completion")]
-    reasons = [given.get("finish_reason") for given in _listed(attributes, "gen_ai.completion")][:1]
+    """The oldest ones: one attribute for each field of each message. A thought before a reply is a message, too."""
+    replies = _listed(attributes, "gen_ai.completion")
     tool_lists = (_listed(attributes, prefix) for prefix in _OLD_TOOLS)
     return Told(
         [_flat_message(given) for given in _listed(attributes, "gen_ai.prompt")],
-        replies[0] if replies else None,
+        choices_of([Choice(reply_message(_flat_message(given, "assistant")), _reason(given)) for given in replies]),
         tools_of(next(filter(None, tool_lists), None)),
-        str(reasons[0]) if reasons and reasons[0] else None,
     )
 
 
@@ -226,15 +265,11 @@ def _read_openinference(attributes: Attributes, span: Span) -> Told:
         else ReadReply()
     )
     messages = [_of_openinference(given) for given in _listed(attributes, "llm.input_messages")]
-    replies = [_of_openinference(given) for given in _listed(attributes, "llm.output_messages")]
+    replies = [Choice(reply_message(_of_openinference(given))) for given in _listed(attributes, "llm.output_messages")]
+    asked = _count(object_of(attributes.get("llm.invocation_parameters")).get("n"))
+    choices = choices_of(replies, asked or len(whole.choices))
     tools = [_inner(given, "tool").get("json_schema") for given in _listed(attributes, "llm.tools")]
-    return Told(
-        messages_of(messages),
-        reply_message(replies),
-        tools_of(tools),
-        whole.finish_reason,
-        whole.response_id,
-    )
+    return Told(messages_of(messages), _filled(choices, whole.choices), tools_of(tools), whole.response_id, asked=asked)
 
 
 def _of_openinference(given: Mapping[str, Any]) -> Message:
@@ -253,7 +288,9 @@ def _openinference_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read_langsmith(attributes: Attributes, span: Span) -> Told:
     request, reply = attributes.get("gen_ai.prompt"), attributes.get("gen_ai.completion")
-    return Told.of(request, reply_of(reply)) if isinstance(decoded(request), dict | list) else Told()
+    if not isinstance(decoded(request), dict | list):
+        return Told()
+    return Told.of(request, reply_of(reply)).or_else(Told(asked=_count(attributes.get("langsmith.metadata.n"))))
 
 
 def _read_mlflow(attributes: Attributes, span: Span) -> Told:
@@ -264,18 +301,19 @@ def _read_mlflow(attributes: Attributes, span: Span) -> Told:
 
 def _read_langfuse(attributes: Attributes, span: Span) -> Told:
     request = attributes.get("langfuse.observation.input")
-    return Told.of(request, reply_of(attributes.get("langfuse.observation.output")))
+    asked = _count(object_of(attributes.get("langfuse.observation.model.parameters")).get("n"))
+    told = Told.of(request, reply_of(attributes.get("langfuse.observation.output"), asked))
+    return told.or_else(Told(asked=asked))
 
 
 def _read_ai_sdk(attributes: Attributes, span: Span) -> Told:
     text, calls = first(attributes, ("ai.response.text", "ai.response.object")), attributes.get("ai.response.toolCalls")
     called = [tool_call(each) for each in objects(decoded(calls))]
-    if text is None and not called:
-        reply = None
-    else:
-        reply = {"role": "assistant", "content": text} | ({"tool_calls": called} if called else {})
+    reply = {"role": "assistant", "content": text} | ({"tool_calls": called} if called else {})
     return Told(
-        messages_of(decoded(attributes.get("ai.prompt.messages"))), reply, tools_of(attributes.get("ai.prompt.tools"))
+        messages_of(decoded(attributes.get("ai.prompt.messages"))),
+        [] if text is None and not called else [Choice(reply)],
+        tools_of(attributes.get("ai.prompt.tools")),
     )
 
 
@@ -285,7 +323,7 @@ def _read_logfire(attributes: Attributes, span: Span) -> Told:
         return Told()
     response = object_of(attributes["response_data"])
     streamed = response.get("combined_chunk_content")
-    said = reply_of(response) if streamed is None else ReadReply({"role": "assistant", "content": streamed})
+    said = reply_of(response) if streamed is None else ReadReply([Choice({"role": "assistant", "content": streamed})])
     return Told.of(attributes.get("request_data"), said)
 
 
@@ -378,3 +416,12 @@ def _inner(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _text(attributes: Attributes, names: Sequence[str]) -> str | None:
     told = first(attributes, names)
     return str(told) if told else None
+
+
+def _reason(given: Mapping[str, Any]) -> str | None:
+    reason = given.get("finish_reason")
+    return str(reason) if reason else None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int else None

@@ -1,4 +1,4 @@
-"""Messages, replies and tools as the wires and tracing libraries write them, turned into those of OpenAI's chat API.
+"""Messages and tools as the wires and tracing libraries write them, turned into those of OpenAI's chat API.
 
 What a value is, is seen from the value: no caller has to say which library wrote it. Nothing raises: what is
 malformed is left out, and what is not text stays in a message as the part that it was.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 Message: TypeAlias = dict[str, Any]
 """A message, a tool or a tool call of OpenAI's chat API."""
@@ -18,7 +18,8 @@ _ROLES = {"human": "user", "ai": "assistant", "model": "assistant", "AIMessageCh
 _SCHEMAS = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema", "parameters_json_schema", "schema")
 _FUNCTION_FIELDS = ("name", "description", "strict")
 _TEXTS = ("text", "input_text", "output_text")
-_THOUGHTS = ("reasoning", "thinking", "redacted_thinking", "reasoningContent", "thought", "summary_text")
+THOUGHTS = ("reasoning", "thinking", "redacted_thinking", "reasoningContent", "thought", "summary_text")
+"""What a model thought, which OpenAI's messages have no place for."""
 _CALLS = ("tool_call", "tool_use", "tool-call", "function_call", "functionCall", "toolUse", "tool_calls")
 _RESULTS = (
     "tool_call_response",
@@ -31,15 +32,6 @@ _RESULTS = (
 _IDS = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId", "id")
 _ARGUMENTS = ("arguments", "args", "input", "parameters")
 _OUTPUTS = ("response", "result", "output", "content")
-
-
-class ReadReply(NamedTuple):
-    """What a reply says."""
-
-    message: Message | None = None
-    finish_reason: str | None = None
-    response_id: str | None = None
-    model: str | None = None
 
 
 @dataclass
@@ -70,13 +62,13 @@ def messages_of(value: Any) -> list[Message]:
         items = cast("list[Any]", value)
         if len(items) == 1 and isinstance(items[0], list):  # LangChain: a batch of one conversation
             return messages_of(items[0])
-        return [message for item in items for message in _messages(item)]
+        return [message for item in items for message in one_message(item)]
     if not isinstance(value, dict):
         return []
     body = cast("Mapping[str, Any]", value)
     told = first(body, ("messages", "contents", "input", "prompt"))
     if told is None:
-        return _messages(body) if {"role", "content", "parts", "kwargs"} & body.keys() else []
+        return one_message(body) if {"role", "content", "parts", "kwargs"} & body.keys() else []
     system = first(body, ("system", "instructions", "systemInstruction"))
     return [*([] if system is None else system_message(system)), *messages_of(told)]
 
@@ -89,15 +81,8 @@ def system_message(value: Any) -> list[Message]:
     return [] if pieces.text() is None else [{"role": "system", "content": pieces.text()}]
 
 
-def reply_message(value: Any) -> Message | None:
-    """Return the message of a reply: a message, a list of which it is the first, or a text; None if it is no such."""
-    given = cast("list[Any]", value)[:1] if isinstance(value, list) else [value]
-    found = [message for each in given for message in _messages(each, "assistant") if message["role"] != "tool"]
-    return found[0] if found else None
-
-
-def _messages(given: Any, role: str = "user") -> list[Message]:
-    """Return one message as OpenAI's: one for each result of a tool, and one for everything else."""
+def one_message(given: Any, role: str = "user") -> list[Message]:
+    """Return one message as OpenAI's messages: one for each result of a tool, and one for everything else."""
     if isinstance(given, str):
         return [{"role": role, "content": given}]
     if isinstance(given, list) and len(cast("list[Any]", given)) == 2 and all(isinstance(x, str) for x in given):  # pyright: ignore[reportUnknownVariableType]
@@ -148,14 +133,14 @@ def _sort_part(part: Any, pieces: _Pieces) -> None:
             pieces.content.append(part)
         return
     given = cast("Mapping[str, Any]", part)
-    kind = given.get("type") or next((key for key in (*_CALLS, *_RESULTS, *_THOUGHTS) if key in given), "text")
+    kind = given.get("type") or next((key for key in (*_CALLS, *_RESULTS, *THOUGHTS) if key in given), "text")
     wrapped = given.get(str(kind))
     body = cast("Mapping[str, Any]", wrapped) if isinstance(wrapped, dict) else given
     if kind in _CALLS:
         pieces.calls.append(tool_call(body))
     elif kind in _RESULTS:
         pieces.results.append(_tool_result(body))
-    elif kind in _THOUGHTS or given.get("thought") is True:
+    elif kind in THOUGHTS or given.get("thought") is True:
         pass  # OpenAI's messages have no place for it
     elif kind in _TEXTS and isinstance(first(given, ("text", "content")), str):
         pieces.content.append(first(given, ("text", "content")))
@@ -200,79 +185,6 @@ def _kind(class_name: Any) -> str:
     return name or "user"
 
 
-# --- Replies ---------------------------------------------------------------------------------------
-
-
-def reply_of(value: Any) -> ReadReply:
-    """Return what the body of a reply says, in any of the wires' shapes, or a message, or a text; also as JSON.
-
-    A text of JSON that is none of these is a text that the model said.
-    """
-    told = decoded(value)
-    if isinstance(told, list):
-        told = cast("list[Any]", told)[0] if told else None
-    reply = _reply_of_body(cast("Mapping[str, Any]", told)) if isinstance(told, dict) else ReadReply()
-    if reply.message is None and isinstance(value, str) and (reply == ReadReply() or not isinstance(told, dict)):
-        return ReadReply({"role": "assistant", "content": told if isinstance(told, str) else value})
-    return reply
-
-
-def _reply_of_body(body: Mapping[str, Any]) -> ReadReply:
-    head = (_text(body, "id", "responseId"), _text(body, "model", "modelVersion"))
-    for name in ("choices", "candidates"):
-        if name in body:
-            choice = next(iter(objects(body[name])), dict[str, Any]())
-            message = first(choice, ("message", "content", "text"))
-            reason = _text(choice, "finish_reason", "finishReason")
-            return ReadReply(None if message is None else reply_message(message), reason, *head)
-    if "generations" in body:  # LangChain
-        batch = decoded(body["generations"])
-        batch = batch[0] if isinstance(batch, list) and batch and isinstance(batch[0], list) else batch  # pyright: ignore[reportUnknownVariableType]
-        generation = next(iter(objects(batch)), dict[str, Any]())
-        said = first(generation, ("message", "text"))
-        information = generation.get("generation_info")
-        reason = _text(cast("Any", information), "finish_reason") if isinstance(information, dict) else None
-        return ReadReply(None if said is None else reply_message(said), reason)
-    if isinstance(body.get("output"), list):  # the Responses API
-        return ReadReply(_joined(objects(body["output"])), _text(body, "status"), *head)
-    if isinstance(body.get("message"), dict | str):
-        return ReadReply(reply_message(body["message"]), _text(body, "finish_reason"))
-    reason = _text(body, "finish_reason", "stop_reason", "finishReason")
-    if {"role", "content", "tool_calls", "parts", "kwargs"} & body.keys():
-        return ReadReply(reply_message(body), reason, *head)
-    return ReadReply(None, reason, *head)
-
-
-def _joined(items: Sequence[Mapping[str, Any]]) -> Message | None:
-    """The items of one reply as one message."""
-    messages = [message for item in items if item.get("type") not in _THOUGHTS for message in _messages(item)]
-    if not messages:
-        return None
-    texts = [message["content"] for message in messages if message.get("content")]
-    said: Message = {"role": "assistant", "content": "".join(map(as_text, texts)) if texts else None}
-    calls = [call for message in messages for call in message.get("tool_calls", [])]
-    return {**said, "tool_calls": calls} if calls else said
-
-
-_REASONS = {
-    "tool_calls": ("tool_call", "tool-calls", "tool_use", "function_call", "function_calls"),
-    "stop": ("end_turn", "stop_sequence", "complete", "completed", "eos"),
-    "length": ("max_tokens", "max_output_tokens", "model_length", "incomplete"),
-    "content_filter": ("content-filter", "safety", "content_filtered"),
-}
-_REASON_OF = {given: reason for reason, all_given in _REASONS.items() for given in (reason, *all_given)}
-
-
-def finish_reason_of(reason: str | None, message: Message | None) -> str | None:
-    """Return why a reply ended in OpenAI's words: ``stop``, ``length``, ``tool_calls`` or ``content_filter``.
-
-    A reply that calls tools has ended with ``tool_calls``, although some libraries say ``stop``. A reason that is
-    not known stays as it is.
-    """
-    told = None if reason is None else _REASON_OF.get(reason.lower(), reason)
-    return "tool_calls" if told == "stop" and message is not None and message.get("tool_calls") else told
-
-
 # --- Tools -----------------------------------------------------------------------------------------
 
 
@@ -282,8 +194,8 @@ def tools_of(value: Any) -> list[Message] | None:
     given = [decoded(each) for each in cast("list[Any]", value)] if isinstance(value, list | tuple) else []
     found: list[Message] = []
     for each in objects(given):
-        declared = objects(first(each, ("functionDeclarations", "function_declarations")))
-        found += [_tool(tool) for tool in declared] or [_tool(each)]
+        declared = first(each, ("functionDeclarations", "function_declarations"))
+        found += [_tool(each)] if declared is None else [_tool(tool) for tool in objects(declared)]
     return found or None
 
 
@@ -337,8 +249,3 @@ def decoded(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
-
-
-def _text(values: Mapping[str, Any], *names: str) -> str | None:
-    told = first(values, names)
-    return None if told is None else str(told)

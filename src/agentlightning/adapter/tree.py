@@ -16,7 +16,8 @@ from agentlightning.adapter.instrumentations import PROXY, instrumentation_of, i
 from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.semconv import GenAIAttributes
 from agentlightning.types import Span, Triplet
-from agentlightning.types.attempt_spans import AttemptKey, order_of
+from agentlightning.types.attempt_spans import AttemptKey, by_attempt, order_of
+from agentlightning.types.recorded_calls import whole_calls
 from agentlightning.types.rewards import get_reward_value
 
 T = TypeVar("T")
@@ -71,7 +72,8 @@ class TraceTree:
         Raises:
             ValueError: there are no spans.
         """
-        nodes = {_place_of(span, span.span_id): cls(span.span_id, span) for span in spans}
+        whole = [span for group in by_attempt(spans).values() for span in whole_calls(group)]
+        nodes = {_place_of(span, span.span_id): cls(span.span_id, span) for span in whole}
         if not nodes:
             raise ValueError("a tree cannot be built from no spans; give at least one")
         roots: list[TraceTree] = []
@@ -351,14 +353,16 @@ class TraceTree:
         final_reward: float | None = None,
         _skip_empty_token_spans: bool = False,
     ) -> list[Triplet]:
-        """Return the model calls as training examples, in their order.
+        """Return the model calls as training examples, in their order: one for each choice of a reply.
+
+        Calls that cannot be used are left out; an adapter's ``examine`` says why.
 
         Args:
             llm_call_match, agent_match: see ``find_llm_calls``.
             exclude_llm_call_in_reward: leave out calls that a reward function made.
             dedup_llm_call: take each call once, although several instrumentations may have recorded it.
             reward_match: which reward belongs to which call.
-            final_reward: the reward of the last call, if it has none of its own.
+            final_reward: the reward of the last call, of all its choices, if it has none of its own.
             _skip_empty_token_spans: leave out calls without token ids.
         """
         calls = self.find_llm_calls(
@@ -370,10 +374,11 @@ class TraceTree:
         )
         kept = [(call, agent) for call, agent in calls if not _skip_empty_token_spans or has_token_ids(call.span)]
         rewards = self.match_rewards(reward_match, [call for call, _ in kept])
-        triplets = [read_model_call(call.span).triplet(agent, rewards[call.id]) for call, agent in kept]
-        if triplets and triplets[-1].reward is None:
-            triplets[-1].reward = final_reward
-        return triplets
+        choices = [(each, agent) for call, agent in kept for each in read_model_call(call.span).each_choice()]
+        last = choices[-1][0].span.span_id if choices else None
+        rewards |= {last: final_reward} if last is not None and rewards[last] is None else {}
+        usable = [(each, agent) for each, agent in choices if each.problem is None]
+        return [each.triplet(agent, rewards[each.span.span_id]) for each, agent in usable]
 
 
 def _when(node: TraceTree) -> tuple[float, int]:

@@ -10,13 +10,16 @@ import pytest
 
 from agentlightning import LlmProxyTraceToTriplet, TracerTraceToTriplet, TraceToMessages
 from agentlightning.types import Event, Span
-from recorded_spans import CONVERSATIONS, FINISH_REASONS, names, recorded
+from recorded_spans import CHOICES, FINISH_REASONS, ITEMS, conversations, names, recorded
 
 Make = Callable[..., Span]
 
-NO_TOOLS = {"openai-v2", "langsmith", "strands"}
-"""Those that do not write the tools, as far as we have seen."""
-NO_REASONS = {"langfuse"}
+NO_TOOLS = {"openai-v2", "strands", "strands-latest"}
+"""Those that do not write the tools of a call."""
+REASONS = {"langfuse": [None, None, "stop"], "gemini-cli": [None, None, None]}
+"""Of those that do not write why a reply ended."""
+MERGED = {"langchain", "langfuse", "mlflow"}
+"""Those that write the choices of a stream as one text."""
 
 
 def essence(conversation: Any) -> Any:
@@ -25,11 +28,18 @@ def essence(conversation: Any) -> Any:
     for message in text["messages"]:
         for call in message.get("tool_calls", []):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            if call["function"]["name"] == "list_directory":
+                call.pop("id")  # Gemini CLI changes it
         message["content"] = message["content"] or None
-        if message["role"] == "tool" and message["content"] == '{"output": "rain"}':  # Gemini has no plain results
-            message["content"] = "rain"
+        if message["role"] == "tool" and message["content"].startswith("{"):
+            message |= {"content": json.loads(message["content"]), "tool_call_id": None}
     for tool in text["tools"] or []:
-        tool["function"]["parameters"].pop("additionalProperties", None)
+        for added in ("additionalProperties", "$schema"):
+            tool["function"]["parameters"].pop(added, None)
+        for parameter in tool["function"]["parameters"]["properties"].values():
+            parameter.pop("description", None)
+        if tool["function"]["name"] == "list_directory":  # its own, and long
+            tool["function"] = {"name": "list_directory"}
     return text
 
 
@@ -37,14 +47,148 @@ def essence(conversation: Any) -> Any:
 def test_the_conversations_of_an_agent(name: str) -> None:
     spans = recorded(name).spans
     adapted = TraceToMessages(call_filter=None).examine(spans)
-    expected = [{**each, "tools": None} if name in NO_TOOLS else each for each in CONVERSATIONS]
+    expected = [{**each, "tools": None} if name in NO_TOOLS else each for each in conversations(name)]
     assert [essence(each) for each in adapted.made] == [essence(each) for each in expected]
     assert adapted.unusable == []
     triplets = TracerTraceToTriplet(call_filter=None).examine(spans)
     reasons = [each.metadata["finish_reason"] for each in triplets.made]
-    assert reasons == ([None] * 3 if name in NO_REASONS else FINISH_REASONS)
+    assert reasons == REASONS.get(name, FINISH_REASONS)
     assert [each.metadata["model"] for each in triplets.made] == ["policy"] * 3
     assert (triplets.unusable, LlmProxyTraceToTriplet().examine(spans).made) == ([], [])
+
+
+@pytest.mark.parametrize("name", names("choices"))
+def test_every_choice_is_a_sample_or_counted(name: str) -> None:
+    spans = recorded(name, "choices").spans
+    texts = [text for text, _ in CHOICES] * (1 if name in MERGED else 2)
+    reasons = [reason for _, reason in CHOICES] * (1 if name in MERGED else 2)
+    triplets = TracerTraceToTriplet(call_filter=None).examine(spans)
+    assert [each.response["message"]["content"] for each in triplets.made] == texts
+    assert [each.metadata["finish_reason"] for each in triplets.made] == ([None] * 2 if name == "langfuse" else reasons)
+    messages = TraceToMessages(call_filter=None).examine(spans)
+    assert [each["messages"][-1]["content"] for each in messages.made] == texts
+    assert [each["messages"][-1]["role"] for each in messages.made] == ["assistant"] * len(texts)
+    for unusable in (triplets.unusable, messages.unusable):
+        expected = ["2 choices were asked for and 1 recorded, which may be several as one text"]
+        assert [each.reason for each in unusable] == (expected if name in MERGED else [])
+
+
+@pytest.mark.parametrize("name", sorted(MERGED))
+def test_without_the_number_that_was_asked_for_a_merged_reply_would_be_a_sample(name: str) -> None:
+    """The guard is what keeps it out: the recorded text is that of no choice."""
+    spans = recorded(name, "choices").spans
+    for span in spans:
+        for attribute in ("langfuse.observation.model.parameters", "langsmith.metadata.n"):
+            span.attributes.pop(attribute, None)
+        asked = span.attributes.get("mlflow.spanInputs")
+        if asked is not None:
+            span.attributes["mlflow.spanInputs"] = str(asked).replace('"n": 2', '"n": 1')
+    made = TracerTraceToTriplet(call_filter=None).adapt(spans)
+    assert made[-1].response["message"]["content"] == "a0 a1 b0 b1 "
+
+
+@pytest.mark.parametrize("name", names("items"))
+def test_the_items_of_one_reply_are_one_message(name: str) -> None:
+    """OpenAI's Responses API: a thought, a text, and two calls of a tool. They are not choices."""
+    spans = recorded(name, "items").spans
+    (conversation,) = TraceToMessages(call_filter=None).adapt(spans)
+    message = conversation["messages"][-1]
+    ids = [call.pop("id") for call in message["tool_calls"]]
+    assert ids in ([each["id"] for each in ITEMS["tool_calls"]], ["fc_0", "fc_1"])
+    expected = [{**call, "id": None} for call in ITEMS["tool_calls"]]
+    assert essence(
+        {
+            "messages": [{**message, "tool_calls": [{**each, "id": None} for each in message["tool_calls"]]}],
+            "tools": None,
+        }
+    ) == essence({"messages": [{**ITEMS, "tool_calls": expected}], "tools": None})
+
+
+def test_a_thought_before_a_reply_is_no_choice(span: Make) -> None:
+    """As opentelemetry-instrumentation-anthropic 0.40.14 writes it."""
+    call = {"id": "call-1", "name": "weather", "arguments": "{}"}
+    attributes: dict[str, Any] = {
+        "llm.request.type": "completion",
+        "gen_ai.prompt.0.role": "user",
+        "gen_ai.prompt.0.content": "Weather?",
+        "gen_ai.completion.0.finish_reason": "tool_use",
+        "gen_ai.completion.0.role": "thinking",
+        "gen_ai.completion.0.content": "Which city?",
+        "gen_ai.completion.1.role": "assistant",
+        "gen_ai.completion.1.content": "Let me look.",
+    } | {f"gen_ai.completion.1.tool_calls.0.{name}": value for name, value in call.items()}
+    (triplet,) = TracerTraceToTriplet(call_filter=None).adapt([span("anthropic.chat", attributes)])
+    assert triplet.response["message"]["content"] == "Let me look."
+    assert triplet.response["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    assert triplet.metadata["finish_reason"] == "tool_calls"
+
+
+def test_the_pieces_of_a_stream_are_one_message(span: Make) -> None:
+    """Gemini CLI writes one message for each piece, and calls the list the messages of the output."""
+    answered = recorded("gemini-cli").spans[-1]
+    assert str(answered.attributes["gen_ai.output.messages"]).count("role") == 4
+    (triplet,) = TracerTraceToTriplet(call_filter=None).adapt([answered])
+    assert triplet.response["message"] == {"role": "assistant", "content": "word0 word1 word2 word3 "}
+
+
+def test_a_role_that_a_stream_repeated_is_one_role(span: Make) -> None:
+    """Logfire 5.4.0 writes the role as often as the chunks of a stream said it."""
+    said = [{"role": "assistantassistant", "parts": [{"type": "text", "content": "b"}], "finish_reason": "stop"}]
+    attributes = {
+        "gen_ai.input.messages": '[{"role": "user", "content": "a"}]',
+        "gen_ai.output.messages": json.dumps(said),
+    }
+    (conversation,) = TraceToMessages(call_filter=None).adapt([span("chat", attributes)])
+    assert conversation["messages"][-1] == {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("name", ["gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.tool.definitions"])
+def test_a_text_that_was_cut_is_unusable(name: str, span: Make) -> None:
+    """Gemini CLI 0.61.0 keeps 10,000 characters of messages; OpenTelemetry's limit for attributes keeps fewer."""
+    attributes = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.system_instructions": '[{"type": "text", "content": "Be brief."}]',
+        "gen_ai.input.messages": '[{"role": "user", "content": "a"}]',
+        "gen_ai.output.messages": '[{"role": "assistant", "content": "b"}]',
+        "gen_ai.tool.definitions": '[{"type": "function", "name": "f"}]',
+    }
+    for ending in ("", "...[TRUNCATED: original length 15526]"):
+        cut = {**attributes, name: attributes[name][:-2] + ending}
+        for adapter in (TracerTraceToTriplet(call_filter=None), TraceToMessages(call_filter=None)):
+            adapted = adapter.examine([span("chat", cut)])
+            assert adapted.made == []
+            assert ["were cut" in each.reason for each in adapted.unusable] == [True]
+    assert TracerTraceToTriplet(call_filter=None).examine([span("chat", attributes)]).unusable == []
+
+
+def test_ids_beside_several_choices_are_those_of_none(span: Make) -> None:
+    """It is not known of which choice they are."""
+    choices = [{"role": "assistant", "content": text, "finish_reason": "stop"} for text in ("b", "c")]
+    attributes: dict[str, Any] = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.input.messages": '[{"role": "user", "content": "a"}]',
+        "gen_ai.output.messages": json.dumps(choices),
+        "prompt_token_ids": [1, 2],
+        "response_token_ids": [3],
+    }
+    adapted = TracerTraceToTriplet(call_filter=None).examine([span("chat", attributes)])
+    assert [(each.response["message"]["content"], each.response["token_ids"]) for each in adapted.made] == [
+        ("b", []),
+        ("c", []),
+    ]
+    wants_ids = TracerTraceToTriplet(call_filter=None, _skip_empty_token_spans=True).examine([span("chat", attributes)])
+    assert (wants_ids.made, len(wants_ids.unusable)) == ([], 2)
+
+
+def test_tools_of_which_there_are_none_are_no_tools(span: Make) -> None:
+    """As Gemini CLI writes them."""
+    attributes = {
+        "gen_ai.input.messages": '[{"role": "user", "content": "a"}]',
+        "gen_ai.output.messages": '[{"role": "assistant", "content": "b"}]',
+        "gen_ai.tool.definitions": '[{"functionDeclarations":[]}]',
+    }
+    (conversation,) = TraceToMessages(call_filter=None).adapt([span("chat", attributes)])
+    assert conversation["tools"] is None
 
 
 def test_the_two_spans_of_a_streamed_call_are_one_call() -> None:

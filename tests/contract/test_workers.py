@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidId, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import AttemptStatus, Worker
 from scenes import claimed, config, enqueued, finish, requeued_silent, rollout_now, span_of, started, statuses
@@ -134,6 +134,8 @@ async def test_a_heartbeat_registers_a_worker(stores: Stores) -> None:
             "lease_seconds": None,
             "registration": None,
             "directive": None,
+            "reason_code": None,
+            "reason_message": None,
         }
         assert await store.get_worker_by_id("worker") == worker
 
@@ -273,6 +275,59 @@ async def test_all_attempts_of_a_lost_worker_are_ended(stores: Stores) -> None:
         assert [(await rollout_now(store, each)).status for each in ids] == ["succeeded", *["requeuing"] * 4]
         async with unchanged(store):
             assert await store.report_worker_lost("worker", message="gone, still") == []
+
+
+async def test_why_a_worker_is_gone_is_told_until_it_is_back(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        claim = await started(store, "worker")
+        lost = await store.report_worker_lost("worker", message="its runner has ended", reason_code="worker_left")
+        assert [(each.reason_code, each.reason_message) for each in lost] == [("worker_lost", "its runner has ended")]
+        await store.report_worker_lost("worker", message="gone")  # who misses it knows less
+        left = await _worker(store)
+        assert (left.reason_code, left.reason_message) == ("worker_left", "its runner has ended")
+        assert (await rollout_now(store, claim.rollout_id)).status != "succeeded"
+        back = await store.update_worker("worker", lease_seconds=5)
+        assert (back.status, back.reason_code, back.reason_message) == ("idle", None, None)
+        clock.advance(6)
+        silent = await _worker(store)
+        assert silent.reason_code == "worker_lost"
+        assert "no heartbeat for 5 s" in (silent.reason_message or "")
+
+
+async def test_workers_that_are_gone_can_be_deleted(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        await started(store, "at-work")
+        await store.update_worker("lost", lease_seconds=5)
+        await store.update_worker("without-lease")
+        await store.update_worker("alive", lease_seconds=100)
+        clock.advance(6)
+        names = ["lost", "without-lease", "alive", "at-work", "nobody", "lost"]
+        assert await store.delete_workers(names) == ["lost", "without-lease"]
+        assert {each.worker_id for each in await store.query_workers()} == {"alive", "at-work"}
+        assert (await store.statistics()).get("total_workers") == 2
+        assert (await store.verify()).ok
+        async with unchanged(store):
+            assert await store.delete_workers(names) == []
+        anew = await store.update_worker("lost", {"load": 1})
+        assert (anew.status, anew.lease_seconds) == ("idle", None)
+
+
+async def test_what_a_deleted_worker_did_is_kept(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        claim = await started(store, "worker")
+        await finish(store, claim)
+        assert await store.delete_workers(["worker"]) == ["worker"]
+        attempt = await store.get_latest_attempt(claim.rollout_id)
+        assert attempt is not None
+        assert attempt.worker_id == "worker"
+
+
+async def test_what_is_no_id_deletes_nothing(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        await store.update_worker("worker")
+        async with unchanged(store):
+            with pytest.raises(InvalidId):
+                await store.delete_workers(["worker", "a b"])
 
 
 async def test_an_unknown_worker_cannot_be_lost(stores: Stores) -> None:

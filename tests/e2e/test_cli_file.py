@@ -255,6 +255,34 @@ def test_waiting_for_workers_ends_when_they_are_free_and_fails_when_they_are_not
     assert busy.err == "After 0 s, still at work: w-1\n"
 
 
+def test_workers_that_are_long_gone_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+
+    async def work() -> None:
+        async with SqliteLightningStore(path) as store:
+            for number in range(3):
+                await store.update_worker(f"gone-{number}", lease_seconds=60.0)
+                reason = {"message": "its runner has ended", "reason_code": "worker_left"}
+                await store.report_worker_lost(f"gone-{number}", **reason)
+            await store.update_worker("alive", lease_seconds=60.0)
+
+    asyncio.run(work())
+    text = agl("workers", "ls", "--url", path).ok().out
+    assert re.search(r"^gone-0 +left .* its runner has ended", text, re.M)
+    prune = ("workers", "prune", "--url", path, "--older-than")
+    assert "No workers.\n0 workers would be forgotten" in agl(*prune, "1h", "--dry-run").ok().out
+    seen = agl(*prune, "0s", "--dry-run").ok().out
+    assert seen.endswith("\n3 workers would be forgotten\n")
+    assert "alive" not in seen
+    assert len(agl("workers", "ls", "--json", "--url", path).ok().json["items"]) == 4, "nothing was done"
+    assert agl(*prune, "1h", "-y").ok().out.endswith("Nothing to forget.\n")
+    assert agl(*prune, "0s", "-y").ok().out.endswith("\n3 workers forgotten\n")
+    (left,) = agl("workers", "ls", "--json", "--url", path).ok().json["items"]
+    assert left["worker_id"] == "alive"
+    assert agl(*prune, "soon").code == ExitCode.USAGE
+    agl("verify", "--url", path).ok()
+
+
 # --- Resources ---------------------------------------------------------------------------------------
 
 

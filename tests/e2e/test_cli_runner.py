@@ -107,6 +107,13 @@ def test_agents_of_every_kind(words: list[str], reward: float, folder: Path, ser
         assert asyncio.run(rewards(server, 1, 1, then="drain")) == [reward, reward]
         _, log = process.communicate(timeout=30)
     assert process.returncode == ExitCode.OK, log
+    assert states(server) == ["worker_left"]
+
+
+def states(server: LightningStoreServer) -> list[str | None]:
+    """Why the workers that the store knows are gone."""
+    told = agl("workers", "ls", "--json", "--url", server.endpoint).ok().json
+    return [each["reason_code"] for each in told["items"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, 143)])
@@ -126,6 +133,8 @@ def test_several_processes_and_a_signal(
         process.send_signal(number)
         _, log = process.communicate(timeout=30)
     assert process.returncode == code, log
+    assert states(server) == ["worker_left"] * 2, "a signal is a wish, too"
+    assert "2 ended in order" in agl("status", "--url", server.endpoint).ok().out
     assert log.count(f"joined the store at {server.endpoint}; runners ready: 2") == 1
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.cli import status, target
+from agentlightning.cli import target, workers
 from agentlightning.cli.terminal import ExitCode
 from agentlightning.errors import StoreUnreachable
 from agentlightning.store.sqlite.store import InMemoryLightningStore
@@ -153,10 +153,10 @@ async def test_who_waits_for_workers_rides_out_a_server_that_is_away(
                 raise StoreUnreachable("the server is being started again")
             return await super().query_workers(*args, **kwargs)
 
-    monkeypatch.setattr(status, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.01)
     async with Away() as store:
-        await status._wait_until_free(store, ["w-1"], 60.0)
+        await workers._wait_until_free(store, ["w-1"], 60.0)
     assert "None of them works any more" in capsys.readouterr().out
     async with Away() as store:
         with pytest.raises(StoreUnreachable):
-            await status._wait_until_free(store, ["w-1"], 0.0)
+            await workers._wait_until_free(store, ["w-1"], 0.0)

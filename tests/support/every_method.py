@@ -43,6 +43,7 @@ WRITES: dict[str, Call] = {
     "rollback_resources": lambda store: store.rollback_resources("rs-1", 1),
     "update_worker": lambda store: store.update_worker("worker-1"),
     "direct_workers": lambda store: store.direct_workers("drain"),
+    "delete_workers": lambda store: store.delete_workers(["worker-1"]),
     "report_worker_lost": lambda store: store.report_worker_lost("worker-1", message="gone"),
 }
 """Methods that write. Rollout ``ro-1`` with attempt ``at-1``, resources ``rs-1`` and worker ``worker-1`` must be there

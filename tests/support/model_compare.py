@@ -31,8 +31,10 @@ def plain(reply: Any) -> Any:
         case Rollout() | Attempt():
             return _without_text(reply.model_dump())
         case Worker(stale_attempt_ids=None):
-            return reply.model_dump(exclude={"stale_attempt_ids"})
-        case Worker() | ResourcesUpdate():
+            return _without_text(reply.model_dump(exclude={"stale_attempt_ids"}))
+        case Worker():
+            return _without_text(reply.model_dump())
+        case ResourcesUpdate():
             return reply.model_dump()
         case FinishedAttempt():
             return {name: plain(getattr(reply, name)) for name in FinishedAttempt.model_fields}

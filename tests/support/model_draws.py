@@ -71,7 +71,7 @@ EDITS: tuple[dict[str, Any], ...] = (
     *({"config": config} for config in CONFIGS[1:7:2]),
 )
 SIMPLE_CALL = st.sampled_from(
-    ["enqueue", "claim", "start", "report", "finish", "release", "spans", "cancel", "beat", "direct"]
+    ["enqueue", "claim", "start", "report", "finish", "release", "spans", "cancel", "beat", "direct", "forget"]
 )
 SORTABLE = {
     "rollouts": ("rollout_id", "start_time", "end_time", "mode", "resources_version", "priority", "status"),

@@ -517,6 +517,13 @@ class StoreMachine(AskingMachine):
     def direct_workers(self, directive: Any, worker_ids: list[str] | None) -> None:
         self.do(self._direct(directive, worker_ids))
 
+    def _delete_workers(self, worker_ids: list[str]) -> Call:
+        return Call(lambda: self.store.delete_workers(worker_ids), lambda _: self.reference.delete_workers(worker_ids))
+
+    @rule(worker_ids=st.lists(st.sampled_from(["w1", "w2", "w3", "nobody"]), max_size=3))
+    def delete_workers(self, worker_ids: list[str]) -> None:
+        self.do(self._delete_workers(worker_ids))
+
     # --- Many at once ----------------------------------------------------------------------------
 
     @rule(drawn=st.lists(st.tuples(SIMPLE_CALL, PICK), min_size=2, max_size=4))
@@ -546,6 +553,8 @@ class StoreMachine(AskingMachine):
                 return self._add_spans(self._spans(pick, [(pick, 0), (pick + 1, 0)]))
             case "cancel":
                 return self._cancel(rollout_id)
+            case "forget":
+                return self._delete_workers([worker_id or "w3"])
             case "direct":
                 return self._direct(("drain", None)[pick % 2], None if worker_id is None else [worker_id])
             case _:

@@ -477,7 +477,7 @@ class ReferenceStore(ReferenceRecords):
             if worker["current_attempt_id"] is None:
                 self._idle(worker)
             else:
-                worker["status"] = "busy"
+                worker.update(status="busy", reason_code=None)
         return shown(worker) | ({} if attempt_ids is None else {"stale_attempt_ids": lost})
 
     def direct_workers(self, directive: str | None, worker_ids: Sequence[str] | None) -> list[Facts]:
@@ -501,10 +501,24 @@ class ReferenceStore(ReferenceRecords):
             else:
                 self._end_attempt(attempt, "unresponsive", reason_code or "worker_lost")
                 self._settle_rollout(attempt)
-        self._worker(worker_id).update(
-            status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False
-        )
+        worker = self._worker(worker_id)
+        if worker["status"] != "unknown" or worker["reason_code"] is None:
+            worker["reason_code"] = reason_code or "worker_lost"
+        worker.update(status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False)
         return [shown(attempt) for attempt in held]
+
+    def delete_workers(self, worker_ids: Sequence[str]) -> list[str]:
+        """Those that are gone, or of whom nobody could tell, are forgotten."""
+        doomed = [
+            each
+            for each in dict.fromkeys(worker_ids)
+            if (known := self.workers.get(each)) is not None
+            and known["current_attempt_id"] is None
+            and (known["status"] == "unknown" or known["lease_seconds"] is None)
+        ]
+        for each in doomed:
+            del self.workers[each]
+        return doomed
 
     def _worker(self, worker_id: str) -> Facts:
         """The worker; a new one is registered."""
@@ -521,6 +535,7 @@ class ReferenceStore(ReferenceRecords):
             "lease_seconds": None,
             "registration": None,
             "directive": None,
+            "reason_code": None,
             "_heard": 0.0,
             "_called": float("-inf"),
             "_leased": False,
@@ -533,7 +548,7 @@ class ReferenceStore(ReferenceRecords):
     def _hold(self, worker_id: str | None, attempt: Facts | None) -> None:
         if worker_id is not None and attempt is not None:
             worker = self._worker(worker_id)
-            worker.update(status="busy", last_busy_time=self.clock.wall())
+            worker.update(status="busy", last_busy_time=self.clock.wall(), reason_code=None)
             worker.update({f"current_{name}": attempt[name] for name in ("rollout_id", "attempt_id")})
 
     def _let_go(self, worker_id: str | None, attempt: Facts, status: str) -> None:
@@ -555,7 +570,7 @@ class ReferenceStore(ReferenceRecords):
             self._idle(worker)
 
     def _idle(self, worker: Facts) -> None:
-        worker.update(status="idle", last_idle_time=self.clock.wall())
+        worker.update(status="idle", last_idle_time=self.clock.wall(), reason_code=None)
 
     # --- Time ------------------------------------------------------------------------------------
 

@@ -73,12 +73,13 @@ COMMANDS: dict[str, Command | Group] = {
         _LOOK,
     ),
     "workers": Group(
-        "List workers, let them finish, or stop them.",
+        "List workers, let them finish, stop or forget them.",
         {
-            "ls": Command("agentlightning.cli.status:ls", "List workers and what they do."),
-            "drain": Command("agentlightning.cli.status:drain", "Let workers finish what they hold, then end."),
-            "stop": Command("agentlightning.cli.status:stop", "Let workers abort what they hold, then end."),
-            "resume": Command("agentlightning.cli.status:resume", "Take back a drain or stop not yet followed."),
+            "ls": Command("agentlightning.cli.workers:ls", "List workers and what they do."),
+            "drain": Command("agentlightning.cli.workers:drain", "Let workers finish what they hold, then end."),
+            "stop": Command("agentlightning.cli.workers:stop", "Let workers abort what they hold, then end."),
+            "resume": Command("agentlightning.cli.workers:resume", "Take back a drain or stop not yet followed."),
+            "prune": Command("agentlightning.cli.workers:prune", "Forget workers that ended or died long ago."),
         },
         _LOOK,
     ),

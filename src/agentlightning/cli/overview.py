@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from agentlightning.cli.rewards import rewards_of
 from agentlightning.cli.target import Target, clock_of
 from agentlightning.cli.terminal import ago, count, duration, one_line
+from agentlightning.lifecycle.reasons import WORKER_LEFT
 from agentlightning.store.base import LightningStore, LightningStoreStatistics
 from agentlightning.types import Attempt, AttemptedRollout, Rollout, RolloutStatus, Worker
 
@@ -90,6 +91,11 @@ class Overview:
         return heard is not None and self.now - heard <= SILENT_SECONDS
 
     @cached_property
+    def silent(self) -> Sequence[Worker]:
+        """Workers that are gone without a word. Those that ended in order, or as they were asked to, are not."""
+        return [each for each in self.workers if not self.is_alive(each) and not has_left(each)]
+
+    @cached_property
     def pace(self) -> Pace | None:
         """How fast rollouts end, within the last minute or as far back as was looked. None: none did."""
         ends = (each.end_time for each in self.ended if each.end_time is not None)
@@ -125,6 +131,11 @@ def reason_of(rollout: Rollout) -> tuple[str, str]:
     if attempt is not None and attempt.reason_code is not None and rollout.reason_code in (None, attempt.reason_code):
         return attempt.reason_code, attempt.reason_message or ""
     return rollout.reason_code or "no reason given", rollout.reason_message or ""
+
+
+def has_left(worker: Worker) -> bool:
+    """Whether a worker that is gone has ended in order, or as it was asked to."""
+    return worker.reason_code == WORKER_LEFT or worker.directive is not None
 
 
 def last_heard(worker: Worker) -> float | None:
@@ -229,12 +240,17 @@ def _why_it_waits(overview: Overview, waiting: str) -> Finding:
             "Start one: `agl runner`, or a Trainer with this store.",
         )
     if not alive:
-        newest = max(workers, key=lambda each: last_heard(each) or 0.0)
+        silent = overview.silent
+        newest = max(silent or workers, key=lambda each: last_heard(each) or 0.0)
+        told = f"the last was {newest.worker_id}, {ago(last_heard(newest), overview.now)}"
+        if not silent:
+            text = f"{waiting}, and every runner has ended in order or as asked; {told}."
+            return Finding("no_runner", "problem", text, "Start runners again: `agl runner`.")
+        why = f" ({one_line(newest.reason_message)})" if newest.reason_message else ""
         return Finding(
             "no_runner",
             "problem",
-            f"{waiting}, and {_all_of(workers)} silent; the last was {newest.worker_id}, "
-            f"{ago(last_heard(newest), overview.now)}.",
+            f"{waiting}, and {_all_of(silent)} silent; {told}{why}.",
             "Look whether its machine and process live, and start runners again.",
         )
     undirected = [each for each in alive if each.directive is None]
@@ -282,7 +298,7 @@ def _held(overview: Overview) -> Iterator[Finding]:
 
 
 def _long(overview: Overview) -> Iterator[Finding]:
-    """Rollouts at which an agent has been for very long, and for which nothing says how long it may be."""
+    """Rollouts for which nothing says how long an agent may be at them; above all those that take very long."""
     alive = {each.worker_id for each in overview.alive}
     times = sorted(each.end_time - each.start_time for each in overview.ended if each.end_time is not None)
     usual = times[len(times) // 2] if times else 0.0
@@ -304,6 +320,15 @@ def _long(overview: Overview) -> Iterator[Finding]:
             "Its worker lives; its agent may block for ever.",
             "Give rollouts a limit: Trainer(rollout_config=agl.RolloutConfig(timeout_seconds=…)); end this one with "
             f"`agl rollouts cancel {first.rollout_id}`.",
+        )
+        return
+    endless = sum(each.config.timeout_seconds is None for each in overview.live)
+    if endless:
+        yield Finding(
+            "no_time_limit",
+            "note",
+            f"{count(endless, 'rollout')} in work without a time limit: an agent that blocks holds its own for ever.",
+            "Give rollouts one: Trainer(rollout_config=agl.RolloutConfig(timeout_seconds=…)).",
         )
 
 

@@ -1,11 +1,11 @@
-"""``agl status``: one screen that says what goes on, what stands still, and why. ``agl workers``: who is at work."""
+"""``agl status``: one screen that says what goes on, what stands still, and why."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -18,10 +18,6 @@ from agentlightning.cli.target import Target
 from agentlightning.cli.terminal import (
     STATUS_STYLES,
     Column,
-    ExitCode,
-    Limit,
-    Match,
-    Offset,
     Output,
     ago,
     clean,
@@ -33,26 +29,16 @@ from agentlightning.cli.terminal import (
     size,
     table,
 )
+from agentlightning.cli.workers import worker_columns
 from agentlightning.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from agentlightning.store.base import LightningStore
-    from agentlightning.types import Worker, WorkerDirective
 
 _SILENCE_SECONDS = 3.0
 """Answers come sooner than this; what takes longer is shown as silence."""
 _SHOWN_WORKERS = 12
 _SHOWN_FAILURES = 5
-_LOOK_SECONDS = 0.5
-"""Time between two looks at workers that are waited for."""
-_FOR_PROGRAMS = ("labels", "platform", "process_space", "start_time")
-
-Names = Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="Their ids.", show_default=False)]
-All = Annotated[bool, typer.Option("--all", help="All workers that the store knows.")]
-Wait = Annotated[
-    float | None,
-    typer.Option(min=0, metavar="SECONDS", help="Return when none of them works any more; fail after so long."),
-]
 
 
 def status(
@@ -218,162 +204,14 @@ def _facts(overview: Overview) -> Iterator[tuple[str, Text | str]]:
     yield "spans", spans if free is None else f"{spans}   {size(free)} free on the disk"
 
 
-def _worker_columns(now: float) -> list[Column[Worker]]:
-    """What a table shows of workers.
-
-    Args:
-        now: the time on the store's clock.
-    """
-    return [
-        Column("worker", lambda each: each.worker_id),
-        Column("state", lambda each: each.status),
-        Column("heard", lambda each: ago(last_heard(each), now), right=True),
-        Column("works on", lambda each: each.current_rollout_id or ""),
-        Column("asked to", lambda each: each.directive or "", style="yellow"),
-    ]
-
-
 def _workers(overview: Overview, width: int) -> Iterator[RenderableType]:
-    alive, silent = overview.alive, [each for each in overview.workers if not overview.is_alive(each)]
-    gone = sum(each.directive is not None for each in silent)
-    counts = {"more alive": len(alive) - _SHOWN_WORKERS, "gone as asked": gone, "silent": len(silent) - gone}
+    alive, silent = overview.alive, overview.silent
+    left = len(overview.workers) - len(alive) - len(silent)
+    counts = {"more alive": len(alive) - _SHOWN_WORKERS, "ended in order": left, "silent": len(silent)}
     if overview.unowned:
-        counts = {"known, and no process has the file open that they worked for": len(silent)}
+        counts = {"ended in order": left, "known, and no process has the file open that they worked for": len(silent)}
     if alive:
-        yield from table(_worker_columns(overview.now), alive[:_SHOWN_WORKERS], width)
+        yield from table(worker_columns(overview.now), alive[:_SHOWN_WORKERS], width)
     remarks = [f"{number} {what}" for what, number in counts.items() if number > 0]
     if remarks:
         yield Text(f"{', '.join(remarks)}: `agl workers ls`", style="dim")
-
-
-# --- Workers -------------------------------------------------------------------------------------------
-
-
-def ls(
-    target: Target,
-    match: Match = None,
-    alive: Annotated[bool, typer.Option("--alive", help="Only those that were heard of lately.")] = False,
-    limit: Limit = 100,
-    offset: Offset = 0,
-    output: Output = "table",
-) -> None:
-    """List workers and what they do, the newest first.
-
-    A worker is [bold]busy[/bold], [bold]idle[/bold], or [bold]unknown[/bold]: not heard of for too long.
-
-    [bold]Examples[/bold]
-
-      agl workers ls --alive
-      agl workers ls --match gpu-1 -o json | jq -r '.items[].worker_id'
-    """
-
-    def columns(now: float) -> list[Column[Worker]]:
-        known = _worker_columns(now)
-        if target.is_unowned():  # what they last said was to a process that is gone
-            known[1] = Column("state", lambda each: f"was {each.status}")
-        return [*known[:3], Column("lease", _lease, right=True), *known[3:], Column("says of itself", _told, wide=True)]
-
-    target.print_page(
-        output,
-        lambda store: store.query_workers(
-            status_in=["idle", "busy"] if alive else None,
-            worker_id_contains=match,
-            sort_order="desc",
-            limit=limit,
-            offset=offset,
-        ),
-        columns,
-        empty="No workers.",
-    )
-
-
-def _lease(worker: Worker) -> str:
-    return "" if worker.lease_seconds is None else duration(worker.lease_seconds)
-
-
-def _told(worker: Worker) -> str:
-    """What a worker says of itself, in few words: labels first, and nothing that only programs need."""
-    facts = worker.registration or {}
-    labels = facts.get("labels")
-    told: dict[str, Any] = cast("dict[str, Any]", labels) if isinstance(labels, dict) else {"labels": labels}
-    told = {**told, **{name: value for name, value in facts.items() if name not in _FOR_PROGRAMS}}
-    return one_line(
-        ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "", {}, [])), 100
-    )
-
-
-def drain(target: Target, workers: Names = None, every: All = False, wait: Wait = None) -> None:
-    """Let workers finish what they hold; they take nothing new, and end.
-
-    [bold]Examples[/bold]
-
-      agl workers drain gpu-1-4711-9f2c-0
-      agl workers drain --all --wait 600       before the machine goes down
-    """
-    _direct("drain", "asked to drain", target, workers, every, wait)
-
-
-def stop(target: Target, workers: Names = None, every: All = False, wait: Wait = None) -> None:
-    """Let workers give up what they hold, and end. Their attempts fail with reason aborted.
-
-    [bold]Examples[/bold]
-
-      agl workers stop gpu-1-4711-9f2c-0
-      agl workers stop --all --wait 60
-    """
-    _direct("stop", "asked to stop", target, workers, every, wait)
-
-
-def resume(target: Target, workers: Names = None, every: All = False) -> None:
-    """Take back a drain or stop.
-
-    A worker that has ended meanwhile comes back if its machine stays (`agl runner --stay`); else start it again.
-
-    [bold]Examples[/bold]
-
-      agl workers resume --all
-    """
-    _direct(None, "free to go on", target, workers, every, None)
-
-
-def _direct(
-    directive: WorkerDirective | None,
-    told: str,
-    target: Target,
-    names: Sequence[str] | None,
-    every: bool,
-    wait: float | None,
-) -> None:
-    if bool(names) == every:
-        raise typer.BadParameter("name workers, or give --all (`agl workers ls` lists them)")
-
-    async def action(store: LightningStore) -> None:
-        directed = await store.direct_workers(directive, worker_ids=None if every else names)
-        if not directed:
-            typer.echo("The store knows no workers.")
-        for each in directed:
-            holds = f", holds {each.current_rollout_id}" if each.current_rollout_id else ""
-            typer.echo(f"{each.worker_id}  {told}{holds}")
-        if wait is not None:
-            await _wait_until_free(store, [each.worker_id for each in directed], wait)
-
-    target.act(action)
-
-
-async def _wait_until_free(store: LightningStore, names: Sequence[str], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    busy = wanted = set(names)
-    while True:
-        left = until - time.monotonic()
-        try:
-            busy = {each.worker_id for each in await store.query_workers(status_in=["busy"])} & wanted
-        except StoreUnavailable:
-            if left <= 0:
-                raise
-        if not busy:
-            typer.echo("None of them works any more.")
-            return
-        if left <= 0:
-            typer.echo(f"After {seconds:g} s, still at work: {', '.join(sorted(busy))}", err=True)
-            raise typer.Exit(ExitCode.FAILED)
-        await asyncio.sleep(min(_LOOK_SECONDS, left))

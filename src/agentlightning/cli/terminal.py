@@ -95,6 +95,9 @@ STATUS_STYLES: Mapping[str, str] = {
     "busy": "cyan",
     "idle": "green",
     "unknown": "red",
+    "left": "dim",
+    "worker_lost": "red",
+    "resource_exhausted": "red",
 }
 """The colour of a state, wherever one is printed."""
 

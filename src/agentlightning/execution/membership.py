@@ -167,11 +167,14 @@ async def ask_workers_to_leave(store: LightningStore, directive: WorkerDirective
 async def deregister_worker(store: LightningStore, worker_id: str, error: BaseException | None = None) -> None:
     """Report that a worker's runner has ended, so that what it still holds is handed on before its lease expires.
 
-    If the store cannot be told, the lease expires instead. ``error``: why the runner failed, if it did.
+    If the store cannot be told, the lease expires instead. ``error``: why the runner failed, if it did; one that was
+    cancelled or interrupted has ended as it was asked to.
     """
+    error = None if isinstance(error, asyncio.CancelledError | KeyboardInterrupt) else error
     message = "its runner has ended" if error is None else f"its runner failed: {type(error).__name__}: {error}"
     message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
-    reason_code = reasons.RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else None
+    reason_code = reasons.WORKER_LEFT if error is None else None
+    reason_code = reasons.RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else reason_code
     problem = await report_lost(store, worker_id, message, reason_code, _DEREGISTER_SECONDS)
     if problem is not None:
         _log.debug("%s could not deregister: %s", worker_id, problem)

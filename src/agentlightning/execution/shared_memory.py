@@ -24,7 +24,8 @@ from agentlightning.execution.base import (
     prepare_store,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.membership import failure_when_unserved, waiting_rollouts
+from agentlightning.execution.membership import deregister_worker, failure_when_unserved, waiting_rollouts
+from agentlightning.runner.heartbeat import worker_name
 from agentlightning.store.base import LightningStore
 
 _log = logging.getLogger(__name__)
@@ -111,10 +112,7 @@ class _ThreadedRun:
         limits = self._limits
         sides: list[tuple[str, _Side]] = [
             ("algorithm", partial(algorithm, self._store, self._event)),
-            *(
-                (f"runner {index}", partial(runner, self._store, index, self._event))
-                for index in range(limits.n_runners)
-            ),
+            *((f"runner {index}", partial(self._run_runner, runner, index)) for index in range(limits.n_runners)),
         ]
         if limits.main_thread == "runner":
             sides.reverse()
@@ -170,6 +168,17 @@ class _ThreadedRun:
         if task.done() or self._hurry:
             loop.run_until_complete(cancel_all_tasks())
             loop.close()
+
+    async def _run_runner(self, runner: RunnerBundle, index: int) -> None:
+        """Run one runner, and say goodbye to the store, so that nobody takes the worker for lost."""
+        error: BaseException | None = None
+        try:
+            await runner(self._store, index, self._event)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            await deregister_worker(self._store, worker_name(index), error)
 
     async def _work(self, side: _Side) -> None:
         try:

@@ -150,7 +150,9 @@ class Supervisor:
 
         One that ended in time has deregistered, but a heartbeat that was under way may have registered it again.
         """
-        await asyncio.gather(*(self._report_lost(each, "its process has ended") for each in self._slots))
+        await asyncio.gather(
+            *(self._report_lost(each, "its process has ended", reasons.WORKER_LEFT) for each in self._slots)
+        )
         return self._slots.keys()
 
     async def _until(self, met: Callable[[Slot], bool], seconds: float) -> bool:
@@ -203,7 +205,8 @@ class Supervisor:
         _log.info("%s (pid %d) has ended", slot.name, event.pid)
         if event.result is None or (self._stand_in and self._stand_in.speaks_for(slot.name)):
             # With an allowed exit code, but the worker has not deregistered, or is registered again at this moment.
-            self._later(self._report_lost(slot.name, f"its process (pid {event.pid}) has ended"))
+            left = f"its process (pid {event.pid}) has ended"
+            self._later(self._report_lost(slot.name, left, reasons.WORKER_LEFT))
         self._check_over()
 
     def _lose_launcher(self) -> None:

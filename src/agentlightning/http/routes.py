@@ -307,6 +307,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/workers", "query_workers", "read", "read"),
     Route("POST", "/workers/search", "query_workers", "read", "read"),
     Route("POST", "/workers/bulk/directive", "direct_workers", "operate", "completion"),
+    Route("POST", "/workers/bulk/delete", "delete_workers", "operate", "write", reply_field="deleted"),
     Route("GET", "/workers/{worker_id}", "get_worker_by_id", "read", "read"),
     Route("POST", "/workers/{worker_id}", "update_worker", "run", "heartbeat"),
     Route("POST", "/workers/{worker_id}/lost", "report_worker_lost", "run", "completion"),

@@ -187,6 +187,9 @@ class WorkerRow(msgspec.Struct, frozen=True, gc=False):
     heard_lease: float = 0.0
     """When it, or an attempt of it that has ended, was last heard of, on the lease clock. Unlike ``beaten_lease``, a
     rollout that it gets when it has waited does not count: its connection may be gone."""
+    reason_code: str | None = None
+    """Why it is ``unknown``; None where it is not, or where nobody knows."""
+    reason_message: str | None = None
 
 
 class ResourcesRow(msgspec.Struct, frozen=True, gc=False):

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from agentlightning.lifecycle import reasons
 from agentlightning.lifecycle.deadlines import worker_due
-from agentlightning.lifecycle.records import AttemptRow, Moment, WorkerRow
+from agentlightning.lifecycle.records import AttemptRow, Moment, Reason, WorkerRow
 from agentlightning.types import WorkerDirective
 
 _IDLE_NOTED_SECONDS = 60.0
@@ -27,6 +27,8 @@ def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
     return replace(
         worker,
         status="busy",
+        reason_code=None,
+        reason_message=None,
         last_busy_time=now.wall,
         current_rollout_id=attempt.rollout_id,
         current_attempt_id=attempt.attempt_id,
@@ -69,6 +71,7 @@ def beat(worker: WorkerRow, lease_seconds: float | None, stats: bytes | None, no
         worker = replace(worker, deadline=worker_due(worker))
     if worker.status != "unknown":
         return worker
+    worker = replace(worker, reason_code=None, reason_message=None)
     return _idle(worker, now) if worker.current_attempt_id is None else replace(worker, status="busy")
 
 
@@ -111,12 +114,25 @@ def expire(worker: WorkerRow, now: Moment) -> tuple[WorkerRow, bool]:
     due = worker_due(worker)
     if due is None or due > now.lease:
         return replace(worker, deadline=due), False
-    return lose(worker), True
+    return lose(worker, silence(worker)), True
 
 
-def lose(worker: WorkerRow) -> WorkerRow:
-    """It is gone, until it beats again."""
-    return replace(worker, status="unknown", current_rollout_id=None, current_attempt_id=None, deadline=None)
+def silence(worker: WorkerRow) -> Reason:
+    """Why a worker whose lease has run out is lost."""
+    return Reason(reasons.WORKER_LOST, f"worker {worker.worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s")
+
+
+def lose(worker: WorkerRow, reason: Reason) -> WorkerRow:
+    """It is gone, until it beats again. Of several reasons the first stays: whoever only misses it knows less."""
+    gone = replace(worker, status="unknown", current_rollout_id=None, current_attempt_id=None, deadline=None)
+    if worker.status == "unknown" and worker.reason_code is not None:
+        return gone
+    return replace(gone, reason_code=reason.code, reason_message=reason.message)
+
+
+def may_be_deleted(worker: WorkerRow) -> bool:
+    """Whether nobody can miss it: it holds nothing, and is gone, or has no lease that could tell whether it is."""
+    return worker.current_attempt_id is None and (worker.status == "unknown" or worker.lease_seconds is None)
 
 
 def last_heard(worker: WorkerRow, held: Iterable[AttemptRow]) -> float:
@@ -130,7 +146,7 @@ def _last_word(attempt: AttemptRow) -> float:
 
 
 def _idle(worker: WorkerRow, now: Moment) -> WorkerRow:
-    return replace(worker, status="idle", last_idle_time=now.wall)
+    return replace(worker, status="idle", last_idle_time=now.wall, reason_code=None, reason_message=None)
 
 
 def _noted_lately(worker: WorkerRow, now: Moment) -> bool:

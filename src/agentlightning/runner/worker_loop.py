@@ -33,6 +33,7 @@ from agentlightning.errors import (
     StoreUnavailable,
     StoreUnreachable,
 )
+from agentlightning.lifecycle import reasons
 from agentlightning.runner.attempt import AttemptOutcome, AttemptParts, AttemptRun
 from agentlightning.runner.heartbeat import Directive, Heartbeat
 from agentlightning.store.base import LightningStore
@@ -379,7 +380,9 @@ class WorkerLoop:
         message = "the runner ended while a claim of its was under way"
         try:
             async with asyncio.timeout(DEREGISTER_SECONDS):
-                await self._parts.store.report_worker_lost(self._worker_id, message=message)
+                await self._parts.store.report_worker_lost(
+                    self._worker_id, message=message, reason_code=reasons.WORKER_LEFT
+                )
         except (StoreUnavailable, NotFound, NotImplementedError, OSError, TimeoutError) as error:
             _logger.info("the store was not told that worker %s is gone: %s", self._worker_id, error)
 

@@ -235,6 +235,10 @@ class Transaction(ReadTransaction, Protocol):
         """Delete a rollout and its attempts, whose spans are gone already; returns the number of attempts."""
         ...
 
+    async def delete_worker(self, worker: WorkerRow) -> None:
+        """Delete a worker that holds no attempt."""
+        ...
+
     def count(self, changes: Mapping[str, int]) -> None:
         """Add to counters, together with the other effects of this transaction."""
         ...

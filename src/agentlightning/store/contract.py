@@ -287,7 +287,8 @@ class WorkerMethods(ABC):
         Args:
             message: what is known about its death.
             reason_code: default ``worker_lost``; ``resource_exhausted`` for a worker that was killed because
-                it had used up its memory or another quota.
+                it had used up its memory or another quota; ``worker_left`` for one that has ended in order (attempts
+                that it still holds end as ``worker_lost``).
 
         Returns:
             The attempts that were ended. They are ``unresponsive`` for this reason, or for the reason ``unconfirmed``
@@ -316,6 +317,19 @@ class WorkerMethods(ABC):
 
         Raises:
             NotFound: one of them is unknown; then nothing is changed.
+        """
+        raise not_offered(self)
+
+    async def delete_workers(self, worker_ids: Sequence[str]) -> Sequence[str]:
+        """Forget workers that are gone: those that are ``unknown``, or have no lease, and hold no attempt.
+
+        Others stay, and so do attempts that name a deleted worker. One that is heard of again registers anew.
+
+        Args:
+            worker_ids: at most 10,000; those that the store does not know are skipped.
+
+        Returns:
+            The ids of those that were deleted.
         """
         raise not_offered(self)
 

@@ -19,8 +19,8 @@ from typing import TypeVar, cast
 from msgspec.structs import replace
 
 from agentlightning.errors import AgentLightningError, StoreClosed, StoreUnavailable
-from agentlightning.lifecycle import attempts, reasons, workers
-from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
+from agentlightning.lifecycle import attempts, workers
+from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import (
     Backend,
@@ -80,9 +80,8 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
         return
     after, lost = workers.expire(worker, tx.now())
     if lost:
-        silence = f"worker {worker_id!r} sent no heartbeat for {worker.lease_seconds:g} s"
         holder = await holder_of(tx, worker_id)
-        await lose_attempts(tx, worker_id, Reason(reasons.WORKER_LOST, silence), holder)
+        await lose_attempts(tx, worker_id, workers.silence(worker), holder)
         worker = await tx.get(WorkerRow, worker_id) or worker
         after, _ = workers.expire(worker, tx.now())
     await save_worker(tx, worker, after)

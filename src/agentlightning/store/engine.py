@@ -406,6 +406,12 @@ class EngineStore(ReadingStore):
         rows = await self._core.write(lambda tx: worker_ops.direct(tx, directive, worker_ids))
         return [self._shown.worker_view(row) for row in rows]
 
+    async def delete_workers(self, worker_ids: Sequence[str]) -> Sequence[str]:
+        check_batch(worker_ids, "worker_ids")
+        for each in worker_ids:
+            check_id(each, "worker_id")
+        return await self._core.write(lambda tx: worker_ops.delete(tx, worker_ids))
+
     def _mint_attempt_id(self) -> str:
         return self._ids.mint("at-")
 

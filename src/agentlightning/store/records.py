@@ -86,6 +86,8 @@ class Shown(NamedTuple):
             "lease_seconds": row.lease_seconds,
             "registration": None if row.registration is None else self.value(row.registration),
             "directive": row.directive,
+            "reason_code": row.reason_code,
+            "reason_message": row.reason_message,
             "stale_attempt_ids": None if stale_attempt_ids is None else list(stale_attempt_ids),
         }
         return self.whole(Worker, fields)

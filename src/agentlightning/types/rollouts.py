@@ -211,6 +211,10 @@ class Worker(BaseModel):
     """What the worker said of itself when it began: host, process, versions, labels. Any JSON object."""
     directive: WorkerDirective | None = None
     """What the worker has been asked to do; a worker that begins anew is free of it."""
+    reason_code: str | None = None
+    """Why it is `unknown`, for programs: `worker_left` (it has ended in order), `worker_lost` and so on."""
+    reason_message: str | None = None
+    """The same for people."""
 
 
 # --- What agents return, datasets, and records of the first interface (v0.1) ---

@@ -56,6 +56,27 @@ async def gone_without_a_lease(store: InMemoryLightningStore, clock: ManualClock
     clock.advance(120)
 
 
+async def leave(store: InMemoryLightningStore, worker_id: str) -> None:
+    await store.update_worker(worker_id, lease_seconds=10)
+    await store.report_worker_lost(worker_id, message="its runner has ended", reason_code="worker_left")
+
+
+async def everybody_has_left(store: InMemoryLightningStore, clock: ManualClock) -> None:
+    await leave(store, "w-1")
+    await leave(store, "w-2")
+    await enqueued(store, "a")
+    clock.advance(60)
+
+
+async def one_has_left_and_one_died(store: InMemoryLightningStore, clock: ManualClock) -> None:
+    await store.update_worker("w-1", lease_seconds=10)
+    clock.advance(1)
+    await store.report_worker_lost("w-1", message="its process was killed by SIGKILL")
+    await leave(store, "w-2")
+    await enqueued(store, "a")
+    clock.advance(59)
+
+
 async def everybody_drains(store: InMemoryLightningStore, clock: ManualClock) -> None:
     await store.update_worker("w-1", lease_seconds=10)
     await store.direct_workers("drain")
@@ -147,6 +168,14 @@ async def an_agent_blocks(store: InMemoryLightningStore, clock: ManualClock) -> 
         (nobody_ever_came, "no_runner", "problem", "2 rollouts in the queue, and no runner has ever connected"),
         (everybody_is_gone, "no_runner", "problem", "all 2 workers are silent; the last was w-"),
         (gone_without_a_lease, "no_runner", "problem", "its one worker is silent; the last was w-1, 2 min ago"),
+        (everybody_has_left, "no_runner", "problem", "every runner has ended in order or as asked; the last was w-"),
+        (
+            one_has_left_and_one_died,
+            "no_runner",
+            "problem",
+            "its one worker is silent; the last was w-1, 60 s ago (its",
+        ),
+        (in_work, "no_time_limit", "note", "1 rollout in work without a time limit"),
         (everybody_drains, "all_directed", "problem", "its one worker is under the order to drain"),
         (idle_beside_the_queue, "idle_but_waiting", "problem", "the oldest for 40 s, though w-1 is idle"),
         (all_at_work, "queue_moves", "note", "1 rollout in the queue; 1 of 1 workers busy. At this pace"),
@@ -167,7 +196,23 @@ async def test_each_situation_is_found_and_named(scene: Scene, code: str, level:
     [found] = [each for each in findings if each.code == code]
     assert found.level == level
     assert words in found.text
-    assert bool(found.fix) == (level != "note")
+    assert bool(found.fix) == (level != "note" or code == "no_time_limit")
+
+
+async def test_rollouts_with_a_time_limit_are_not_told_to_have_one() -> None:
+    async def limited(store: InMemoryLightningStore, clock: ManualClock) -> None:
+        await enqueued(store, "a", config=config(timeout_seconds=60.0))
+        await claimed(store, "w-1")
+
+    _, findings = await look_at(limited)
+    assert [each.code for each in findings] == ["working"]
+
+
+async def test_workers_that_have_left_are_not_silent() -> None:
+    overview, _ = await look_at(one_has_left_and_one_died)
+    assert [each.worker_id for each in overview.silent] == ["w-1"]
+    overview, _ = await look_at(everybody_is_gone)
+    assert {each.worker_id for each in overview.silent} == {"w-1", "w-2"}
 
 
 @pytest.mark.parametrize("scene", [nothing, all_at_work, in_work, all_done, retried], ids=lambda scene: scene.__name__)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from agentlightning import InMemoryLightningStore, SharedMemoryExecutionStrategy
 from agentlightning.errors import ExecutionFailed
+from agentlightning.runner.heartbeat import worker_name
 
 QUICK: dict[str, Any] = {"graceful_delay": 2.0, "join_timeout": 1.0, "poll_interval": 0.01}
 
@@ -50,6 +52,23 @@ def test_both_sides_share_one_store(main_thread: Any, n_runners: int) -> None:
     main_runs_a_runner = threading.current_thread() in runner.threads.values()
     assert main_runs_a_runner == (main_thread == "runner")
     assert not [each for each in runner.threads.values() if each.is_alive() and each is not threading.current_thread()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_runners_say_goodbye(fails: bool) -> None:
+    class Leaves(Runner):
+        async def __call__(self, store: Any, worker_id: int, event: Any) -> None:
+            await store.update_worker(worker_name(worker_id), lease_seconds=60)
+            await super().__call__(store, worker_id, event)
+            if fails:
+                raise LookupError("no such tool")
+
+    store = InMemoryLightningStore()
+    with pytest.raises(LookupError) if fails else nullcontext():
+        SharedMemoryExecutionStrategy(1, **QUICK).execute(_algorithm, Leaves(), store)
+    worker = asyncio.run(store.get_worker_by_id(worker_name(0)))
+    assert worker is not None
+    assert worker.reason_code == ("worker_lost" if fails else "worker_left")
 
 
 @pytest.mark.parametrize("main_thread", ["runner", "algorithm"])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, strategies as st
+from msgspec.structs import replace
 
 from agentlightning.lifecycle import reasons, workers
 from agentlightning.lifecycle.deadlines import worker_due
-from agentlightning.lifecycle.records import WorkerRow
+from agentlightning.lifecycle.records import Reason, WorkerRow
 from agentlightning.types import AttemptStatus, WorkerStatus
 from rows import NOW, a_worker, an_attempt, moments
 
+GONE = Reason(reasons.WORKER_LOST, "gone")
 HOLDING: dict[str, Any] = {"status": "busy", "current_rollout_id": "ro-1", "current_attempt_id": "at-1"}
 
 
@@ -57,7 +60,7 @@ def test_one_that_waits_for_work_is_noted_once_a_minute(since: float | None, is_
 def test_a_claim_renews_the_lease(waited: bool) -> None:
     """Whatever it gets; the deadline is a lower bound still, and is moved only where there is none."""
     leased = a_worker(lease_seconds=20.0, beaten_lease=940.0, deadline=960.0)
-    lost = workers.lose(leased)
+    lost = workers.lose(leased, GONE)
     for after in (
         workers.took(leased, an_attempt(), NOW, waited=waited),
         workers.came_empty(leased, NOW, waited=waited),
@@ -181,15 +184,50 @@ class TestExpire:
         worker = a_worker(**HOLDING, lease_seconds=20.0, beaten_lease=beaten, deadline=beaten + 20.0)
         after, lost = workers.expire(worker, NOW)
         assert lost
-        assert after == workers.lose(worker)
+        assert after == workers.lose(worker, workers.silence(worker))
         assert (after.status, after.current_rollout_id, after.current_attempt_id) == ("unknown", None, None)
         assert (after.deadline, after.lease_seconds) == (None, 20.0)
 
 
 def test_one_that_was_lost_is_known_again_when_it_beats() -> None:
-    lost = workers.lose(a_worker(**HOLDING, lease_seconds=20.0, deadline=950.0))
+    lost = workers.lose(a_worker(**HOLDING, lease_seconds=20.0, deadline=950.0), GONE)
     after = workers.beat(lost, None, None, NOW)
-    assert (after.status, after.deadline) == ("idle", NOW.lease + 20.0)
+    assert (lost.reason_code, lost.reason_message) == GONE
+    assert (after.status, after.deadline, after.reason_code) == ("idle", NOW.lease + 20.0, None)
+
+
+class TestReasons:
+    LEFT = Reason(reasons.WORKER_LEFT, "its runner has ended")
+
+    def test_the_first_reason_stays(self) -> None:
+        left = workers.lose(a_worker(status="idle"), self.LEFT)
+        assert workers.lose(left, GONE) == left
+        assert workers.lose(a_worker(status="unknown"), GONE).reason_code == GONE.code, "it had none"
+
+    @pytest.mark.parametrize(
+        "sign_of_life",
+        [
+            lambda left: workers.beat(left, None, None, NOW),
+            lambda left: workers.came_empty(left, NOW, waited=True),
+            lambda left: workers.holds(left, an_attempt(), NOW),
+            lambda left: workers.beat(replace(left, **{**HOLDING, "status": "unknown"}), None, None, NOW),
+        ],
+    )
+    def test_one_that_is_back_has_none(self, sign_of_life: Callable[[WorkerRow], WorkerRow]) -> None:
+        after = sign_of_life(workers.lose(a_worker(status="idle"), self.LEFT))
+        assert (after.reason_code, after.reason_message) == (None, None)
+
+    @pytest.mark.parametrize(
+        ("worker", "may"),
+        [
+            (a_worker(status="unknown", lease_seconds=20.0), True),
+            (a_worker(status="idle"), True),
+            (a_worker(status="idle", lease_seconds=20.0), False),
+            (a_worker(**HOLDING), False),
+        ],
+    )
+    def test_only_one_that_nobody_misses_may_be_deleted(self, worker: WorkerRow, may: bool) -> None:
+        assert workers.may_be_deleted(worker) == may
 
 
 class TestRegistration:
@@ -213,7 +251,7 @@ class TestDirectives:
 
     def test_neither_a_heartbeat_nor_a_loss_takes_it_back(self) -> None:
         asked = a_worker(directive="stop", lease_seconds=20.0, deadline=950.0)
-        assert workers.beat(workers.lose(asked), 5.0, b"{}", NOW).directive == "stop"
+        assert workers.beat(workers.lose(asked, GONE), 5.0, b"{}", NOW).directive == "stop"
 
 
 class TestOnlyHeard:

@@ -21,6 +21,8 @@ def test_defaults() -> None:
         "lease_seconds": None,
         "registration": None,
         "directive": None,
+        "reason_code": None,
+        "reason_message": None,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from agentlightning.errors import NotFound
-from agentlightning.lifecycle import attempts, workers
+from agentlightning.lifecycle import attempts, reasons, workers
 from agentlightning.lifecycle.attempts import standing
 from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
@@ -43,10 +43,23 @@ async def lose(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptR
         NotFound: the worker is unknown.
     """
     await _known(tx, worker_id)
-    lost = await lose_attempts(tx, worker_id, reason, Holder(died=True))
+    of_attempts = Reason(reasons.WORKER_LOST, reason.message) if reason.code == reasons.WORKER_LEFT else reason
+    lost = await lose_attempts(tx, worker_id, of_attempts, Holder(died=True))
     worker = await worker_of(tx, worker_id)
-    await save_worker(tx, worker, workers.lose(worker))
+    await save_worker(tx, worker, workers.lose(worker, reason))
     return lost
+
+
+async def delete(tx: Transaction, worker_ids: Sequence[str]) -> list[str]:
+    """Forget those of the workers that are gone: their ids."""
+    deleted: list[str] = []
+    for worker_id in dict.fromkeys(worker_ids):
+        worker = await tx.get(WorkerRow, worker_id)
+        if worker is not None and workers.may_be_deleted(worker):
+            await tx.delete_worker(worker)
+            tx.count({"workers": -1})
+            deleted.append(worker_id)
+    return deleted
 
 
 async def direct(

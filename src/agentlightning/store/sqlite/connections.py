@@ -89,6 +89,7 @@ MIGRATIONS: Sequence[str] = (
     _VERSION_4,
     "ALTER TABLE rollouts ADD COLUMN suspects TEXT NOT NULL DEFAULT ''; "
     "ALTER TABLE workers ADD COLUMN heard_lease REAL NOT NULL DEFAULT 0.0",
+    "ALTER TABLE workers ADD COLUMN reason_code TEXT; ALTER TABLE workers ADD COLUMN reason_message TEXT",
 )
 """Script number n brings a file from version n to version n + 1."""
 

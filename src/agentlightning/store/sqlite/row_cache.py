@@ -70,7 +70,7 @@ class RowCache:
         self.shelves: dict[type[Any], Shelf] = {
             RolloutRow: Shelf(ROLLOUTS, "rollout_id", ("input", "metadata", "reason_message")),
             AttemptRow: Shelf(ATTEMPTS, "attempt_id", ("metadata", "reason_message")),
-            WorkerRow: Shelf(WORKERS, "worker_id", ("heartbeat_stats", "registration")),
+            WorkerRow: Shelf(WORKERS, "worker_id", ("heartbeat_stats", "registration", "reason_message")),
         }
         self._attempts = self.shelves[AttemptRow].rows
         self._workers = self.shelves[WorkerRow].rows

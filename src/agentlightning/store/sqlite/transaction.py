@@ -390,6 +390,14 @@ class SqliteTransaction(SqliteReads):
             self._drop(attempts, key)
         return deleted
 
+    async def delete_worker(self, worker: WorkerRow) -> None:
+        """Delete a worker."""
+        if self._changed:
+            self._flush()
+        self._write()
+        self._execute("DELETE FROM workers WHERE seq = ?", (worker.seq,))
+        self._drop(self._shelves[WorkerRow], worker.worker_id)
+
     def count(self, changes: Mapping[str, int]) -> None:
         """Add to counters when the batch is committed."""
         self._counts += changes.items()

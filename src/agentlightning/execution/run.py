@@ -7,19 +7,15 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 from agentlightning.errors import (
-    ExecutionFailed,
     InvalidValue,
     StoreUnavailable,
     StoreUnreachable,
-    WrongServer,
 )
 from agentlightning.execution.base import (
     AlgorithmBundle,
@@ -30,6 +26,7 @@ from agentlightning.execution.base import (
     resolve_managed_store_flag,
 )
 from agentlightning.execution.child import Slot, StartMethod, StartProcess
+from agentlightning.execution.guest import GuestWatch, while_served
 from agentlightning.execution.membership import deregister_worker, find_directive, join_server
 from agentlightning.execution.quotas import CrashCounter, Quotas, RestartPolicy
 from agentlightning.http.client.client import LightningStoreClient
@@ -201,10 +198,7 @@ def start_of(
 
 # --- What the processes of a run do: one side of it, with a store ----------------------------------------------------
 
-_JOIN_SECONDS = 30.0
-"""How long a new process waits for a server that has answered before; it may be restarting."""
 _DIRECTIVE_SECONDS = 2.0
-_KNOWN_POLL_SECONDS, _KNOWN_POLLS = 1.0, 30
 
 
 @dataclass(frozen=True)
@@ -254,11 +248,18 @@ class SideJob:
                 await cast("AlgorithmBundle", self.bundle)(store, event)
                 return "done"
             try:
-                join = partial(join_server, server.url, server.credentials, run_id=run_id, limit_seconds=_JOIN_SECONDS)
-                async with _while_served(store, name, join) if self.is_guest else contextlib.nullcontext():
+
+                def join(seconds: float) -> Awaitable[object]:
+                    return join_server(server.url, server.credentials, run_id=run_id, limit_seconds=seconds)
+
+                guard: contextlib.AbstractAsyncContextManager[GuestWatch | None] = contextlib.nullcontext()
+                if self.is_guest:
+                    guard = while_served(store, name, event, join)
+                async with guard as watch:
                     await cast("RunnerBundle", self.bundle)(store, index, event)
                 try:
-                    status = await find_directive(store, name, _DIRECTIVE_SECONDS) or "done"
+                    status = watch and watch.directive
+                    status = status or await find_directive(store, name, _DIRECTIVE_SECONDS) or "done"
                 except (TimeoutError, StoreUnavailable):
                     status = "gone"
             except StoreUnreachable:
@@ -268,49 +269,6 @@ class SideJob:
                 raise
             await deregister_worker(store, name)
             return status
-
-
-@asynccontextmanager
-async def _while_served(
-    store: LightningStore, name: str, join: Callable[[], Awaitable[object]]
-) -> AsyncGenerator[None, None]:
-    """Join the server, and cancel the block if it goes before it knows the worker: the run has ended without that.
-
-    A worker that the server knows is asked to leave when the run ends, and may wait for a server that restarts.
-
-    Raises:
-        StoreUnreachable: the server could not be joined, or the block was cancelled.
-        WrongServer: as ``join_server``.
-    """
-    limit = asyncio.timeout(None)
-
-    async def watch() -> None:
-        for _ in range(_KNOWN_POLLS):
-            await asyncio.sleep(_KNOWN_POLL_SECONDS)
-            with contextlib.suppress(TimeoutError, StoreUnavailable, NotImplementedError):
-                try:
-                    await join()
-                except (ExecutionFailed, WrongServer):
-                    limit.reschedule(asyncio.get_running_loop().time())
-                    return
-                async with asyncio.timeout(_DIRECTIVE_SECONDS):
-                    if await store.get_worker_by_id(name) is not None:
-                        return
-
-    try:
-        await join()
-    except ExecutionFailed as error:
-        raise StoreUnreachable(str(error)) from error
-    watching = asyncio.create_task(watch())
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise StoreUnreachable("the server has gone before it knew this worker") from error
-    finally:
-        watching.cancel()
 
 
 # --- The thread that steers a run ------------------------------------------------------------------------------------

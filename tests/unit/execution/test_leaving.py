@@ -332,9 +332,9 @@ def test_a_host_stays_when_its_runner_crashes_on_the_way_out(folder: Path) -> No
 _LATE = """
 import agentlightning as agl
 import execution_programs as programs
-from agentlightning.execution import run
+from agentlightning.execution import guest
 
-run._JOIN_SECONDS = 1.0
+guest.JOIN_SECONDS = 1.0
 
 async def late(store, worker_id, event):
     programs.note(f"runner-{worker_id}")

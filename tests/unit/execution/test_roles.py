@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,60 @@ def test_a_store_on_disk_that_was_in_use_before(folder: Path, tmp_path: Path) ->
         programs.enqueue_and_wait, programs.works, store
     )
     asyncio.run(after(store))
+
+
+# --- Runners of somebody else ------------------------------------------------------------------------
+
+
+async def _claims_without_a_name(store: Any, worker_id: int, event: Any) -> None:
+    """Knows nothing but its event; at the end it has something to report."""
+    while not event.is_set():
+        claimed = await store.dequeue_rollout(wait_seconds=0.5)
+        if claimed is not None:
+            await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, "succeeded")
+    await store.enqueue_rollout("reported at the end")
+    programs.note("reported")
+
+
+async def _looks_at_nothing(store: Any, worker_id: int, event: Any) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        programs.note("cancelled")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "note", "reports"), [(_claims_without_a_name, "reported", 1), (_looks_at_nothing, "cancelled", 0)]
+)
+def test_a_runner_of_somebody_else_ends_with_the_run(bundle: Any, note: str, reports: int, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    limits: dict[str, Any] = {"graceful_timeout": 3.0, "terminate_timeout": 3.0, "start_method": "fork"}
+    runners = ClientServerExecutionStrategy(role="runner", server_port=port, connect_timeout=20, **limits)
+    ends: list[BaseException | None] = []
+
+    def run_runners() -> None:
+        try:
+            runners.execute(programs.enqueue_and_wait, bundle, InMemoryLightningStore())
+            ends.append(None)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            ends.append(error)
+
+    async def algorithm(store: Any, event: Any) -> None:
+        while not await store.query_workers():
+            await asyncio.sleep(0.01)
+
+    store = InMemoryLightningStore()
+    thread = threading.Thread(target=run_runners)
+    thread.start()
+    ClientServerExecutionStrategy(role="algorithm", server_port=port, **limits).execute(
+        algorithm, programs.works, store
+    )
+    thread.join(20)
+    assert not thread.is_alive()
+    assert ends == [None]
+    assert [who for who, _, _ in programs.noted(folder)] == [note]
+    assert asyncio.run(_statuses(store)) == ({"queuing": reports} if reports else {})
 
 
 # --- Who may join ------------------------------------------------------------------------------------

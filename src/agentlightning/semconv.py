@@ -46,6 +46,9 @@ class LightningSpanAttributes(Enum):
     OPERATION_OUTPUT = "agentlightning.operation.output"
     MENDED = "agentlightning.mended"
     """What the tracer had to change, because no store would have taken it: ``name``, ``attributes.KEY`` and so on."""
+    CUT = "agentlightning.cut"
+    """What of the span is not whole: of ``attributes.KEY`` only the beginning is there, or nothing if it was a list of
+    numbers; of ``attributes`` or ``events`` a limit of OpenTelemetry left some out."""
 
 
 class RewardAttributes(Enum):

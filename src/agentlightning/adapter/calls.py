@@ -27,7 +27,7 @@ _LOGPROBS = (LLMCallAttributes.RESPONSE_LOGPROBS.value, "response_logprobs")
 """Each: the name that our proxy writes, and the one that instrumentations of vLLM write."""
 _NO_TEXTS = "no messages were recorded"
 _SHORTENED = "its texts were shortened, because they are too large for a span"
-_CUT = "its texts were cut by the library that wrote them, or by a limit for attributes of OpenTelemetry"
+_CUT = "its texts were cut by the library that wrote them, or by a limit for spans"
 _VERSION = (LLMCallAttributes.MODEL_VERSION.value,)
 
 

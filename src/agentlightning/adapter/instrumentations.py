@@ -26,7 +26,7 @@ from agentlightning.adapter.shapes import (
     tool_call,
     tools_of,
 )
-from agentlightning.semconv import GenAIAttributes, LLMCallAttributes
+from agentlightning.semconv import GenAIAttributes, LightningSpanAttributes, LLMCallAttributes
 from agentlightning.types import Span
 from agentlightning.types.attributes import filter_and_unflatten_attributes
 
@@ -140,7 +140,10 @@ def is_told_otherwise(span: Span) -> bool:
 
 
 def is_cut(span: Span) -> bool:
-    """Whether a text that should be JSON is only the beginning of it: Gemini CLI keeps 10,000 characters."""
+    """Whether something is missing: attributes, or the end of what should be JSON. Gemini CLI keeps 10,000 characters,
+    OpenTelemetry 128 attributes, which is less than OpenInference writes of a long conversation."""
+    if LightningSpanAttributes.CUT.value in span.attributes:
+        return True
     known = [span.attributes, *(event.attributes for event in span.events)]
     return any(_is_beginning(attributes.get(name)) for attributes in known for name in _JSON)
 

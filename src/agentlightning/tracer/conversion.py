@@ -5,7 +5,8 @@ checked the values of its span, so they are not checked again.
 
 A store refuses text with NUL or with half of a surrogate pair, integers outside ±2^63, rewards that are not
 finite, and spans of more than 4 MiB as JSON. An agent's output may contain any of these. Its trace must not be lost
-for that, so such a part is changed as little as possible, and the changed parts are listed in the span.
+for that, so such a part is changed as little as possible, and the changed parts are listed in the span. Texts are cut
+first. Token ids and log-probabilities would be wrong without their end, so a list of numbers is whole or not there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 from agentlightning.errors import InvalidValue
 from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.types import StatusCode
-from agentlightning.types.attributes import convert_attributes, convert_timestamp
+from agentlightning.types.attributes import convert_attributes, convert_timestamp, dropped_parts
 from agentlightning.types.plain_spans import (
     PlainContext,
     PlainEvent,
@@ -43,6 +44,7 @@ _SPAN_BYTES = 3 * 1024 * 1024
 """How many bytes of JSON the attributes of one span may take; the rest of the 4 MiB is for its other parts."""
 _NAME_CHARACTERS = 5000
 _REWARDS = ("agentlightning.reward", "reward")
+_MENDED, _CUT = LightningSpanAttributes.MENDED.value, LightningSpanAttributes.CUT.value
 _encode = msgspec.json.Encoder().encode
 
 
@@ -84,6 +86,9 @@ class SpanConverter:
             parent,
             self._resource_of(src.resource),
         )
+        dropped = dropped_parts(src.dropped_attributes, src.dropped_events)
+        if dropped:
+            attributes[_CUT] = dropped
         if (
             odd
             or span.events
@@ -179,12 +184,12 @@ def _sanitize(span: PlainSpan) -> None:
         span.name = span.name[:_NAME_CHARACTERS] + "… (cut)"
         changed.append("name")
     if sum(_characters_in(attributes) for _, attributes in parts) > _CHARACTERS_LIMIT:
-        share = _SPAN_BYTES // len(parts)
-        changed += _cut_to_size(span.attributes, "attributes", share)
-        for where, attributes in parts[1:]:
-            changed += _cut_to_size(attributes, f"{where}.attributes", share)
+        cut = _cut_to_size([parts[0], *((f"{where}.attributes", attributes) for where, attributes in parts[1:])])
+        if cut:
+            changed += cut
+            span.attributes[_CUT] = sorted({*cast("list[str]", span.attributes.get(_CUT, [])), *cut})
     if changed:
-        span.attributes[LightningSpanAttributes.MENDED.value] = sorted(set(changed))
+        span.attributes[_MENDED] = sorted(set(changed))
 
 
 def _sanitize_values(attributes: dict[str, Any], where: str) -> list[str]:
@@ -233,29 +238,42 @@ def _characters_in(attributes: dict[str, Any]) -> int:
     return size
 
 
-def _cut_to_size(attributes: dict[str, Any], where: str, limit: int) -> list[str]:
-    """Cut the largest values in place until all fit into ``limit`` bytes of JSON; returns the paths of those cut.
+def _cut_to_size(parts: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Cut the largest values in place until all fit into a span; returns the paths of those that are not whole now.
 
-    The beginning of a text or list is kept; a cut text ends with a mark.
+    The beginning of a text, or of a list of texts, is kept; a cut text ends with a mark. Lists of numbers are taken
+    out only if there is no room for them without any texts.
     """
-    sizes = {name: len(_encode(value)) for name, value in attributes.items()}
-    excess = sum(sizes.values()) + sum(len(_encode(name)) + 2 for name in attributes) - limit
+    sizes = {(where, name): len(_encode(value)) for where, attributes in parts for name, value in attributes.items()}
+    excess = sum(sizes.values()) + sum(len(_encode(name)) + 2 for _, name in sizes) - _SPAN_BYTES
+    held = dict(parts)
     changed: list[str] = []
-    for name in sorted(sizes, key=lambda each: sizes[each], reverse=True):
+    for where, name in sorted(sizes, key=lambda each: (_is_numbers(held[each[0]][each[1]]), -sizes[each])):
         if excess <= 0:
             break
-        before = sizes[name]
-        attributes[name] = _cut(attributes[name], before, max(before - excess, 256))
-        excess -= before - len(_encode(attributes[name]))
+        attributes, before = held[where], sizes[where, name]
+        if _is_numbers(attributes[name]):
+            del attributes[name]
+            excess -= before
+        else:
+            attributes[name] = _cut(attributes[name], before, max(before - excess, 256))
+            excess -= before - len(_encode(attributes[name]))
         changed.append(f"{where}.{name}")
     return changed
 
 
+def _is_numbers(value: Any) -> bool:
+    return not isinstance(value, str) and isinstance(value, Sequence) and not isinstance(next(iter(value), ""), str)  # pyright: ignore[reportUnknownArgumentType]
+
+
 def _cut(value: Any, size: int, wanted: int) -> Any:
-    """The beginning of a text or list that takes ``size`` bytes, so that it takes at most about ``wanted``."""
+    """The beginning of a text, or of a list of texts, that takes ``size`` bytes; it takes at most about ``wanted``."""
     while size > wanted and isinstance(value, Sequence) and len(cast("Sequence[Any]", value)) > 1:
         items = cast("Sequence[Any]", value)
         kept = max(1, int(len(items) * wanted / size * 0.9))
         value = items[:kept]
         size = len(_encode(value))
-    return value + "… (cut)" if isinstance(value, str) else list(cast("Sequence[Any]", value))
+    if isinstance(value, str):
+        return value + "… (cut)"
+    kept = list(cast("Sequence[Any]", value))
+    return [_cut(kept[0], size, wanted)] if size > wanted and kept and isinstance(kept[0], str) else kept

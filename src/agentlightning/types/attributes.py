@@ -305,3 +305,13 @@ def _fits_json(value: Any) -> bool:
         json.dumps(value)
         return True
     return False
+
+
+def dropped_parts(attributes: int, events: int) -> list[str]:
+    """Return what ``LightningSpanAttributes.CUT`` says of a span of which a limit of OpenTelemetry dropped some: by
+    default the oldest of more than 128.
+
+    Args:
+        attributes, events: how many were dropped.
+    """
+    return [name for name, count in (("attributes", attributes), ("events", events)) if count]

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union
 from pydantic import BaseModel, ConfigDict
 
 from agentlightning.errors import InvalidValue
+from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.types.attributes import (
     Attributes,
     convert_attributes,
     convert_timestamp,
+    dropped_parts,
     extract_extra_fields,
     format_span_id,
     format_trace_id,
@@ -215,6 +217,10 @@ class Span(BaseModel):
             raise InvalidValue(f"the span {src.name!r} has no span context; only a span that a tracer made can be kept")
         own_context = SpanContext.from_opentelemetry(context)
         parent = None if src.parent is None else SpanContext.from_opentelemetry(src.parent)
+        attributes = convert_attributes(src.attributes)
+        cut = dropped_parts(src.dropped_attributes, src.dropped_events)
+        if cut:
+            attributes[LightningSpanAttributes.CUT.value] = cut
         return cls(
             rollout_id=rollout_id,
             attempt_id=attempt_id,
@@ -224,7 +230,7 @@ class Span(BaseModel):
             parent_id=None if parent is None else parent.span_id,
             name=src.name,
             status=TraceStatus.from_opentelemetry(src.status),
-            attributes=convert_attributes(src.attributes),
+            attributes=attributes,
             events=[Event.from_opentelemetry(event) for event in src.events],
             links=[Link.from_opentelemetry(link) for link in src.links],
             start_time=convert_timestamp(src.start_time),

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agentlightning import LlmProxyTraceToTriplet, TracerTraceToTriplet, TraceToMessages
 from agentlightning.types import Event, Span
@@ -159,6 +162,28 @@ def test_a_text_that_was_cut_is_unusable(name: str, span: Make) -> None:
             assert adapted.made == []
             assert ["were cut" in each.reason for each in adapted.unusable] == [True]
     assert TracerTraceToTriplet(call_filter=None).examine([span("chat", attributes)]).unusable == []
+
+
+@pytest.mark.parametrize("limits", [SpanLimits(), SpanLimits(*[SpanLimits.UNSET] * 8)], ids=["default", "none"])
+def test_a_long_conversation_that_a_limit_cut_is_unusable(limits: SpanLimits) -> None:
+    """OpenInference writes two attributes for each message; by default OpenTelemetry keeps the last 128 of a span."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(span_limits=limits, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with provider.get_tracer("openinference").start_as_current_span("ChatCompletion") as written:
+        written.set_attribute("openinference.span.kind", "LLM")
+        for place in range(140):
+            written.set_attribute(f"llm.input_messages.{place}.message.role", ("user", "assistant")[place % 2])
+            written.set_attribute(f"llm.input_messages.{place}.message.content", f"text {place}")
+        written.set_attribute("llm.output_messages.0.message.role", "assistant")
+        written.set_attribute("llm.output_messages.0.message.content", "answer")
+        written.set_attribute("openinference.span.kind", "LLM")
+    spans = [Span.from_opentelemetry(each, "ro-1", "at-1", 1) for each in exporter.get_finished_spans()]
+    for adapter in (TracerTraceToTriplet(call_filter=None), TraceToMessages(call_filter=None)):
+        adapted = adapter.examine(spans)
+        is_cut = limits.max_span_attributes is not None
+        assert (len(adapted.made), len(adapted.unusable)) == ((0, 1) if is_cut else (1, 0))
+        assert all("were cut" in each.reason for each in adapted.unusable)
 
 
 def test_ids_beside_several_choices_are_those_of_none(span: Make) -> None:

@@ -218,6 +218,16 @@ async def test_text_that_no_database_stores_is_sanitized_and_marked() -> None:
     assert "agentlightning.mended" not in good.attributes
 
 
+async def test_what_a_limit_of_its_program_dropped_is_told() -> None:
+    request = _request(OWNER, OWNER)
+    request.resource_spans[0].scope_spans[0].spans[0].dropped_attributes_count = 3
+    async with _serving() as (store, server):
+        assert _partial(await _post(server, request.SerializeToString())) == (0, "")
+        dropped, whole = await store.query_spans("ro-1")
+    assert dropped.attributes["agentlightning.cut"] == ["attributes"]
+    assert "agentlightning.cut" not in whole.attributes
+
+
 async def test_a_span_that_is_not_readable_costs_itself_alone() -> None:
     owner = [{"key": name, "value": {"stringValue": value}} for name, value in OWNER.items()]
 

@@ -110,6 +110,49 @@ def test_what_no_store_takes_is_mended_and_marked(
     assert body["attributes"].get("small") == attributes.get("small")
 
 
+LONG = {"prompt_token_ids": list(range(262_144)), "response_logprobs": [-0.12345678901234567] * 32_768}
+"""Of the longest prompt and reply, in nearly all of what a span may take."""
+
+
+@pytest.mark.parametrize("where", ["attributes", "events"])
+def test_texts_are_cut_before_numbers(tracer: trace.Tracer, ended: _Ended, where: str) -> None:
+    with tracer.start_as_current_span("chat", attributes=LONG | {"texts": ["y" * 900_000] * 2}) as span:
+        for _ in range(5):
+            span.add_event("a", {"large": "y" * 2_000_000} if where == "events" else {})
+        span.set_attribute("large", "y" * 3_000_000)
+    converted, _ = both(ended.spans[0])
+    encode_span(converted)
+    assert {name: converted.attributes[name] for name in LONG} == LONG
+    assert converted.attributes["agentlightning.cut"] == converted.attributes["agentlightning.mended"]
+    assert "attributes.large" in cast("list[str]", converted.attributes["agentlightning.cut"])
+
+
+def test_numbers_that_cannot_be_kept_whole_are_not_there(tracer: trace.Tracer, ended: _Ended) -> None:
+    ids = list(range(100_000, 800_000))
+    with tracer.start_as_current_span("chat", attributes=LONG | {"response_token_ids": ids, "text": "y" * 100_000}):
+        pass
+    converted, _ = both(ended.spans[0])
+    encode_span(converted)
+    assert "response_token_ids" not in converted.attributes
+    assert {name: converted.attributes[name] for name in LONG} == LONG
+    assert "attributes.response_token_ids" in cast("list[str]", converted.attributes["agentlightning.cut"])
+
+
+def test_what_a_limit_dropped_is_told(tracer: trace.Tracer, ended: _Ended) -> None:
+    """By default, OpenTelemetry keeps 128 attributes and 128 events: the newest."""
+    with tracer.start_as_current_span("a", attributes={f"a{number}": 1 for number in range(129)}):
+        pass
+    with tracer.start_as_current_span("b", attributes={f"a{number}": 1 for number in range(128)}) as span:
+        for _ in range(129):
+            span.add_event("e")
+    with tracer.start_as_current_span("c", attributes={f"a{number}": 1 for number in range(128)}):
+        pass
+    for span, cut in zip(ended.spans, (["attributes"], ["events"], None), strict=True):
+        quick, plain = both(span)
+        assert quick.model_dump_json() == plain.model_dump_json()
+        assert quick.attributes.get("agentlightning.cut") == cut
+
+
 def test_events_links_and_status_are_mended_too(tracer: trace.Tracer, ended: _Ended) -> None:
     with tracer.start_as_current_span("a", links=[Link(SpanContext(7, 8, False), {"l": "\0"})]) as span:
         span.add_event("e\0", {"x": "\ud800", "large": "y" * 5_000_000})

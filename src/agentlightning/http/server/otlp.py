@@ -36,6 +36,7 @@ from agentlightning.store.operations.spans import SpanDraft
 from agentlightning.store.refusals import send_apart
 from agentlightning.store.span_json import read_span, span_json
 from agentlightning.types import Event, Link, OtelResource, Span, SpanContext, StatusCode, TraceStatus
+from agentlightning.types.attributes import dropped_parts
 
 if TYPE_CHECKING:
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -232,6 +233,9 @@ def _convert(span: trace_pb2.Span, resource: OtelResource) -> Span:
     description = _as_text(span.status.message, "description", changed)
     if changed:
         attributes[LightningSpanAttributes.MENDED.value] = sorted(changed)
+    cut = dropped_parts(span.dropped_attributes_count, span.dropped_events_count)
+    if cut:
+        attributes[LightningSpanAttributes.CUT.value] = cut
     return Span(
         rollout_id=rollout_id,
         attempt_id=attempt_id,

@@ -149,6 +149,14 @@ from agentlightning.proxy import (
 from agentlightning.runner.agent import LitAgentRunner as LitAgentRunner
 from agentlightning.runner.base import Runner as Runner
 from agentlightning.runner.program import ProgramAgent as ProgramAgent
+from agentlightning.samples.graph import (
+    SampleSet as SampleSet,
+    build_samples as build_samples,
+)
+from agentlightning.samples.sample import (
+    Sample as Sample,
+    Turn as Turn,
+)
 from agentlightning.semconv import (
     AGL_ANNOTATION as AGL_ANNOTATION,
     AGL_EXCEPTION as AGL_EXCEPTION,

@@ -220,6 +220,19 @@ class LlmProxyTraceToTriplet(TraceToTripletBase):
                 _add_triplet(adapted, each, rewards[each.call.span.span_id], needs_token_ids=True)
         return adapted
 
+    def find_calls(self, source: Sequence[Span] | Sequence[ReadableSpan], /) -> Adapted[ModelCall]:
+        """Return the calls that ``examine`` makes triplets of, one for each choice of a reply."""
+        adapted = Adapted[ModelCall]([], [])
+        for spans in self._finder.attempts_of(_as_spans(source), adapted):
+            for each in self._finder.calls_of(TraceTree.from_spans(spans), adapted):
+                for call in _of_each_choice(each.call):
+                    problem = call.problem or (None if call.has_token_ids else _NO_TOKEN_IDS)
+                    if problem is None:
+                        adapted.made.append(call)
+                    else:
+                        adapted.unusable.append(_unusable(call.span, problem))
+        return adapted
+
 
 def _as_spans(source: Sequence[Span] | Sequence[ReadableSpan]) -> list[Span]:
     return [span if isinstance(span, Span) else Span.from_opentelemetry(span, "", "", 0) for span in source]

@@ -225,7 +225,7 @@ class LlmProxyTraceToTriplet(TraceToTripletBase):
         adapted = Adapted[ModelCall]([], [])
         for spans in self._finder.attempts_of(_as_spans(source), adapted):
             for each in self._finder.calls_of(TraceTree.from_spans(spans), adapted):
-                for call in _of_each_choice(each.call):
+                for call in each.call.each_choice():
                     problem = call.problem or (None if call.has_token_ids else _NO_TOKEN_IDS)
                     if problem is None:
                         adapted.made.append(call)

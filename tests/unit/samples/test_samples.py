@@ -29,7 +29,7 @@ class Spans(list[Span]):
         version: str | None = None,
         messages: list[Any] | None = None,
         model: str = "policy",
-        **more: Any,
+        more: dict[str, Any] | None = None,
     ) -> str:
         """Add a call; returns its span's id."""
         request = {"model": model, "messages": messages or [{"role": "user", "content": str(prompt)}]}
@@ -44,7 +44,7 @@ class Spans(list[Span]):
             Call.RESPONSE_TOKEN_IDS.value: list(reply),
             Call.RESPONSE_LOGPROBS.value: list(logprobs or [-0.5] * len(reply)),
             **({} if version is None else {Call.MODEL_VERSION.value: version}),
-            **more,
+            **(more or {}),
         }
         return self._add(f"chat {model}", rollout, attempt, attributes)
 
@@ -109,7 +109,7 @@ def test_history_written_anew_begins_a_new_row_and_is_counted() -> None:
     user = {"role": "user", "content": "Go."}
     reply = {"role": "assistant", "content": None, "tool_calls": [call]}
     response = json.dumps({"choices": [{"index": 0, "message": reply, "finish_reason": "tool_calls"}]})
-    spans.call([1], [2, 3], messages=[user], **{Call.RESPONSE.value: response})
+    spans.call([1], [2, 3], messages=[user], more={Call.RESPONSE.value: response})
     anew = {**call, "function": {"name": "f", "arguments": '{"x": 1, "y": [2]}'}}
     told = {"role": "tool", "tool_call_id": "a", "content": "done"}
     history = [user, {**reply, "tool_calls": [anew]}, told]
@@ -123,7 +123,7 @@ def test_history_written_anew_begins_a_new_row_and_is_counted() -> None:
 def test_what_cannot_be_trained_is_said_with_its_reason() -> None:
     spans = Spans()
     spans.call([1], [2])
-    spans.call([1, 2, 3], [4], **{Call.UNUSABLE.value: "token_ids_incomplete"})
+    spans.call([1, 2, 3], [4], more={Call.UNUSABLE.value: "token_ids_incomplete"})
     spans.call([], [])
     spans.call([5], [6], model="other")
     made = build_samples(spans, model="policy")
@@ -151,7 +151,7 @@ def test_attempts_and_rollouts_do_not_mix() -> None:
 
 def test_a_missing_log_probability_is_none_and_a_cut_reply_is_marked() -> None:
     spans = Spans()
-    spans.call([1], [2, 3], finish="length", **{Call.RESPONSE_LOGPROBS.value: [-0.1]})
+    spans.call([1], [2, 3], finish="length", more={Call.RESPONSE_LOGPROBS.value: [-0.1]})
     (sample,) = build_samples(spans).samples
     assert sample.logprobs is None
     assert sample.is_truncated
@@ -162,7 +162,7 @@ def test_each_choice_of_a_reply_is_a_sample() -> None:
     choices = [
         {"index": n, "message": {"role": "assistant", "content": str(n)}, "finish_reason": "stop"} for n in (0, 1)
     ]
-    spans.call([1], [2], **{
+    spans.call([1], [2], more={
         Call.RESPONSE.value: json.dumps({"choices": choices}),
         "agentlightning.llm.choices.1.response_token_ids": [3, 4],
         "agentlightning.llm.choices.1.response_logprobs": [-1.0, -2.0],

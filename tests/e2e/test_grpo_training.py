@@ -151,12 +151,37 @@ async def test_one_bad_rollout_is_left_out_of_its_group(
     assert ("retry_condition" in caplog.text) == (fault == "fail")
 
 
-async def test_with_a_quarter_of_failures_every_group_is_used() -> None:
-    count = itertools.count()
-    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=16, batch_size=4, n_steps=2)
-    async with ready(algorithm, lambda _: None if next(count) % 4 else "fail") as (_, _, reports):
-        await algorithm.run(SECRETS)
-    assert (reports.total("groups_used"), reports.total("groups_dropped"), reports.total("failures")) == (8, 0, 32)
+TASKS_OF_32 = [*SECRETS, *SECRETS, *SECRETS[:2]]
+
+
+def one_in(count: int) -> Callable[[AttemptedRollout], Fault | None]:
+    """One in so many rollouts fails, in the order of their claims."""
+    numbers = itertools.count()
+    return lambda _: None if next(numbers) % count else "fail"
+
+
+@pytest.mark.parametrize(
+    ("count", "failures"),
+    [pytest.param(10, 52, marks=pytest.mark.slow, id="a tenth"), pytest.param(4, 128, id="a quarter")],
+)
+async def test_of_32_groups_of_16_with_failures_every_group_is_used(count: int, failures: int) -> None:
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), group_size=16, batch_size=32, n_steps=1)
+    async with ready(algorithm, one_in(count)) as (_, _, reports):
+        await algorithm.run(TASKS_OF_32)
+    numbers = reports.steps[0][1]
+    assert (numbers["groups_used"], numbers["groups_dropped"]) == (32, 0)
+    assert (numbers["failures"], numbers["rollouts_failed"]) == (failures, failures)
+
+
+@pytest.mark.slow
+async def test_with_drop_group_the_same_failures_leave_nothing_to_learn() -> None:
+    """The negative control of the test above."""
+    settings: dict[str, Any] = {"group_size": 16, "batch_size": 32, "n_steps": 1, "on_failure": "drop_group"}
+    algorithm = GRPO(SoftmaxPolicy(game.VOCABULARY), **settings)
+    async with ready(algorithm, one_in(4)) as (_, _, reports):
+        with pytest.raises(NothingToLearn, match=r"dropped 32 groups \("):
+            await algorithm.run(TASKS_OF_32)
+    assert (reports.total("groups_used"), reports.total("groups_dropped")) == (0, 32)
 
 
 # --- Nothing to compare -----------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ from agentlightning.execution.base import (
 from agentlightning.execution.client_server import (
     ClientServerExecutionStrategy as ClientServerExecutionStrategy,
 )
-from agentlightning.execution.quotas import Quotas as Quotas, RestartPolicy as RestartPolicy
+from agentlightning.execution.quotas import Quotas as Quotas
+from agentlightning.execution.restarts import RestartPolicy as RestartPolicy
 from agentlightning.execution.shared_memory import (
     SharedMemoryExecutionStrategy as SharedMemoryExecutionStrategy,
 )

@@ -411,6 +411,27 @@ async def test_what_a_dead_runner_had_claimed_ahead_is_handed_on_at_once(stores:
         assert await statuses(store, ahead.rollout_id) == ("succeeded", ["unresponsive", "succeeded"])
 
 
+async def test_what_a_dead_runner_was_not_at_work_on_is_given_back(stores: Stores) -> None:
+    """However often that happens; what it had begun, and not confirmed, is lost."""
+    async with stores.open() as (store, _):
+        [fatal] = await enqueued(store, "fatal", config=config(max_attempts=1, retry_condition=[]))
+        [ahead] = await enqueued(store, "ahead")
+        begun = await claimed(store, "worker", request_id="rq-0")
+        held = await claimed(store, "worker", request_id="rq-1")
+        lost = await store.report_worker_lost("worker", message="killed", attempt_ids=[begun.attempt.attempt_id])
+        assert [(each.attempt_id, each.status, each.reason_code) for each in lost] == [
+            (begun.attempt.attempt_id, "unresponsive", "worker_lost"),
+            (held.attempt.attempt_id, "unresponsive", "released"),
+        ]
+        assert lost[0].reason_message == "killed"
+        for number in range(2, 9):  # more often than a claim may stay unconfirmed
+            held = await claimed(store, "worker", request_id=f"rq-{number}")
+            await store.report_worker_lost("worker", message="killed", attempt_ids=[])
+        assert (await rollout_now(store, fatal)).status == "failed"
+        assert (await rollout_now(store, ahead)).status == "requeuing"
+        assert {each.reason_code for each in await store.query_attempts(ahead)} == {"released"}
+
+
 async def test_what_a_dead_runner_had_claimed_ahead_is_handed_on_after_its_short_lease(stores: Stores) -> None:
     async with stores.open() as (store, clock):
         working, ahead = await _working_and_ahead(store)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from agentlightning.execution.process_tree import snapshot
+from agentlightning.execution.process_tree import descendants, snapshot
 from agentlightning.store.base import LightningStore
 
 __all__ = [
@@ -65,6 +65,17 @@ def wait_until(met: Callable[[], Any], what: str, seconds: float = PATIENCE_SECO
     while not met():
         assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
         time.sleep(0.01)
+
+
+def descendants_of(pid: int) -> set[tuple[int, float]]:
+    """The processes below one: number, and when it began."""
+    now = snapshot()
+    return {(each, now[each].started) for each in descendants(now, pid)}
+
+
+def living(known: set[tuple[int, float]]) -> set[tuple[int, float]]:
+    """Those of these processes that have not ended."""
+    return known & {(each.pid, each.started) for each in snapshot().values()}
 
 
 async def until(met: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:

@@ -498,10 +498,17 @@ class StoreMachine(AskingMachine):
     def report_worker_lost(self, worker_id: str, code: str | None) -> None:
         self.do(self._lose(worker_id, code))
 
-    def _lose(self, worker_id: str, code: str | None) -> Call:
+    @rule(worker_id=st.sampled_from(["w1", "w2", "w3"]), picks=st.lists(PICK, max_size=3))
+    def report_worker_lost_with_what_it_had_begun(self, worker_id: str, picks: list[int]) -> None:
+        self.do(self._lose(worker_id, None, [self._attempt(pick)[1] for pick in picks]))
+
+    def _lose(self, worker_id: str, code: str | None, begun: list[str] | None = None) -> Call:
+        ids = UNSET if begun is None else begun
         return Call(
-            lambda: self.store.report_worker_lost(worker_id, message="its process died", reason_code=code),
-            lambda _: self.reference.lose_worker(worker_id, code),
+            lambda: self.store.report_worker_lost(
+                worker_id, message="its process died", reason_code=code, attempt_ids=ids
+            ),
+            lambda _: self.reference.lose_worker(worker_id, code, begun),
         )
 
     def _direct(self, directive: Any, worker_ids: list[str] | None) -> Call:

@@ -218,10 +218,13 @@ class ReferenceStore(ReferenceRecords):
             raise Refused("stale_attempt")
         if attempt["status"] != "preparing":
             raise Refused("illegal_move")
+        self._give_back(attempt)
+        return shown(attempt)
+
+    def _give_back(self, attempt: Facts) -> None:
         attempt["_released"] = True
         self._end_attempt(attempt, "unresponsive", "released")
-        self.rollouts[rollout_id]["status"] = "requeuing"
-        return shown(attempt)
+        self.rollouts[attempt["rollout_id"]]["status"] = "requeuing"
 
     def standing(self, attempt: Facts) -> Literal["live", "returning", "lost"]:
         """An attempt that fell silent may return while its rollout waits and nobody else was given it."""
@@ -489,14 +492,19 @@ class ReferenceStore(ReferenceRecords):
             self.workers[each]["directive"] = directive
         return [shown(self.workers[each]) for each in chosen]
 
-    def lose_worker(self, worker_id: str, reason_code: str | None = None, *, died: bool = True) -> list[Facts]:
-        """It died, or is gone: attempts that it had confirmed are lost, others are handed out again."""
+    def lose_worker(
+        self, worker_id: str, reason_code: str | None = None, begun: Sequence[str] | None = None, *, died: bool = True
+    ) -> list[Facts]:
+        """It died, or is gone. What it was at work on is lost, and all else given back; if nobody knows, what it had
+        confirmed is lost, and the rest handed out again."""
         check_code(reason_code)
         if worker_id not in self.workers:
             raise Refused("not_found")
         held = self._held_by(worker_id)
         for attempt in held:
-            if attempt["_unconfirmed"]:
+            if begun is not None and attempt["attempt_id"] not in begun:
+                self._give_back(attempt)
+            elif begun is None and attempt["_unconfirmed"]:
                 self._redeliver(attempt, died=died)
             else:
                 self._end_attempt(attempt, "unresponsive", reason_code or "worker_lost")

@@ -1,4 +1,4 @@
-"""The processes of a run: the messages about them, the slots that they fill, and the life of one."""
+"""The processes of a run: the messages about them, how a job gets into one, and its life."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,8 +25,8 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ThreadingEvent
-from agentlightning.execution.process_tree import Cgroup, die_with_parent
-from agentlightning.execution.quotas import CrashCounter, Quotas, exhausted
+from agentlightning.execution.process_tree import die_with_parent
+from agentlightning.execution.quotas import Quotas
 from agentlightning.runner.main_thread import MainThread
 from agentlightning.runner.vital_signs import VITAL_SIGNS, VitalSigns
 
@@ -74,91 +73,7 @@ class ProcessEvent(NamedTuple):
     pid: int  # 0: it could not be made
     code: int = 0  # of one that has exited, as in `subprocess`: negative for a signal
     result: ProcessResult | None = None  # None: it ended before it could report one
-
-
-# --- Slots -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Crash:
-    """How a process failed."""
-
-    slot: str
-    pid: int
-    what: str  # the predicate of a sentence: "was killed by SIGSEGV"
-    traceback: str
-    exhausted: bool  # whether it had exceeded one of its quotas
-
-    def __str__(self) -> str:
-        return f"{self.slot} (pid {self.pid}) {self.what}"
-
-
-@dataclass
-class Slot:
-    """A place that one process after another fills: one that crashes is replaced, until the restarts are used up."""
-
-    start: StartProcess
-    restarts: CrashCounter | None  # None: a process that crashes is not replaced
-    cgroup: Cgroup | None = None
-    signs: VitalSigns | None = None
-    state: Literal["starting", "running", "waiting", "ended", "given up"] = "ended"
-    """``waiting``: its process crashed, and the next one starts soon. ``ended``: its process has ended without a crash,
-    or is not needed any more."""
-    pid: int = 0
-    began: float = 0.0
-    result: ProcessResult | None = None  # of the last process
-    crash: Crash | None = None  # the last one
-    _memory_kills: int = 0
-
-    @property
-    def name(self) -> str:
-        """Of a runner's slot: the worker id."""
-        return self.start.slot
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a process is there, or will be."""
-        return self.state in ("starting", "running", "waiting")
-
-    @property
-    def has_left(self) -> bool:
-        """Whether its runner has left before it had done its share, and would go on if it could."""
-        return self.state == "ended" and self.result is not None and self.result.status in ("drain", "stop", "gone")
-
-    def next_start(self, now: float) -> StartProcess:
-        """Begin the next process; return the command for the launcher."""
-        self.state, self.pid, self.began, self.result = "starting", 0, now, None
-        if self.signs is not None:
-            self.signs.clear()
-        if self.cgroup is None:
-            return self.start
-        most = None if self.start.quotas is None else self.start.quotas.memory_bytes
-        limited = most is not None and self.cgroup.limit_memory(most)
-        return self.start._replace(cgroup=str(self.cgroup.path), memory_is_limited=limited)
-
-    def end(self, exited: ProcessEvent, allowed_exit_codes: frozenset[int]) -> Crash | None:
-        """Note the end of a process; return how it crashed, or None if it did not."""
-        self.state, self.result = "ended", exited.result
-        result = exited.result or ProcessResult("")
-        kills = 0 if self.cgroup is None else self.cgroup.memory_kills()
-        new_kills, self._memory_kills = kills - self._memory_kills, kills
-        if exited.code in allowed_exit_codes and result.status != "failed":
-            return None
-        used_up = exhausted(self.start.quotas, exited.code, memory_kills=new_kills) or result.exhausted
-        what = _describe(exited, result)
-        what = f"{what}, having used up {used_up}" if used_up else what
-        self.crash = Crash(self.name, exited.pid, what, result.traceback, bool(used_up))
-        return self.crash
-
-
-def _describe(exited: ProcessEvent, result: ProcessResult) -> str:
-    if exited.code < 0 and exited.pid:
-        try:
-            name = signal.Signals(-exited.code).name
-        except ValueError:  # a real-time signal
-            name = f"signal {-exited.code}"
-        return f"was killed by {name}"
-    return f"failed: {result.error}" if result.status == "failed" else f"ended with exit code {exited.code}"
+    output: str = ""  # of one that has exited: the last lines that it printed
 
 
 # --- How a job gets into a process: by a fork, or packed and sent to a new interpreter --------------------------------
@@ -347,6 +262,9 @@ def _settle(start: StartProcess, launcher_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # What an agent prints shall be seen when it prints it, also if its process crashes.
+    with contextlib.suppress(AttributeError, ValueError):  # another object has taken the place of the stream
+        cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
     os.environ.update(start.environment)
     if start.cgroup is not None:
         try:

@@ -43,6 +43,7 @@ from agentlightning.execution.child import (
     pack,
     run_child,
 )
+from agentlightning.execution.output import OutputRelay, Printed
 from agentlightning.execution.process_tree import Cgroup, ProcessTree, adopt_orphans
 
 _log = logging.getLogger(__name__)
@@ -209,6 +210,7 @@ class _RunningProcess:
     slot: str
     pid: int
     channel: socket.socket
+    printed: Printed
     received: bytes = b""  # the beginning of a line
     result: ProcessResult | None = None
 
@@ -222,6 +224,7 @@ class LauncherProcess:
         self._tree = ProcessTree(orders.mark, os.getpid(), orders.cgroup)
         self._running: dict[int, _RunningProcess] = {}
         self._selector = selectors.DefaultSelector()
+        self._output = OutputRelay(self._selector)
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
 
@@ -287,19 +290,23 @@ class LauncherProcess:
         ours.setblocking(False)
         try:
             with theirs:
-                spawned = self._orders.method == "spawn"
-                pid = self._spawn(start, theirs) if spawned else self._fork(start, ours, theirs)
+                printed, write = self._output.begin()
+                try:
+                    spawned = self._orders.method == "spawn"
+                    pid = self._spawn(start, theirs, write) if spawned else self._fork(start, ours, theirs, write)
+                finally:
+                    os.close(write)
         except OSError as error:  # no memory, or too many processes: the supervisor may try again later
             ours.close()
             result = ProcessResult("failed", f"it could not be started: {error}")
             self._send(ProcessEvent(start.slot, "exited", 0, -1, result))
             return
-        self._running[pid] = process = _RunningProcess(start.slot, pid, ours)
+        self._running[pid] = process = _RunningProcess(start.slot, pid, ours, printed)
         self._tree.add_session(pid)
         self._selector.register(ours, selectors.EVENT_READ, process)
         self._send(ProcessEvent(start.slot, "started", pid))
 
-    def _fork(self, start: StartProcess, ours: socket.socket, theirs: socket.socket) -> int:
+    def _fork(self, start: StartProcess, ours: socket.socket, theirs: socket.socket, write: int) -> int:
         launcher = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -310,10 +317,11 @@ class LauncherProcess:
             os.close(self._wake_write)
             for channel in (ours, *(process.channel for process in self._running.values())):
                 channel.close()
+            self._output.give(write)
             run_child(start, self._orders.side, self._orders.job, theirs.detach(), launcher, self._orders.signs_file)
         return pid
 
-    def _spawn(self, start: StartProcess, theirs: socket.socket) -> int:
+    def _spawn(self, start: StartProcess, theirs: socket.socket, write: int) -> int:
         orders = self._orders
         content = (start, orders.side, orders.job, theirs.fileno(), os.getpid(), orders.signs_file)
         with _letter(*content) as letter:
@@ -321,7 +329,8 @@ class LauncherProcess:
             for end in passed:
                 os.set_inheritable(end, True)  # only for a moment: there is no other thread that could pass them on
             try:
-                return os.posix_spawn(sys.executable, _command(letter), os.environ)
+                streams = [(os.POSIX_SPAWN_DUP2, write, each) for each in self._output.streams]
+                return os.posix_spawn(sys.executable, _command(letter), os.environ, file_actions=streams)
             finally:
                 for end in passed:
                     os.set_inheritable(end, False)
@@ -355,8 +364,9 @@ class LauncherProcess:
                 if process.channel in self._selector.get_map():
                     self._selector.unregister(process.channel)
                 process.channel.close()
-                code = os.waitstatus_to_exitcode(ended[1])
-                self._send(ProcessEvent(process.slot, "exited", process.pid, code, process.result))
+                self._output.drain(process.printed)
+                code, end = os.waitstatus_to_exitcode(ended[1]), process.printed.end()
+                self._send(ProcessEvent(process.slot, "exited", process.pid, code, process.result, end))
 
     def _send(self, event: ProcessEvent) -> None:
         with contextlib.suppress(ConnectionError):  # noticed where the connection is read

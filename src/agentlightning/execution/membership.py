@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from agentlightning.errors import AgentLightningError, ExecutionFailed, NotFound, WrongServer
-from agentlightning.execution.child import Slot
+from agentlightning.execution.slots import Slot
 from agentlightning.http.routes import CANONICAL
 from agentlightning.lifecycle import reasons
 from agentlightning.security.credentials import Credentials
 from agentlightning.store.base import LightningStore
-from agentlightning.types import WorkerDirective
+from agentlightning.types import Attempt, Worker, WorkerDirective
 
 _log = logging.getLogger(__name__)
 
@@ -175,29 +175,47 @@ async def deregister_worker(store: LightningStore, worker_id: str, error: BaseEx
     message = message.replace("\0", "").encode("utf-8", "replace").decode()  # a store refuses NUL and lone surrogates
     reason_code = reasons.WORKER_LEFT if error is None else None
     reason_code = reasons.RESOURCE_EXHAUSTED if isinstance(error, MemoryError) else reason_code
-    problem = await report_lost(store, worker_id, message, reason_code, _DEREGISTER_SECONDS)
-    if problem is not None:
-        _log.debug("%s could not deregister: %s", worker_id, problem)
+    loss = await report_lost(store, worker_id, message, reason_code, _DEREGISTER_SECONDS)
+    if loss.problem is not None:
+        _log.debug("%s could not deregister: %s", worker_id, loss.problem)
+
+
+class Loss(NamedTuple):
+    """What the store made of the report that a worker is gone."""
+
+    attempts: Sequence[Attempt] = ()  # that were ended by it
+    problem: Exception | None = None  # why the store could not be told
 
 
 async def report_lost(
-    store: LightningStore, worker_id: str, message: str, reason_code: str | None, seconds: float
-) -> Exception | None:
-    """Report that a worker is gone; return why the store could not be told within so many seconds."""
+    store: LightningStore,
+    worker_id: str,
+    message: str,
+    reason_code: str | None,
+    seconds: float,
+    at_work: Sequence[str] | None = None,
+) -> Loss:
+    """Report that a worker is gone, within so many seconds. ``at_work``: the attempts that it worked on, if known."""
+    known: dict[str, Any] = {} if at_work is None else {"attempt_ids": at_work}
     try:
         async with asyncio.timeout(seconds):
-            await store.report_worker_lost(worker_id, message=message, reason_code=reason_code)
+            lost = await store.report_worker_lost(worker_id, message=message, reason_code=reason_code, **known)
     except NotFound:
-        return None  # it had not registered, so it held nothing
+        return Loss()  # it had not registered, so it held nothing
     except (TimeoutError, AgentLightningError, NotImplementedError) as error:
-        return error
-    return None
+        return Loss(problem=error)
+    return Loss(lost)
+
+
+async def find_worker(store: LightningStore, worker_id: str, seconds: float) -> Worker | None:
+    """A worker, if the store knows it. Raises ``TimeoutError``, and what the store raises."""
+    async with asyncio.timeout(seconds):
+        return await store.get_worker_by_id(worker_id)
 
 
 async def find_directive(store: LightningStore, worker_id: str, seconds: float) -> WorkerDirective | None:
-    """What a worker is asked to do, if anything. Raises ``TimeoutError``, and what the store raises."""
-    async with asyncio.timeout(seconds):
-        worker = await store.get_worker_by_id(worker_id)
+    """What a worker is asked to do, if anything. Raises as ``find_worker``."""
+    worker = await find_worker(store, worker_id, seconds)
     return None if worker is None else worker.directive
 
 

@@ -1,11 +1,11 @@
-"""What a runner process may use, how one that used too much is recognised, and when a crashed one is restarted."""
+"""What a runner process may use, and how one that used too much is recognised."""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -75,50 +75,3 @@ def exhausted(quotas: Quotas | None, exit_code: int | None, *, memory_kills: int
     if quotas is not None and quotas.cpu_seconds is not None and exit_code == -signal.SIGXCPU:
         return f"{quotas.cpu_seconds} s of CPU time"
     return None
-
-
-# --- Restarts. Pure: the time is an argument. ------------------------------------------------------------------------
-
-_MINUTE = 60.0
-
-
-@dataclass(frozen=True)
-class RestartPolicy:
-    """When a runner that crashed is started again, and after which delay.
-
-    Args:
-        most_per_minute: how many crashes of one runner within a minute are answered with a restart;
-            0: it is never started again.
-        first_delay: seconds before it is started again.
-        factor: multiplies the delay for each consecutive short life.
-        longest_delay: the largest delay, in seconds.
-        short_life: a runner that lived for fewer seconds counts as a short life: it may crash again at once.
-    """
-
-    most_per_minute: int = 10
-    first_delay: float = 0.1
-    factor: float = 2.0
-    longest_delay: float = 10.0
-    short_life: float = 1.0
-
-
-@dataclass
-class CrashCounter:
-    """The crashes of one runner, and how they are answered."""
-
-    policy: RestartPolicy
-    _crashes: list[float] = field(default_factory=list[float])
-    _short_lives: int = 0
-
-    def crashed(self, lived_seconds: float, now: float) -> float | None:
-        """Count a crash; return the delay of the restart in seconds, or None if there is no restart.
-
-        A restart policy without a limit would hide a runner that can never work; one without a delay would keep the
-        machine busy with restarts.
-        """
-        self._crashes = [each for each in self._crashes if each > now - _MINUTE]
-        self._crashes.append(now)
-        if len(self._crashes) > self.policy.most_per_minute:
-            return None
-        self._short_lives = self._short_lives + 1 if lived_seconds < self.policy.short_life else 0
-        return min(self.policy.first_delay * self.policy.factor**self._short_lives, self.policy.longest_delay)

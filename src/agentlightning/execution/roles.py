@@ -23,7 +23,6 @@ from typing import Any
 from agentlightning.errors import AgentLightningError, ExecutionFailed
 from agentlightning.execution.abort import SignalHandlers, abort_stages
 from agentlightning.execution.base import AlgorithmBundle, RunnerBundle, ThreadingEvent, prepare_store
-from agentlightning.execution.child import Slot
 from agentlightning.execution.membership import (
     JoinedServer,
     ask_workers_to_leave,
@@ -42,6 +41,7 @@ from agentlightning.execution.run import (
     start_of,
     worker_names,
 )
+from agentlightning.execution.slots import Slot
 from agentlightning.execution.store_server import served_store
 from agentlightning.execution.supervisor import Supervisor
 from agentlightning.store.base import LightningStore

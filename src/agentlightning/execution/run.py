@@ -25,14 +25,17 @@ from agentlightning.execution.base import (
     cancel_all_tasks,
     resolve_managed_store_flag,
 )
-from agentlightning.execution.child import Slot, StartMethod, StartProcess
+from agentlightning.execution.child import StartMethod, StartProcess
 from agentlightning.execution.guest import GuestWatch, while_served
 from agentlightning.execution.membership import deregister_worker, find_directive, join_server
-from agentlightning.execution.quotas import CrashCounter, Quotas, RestartPolicy
+from agentlightning.execution.quotas import Quotas
+from agentlightning.execution.restarts import CrashCounter, RestartPolicy
+from agentlightning.execution.slots import Slot
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.routes import parse_address
 from agentlightning.runner.heartbeat import host_part
 from agentlightning.runner.main_thread import MAIN_THREAD
+from agentlightning.runner.steady_loop import run_steadily
 from agentlightning.security.credentials import Credentials, credentials_for
 from agentlightning.security.hosts import is_loopback, require_key, url_of
 from agentlightning.security.tls import AnyPath, tls_files
@@ -184,7 +187,8 @@ def runner_slots(settings: RunSettings, server: ServerAccess, run_id: str | None
     """The slots of the runners on this machine; for ``server`` and ``run_id`` see ``SideJob.run``."""
     names = enumerate(worker_names(settings.n_runners))
     starts = [start_of(settings, name, server, run_id, index) for index, name in names]
-    return [Slot(start, CrashCounter(settings.restarts)) for start in starts]
+    blamed = set[str]()
+    return [Slot(start, CrashCounter(settings.restarts, blamed)) for start in starts]
 
 
 def start_of(
@@ -218,7 +222,7 @@ class SideJob:
     def __call__(self, slot: str, event: ThreadingEvent, arguments: Mapping[str, Any]) -> str:
         """Run it in a process of its own; see ``start_of`` and ``run``."""
         main, work = MAIN_THREAD.get(), self.run(slot, event, **arguments)
-        return asyncio.run(work) if main is None else main.run(work)
+        return run_steadily(work) if main is None else main.run(work)
 
     def wants_main_thread(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the runner, if it is one, runs agents in the main thread; see ``RunnerBundle``."""

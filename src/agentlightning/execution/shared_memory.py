@@ -26,6 +26,7 @@ from agentlightning.execution.base import (
 )
 from agentlightning.execution.membership import deregister_worker, failure_when_unserved, waiting_rollouts
 from agentlightning.runner.heartbeat import worker_name
+from agentlightning.runner.steady_loop import SteadyLoop
 from agentlightning.store.base import LightningStore
 
 _log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class _ThreadedRun:
 
         If it was cancelled and goes on nevertheless, it is abandoned after ``join_timeout`` seconds.
         """
-        loop = asyncio.new_event_loop()
+        loop = SteadyLoop()
         asyncio.set_event_loop(loop)
         task = loop.create_task(self._work(side))
         is_main = threading.current_thread() is threading.main_thread()

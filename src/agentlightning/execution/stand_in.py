@@ -13,8 +13,8 @@ import time
 from collections.abc import Collection
 
 from agentlightning.errors import AgentLightningError
-from agentlightning.execution.child import Slot
 from agentlightning.execution.process_tree import is_running
+from agentlightning.execution.slots import Slot
 from agentlightning.runner.vital_signs import Times
 from agentlightning.store.base import LightningStore
 

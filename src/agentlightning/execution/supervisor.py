@@ -18,22 +18,22 @@ from typing import Any
 from agentlightning.errors import AgentLightningError, ExecutionFailed
 from agentlightning.execution.abort import Abort, AbortStage
 from agentlightning.execution.child import (
-    Crash,
     ProcessEvent,
     ProcessJob,
     ProcessResult,
-    Slot,
     StartMethod,
     choose_start_method,
 )
 from agentlightning.execution.launcher import Launcher, LauncherOrders
-from agentlightning.execution.membership import find_directive, report_lost
+from agentlightning.execution.membership import Loss, find_worker, report_lost
 from agentlightning.execution.process_tree import MARK, ProcessTree, make_cgroup, send_signal
+from agentlightning.execution.restarts import Life
+from agentlightning.execution.slots import Crash, Slot
 from agentlightning.execution.stand_in import StandIn
 from agentlightning.lifecycle import reasons
 from agentlightning.runner.vital_signs import make_places, open_shared_memory
 from agentlightning.store.base import LightningStore
-from agentlightning.types import WorkerDirective
+from agentlightning.types import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Supervisor:
         self._stand_in: StandIn | None = None
         self._on_ready: Callable[[], None] = lambda: None
         self._stop_requested = asyncio.Event()
-        self._recoveries: set[asyncio.Task[None]] = set()
+        self._recoveries: set[asyncio.Task[object]] = set()
         self._changed = asyncio.Event()
         self._names: dict[int, str] = {}
         """Which slot each process fills or filled, by number."""
@@ -197,7 +197,7 @@ class Supervisor:
             for process in self._tree.living():
                 if process.session == slot.pid or process.pid in grouped:
                     send_signal(process, signal.SIGKILL)
-        crash = slot.end(event, self._allowed_exit_codes)
+        crash = slot.end(event, self._allowed_exit_codes, time.monotonic())
         if crash is not None:
             slot.state = "waiting"
             self._later(self._recover(slot, crash))
@@ -219,7 +219,7 @@ class Supervisor:
 
     # --- Crashes, and the end ------------------------------------------------------------------------------------
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _later(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
@@ -230,11 +230,12 @@ class Supervisor:
         reason_code = reasons.RESOURCE_EXHAUSTED if crash.exhausted else None
         # The store is told first: otherwise the next process, which has the same worker id, would renew the lease of
         # the dead one, and the attempts of the dead one would seem to run on.
-        await self._report_lost(slot.name, f"its process (pid {crash.pid}) {crash.what}", reason_code)
-        directive = None if stopped else await self._directive(slot.name)
+        loss = await self._report_lost(slot.name, crash.reason(), reason_code, crash.attempts)
+        worker, life = (None, None) if stopped else await self._look_back(slot, crash, loss)
+        directive = None if worker is None else worker.directive
         delay = None
-        if slot.restarts is not None and not stopped and directive is None:
-            delay = slot.restarts.crashed(time.monotonic() - slot.began, time.monotonic())
+        if slot.restarts is not None and life is not None and directive is None:
+            delay = slot.restarts.crashed(life, time.monotonic())
         trace = f"\n{crash.traceback}" if crash.traceback else ""
         if delay is not None:
             _log.warning("%s; it is started again in %.1f s%s", crash, delay, trace)
@@ -257,22 +258,38 @@ class Supervisor:
             self._start(slot)
         self._changed.set()
 
-    async def _report_lost(self, worker_id: str, message: str, reason_code: str | None = None) -> None:
+    async def _look_back(self, slot: Slot, crash: Crash, loss: Loss) -> tuple[Worker | None, Life]:
+        """What the store says of the worker after a crash, and what its process had done.
+
+        A new process would not know what the worker had been asked to do.
+        """
+        worker, is_known = None, False
+        if self._store is not None:
+            with contextlib.suppress(TimeoutError, AgentLightningError, NotImplementedError):
+                worker, is_known = await find_worker(self._store, slot.name, _REPORT_SECONDS), True
+        rollouts = frozenset(each.rollout_id for each in loss.attempts if each.reason_code not in reasons.STORE_ONLY)
+        # Where the store does not answer, nothing is held against the process.
+        last_claim = slot.last_claim if worker is None else worker.last_dequeue_time
+        claimed = not is_known or last_claim != slot.last_claim
+        slot.last_claim = last_claim
+        # One that raised has given back by itself what it held.
+        unknown = crash.attempts is None and not crash.traceback
+        worked = crash.ended > 0 or (unknown and is_known and claimed and not loss.attempts)
+        return worker, Life(crash.seconds, worker is not None or not is_known, claimed, worked, rollouts)
+
+    async def _report_lost(
+        self, worker_id: str, message: str, reason_code: str | None = None, at_work: Sequence[str] | None = None
+    ) -> Loss:
         if self._store is None:
-            return
+            return Loss()
         if self._stand_in is not None:
             await self._stand_in.fall_silent(worker_id)
         seconds = _LAST_REPORT_SECONDS if self._stop_requested.is_set() else _REPORT_SECONDS
-        error = await report_lost(self._store, worker_id, message, reason_code, seconds)
-        if error is not None:
-            _log.warning("the store does not know yet that %s is lost; its lease will expire (%s)", worker_id, error)
-
-    async def _directive(self, worker_id: str) -> WorkerDirective | None:
-        """What the worker had been asked to do, if anything. A new process would not know of it and would stay."""
-        if self._store is not None:
-            with contextlib.suppress(TimeoutError, AgentLightningError, NotImplementedError):
-                return await find_directive(self._store, worker_id, _REPORT_SECONDS)
-        return None
+        loss = await report_lost(self._store, worker_id, message, reason_code, seconds, at_work)
+        if loss.problem is not None:
+            text = "the store does not know yet that %s is lost; its lease will expire (%s)"
+            _log.warning(text, worker_id, loss.problem)
+        return loss
 
     def _check_over(self) -> None:
         if any(slot.is_live for slot in self._slots.values()):
@@ -284,6 +301,8 @@ class Supervisor:
         crash = given_up[-1].crash
         assert crash is not None  # that is why it was given up
         why = str(crash) if given_up[-1].restarts is None else f"no runner can be kept alive; the last one: {crash}"
+        if crash.output:
+            why += f"\nThe last lines that it printed:\n{crash.output}"
         self._finish(ExecutionFailed(why, crash.traceback))
 
     def _finish(self, reason: ExecutionFailed | None) -> None:

@@ -201,8 +201,14 @@ def end(pair: Pair, status: AttemptEnd, reason: Reason, now: Moment, retry: bool
 
 
 def lose(pair: Pair, reason: Reason, holder: Holder, now: Moment) -> Pair:
-    """End a live attempt whose worker is gone. One that was never confirmed is handed out again."""
-    if pair.attempt.confirm_seconds is not None:
+    """End a live attempt whose worker is gone.
+
+    Where it is known what that was at work on, it has given back all else, which does not count. Where it is not, one
+    that was never confirmed is handed out again, which has a limit of its own.
+    """
+    if holder.at_work is not None and pair.attempt.attempt_id not in holder.at_work:
+        return _given_back(pair, "its worker died while it was not at work on this", now)
+    if holder.at_work is None and pair.attempt.confirm_seconds is not None:
         return _redelivered(pair, holder, now, reason.message)
     return end(pair, "unresponsive", reason, now)
 
@@ -226,9 +232,7 @@ def release(pair: Pair, now: Moment) -> Pair:
             f"attempt {attempt.attempt_id!r} of rollout {rollout.rollout_id!r} is {attempt.status}: its work has "
             "begun and it cannot be released; report how it ended instead"
         )
-    released = Reason(reasons.RELEASED, "given back by its worker before the work began")
-    attempt = ended(attempt, "unresponsive", released, now)
-    return Pair(replace(_requeued(rollout), releases=rollout.releases + 1), attempt)
+    return _given_back(pair, "given back by its worker before the work began", now)
 
 
 def abandon(pair: Pair, now: Moment) -> Pair:
@@ -294,6 +298,12 @@ def ended(attempt: AttemptRow, status: AttemptEnd, reason: Reason, now: Moment) 
 def _requeued(rollout: RolloutRow) -> RolloutRow:
     check_rollout_move(rollout.rollout_id, rollout.status, "requeuing")
     return replace(rollout, status="requeuing")
+
+
+def _given_back(pair: Pair, message: str, now: Moment) -> Pair:
+    rollout, attempt = pair
+    attempt = ended(attempt, "unresponsive", Reason(reasons.RELEASED, message), now)
+    return Pair(replace(_requeued(rollout), releases=rollout.releases + 1), attempt)
 
 
 def _redelivered(pair: Pair, holder: Holder, now: Moment, message: str) -> Pair:

@@ -8,6 +8,7 @@ store needs: versions for conditional writes, lease clocks, counters.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import msgspec
@@ -159,6 +160,8 @@ class Holder(NamedTuple):
     """When it, or one of its attempts, gave its last sign of life, on the lease clock."""
     died: bool = False
     """Whether it was reported dead."""
+    at_work: Collection[str] | None = None
+    """Of one that died: ids of the attempts on which it was at work. None: nobody knows."""
 
 
 class WorkerRow(msgspec.Struct, frozen=True, gc=False):

@@ -13,7 +13,7 @@ from agentlightning.emitter.annotation import emit_reward
 from agentlightning.emitter.emit import emit_exception
 from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import AttemptFailed, Hook, LitAgent
-from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, without_runner_frames
+from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, passes, without_runner_frames
 from agentlightning.runner.main_thread import AgentInterrupted
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.logs import CURRENT, WorkContext
@@ -109,7 +109,9 @@ class AttemptRun:
                 raise
             self._task.uncancel()
             outcome = self._given_up
-        except Exception as error:  # the boundary of an attempt: whatever failed, the rollout must reach an end
+        except BaseException as error:  # the boundary of an attempt: whatever failed, the rollout must reach an end
+            if passes(error):
+                raise
             _logger.exception("attempt %s could not be carried out", self.attempt_id)
             outcome = failed("runner_error", error)
         finally:
@@ -239,7 +241,9 @@ class AttemptRun:
             ids = self.rollout.rollout_id, self.attempt_id
             _logger.warning("rollout %s, attempt %s: the agent failed, %s: %s", *ids, error.code, told.reason_message)
             return told, None
-        except Exception as error:
+        except BaseException as error:  # some libraries' failures are no ``Exception``, as those of pytest
+            if passes(error):
+                raise
             if isinstance(error, ValueError) and "only works in main thread" in str(error):
                 error.add_note("plain functions run there with concurrency=1, in the processes of the strategy 'cs'")
             ids = self.rollout.rollout_id, self.attempt_id
@@ -293,7 +297,9 @@ class AttemptRun:
                     agent=parts.agent, runner=parts.runner, rollout=self.rollout, **arguments
                 )
                 await called
-            except Exception:
+            except BaseException as error:
+                if passes(error):
+                    raise
                 _logger.exception("%s of %s failed; the rollout goes on", name, type(hook).__name__)
 
     def _call_agent_hook(self, name: str, *rollout: AttemptedRollout) -> None:
@@ -305,7 +311,9 @@ class AttemptRun:
         )
         try:
             getattr(parts.agent, name)(task, *rollout, parts.runner, parts.tracer)
-        except Exception:
+        except BaseException as error:
+            if passes(error):
+                raise
             _logger.exception("%s of %s failed; the rollout goes on", name, type(parts.agent).__name__)
 
     def _overrides(self, name: str) -> bool:

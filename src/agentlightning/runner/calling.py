@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import reprlib
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from agentlightning.litagent.litagent import LitAgent, is_v0_1_rollout_api
-from agentlightning.runner.main_thread import MainThread
+from agentlightning.runner.main_thread import AgentInterrupted, MainThread
 from agentlightning.types import AttemptedRollout, NamedResources, Span, SpanCoreFields
 
 T = TypeVar("T")
@@ -25,7 +26,19 @@ _logger = logging.getLogger(__name__)
 
 
 class AgentExit(RuntimeError):
-    """The agent tried to end the process (``sys.exit``). Its attempt fails instead."""
+    """The agent tried to end the process (``sys.exit``, ``KeyboardInterrupt``). Its attempt fails instead."""
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an exception that comes out of a user's code is no failure of that code, but ends what runs it.
+
+    That is a cancellation, and a Ctrl+C where Python raises it in whatever runs in the main thread. asyncio, strategies
+    and ``agl runner`` handle SIGINT themselves.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        return in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, (asyncio.CancelledError, GeneratorExit))
 
 
 class AgentThreads:
@@ -102,11 +115,15 @@ def _carry_out(
     try:
         result = context.run(function) if wanted else None
     except BaseException as error:  # noqa: BLE001 - also SystemExit, which must not end this thread
+        raised = error
         if isinstance(error, StopIteration):  # `await` cannot raise it; PEP 479 does the same
-            cause, error = error, RuntimeError(f"a function raised StopIteration({error.value!r})")
-            error.__cause__ = cause
+            raised = RuntimeError(f"a function raised StopIteration({error.value!r})")
+        elif isinstance(error, (SystemExit, KeyboardInterrupt)) and not isinstance(error, AgentInterrupted):
+            raised = _exit_of(error)  # those two would end the loop that waits for them
+        if raised is not error:
+            raised.__cause__ = without_runner_frames(error)
         release()
-        future.set_exception(error)
+        future.set_exception(raised)
     else:
         release()  # first, so that a caller who learns of the result finds this thread idle
         if wanted:
@@ -119,8 +136,9 @@ async def call_agent(
     """Call the agent's method for the rollout's mode: a coroutine in this loop, a plain function in a thread.
 
     Raises:
-        AgentExit: the agent called ``sys.exit``.
-        Exception: what the agent raises.
+        AgentExit: the agent raised ``SystemExit`` or ``KeyboardInterrupt``.
+        KeyboardInterrupt: Ctrl+C, see ``passes``; or as ``AgentInterrupted``, the attempt is given up.
+        BaseException: what else the agent raises.
     """
     training = rollout.mode == "train"
     try:
@@ -134,8 +152,15 @@ async def call_agent(
                 plain, arguments = each, (rollout.input, rollout.rollout_id, resources)
                 break
         return await threads.run(partial(plain, *arguments))
-    except SystemExit as error:
-        raise AgentExit(f"the agent called sys.exit({error.code!r})") from without_runner_frames(error)
+    except (SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, AgentInterrupted) or passes(error):
+            raise
+        raise _exit_of(error) from without_runner_frames(error)
+
+
+def _exit_of(error: SystemExit | KeyboardInterrupt) -> AgentExit:
+    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised KeyboardInterrupt"
+    return AgentExit(f"the agent {what}")
 
 
 def without_runner_frames(error: _E) -> _E:

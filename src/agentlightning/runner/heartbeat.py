@@ -170,6 +170,8 @@ class Heartbeat:
     def reporting(self, attempt_id: str) -> None:
         """The agent has finished, and the report of the attempt, which confirms its claim, is under way."""
         self._begun[attempt_id].since = self._monotonic() + _REPORT_SECONDS - CONFIRM_SECONDS
+        if self._signs is not None:
+            self._signs.reporting(attempt_id)
 
     def end(self, attempt_id: str) -> None:
         """Stop listing this attempt."""

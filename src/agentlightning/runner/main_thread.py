@@ -20,6 +20,8 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from agentlightning.runner.steady_loop import run_steadily
+
 _T = TypeVar("_T")
 _WAKE_SECONDS = 1.0
 """How often the idle main thread looks for signals: outside Linux, one may be delivered to another thread."""
@@ -108,7 +110,7 @@ class MainThread:
             return await work
 
         try:
-            return asyncio.run(interruptible())
+            return run_steadily(interruptible())
         except asyncio.CancelledError:
             if self._interrupted:
                 raise KeyboardInterrupt from None

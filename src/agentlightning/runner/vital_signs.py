@@ -2,9 +2,10 @@
 
 An agent may hold Python's interpreter lock for longer than any lease, in native code or a regular expression. Then
 nothing in its process can speak, although it works. So the heartbeat's thread notes here that it still gets its turns,
-and the attempts are here from the moment at which they begin. Reading that needs nothing of the runner.
+and the attempts are here from the moment at which they begin. Reading that needs nothing of the runner, so it also
+tells what a process that has crashed was working on.
 
-Layout of a place: one entry with the times and the number of entries in use, then one for each attempt.
+Layout of a place: one entry with the times and two numbers, then one for each attempt: a letter and the id.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
-_ENTRY_BYTES = 128
-"""As long as an id may be."""
+_ENTRY_BYTES, _ID_BYTES = 256, 128
+"""An id may be so long. A place has to be a multiple of the size of a page, of any system."""
 _ENTRIES = 2048
+_AT_WORK, _REPORTING = b"w", b"r"
 _PLACE_BYTES = _ENTRY_BYTES * _ENTRIES
 """Only pages that are written take memory."""
-_TIMES, _USED = struct.Struct("=ddd"), struct.Struct("=q")
+_TIMES, _NUMBER = struct.Struct("=ddd"), struct.Struct("=q")
+_USED, _ENDED = _TIMES.size, _TIMES.size + _NUMBER.size
+"""Where the number of entries in use is, and that of the attempts that have ended."""
 
 
 class Times(NamedTuple):
@@ -55,15 +59,21 @@ class VitalSigns:
     def begin(self, attempt_id: str) -> None:
         """Note that the runner works on an attempt. What does not fit is left out."""
         entry, value = self._free.pop() if self._free else len(self._entries) + 1, attempt_id.encode()
-        if entry >= _ENTRIES or len(value) > _ENTRY_BYTES:
+        if entry >= _ENTRIES or len(value) > _ID_BYTES:
             return
         self._entries[attempt_id] = entry
-        self._write(entry, value)
-        if entry > self._used():
-            _USED.pack_into(self._memory, _TIMES.size, entry)
+        self._write(entry, _AT_WORK + value)
+        if entry > self._number(_USED):
+            _NUMBER.pack_into(self._memory, _USED, entry)
+
+    def reporting(self, attempt_id: str) -> None:
+        """Note that the agent has finished an attempt. If the process crashes now, that one is not the reason."""
+        if attempt_id in self._entries:
+            self._write(self._entries[attempt_id], _REPORTING + attempt_id.encode())
 
     def end(self, attempt_id: str) -> None:
-        """Forget an attempt."""
+        """Forget an attempt, but for that there was one more."""
+        _NUMBER.pack_into(self._memory, _ENDED, self.ended() + 1)
         entry = self._entries.pop(attempt_id, None)
         if entry is not None:
             self._free.append(entry)
@@ -75,11 +85,18 @@ class VitalSigns:
     # --- The supervisor, or both -------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget everything: nobody shall speak for this runner."""
+        """Forget everything but how many attempts have ended: nobody shall speak for this runner."""
         self._entries.clear()
         self._free.clear()
-        for entry in range(self._used() + 1):
+        ended = self.ended()
+        for entry in range(self._number(_USED) + 1):
             self._write(entry, b"")
+        _NUMBER.pack_into(self._memory, _ENDED, ended)
+
+    def reset(self) -> None:
+        """Forget everything: a new process begins."""
+        self.clear()
+        _NUMBER.pack_into(self._memory, _ENDED, 0)
 
     def times(self) -> Times | None:
         """The last note; None: there is no heartbeat, or it has been stopped."""
@@ -87,13 +104,24 @@ class VitalSigns:
         return times if times.alive else None
 
     def attempt_ids(self) -> list[str]:
-        """The attempts that the runner works on."""
-        entries = range(_ENTRY_BYTES, (self._used() + 1) * _ENTRY_BYTES, _ENTRY_BYTES)
-        found = (self._memory[at : at + _ENTRY_BYTES].rstrip(b"\0") for at in entries)
-        return [each.decode("ascii", "replace") for each in found if each]
+        """The attempts that the runner works on, or reports."""
+        return self._listed(_AT_WORK, _REPORTING)
 
-    def _used(self) -> int:
-        return _USED.unpack_from(self._memory, _TIMES.size)[0]
+    def at_work(self) -> list[str]:
+        """The attempts whose agents are at work."""
+        return self._listed(_AT_WORK)
+
+    def _listed(self, *letters: bytes) -> list[str]:
+        entries = range(_ENTRY_BYTES, (self._number(_USED) + 1) * _ENTRY_BYTES, _ENTRY_BYTES)
+        found = (self._memory[at : at + _ENTRY_BYTES].rstrip(b"\0") for at in entries)
+        return [each[1:].decode("ascii", "replace") for each in found if each.startswith(letters)]
+
+    def ended(self) -> int:
+        """How many attempts have ended, in whatever way, while the process went on."""
+        return self._number(_ENDED)
+
+    def _number(self, offset: int) -> int:
+        return _NUMBER.unpack_from(self._memory, offset)[0]
 
 
 def open_shared_memory() -> int:

@@ -61,6 +61,14 @@ def check_batch(items: Sequence[Any], what: str) -> None:
         raise TooLarge(f"{len(items):,} {what} in one call; send at most {MAX_BATCH:,} at a time")
 
 
+def check_ids(values: Sequence[str], what: str) -> Sequence[str]:
+    """``values``, if they are a batch of well-formed ids; ``what`` is their name in the plural. Raises as its parts."""
+    check_batch(values, what)
+    for each in values:
+        check_id(each, what.removesuffix("s"))
+    return values
+
+
 def check_claim_limit(limit: object, *, least: int = 1, what: str = "limit") -> None:
     """Raise ``InvalidValue`` unless this many rollouts may be claimed at a time."""
     if type(limit) is not int or not least <= limit <= _CLAIM_LIMIT:

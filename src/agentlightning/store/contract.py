@@ -280,7 +280,12 @@ class WorkerMethods(ABC):
         """
 
     async def report_worker_lost(
-        self, worker_id: str, *, message: str, reason_code: str | None = None
+        self,
+        worker_id: str,
+        *,
+        message: str,
+        reason_code: str | None = None,
+        attempt_ids: Sequence[str] | Unset = UNSET,
     ) -> Sequence[Attempt]:
         """End the live attempts of a worker that is known to be dead, without waiting for its lease.
 
@@ -289,10 +294,13 @@ class WorkerMethods(ABC):
             reason_code: default ``worker_lost``; ``resource_exhausted`` for a worker that was killed because
                 it had used up its memory or another quota; ``worker_left`` for one that has ended in order (attempts
                 that it still holds end as ``worker_lost``).
+            attempt_ids: the attempts on which it was at work, where that is known. They count as confirmed, and what
+                it held besides as given back.
 
         Returns:
-            The attempts that were ended. They are ``unresponsive`` for this reason, or for the reason ``unconfirmed``
-            if the worker had not confirmed them; the store hands the rollouts of the latter out again.
+            The attempts that were ended. They are ``unresponsive`` for this reason; or for the reason ``unconfirmed``
+            if the worker had not confirmed them, or ``released`` if it is known not to have been at work on them. The
+            store hands the rollouts of the last two kinds out again.
 
         Raises:
             NotFound: the worker is unknown.

@@ -18,6 +18,7 @@ from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.arguments import (
     check_batch,
     check_claim_limit,
+    check_ids,
     check_pairs,
     check_spans_of,
     digest_of,
@@ -375,23 +376,26 @@ class EngineStore(ReadingStore):
         check_id(worker_id, "worker_id")
         stats = None if heartbeat_stats is UNSET else encode_required(heartbeat_stats, "heartbeat_stats")
         told = None if registration is UNSET else canonical(encode_required(registration, "registration"))
-        listed = () if attempt_ids is UNSET else attempt_ids
-        check_batch(listed, "attempt_ids")
-        for each in listed:
-            check_id(each, "attempt_id")
+        listed = () if attempt_ids is UNSET else check_ids(attempt_ids, "attempt_ids")
         lease = None if lease_seconds is UNSET else check_finite(lease_seconds, "lease_seconds", above=0)
         said = worker_ops.Beat(stats, listed, lease, told)
         row, stale = await self._core.write(lambda tx: worker_ops.beat(tx, worker_id, said))
         return self._shown.worker_view(row, None if attempt_ids is UNSET else stale)
 
     async def report_worker_lost(
-        self, worker_id: str, *, message: str, reason_code: str | None = None
+        self,
+        worker_id: str,
+        *,
+        message: str,
+        reason_code: str | None = None,
+        attempt_ids: Sequence[str] | Unset = UNSET,
     ) -> Sequence[Attempt]:
         check_id(worker_id, "worker_id")
         check_text(message, "message")
+        at_work = None if attempt_ids is UNSET else frozenset(check_ids(attempt_ids, "attempt_ids"))
         reason = reason_of(reason_code, message, reasons.WORKER_LOST)
         assert reason is not None  # there is a message
-        lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, reason))
+        lost = await self._core.write(lambda tx: worker_ops.lose(tx, worker_id, reason, at_work))
         return [self._shown.attempt_view(each) for each in lost]
 
     async def direct_workers(
@@ -400,9 +404,7 @@ class EngineStore(ReadingStore):
         if directive is not None:
             check_one_of(directive, get_args(WorkerDirective), "directive")
         if worker_ids is not None:
-            check_batch(worker_ids, "worker_ids")
-            for each in worker_ids:
-                check_id(each, "worker_id")
+            check_ids(worker_ids, "worker_ids")
         rows = await self._core.write(lambda tx: worker_ops.direct(tx, directive, worker_ids))
         return [self._shown.worker_view(row) for row in rows]
 

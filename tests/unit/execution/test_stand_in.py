@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from agentlightning import InMemoryLightningStore
-from agentlightning.execution.child import Slot, StartProcess
+from agentlightning.execution.child import StartProcess
 from agentlightning.execution.process_tree import is_running
+from agentlightning.execution.slots import Slot
 from agentlightning.execution.stand_in import StandIn
 from agentlightning.runner.vital_signs import Times, VitalSigns, make_places, open_shared_memory
 from execution_programs import until, wait_until
@@ -133,6 +134,25 @@ def test_what_a_runner_leaves_is_bounded_and_forgotten() -> None:
         assert seen.times() == (1.0, 2.0, 3.0)
         seen.clear()
         assert (second.times(), second.attempt_ids()) == (None, [])
+    finally:
+        os.close(file)
+
+
+def test_who_is_at_work_and_how_much_was_done_is_known_after_the_end() -> None:
+    file = open_shared_memory()
+    try:
+        [signs] = make_places(file, 1)
+        seen = VitalSigns(file, 0)
+        for attempt in ("at-1", "at-2", "at-3"):
+            signs.begin(attempt)
+        signs.reporting("at-2")
+        signs.reporting("at-unknown")
+        signs.end("at-3")
+        assert (seen.at_work(), seen.attempt_ids(), seen.ended()) == (["at-1"], ["at-1", "at-2"], 1)
+        signs.clear()  # it was torn down
+        assert (seen.at_work(), seen.attempt_ids(), seen.ended()) == ([], [], 1)
+        seen.reset()
+        assert seen.ended() == 0
     finally:
         os.close(file)
 

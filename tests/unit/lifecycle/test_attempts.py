@@ -373,6 +373,18 @@ class TestLoss:
         assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.UNCONFIRMED)
         assert after.attempt.reason_message == "it broke"
 
+    @pytest.mark.parametrize("confirm_seconds", [None, 10.0])
+    @pytest.mark.parametrize("status", ["preparing", "running"])
+    def test_what_it_was_at_work_on_is_known(self, status: Any, confirm_seconds: float | None) -> None:
+        """That follows the policy, confirmed or not; everything else has used up nothing."""
+        pair = pair_of(status, status, SILENT, confirm_seconds=confirm_seconds)
+        after = attempts.lose(pair, WHY, Holder(died=True, at_work={pair.attempt.attempt_id}), NOW)
+        assert after == attempts.end(pair, "unresponsive", WHY, NOW)
+        after = attempts.lose(pair, WHY, Holder(died=True, at_work={"at-other"}), NOW)
+        assert after.rollout == replace(pair.rollout, status="requeuing", releases=1)
+        assert (after.attempt.status, after.attempt.reason_code) == ("unresponsive", reasons.RELEASED)
+        assert attempts.standing(after) == "stale"
+
 
 class TestPoison:
     """What was handed out and never confirmed: whether the rollout or the worker is to blame."""

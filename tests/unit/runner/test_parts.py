@@ -17,7 +17,7 @@ import pytest
 from agentlightning.execution.base import MultiprocessingEvent, ThreadingEvent
 from agentlightning.runner.attempt import failed
 from agentlightning.runner.base import stop_watch
-from agentlightning.runner.calling import AgentThreads
+from agentlightning.runner.calling import AgentExit, AgentThreads
 from agentlightning.runner.heartbeat import registration, system_statistics, worker_name
 from agentlightning.store.validation import check_id, encode_json
 
@@ -110,7 +110,7 @@ async def test_the_context_is_carried_over_and_exceptions_back() -> None:
     threads, variable = AgentThreads("test"), contextvars.ContextVar("variable", default=0)
     variable.set(7)
     assert threads.call(variable.get).result(10) == 7
-    with pytest.raises(SystemExit):
+    with pytest.raises(AgentExit, match=r"sys\.exit\(3\)"):  # the loop that waits for it would end with the other
         threads.call(lambda: sys.exit(3)).result(10)
     with pytest.raises(RuntimeError, match="StopIteration"):
         await asyncio.wrap_future(threads.call(lambda: next(iter(()))))
@@ -120,7 +120,7 @@ async def test_the_context_is_carried_over_and_exceptions_back() -> None:
 
 def test_a_hanging_agent_does_not_keep_its_process_alive() -> None:
     code = (
-        "import threading; from agentlightning.runner.calling import AgentThreads\n"
+        "import threading; from agentlightning.runner.calling import AgentExit, AgentThreads\n"
         "AgentThreads('x').call(threading.Event().wait); print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)

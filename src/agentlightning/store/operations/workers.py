@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from agentlightning.errors import NotFound
@@ -36,15 +36,15 @@ async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, 
     return await save_worker(tx, worker, heard), stale
 
 
-async def lose(tx: Transaction, worker_id: str, reason: Reason) -> list[AttemptRow]:
-    """End the live attempts of a worker that is known to be dead.
+async def lose(tx: Transaction, worker_id: str, reason: Reason, at_work: Collection[str] | None) -> list[AttemptRow]:
+    """End the live attempts of a worker that is known to be dead; for ``at_work`` see ``Holder``.
 
     Raises:
         NotFound: the worker is unknown.
     """
     await _known(tx, worker_id)
     of_attempts = Reason(reasons.WORKER_LOST, reason.message) if reason.code == reasons.WORKER_LEFT else reason
-    lost = await lose_attempts(tx, worker_id, of_attempts, Holder(died=True))
+    lost = await lose_attempts(tx, worker_id, of_attempts, Holder(died=True, at_work=at_work))
     worker = await worker_of(tx, worker_id)
     await save_worker(tx, worker, workers.lose(worker, reason))
     return lost

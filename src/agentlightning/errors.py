@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 
 class AgentLightningError(Exception):
@@ -21,6 +21,10 @@ class AgentLightningError(Exception):
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
+    refused_spans: Sequence[RefusedSpan] = ()
+    """Of a call that carries spans, and stored none: which of them are refused, in their order, where that is known.
+    Then the others can be sent again at once. Checks are made one after another, so some of those may be refused, too.
+    """
 
     def __init_subclass__(cls) -> None:
         if cls.__module__ == __name__ and "code" not in vars(cls):  # one of somebody else crosses as its base class
@@ -29,6 +33,16 @@ class AgentLightningError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class RefusedSpan(NamedTuple):
+    """One of the spans for which a call is refused."""
+
+    place: int
+    """Where it is in the call, from 0."""
+    span_id: str
+    error: AgentLightningError
+    """Why this one is refused."""
 
 
 class InvalidValue(AgentLightningError, ValueError):

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import Link as OtelLink, Status, StatusCode
 
-from agentlightning.errors import IdReused, NotFound
+from agentlightning.errors import IdReused, InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import AttemptedRollout, Event, Link, OtelResource, Span, SpanContext, TraceStatus
 from scenes import attempts_of, enqueued, finish, rollout_now, span_of, started, statuses
@@ -176,6 +176,52 @@ async def test_asking_for_a_sequence_id_is_no_sign_of_life(stores: Stores) -> No
         assert await statuses(store, claim.rollout_id) == ("preparing", ["preparing"])
         clock.advance(1)
         assert await statuses(store, claim.rollout_id) == ("requeuing", ["unresponsive"])
+
+
+async def test_all_refused_spans_are_named(stores: Stores) -> None:
+    """So one more call stores the rest."""
+    async with stores.open() as (store, _):
+        known, other = await started(store), await started(store)
+        before = [span_of(known), span_of(other)]
+        await store.add_many_spans(before)
+        spans = [span_of((known, other)[number % 2]) for number in range(12)]
+        gone = {"rollout_id": known.rollout_id, "attempt_id": "at-gone"}
+        for place, span in {1: before[1], 4: before[0]}.items():
+            spans[place] = span.model_copy(update={"name": "another"})
+        for place in (6, 7):
+            spans[place] = spans[place].model_copy(update=gone)
+        async with unchanged(store):
+            with pytest.raises((IdReused, NotFound)) as raised:
+                await store.add_many_spans(spans)
+        refused = raised.value.refused_spans
+        assert [(each.place, each.span_id, type(each.error)) for each in refused] == [
+            (1, before[1].span_id, IdReused),
+            (4, before[0].span_id, IdReused),
+            (6, spans[6].span_id, NotFound),
+            (7, spans[7].span_id, NotFound),
+        ]
+        assert all(each.span_id in str(each.error) for each in refused[:2])
+        assert type(raised.value) is type(refused[0].error)
+        rest = [span for place, span in enumerate(spans) if place not in (1, 4, 6, 7)]
+        assert len(await store.add_many_spans(rest)) == 8
+
+
+async def test_all_spans_that_are_not_valid_are_named(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        attempted = await started(store)
+        spans = [span_of(attempted) for _ in range(8)]
+        spans[2] = spans[2].model_copy(update={"sequence_id": -1})
+        spans[3] = spans[3].model_copy(update={"attributes": {"k": object()}})
+        spans[5] = spans[5].model_copy(update={"span_id": "no id"})
+        async with unchanged(store):
+            with pytest.raises(InvalidValue) as raised:
+                await store.add_many_spans(spans)
+        named = [(each.place, each.span_id, each.error.code) for each in raised.value.refused_spans]
+        assert named == [
+            (2, spans[2].span_id, "invalid_value"),
+            (3, spans[3].span_id, "not_json"),
+            (5, "no id", "invalid_id"),
+        ]
 
 
 async def test_spans_of_unknown_attempts_are_refused_all_or_none(stores: Stores) -> None:

@@ -14,22 +14,25 @@ from functools import cache
 from typing import Any, Literal, cast
 
 import msgspec
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from agentlightning.errors import (
     AgentLightningError,
     BadRequest,
     InvalidValue,
     NotJson,
+    RefusedSpan,
     StoreUnavailable,
     TooLarge,
     error_classes,
 )
 from agentlightning.http.routes import Route
+from agentlightning.store.refusals import MOST_NAMED
 from agentlightning.store.validation import INT64_END, MAX_DEPTH, holds_nul
 from agentlightning.types import PaginatedResult
 
 PROBLEM_TYPE = "application/problem+json"
+_DETAIL_CHARACTERS = 300
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -98,6 +101,16 @@ def _record(record: Any) -> bytes:
 # --- Errors --------------------------------------------------------------------------------------
 
 
+class RefusedSpanProblem(BaseModel):
+    """Why one span of a request was refused."""
+
+    index: int = Field(ge=0)
+    """Its place in the request, from 0."""
+    span_id: str
+    code: str
+    detail: str
+
+
 class Problem(BaseModel):
     """Why a request was refused (RFC 9457, problem details)."""
 
@@ -110,6 +123,9 @@ class Problem(BaseModel):
     request_id: str
     errors: Sequence[dict[str, Any]] | None = None
     """Which parts of the body or the query are not valid."""
+    refused_spans: Sequence[RefusedSpanProblem] | None = None
+    """Which spans of the body are refused, in their order, where that is known; at most 256 of them. The others may
+    be sent again at once, without these."""
 
 
 def encode_problem(error: AgentLightningError, request_id: str, *, status: int | None = None) -> bytes:
@@ -129,6 +145,11 @@ def encode_problem(error: AgentLightningError, request_id: str, *, status: int |
         detail=error.message,
         request_id=request_id,
         errors=[dict(each) for each in places] or None,
+        refused_spans=[
+            RefusedSpanProblem(index=place, span_id=span_id, code=why.code, detail=why.message[:_DETAIL_CHARACTERS])
+            for place, span_id, why in error.refused_spans[:MOST_NAMED]
+        ]
+        or None,
     )
     return problem.model_dump_json(exclude_none=True).encode()
 
@@ -144,10 +165,16 @@ def decode_error(status: int, content: bytes) -> AgentLightningError:
     except ValueError:
         message = f"the server answered {status}: {content[:200]!r}"
         return BadRequest(message) if 400 <= status < 500 and status != 429 else StoreUnavailable(message)
-    kind = error_classes().get(problem.code)
+    kinds = error_classes()
+    kind = kinds.get(problem.code)
     if kind is None:  # of a newer version
         kind = BadRequest if status < 500 and status != 429 else StoreUnavailable
-    return kind(problem.detail)
+    error = kind(problem.detail)
+    error.refused_spans = [
+        RefusedSpan(each.index, each.span_id, kinds.get(each.code, kind)(each.detail))
+        for each in problem.refused_spans or ()
+    ]
+    return error
 
 
 # --- Strict JSON: the checks of every body, before anything else reads it ---------------------------

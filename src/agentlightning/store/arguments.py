@@ -18,6 +18,7 @@ from agentlightning.store.contract import EncodedJson
 from agentlightning.store.operations.attempts import Report
 from agentlightning.store.operations.rollouts import Draft, Edit
 from agentlightning.store.operations.spans import SpanDraft
+from agentlightning.store.refusals import find_refused, refusal_of
 from agentlightning.store.sources import IdSource
 from agentlightning.store.span_json import body_of, encode_span
 from agentlightning.store.validation import (
@@ -287,9 +288,18 @@ def encode_spans(spans: Sequence[SpanOrPlain]) -> list[bytes]:
     """Spans as JSON, each whole.
 
     Raises:
-        InvalidValue, NotJson, TooLarge: one of the spans is not valid; then all are refused.
+        InvalidValue, NotJson, TooLarge: one of the spans is not valid; then all are refused. The error names those that
+            are not.
     """
     check_batch(spans, "spans")
+    try:
+        return _encode_spans(spans)
+    except InvalidValue as error:
+        refused = find_refused(spans, lambda span: _encode_spans([span]), lambda span: getattr(span, "span_id", None))
+        raise (refusal_of(refused) if refused else error) from None
+
+
+def _encode_spans(spans: Sequence[SpanOrPlain]) -> list[bytes]:
     checked: set[str] = set()
     encoded: list[bytes] = []
     for span in spans:

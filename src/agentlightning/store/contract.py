@@ -139,6 +139,7 @@ class SpanMethods(ABC):
             NotFound: a rollout or attempt is unknown.
             NotJson, TooLarge, InvalidValue: a span is not valid; the message names its ``span_id``.
             IdReused: the ``span_id`` is that of another span of the attempt, with other content.
+                ``refused_spans`` of the error names the spans that are refused; another call stores the rest.
         """
 
     async def add_otel_span(

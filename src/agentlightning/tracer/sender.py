@@ -279,7 +279,7 @@ class SpanSender:
             if not is_refusal(error):
                 raise
             refused: set[int] = set()
-            self.refused += await add_spans_apart(store, spans, refused)
+            self.refused += await add_spans_apart(store, spans, refused, error=error)
             for recording, _, more in parts:
                 recording.has_refused = recording.has_refused or not refused.isdisjoint(map(id, more))
         for recording, end, _ in parts:
@@ -288,7 +288,13 @@ class SpanSender:
                 self._wake.set()
 
 
-async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain], refused: set[int] | None = None) -> int:
+async def add_spans_apart(
+    store: LightningStore,
+    spans: Sequence[SpanOrPlain],
+    refused: set[int] | None = None,
+    *,
+    error: AgentLightningError | None = None,
+) -> int:
     """Store spans so that those that the store refuses do not hold up the others (see ``store.refusals``).
 
     A stub is stored in place of a refused span: it keeps the place in the trace, and says why the span was refused. A
@@ -296,6 +302,7 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain], r
 
     Args:
         refused: gets the identity (``id``) of each span that is not stored as it is.
+        error: what storing all of them has raised already; None: that has not been tried yet.
 
     Returns:
         How many spans are lost, because the store does not know their attempt or refuses what is in them. The log names
@@ -305,21 +312,18 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain], r
         Exception: what the store raises when it is not about these spans. A repeat is safe.
     """
     lost = 0
+    substitutes: dict[int, SpanOrPlain] = {}
 
-    async def replace(given: Sequence[SpanOrPlain], error: AgentLightningError) -> None:
+    async def replace(given: Sequence[SpanOrPlain], error: AgentLightningError) -> Sequence[SpanOrPlain]:
         nonlocal lost
         if refused is not None:
             refused.update(map(id, given))
-        if isinstance(error, (InvalidValue, IdReused)):
+        if isinstance(error, (InvalidValue, IdReused)) and id(given[0]) not in substitutes:
             if isinstance(error, IdReused):
                 _logger.warning("a span of rollout %s gets another id: %s", given[0].rollout_id, error)
             other = _renamed(given[0]) if isinstance(error, IdReused) else _stub(given[0], error)
-            try:
-                await store.add_many_spans([other])
-                return
-            except AgentLightningError as again:
-                if not is_refusal(again):
-                    raise
+            substitutes[id(other)] = other
+            return [other]
         lost += len(given)
         _logger.error(
             "the store refuses %d span(s) of rollout %s, attempt %s, which are lost; the first is %r: %s",
@@ -329,8 +333,12 @@ async def add_spans_apart(store: LightningStore, spans: Sequence[SpanOrPlain], r
             given[0].name,
             error,
         )
+        return ()
 
-    await send_apart(spans, store.add_many_spans, replace, attempt_of=lambda span: (span.rollout_id, span.attempt_id))
+    def attempt_of(span: SpanOrPlain) -> tuple[str, str]:
+        return span.rollout_id, span.attempt_id
+
+    await send_apart(spans, store.add_many_spans, replace, attempt_of=attempt_of, error=error)
     return lost
 
 

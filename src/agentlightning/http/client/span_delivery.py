@@ -19,7 +19,16 @@ from typing import Any
 
 import msgspec
 
-from agentlightning.errors import AgentLightningError, SpoolFull, StoreClosed, StoreUnavailable, StoreUnreachable
+from agentlightning.errors import (
+    AgentLightningError,
+    Conflict,
+    InvalidValue,
+    NotFound,
+    SpoolFull,
+    StoreClosed,
+    StoreUnavailable,
+    StoreUnreachable,
+)
 from agentlightning.http.client.calls import Caller, plan_of
 from agentlightning.http.client.health import SpoolReport
 from agentlightning.http.client.spool import Batch, Spool, SpoolFolder
@@ -98,6 +107,10 @@ class SpanDelivery:
                         request = self._caller.with_body(plan, _body(chunk))._replace(**self._limits)
                         issued += plan.result(await self._caller.send(request))
                     break
+                except (InvalidValue, NotFound, Conflict) as error:
+                    sent = len(issued)
+                    error.refused_spans = [each._replace(place=sent + each.place) for each in error.refused_spans]
+                    raise
                 except StoreUnavailable as error:
                     if self._folder is None:
                         raise
@@ -278,10 +291,10 @@ class SpanDelivery:
         suspects = Counter[bytes]()
         """How often each span alone made the server fail."""
 
-        async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> None:
+        async def put_away(spans: Sequence[bytes], error: AgentLightningError) -> Sequence[bytes]:
             if is_refusal(error):
                 refused.extend((span, error) for span in spans)
-                return
+                return ()
             [span] = spans
             while not is_refusal(error):  # it may have been the server: try it here, before what comes behind it
                 suspects[span] += 1
@@ -290,12 +303,13 @@ class SpanDelivery:
                 await asyncio.sleep(_PAUSES[min(suspects[span], len(_PAUSES)) - 1])
                 try:
                     await self._send_waiting(spans)
-                    return
+                    return ()
                 except AgentLightningError as again:
                     if not _may_be_refusal(again):
                         raise
                     error = again
             refused.append((span, error))
+            return ()
 
         while True:
             refused.clear()

@@ -15,14 +15,15 @@ from urllib.parse import parse_qsl
 import msgspec
 from pydantic import TypeAdapter, ValidationError
 
-from agentlightning.errors import InvalidId, InvalidValue, NotJson
+from agentlightning.errors import InvalidId, InvalidValue, NotJson, RefusedSpan
 from agentlightning.http.codec import decode_strict
 from agentlightning.http.routes import DIALECTS, LONGEST_WAIT_SECONDS, ROUTES, Dialect, Route
-from agentlightning.http.server.span_intake import drafts_of, plain_report
+from agentlightning.http.server.span_intake import check_span, drafts_of, plain_report
 from agentlightning.http.signatures import arguments_of
 from agentlightning.store.arguments import check_batch, draft_of, encode_ahead, span_drafts
 from agentlightning.store.operations.rollouts import Draft
 from agentlightning.store.operations.spans import SpanDraft
+from agentlightning.store.refusals import find_refused
 from agentlightning.store.validation import check_json_size
 
 _MESSAGE_BYTES = 300
@@ -114,8 +115,11 @@ class Intake:
                     arguments["spans"] = spans
                 else:
                     self._add_body(arguments, decode_strict(raw))
-            except ValidationError as error:
-                raise _invalid(error, "body") from error
+            except (InvalidValue, ValidationError) as error:
+                refused = _invalid(error, "body") if isinstance(error, ValidationError) else error
+                if self.route.sends_sequence_ids:
+                    refused.refused_spans = _name_refused(raw)
+                raise refused from None
         if self.route.method == "dequeue_many_rollouts" and self.dialect.empty_limit_is_empty:
             arguments["limit"] = max(arguments.get("limit", 1), 0)
         if self.route.is_query:
@@ -235,6 +239,27 @@ _KINDS: Mapping[str, type[InvalidValue]] = {
     **dict.fromkeys(("metadata", "heartbeat_stats", "registration"), NotJson),
 }
 """What is wrong with a field of a wrong type, where it is more than a bad value."""
+
+
+def _name_refused(raw: bytes) -> Sequence[RefusedSpan]:
+    """Which spans of a list are not valid; none if the body is no list of spans at all."""
+    try:
+        spans: Any = decode_strict(raw)["spans"]
+        check_batch(spans, "spans")
+    except (InvalidValue, LookupError, TypeError):
+        return ()
+    return find_refused(cast("Sequence[Any]", spans), _check_span, _id_of_span)
+
+
+def _check_span(span: Any) -> None:
+    try:
+        check_span(span)
+    except ValidationError as error:
+        raise _invalid(error, "span") from None
+
+
+def _id_of_span(span: Any) -> object:
+    return cast("dict[str, Any]", span).get("span_id") if type(span) is dict else None
 
 
 def _invalid(error: ValidationError, where: str) -> InvalidValue:

@@ -91,8 +91,9 @@ async def _store(store: LightningStore, taken: Sequence[TakenIn]) -> list[str]:
     reasons = [reason for each in taken for reason in each.refused]
     drafts = [draft for each in taken for draft in each.drafts]
 
-    async def note(refused: Sequence[SpanDraft], error: AgentLightningError) -> None:
+    async def note(refused: Sequence[SpanDraft], error: AgentLightningError) -> Sequence[SpanDraft]:
         reasons.extend(f"span {span.span_id}: {error.message[:200]}" for span in refused)
+        return ()
 
     async def send_records(some: Sequence[SpanDraft]) -> object:
         return await store.add_many_spans([_record(each) for each in some])

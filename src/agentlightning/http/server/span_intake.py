@@ -71,6 +71,12 @@ def drafts_of(raw: bytes, *, many: bool) -> list[SpanDraft]:
     return span_drafts([Span.model_validate(decoded)])
 
 
+def check_span(decoded: Any) -> None:
+    """Look at one span of a request, as decoded from JSON. Raises as ``drafts_of``."""
+    _check_large(decoded)
+    span_drafts([Span.model_validate(decoded)])
+
+
 def plain_drafts(raw: bytes, *, many: bool) -> list[SpanDraft] | None:
     """As ``drafts_of``, if all spans are plain and the JSON is strict; else None, and pydantic decides."""
     body = _read_plain(raw, _decode_body if many else _decode_span)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from agentlightning.errors import IdReused
+from agentlightning.errors import IdReused, NotFound, RefusedSpan
 from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.deadlines import attempt_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import SpanValues, Transaction
 from agentlightning.store.operations.rows import attempt_of, load_rollout, save
+from agentlightning.store.refusals import refusal_of
 from agentlightning.store.span_json import same_body
 
 
@@ -39,6 +40,7 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
     Raises:
         NotFound: a rollout or attempt is unknown.
         IdReused: a ``span_id`` exists already, for a span with other content.
+            Both name all spans that are refused.
     """
     first = drafts[0]
     of_one = len(drafts) == 1 or all(draft[0] == first[0] and draft[1] == first[1] for draft in drafts)
@@ -48,10 +50,20 @@ async def add_spans(tx: Transaction, drafts: Sequence[SpanDraft]) -> list[int]:
     for position, draft in enumerate(drafts):
         by_attempt.setdefault((draft.rollout_id, draft.attempt_id), []).append(position)
     issued = [0] * len(drafts)
+    refused: list[RefusedSpan] = []
     for (rollout_id, attempt_id), positions in by_attempt.items():
-        of_attempt = await _add_spans_of(tx, rollout_id, attempt_id, [drafts[i] for i in positions])
+        try:
+            of_attempt = await _add_spans_of(tx, rollout_id, attempt_id, [drafts[i] for i in positions])
+        except NotFound as error:
+            refused += [RefusedSpan(position, drafts[position].span_id, error) for position in positions]
+            continue
+        except IdReused as error:
+            refused += [each._replace(place=positions[each.place]) for each in error.refused_spans]
+            continue
         for position, sequence_id in zip(positions, of_attempt, strict=True):
             issued[position] = sequence_id
+    if refused:
+        raise refusal_of(refused)
     return issued
 
 
@@ -68,7 +80,7 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
     A given sequence id is kept and pushes the counter of the attempt up.
 
     Raises:
-        IdReused: a ``span_id`` exists already, for a span with other content.
+        IdReused: a ``span_id`` exists already, for a span with other content. All such spans are named.
 
     Returns:
         The ``sequence_id`` of each as in ``add_spans``, and the attempt's ``span_sequence`` after them.
@@ -87,7 +99,7 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
         spans.append((attempt.seq, number, not given, span_id, body))
     fresh = await tx.insert_spans(spans)
     if not all(fresh):
-        await _check_repeats(tx, attempt, [draft for draft, new in zip(drafts, fresh, strict=True) if not new])
+        await _check_repeats(tx, attempt, drafts, fresh)
         numbers = [number if new else 0 for number, new in zip(numbers, fresh, strict=True)]
         size = sum([len(draft.body) for draft, new in zip(drafts, fresh, strict=True) if new])
     stored = sum(fresh)
@@ -97,14 +109,25 @@ async def insert_spans(tx: Transaction, attempt: AttemptRow, drafts: Sequence[Sp
     return numbers, counter
 
 
-async def _check_repeats(tx: Transaction, attempt: AttemptRow, repeats: Sequence[SpanDraft]) -> None:
-    stored = await tx.span_bodies(attempt, [draft.span_id for draft in repeats])
-    for draft in repeats:
-        if not same_body(stored[draft.span_id], draft.body):
-            raise IdReused(
-                f"span {draft.span_id!r} exists in attempt {attempt.attempt_id!r} with other content; give each span "
-                "an id of its own (does the program seed the generator that its span ids come from?)"
-            )
+async def _check_repeats(
+    tx: Transaction, attempt: AttemptRow, drafts: Sequence[SpanDraft], fresh: Sequence[bool]
+) -> None:
+    repeats = [(place, draft) for place, (draft, new) in enumerate(zip(drafts, fresh, strict=True)) if not new]
+    stored = await tx.span_bodies(attempt, [draft.span_id for _, draft in repeats])
+    refused = [
+        RefusedSpan(place, draft.span_id, _id_reused(attempt, draft.span_id))
+        for place, draft in repeats
+        if not same_body(stored[draft.span_id], draft.body)
+    ]
+    if refused:
+        raise refusal_of(refused)
+
+
+def _id_reused(attempt: AttemptRow, span_id: str) -> IdReused:
+    return IdReused(
+        f"span {span_id!r} exists in attempt {attempt.attempt_id!r} with other content; give each span an id of its "
+        "own (does the program seed the generator that its span ids come from?)"
+    )
 
 
 async def issue_sequence_ids(tx: Transaction, wanted: Sequence[tuple[str, str]]) -> list[int]:

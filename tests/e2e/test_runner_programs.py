@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,3 +202,67 @@ def test_the_harness_sees_what_is_alive(tmp_path: Path) -> None:
 def test_an_empty_command_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         agl.ProgramAgent("  ")
+
+
+# --- A place of its own for each attempt -------------------------------------------------------------
+
+_SHOW = """python3 -c '
+import json, os
+left = {name: os.path.exists(os.path.join(folder, "left")) for name, folder in
+        (("home", os.environ["HOME"]), ("tmp", os.environ.get("TMPDIR", "/")), ("cwd", "."))}
+for folder in (os.environ["HOME"], os.environ.get("TMPDIR"), "."):
+    if folder: open(os.path.join(folder, "left"), "w").close()
+print(json.dumps([left, os.getcwd(), dict(os.environ)]))'"""
+
+
+async def shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **agent: Any) -> tuple[dict[str, bool], str, Any]:
+    """What the second of two attempts finds: what the first one left, its folder, its environment."""
+    for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setenv(name, str(folder))
+    monkeypatch.setenv("A_SECRET", "1")
+    monkeypatch.setenv("WANTED", "2")
+    await ran(_SHOW, cwd=str(tmp_path), **agent)
+    done = await ran(_SHOW, cwd=str(tmp_path), **agent)
+    return tuple(json.loads(done.stdout))
+
+
+async def test_nothing_of_an_earlier_attempt_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    left, cwd, env = await shown(monkeypatch, tmp_path, fresh_cwd=True, fresh_home=True)
+    assert left == {"home": False, "tmp": False, "cwd": False}
+    assert "XDG_CACHE_HOME" not in env
+    assert env["AGL_AGENT_FOLDER"] == str(tmp_path)
+    assert not any(Path(each).exists() for each in (cwd, env["HOME"], env["TMPDIR"]))
+
+
+async def test_by_default_everything_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Negative control."""
+    left, cwd, env = await shown(monkeypatch, tmp_path)
+    assert left == {"home": True, "tmp": True, "cwd": True}
+    assert cwd == str(tmp_path)
+    assert {"XDG_CACHE_HOME", "A_SECRET", "WANTED"} <= env.keys()
+
+
+async def test_only_declared_variables_are_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, _, env = await shown(monkeypatch, tmp_path, pass_env=["WANTED"], env={"OURS": "3"})
+    assert (env["WANTED"], env["OURS"]) == ("2", "3")
+    assert os.environ["PATH"] in env["PATH"]  # a wrapper of the interpreter may have added to it
+    assert "A_SECRET" not in env
+    assert {"AGL_TASK", "AGL_REWARD_URL", "AGL_ROLLOUT_ID", "HOME"} <= env.keys()
+
+
+async def test_opentelemetry_finds_the_attempt_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=mine,agentlightning.rollout_id=wrong")
+    program = (
+        "from opentelemetry.sdk.resources import Resource; import json, os; "
+        "print(json.dumps([dict(Resource.create().attributes), os.environ['AGL_ROLLOUT_ID'], "
+        "os.environ['AGL_ATTEMPT_ID']]))"
+    )
+    done = await ran([sys.executable, "-c", program])
+    attributes, rollout_id, attempt_id = json.loads(done.stdout)
+    assert attributes["agentlightning.rollout_id"] == rollout_id
+    assert attributes["agentlightning.attempt_id"] == attempt_id
+    assert attributes["service.name"] == "mine"

@@ -242,6 +242,11 @@ def runner(
         str | None, typer.Argument(metavar="MODULE:AGENT", help="An agent: my.module:agent or agent.py:agent.")
     ] = None,
     exec_: Annotated[str | None, _what("--exec", metavar="COMMAND", help="Any program as the agent instead.")] = None,
+    fresh_cwd: Annotated[bool, _what("--fresh-cwd", help="An empty working directory for each attempt.")] = False,
+    fresh_home: Annotated[bool, _what("--fresh-home", help="A HOME and TMPDIR of its own for each attempt.")] = False,
+    pass_env: Annotated[
+        list[str] | None, _what(metavar="NAME", help="Pass on only this variable, and the basic ones; again for more.")
+    ] = None,
     n: Annotated[int, _how("--n", "-n", min=1, help="Runner processes on this machine.")] = 1,
     run_id: Annotated[str | None, _whom(envvar="AGL_RUN_ID", help="Work for this run only; refuse others.")] = None,
     wait: Annotated[float, _whom(min=0, help="Seconds to wait for a server that is not up.")] = 300.0,
@@ -271,7 +276,10 @@ def runner(
     if not isinstance(target, Server):
         raise InvalidValue(f"--url {target} is a file; runners need a server: agl store --db {target}")
     setup_logging(log_level)
-    bundle = RunAgent(agent, exec_, str(Path.cwd()), settings.settings())
+    isolation = {"fresh_cwd": fresh_cwd, "fresh_home": fresh_home, "pass_env": pass_env or None}
+    if exec_ is None and any(isolation.values()):
+        raise typer.BadParameter("--fresh-cwd, --fresh-home and --pass-env are for programs; give --exec COMMAND")
+    bundle = RunAgent(agent, exec_, str(Path.cwd()), settings.settings(), isolation)
     bundle.make()  # what is wrong with it shall be said here, not by each process
     ClientServerExecutionStrategy(
         role="runner",

@@ -8,7 +8,9 @@ A program is started anew for each rollout, and finds in its environment
 - ``OPENAI_BASE_URL``, ``OPENAI_API_KEY``, ``AGL_MODEL``, if there is a model among the resources, so that an OpenAI
   client with default settings calls that model, through the proxy where there is one;
 - ``AGL_PROMPT_TEMPLATE``, if there is a template; ``AGL_RESOURCES_FILE``: all resources as JSON, without keys;
-- ``AGL_REWARD_URL`` and ``AGL_REWARD_FILE``: where to report the reward.
+- ``AGL_REWARD_URL`` and ``AGL_REWARD_FILE``: where to report the reward;
+- ``OTEL_RESOURCE_ATTRIBUTES`` with the ids of rollout and attempt, by which a server finds the attempt of its spans;
+- ``AGL_AGENT_FOLDER``: the folder in which it runs, or would if it had no fresh one.
 
 It reports its reward by a POST to the URL (any number of times; the last one counts), or by writing it to the file, or
 else in the last line of its standard output, if that is a number or JSON as in `read_reward`. Without any of these
@@ -35,6 +37,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
 from aiohttp import web
 
@@ -45,6 +48,7 @@ from agentlightning.litagent.litagent import LitAgent, rollout as rollout_agent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import StopEvent
 from agentlightning.runner.process_group import ProgramOutput, run_group
+from agentlightning.semconv import LightningResourceAttributes
 from agentlightning.store.base import LightningStore
 from agentlightning.tracer.otel import OtelTracer
 from agentlightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplate, ProxyLLM, Rollout
@@ -56,6 +60,9 @@ _VARIABLE_BYTES = 120 * 1024
 """Linux limits one variable to 128 KiB (MAX_ARG_STRLEN), its name included."""
 _PRIVATE = ("AGL_API_KEY", "AGL_PROXY_CONTROL_KEY", "AGL_WORKER_NAME")
 """Variables of the runner that the program must not see. It does not see a key inside ``AGL_SERVER_URL`` either."""
+_BASIC = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TERM|TZ|LANG|LANGUAGE|LC_\w+|AGL_RUN_MARK")
+"""Variables that a program needs to work at all, and that by which a run finds its processes."""
+_XDG_HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 _STDERR_SHOWN = 500
 _REWARD_BYTES = 64 * 1024
 _NOT_FINITE = re.compile(r"\A\s*[+-]?(nan|inf(inity)?)\s*\Z", re.IGNORECASE)
@@ -72,6 +79,11 @@ class ProgramAgent(LitAgent[Any]):
         command: a line for ``/bin/sh``, or a program and its arguments.
         env: variables added to those of this process and to those above.
         cwd: its working directory; default: that of this process.
+        fresh_cwd: whether each attempt gets an empty working directory, which is removed after it.
+        fresh_home: whether each attempt gets a ``HOME`` and a ``TMPDIR`` of its own, so that no cache of an earlier one
+            is found. The variables ``XDG_*_HOME``, which lead elsewhere, are not passed on then.
+        pass_env: which variables of this process it sees besides those above and the basic ones (``PATH``, ``HOME``,
+            ``USER``, ``SHELL``, ``TMPDIR``, language and time zone); default: all of them.
         stop_seconds: how long it may take to stop on SIGTERM, before SIGKILL.
         output_bytes: how much to keep of what it writes to each of its two outputs: the beginning and the end.
 
@@ -85,6 +97,9 @@ class ProgramAgent(LitAgent[Any]):
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        fresh_cwd: bool = False,
+        fresh_home: bool = False,
+        pass_env: Sequence[str] | None = None,
         stop_seconds: float = 3.0,
         output_bytes: int = 64 * 1024,
     ) -> None:
@@ -95,6 +110,8 @@ class ProgramAgent(LitAgent[Any]):
             raise InvalidValue("the command is empty; give a program and its arguments")
         self._env = dict(env or {})
         self._cwd = cwd
+        self._fresh_cwd, self._fresh_home = fresh_cwd, fresh_home
+        self._pass_env = None if pass_env is None else frozenset(pass_env)
         self._stop_seconds = stop_seconds
         self._output_bytes = output_bytes
 
@@ -113,14 +130,17 @@ class ProgramAgent(LitAgent[Any]):
             context.run(emit_reward, **reward)
             rewards.append(reward)
 
-        with tempfile.TemporaryDirectory(prefix="agl-") as folder, operation(name="program", command=self._shown) as op:
+        with (
+            tempfile.TemporaryDirectory(prefix="agl-", ignore_cleanup_errors=True) as folder,
+            operation(name="program", command=self._shown) as op,
+        ):
             stdout, stderr = ProgramOutput(self._output_bytes), ProgramOutput(self._output_bytes)
             async with _reward_server(take) as url:
-                env = _environment(task, resources, rollout, Path(folder)) | {"AGL_REWARD_URL": url} | self._env
+                places, cwd = self._places(Path(folder))
+                env = _environment(task, resources, rollout, Path(folder), self._inherited())
+                env |= places | {"AGL_REWARD_URL": url} | self._env
                 try:
-                    code = await run_group(
-                        self._command, env, self._cwd, stdout, stderr, stop_seconds=self._stop_seconds
-                    )
+                    code = await run_group(self._command, env, cwd, stdout, stderr, stop_seconds=self._stop_seconds)
                 finally:  # output is kept also when the attempt is given up
                     _emit_output("stdout", stdout)
                     _emit_output("stderr", stderr)
@@ -133,25 +153,50 @@ class ProgramAgent(LitAgent[Any]):
             if reward is not None:
                 emit_reward(**reward)
 
+    def _inherited(self) -> dict[str, str]:
+        """What it sees of the environment of this process."""
+        hidden = {*_PRIVATE, *(_XDG_HOMES if self._fresh_home else ())}
+        env = {name: value for name, value in os.environ.items() if name not in hidden}
+        if "@" in env.get("AGL_SERVER_URL", ""):
+            del env["AGL_SERVER_URL"]
+        if self._pass_env is None:
+            return env
+        return {name: value for name, value in env.items() if name in self._pass_env or _BASIC.fullmatch(name)}
+
+    def _places(self, folder: Path) -> tuple[dict[str, str], str | None]:
+        """The variables that name its own folders, which are made below ``folder``, and its working directory."""
+        places, cwd = {"AGL_AGENT_FOLDER": self._cwd or os.getcwd()}, self._cwd
+        wanted = (("HOME", self._fresh_home), ("TMPDIR", self._fresh_home), ("PWD", self._fresh_cwd))
+        for name in (each for each, wants in wanted if wants):
+            places[name] = str(folder / name.lower())
+            os.mkdir(places[name], 0o700)
+        return places, places.get("PWD", cwd)
+
 
 # --- The program's environment -----------------------------------------------------------------------
 
 
-def _environment(task: Any, resources: NamedResources, rollout: Rollout, folder: Path) -> dict[str, str]:
-    """The whole environment of the program; writes the files that it names."""
+def _environment(
+    task: Any, resources: NamedResources, rollout: Rollout, folder: Path, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """What is inherited, and the variables that tell the program of its task; writes the files that they name."""
     as_json = json.dumps(task, ensure_ascii=False)
     (folder / "task.json").write_text(as_json, encoding="utf-8")
     public = {name: each.model_dump(mode="json", exclude={"api_key"}) for name, each in resources.items()}
     (folder / "resources.json").write_text(json.dumps(public, ensure_ascii=False), encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
-    if "@" in env.get("AGL_SERVER_URL", ""):
-        del env["AGL_SERVER_URL"]
-    env |= {
+    attempt_id = rollout.attempt.attempt_id if isinstance(rollout, AttemptedRollout) else ""
+    names = LightningResourceAttributes.ROLLOUT_ID.value, LightningResourceAttributes.ATTEMPT_ID.value
+    attributes = [f"{names[0]}={quote(rollout.rollout_id)}", f"{names[1]}={quote(attempt_id)}"]
+    if known := inherited.get("OTEL_RESOURCE_ATTRIBUTES"):  # of the user's; ours come last and win
+        attributes.insert(0, known)
+    env = {
+        **inherited,
+        "OTEL_RESOURCE_ATTRIBUTES": ",".join(attributes),
         "AGL_TASK_FILE": str(folder / "task.json"),
         "AGL_RESOURCES_FILE": str(folder / "resources.json"),
         "AGL_REWARD_FILE": str(folder / "reward"),
         "AGL_ROLLOUT_ID": rollout.rollout_id,
-        "AGL_ATTEMPT_ID": rollout.attempt.attempt_id if isinstance(rollout, AttemptedRollout) else "",
+        "AGL_ATTEMPT_ID": attempt_id,
         "AGL_MODE": rollout.mode or "",
     }
     text = task if isinstance(task, str) else as_json
@@ -164,7 +209,9 @@ def _environment(task: Any, resources: NamedResources, rollout: Rollout, folder:
     if llm is not None:
         if isinstance(llm, ProxyLLM) and isinstance(rollout, AttemptedRollout):
             llm = llm.with_attempted_rollout(rollout)
-        key = llm.api_key or env.get("OPENAI_API_KEY") or "none"  # OpenAI's clients refuse to start without a key
+        key = (
+            llm.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        )  # OpenAI's clients refuse to start without a key
         env |= {"OPENAI_BASE_URL": llm.get_base_url(), "OPENAI_API_KEY": key, "AGL_MODEL": llm.model}
     return env
 
@@ -257,12 +304,14 @@ class RunAgent:
         program: a line for ``/bin/sh``, see ``ProgramAgent``.
         folder: where modules and files are looked up, and where programs run.
         runner: arguments of ``LitAgentRunner``.
+        isolation: arguments of ``ProgramAgent`` besides the command and its folder.
     """
 
     agent: str | None
     program: str | None
     folder: str
     runner: dict[str, Any] = field(default_factory=dict[str, Any])
+    isolation: dict[str, Any] = field(default_factory=dict[str, Any])
     made: LitAgent[Any] | None = field(default=None, init=False)
 
     async def __call__(self, store: LightningStore, worker_id: int, event: StopEvent) -> None:
@@ -283,7 +332,7 @@ class RunAgent:
             InvalidValue: neither an agent nor a program is given, or there is no such agent.
         """
         if self.program is not None:
-            return ProgramAgent(self.program, cwd=self.folder)
+            return ProgramAgent(self.program, cwd=self.folder, **self.isolation)
         if self.agent is None:
             raise InvalidValue("neither an agent nor a program is given; give one")
         return load_agent(self.agent, self.folder)

@@ -201,7 +201,7 @@ async def test_headers_can_say_for_which_attempt_a_call_is() -> None:
     async with proxied(OpenAIBackend()) as scene:
         attempt = await scene.store.get_latest_attempt(scene.rollout_id)
         headers = {"x-rollout-id": scene.rollout_id, "x-attempt-id": attempt.attempt_id if attempt else ""}
-        async with AsyncOpenAI(base_url=scene.proxy.url, api_key="any", default_headers=headers) as agent:
+        async with AsyncOpenAI(base_url=scene.proxy.url, api_key=scene.proxy.api_key, default_headers=headers) as agent:
             await agent.chat.completions.create(model="policy", messages=MESSAGES)
         assert (await scene.only_span()).name == "chat policy"
 

@@ -107,7 +107,8 @@ async def test_replies_are_kept_for_their_attempt_alone() -> None:
         assert (await agent.responses.retrieve(first.id)).output_text == SAID
         items: list[Any] = [item async for item in agent.responses.input_items.list(second.id)]
         assert [item.role for item in items] == ["user", "assistant", "user"]
-        async with AsyncOpenAI(base_url=f"{scene.proxy.url}/v1", api_key="any", max_retries=0) as stranger:
+        key = scene.proxy.api_key
+        async with AsyncOpenAI(base_url=f"{scene.proxy.url}/v1", api_key=key, max_retries=0) as stranger:
             with pytest.raises(openai.NotFoundError):
                 await stranger.responses.retrieve(first.id)
         await agent.responses.delete(first.id)

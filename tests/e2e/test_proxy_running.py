@@ -425,7 +425,7 @@ async def test_a_request_that_does_not_arrive_is_sent_away(
     sent: bytes, seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _bound(monkeypatch, header_seconds=seconds, body_seconds=seconds)
-    async with proxied(OpenAIBackend()) as scene:
+    async with proxied(OpenAIBackend(), api_key="") as scene:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(scene.proxy))
         writer.write(sent)
         async with asyncio.timeout(WAIT_SECONDS):
@@ -462,7 +462,7 @@ def port_of(proxy: LLMProxy) -> int:
 
 
 async def test_urls_that_are_not_served_say_what_is() -> None:
-    async with proxied(OpenAIBackend()) as scene, aiohttp.ClientSession() as session:
+    async with proxied(OpenAIBackend(), api_key="") as scene, aiohttp.ClientSession() as session:
         for method, path, status in (("POST", "/v1/responses", 404), ("GET", "/v1/chat/completions", 405)):
             async with session.request(method, scene.proxy.url + path) as response:
                 assert response.status == status
@@ -667,7 +667,7 @@ async def test_a_proxy_that_others_can_reach_always_has_a_key() -> None:
 @pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}])
 async def test_a_web_page_cannot_call_a_proxy_without_a_key(headers: dict[str, str]) -> None:
     backend = OpenAIBackend()
-    async with proxied(backend) as scene, aiohttp.ClientSession(headers=headers) as browser:
+    async with proxied(backend, api_key="") as scene, aiohttp.ClientSession(headers=headers) as browser:
         question = json.dumps({"model": "policy", "messages": MESSAGES})
         async with browser.post(f"{scene.llm.endpoint}/chat/completions", data=question) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (403, "forbidden_origin")
@@ -682,7 +682,7 @@ async def test_resources_for_agents() -> None:
         {"model_name": name, "litellm_params": {"model": "openai/any", "api_base": "http://127.0.0.1:9/v1"}}
         for name in ("policy", "policy", "judge")
     ]
-    proxy = LLMProxy(port=4321, model_list=entries[:2])
+    proxy = LLMProxy(port=4321, model_list=entries[:2], api_key="key-of-the-user")
     resource = proxy.as_resource(sampling_parameters={"temperature": 0})
     assert type(resource) is ProxyLLM
     assert (resource.model, resource.sampling_parameters) == ("policy", {"temperature": 0})

@@ -101,7 +101,7 @@ def nothing_is_left() -> Generator[None]:
 @pytest.fixture
 def model() -> Generator[str]:
     """The URL of a model that outlives all runs."""
-    endpoint = PolicyEndpoint(agl.SoftmaxPolicy(VOCABULARY))
+    endpoint = PolicyEndpoint(agl.SoftmaxPolicy(VOCABULARY), api_key="")
     asyncio.run(endpoint.start())
     yield endpoint.url
     asyncio.run(endpoint.stop())

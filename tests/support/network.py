@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = ["Network", "network"]
 
@@ -25,6 +27,13 @@ class Network:
     def inside(self, client: int | None) -> tuple[str, ...]:
         """Words before a command that is to run with a client, or with the server (None)."""
         return ("ip", "netns", "exec", self._space(client))
+
+    def name_server(self, name: str) -> None:
+        """Let the clients know the server by a name."""
+        for client in range(self.clients):
+            folder = Path("/etc/netns", self._space(client))  # `ip netns exec` puts what is in it over /etc
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{self.server_address} {name}\n", encoding="utf-8")
 
     def cut(self, client: int) -> None:
         """Pull a client's cable: from now on nothing gets through, and nobody is told."""
@@ -48,10 +57,12 @@ class Network:
             _ip("-n", server, "link", "set", f"v{client}", "master", "switch", "up")
             _ip("-n", space, "addr", "add", f"10.77.0.{client + 10}/24", "dev", "net")
             _ip("-n", space, "link", "set", "net", "up")
+            _ip("-n", space, "link", "set", "lo", "up")
 
     def remove(self) -> None:
         for client in [None, *range(self.clients)]:
             subprocess.run(["ip", "netns", "delete", self._space(client)], check=False, capture_output=True)
+            shutil.rmtree(Path("/etc/netns", self._space(client)), ignore_errors=True)
 
     def _space(self, client: int | None) -> str:
         return f"{self._name}-{'s' if client is None else client}"

@@ -136,6 +136,8 @@ def check_command(words: list[str]) -> None:
         check_usage(arguments)
         return
     if program in (".venv/bin/python", "python"):
+        if arguments == ["train.py"]:  # README's program, which `test_readme_two_machines.py` runs by these commands
+            return
         assert len(arguments) == 1, f"{shlex.join(words)}: only examples without arguments are run by a test"
         assert ROOT / arguments[0] in EXAMPLES, f"{shlex.join(words)}: not an example that a test runs"
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlia
 from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
 from agentlightning.algorithm.run import Run
 from agentlightning.errors import InvalidValue
+from agentlightning.security.tls import Serving
 from agentlightning.store.base import LightningStore
 from agentlightning.types import Dataset, ResourceUnion, RolloutConfig
 
@@ -48,6 +49,7 @@ class Algorithm:
     _run: Run | None = None
     _reporter: Reporter | None = None
     _client: Any = None
+    _served_at: Serving | None = None
 
     def is_async(self) -> bool:
         """Whether `run` is a coroutine function."""
@@ -87,6 +89,19 @@ class Algorithm:
     def get_llm_proxy(self) -> ModelProxy | None:
         """Return the proxy, if there is one."""
         return self._llm_proxy
+
+    def set_serving(self, serving: Serving | None) -> None:
+        """Set where the run serves its store, for models that agents have to reach, too. None: on this machine only."""
+        self._served_at = serving
+
+    def get_serving(self) -> Serving | None:
+        """Return where the run serves its store, if other machines can reach it."""
+        return self._served_at
+
+    def why_no_guests(self) -> str | None:
+        """Return why agents on other machines cannot reach the models of this algorithm, if it serves some without an
+        LLM proxy, and what to do about it. None, the default: nothing is in their way."""
+        return None
 
     def set_adapter(self, adapter: TraceAdapter[Any]) -> None:
         """Set the adapter, which turns spans into training examples."""

@@ -27,6 +27,7 @@ from agentlightning.algorithm.model_proxy import ModelProxy, running_proxy
 from agentlightning.algorithm.policy import ModelEndpoint, Policy, PolicyBatch, PolicyUpdate
 from agentlightning.algorithm.resume import reassign_unfinished
 from agentlightning.errors import InvalidValue, NothingToLearn
+from agentlightning.security.hosts import is_loopback
 from agentlightning.types import LLM, Dataset, RolloutMode
 
 _logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
         on_failure: OnFailure = "drop_member",
         imposed_sampling: Mapping[str, float | None] | None = TRAIN_SAMPLING,
         model: str = "policy",
-        endpoint_host: str = "127.0.0.1",
+        endpoint_host: str | None = None,
         endpoint_port: int = 0,
     ) -> None:
         if not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
@@ -315,9 +316,8 @@ class GRPO(Algorithm, Generic[PolicyT]):
         begin = resumed_step or 0
         # With the same seed a resumed run would sample the same tokens as its first steps did.
         seed = random.Random(f"{self._seed} {begin}").getrandbits(63)
-        endpoint = self._policy.make_endpoint(
-            model=self._model, host=self._endpoint_host, port=self._endpoint_port, seed=seed
-        )
+        host, more = self._endpoint_place()
+        endpoint = self._policy.make_endpoint(model=self._model, host=host, port=self._endpoint_port, seed=seed, **more)
         await endpoint.start()
         try:
             async with self._behind_proxy(endpoint) as proxy:
@@ -331,6 +331,24 @@ class GRPO(Algorithm, Generic[PolicyT]):
         finally:
             await endpoint.stop()
 
+    def _endpoint_place(self) -> tuple[str, dict[str, Any]]:
+        """The host of the policy's endpoint, and further arguments for it. Where agents call it themselves, it is
+        served as the store is; behind a proxy only the proxy has to reach it."""
+        serving = None if self.get_llm_proxy() is not None else self.get_serving()
+        host = self._endpoint_host or ("127.0.0.1" if serving is None else serving.host)
+        tls = None if serving is None or is_loopback(host) else serving.tls
+        return host, {} if tls is None else {"tls": tls}
+
+    def why_no_guests(self) -> str | None:
+        """Why agents on other machines cannot reach the policy, if they are to call it without a proxy."""
+        host, _ = self._endpoint_place()
+        if not is_loopback(host):
+            return None
+        return (
+            f"the policy is served at {host}, which leads every machine to itself. Leave out endpoint_host= of GRPO, "
+            "and it is served where the store is; or give the Trainer an llm_proxy"
+        )
+
     @asynccontextmanager
     async def _behind_proxy(self, endpoint: ModelEndpoint) -> AsyncGenerator[ModelProxy | None]:
         """Make the proxy forward to the endpoint inside the block; its list of models is restored after."""
@@ -340,7 +358,7 @@ class GRPO(Algorithm, Generic[PolicyT]):
             return
         before = list(proxy.model_list)
         others = [entry for entry in before if entry["model_name"] != self._model]
-        backend = {"model": f"openai/{self._model}", "api_base": endpoint.url, "api_key": "not-needed"}
+        backend = {"model": f"openai/{self._model}", "api_base": endpoint.url, "api_key": _key_of(endpoint)}
         proxy.update_model_list([*others, {"model_name": self._model, "litellm_params": backend}])
         proxy.impose_sampling(self._imposed_sampling or {}, self._model)
         try:
@@ -353,7 +371,8 @@ class GRPO(Algorithm, Generic[PolicyT]):
     def _llm(self, endpoint: ModelEndpoint, proxy: ModelProxy | None, temperature: float) -> LLM:
         sampling = {"temperature": temperature}
         if proxy is None:
-            return LLM(endpoint=endpoint.url, model=self._model, api_key="not-needed", sampling_parameters=sampling)
+            key = _key_of(endpoint)
+            return LLM(endpoint=endpoint.url, model=self._model, api_key=key, sampling_parameters=sampling)
         return proxy.as_resource(model=self._model, sampling_parameters=sampling)
 
     def _set_version(self, updates: int, endpoint: ModelEndpoint, proxy: ModelProxy | None) -> None:
@@ -393,6 +412,11 @@ class GRPO(Algorithm, Generic[PolicyT]):
             state = self._policy.save_state(folder)
             learned = {"compared": self._compared, "had_spread": self._had_spread}
             run.save_checkpoint({"step": step, "settings": self._settings(), "state": state, **learned})
+
+
+def _key_of(endpoint: ModelEndpoint) -> str:
+    """The key of an endpoint. OpenAI's clients refuse to start without any."""
+    return getattr(endpoint, "api_key", None) or "not-needed"
 
 
 def _causes_of(step: StepGroups) -> str:

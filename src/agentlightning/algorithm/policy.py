@@ -85,7 +85,10 @@ class PolicyBatch:
 
 
 class ModelEndpoint(Protocol):
-    """A server of the OpenAI protocol that answers with the policy's present weights."""
+    """A server of the OpenAI protocol that answers with the policy's present weights.
+
+    If it asks for a key, it has that as the attribute ``api_key``.
+    """
 
     version: str
     """Number of updates behind the weights that answer. `GRPO` sets it after each update; replies should carry it."""
@@ -121,6 +124,9 @@ class Policy(Protocol):
             host: address to listen on. For a server that runs elsewhere it may be ignored.
             port: 0 takes a free one.
             seed: of the sampling.
+
+        Where agents are to reach it by HTTPS there is one more argument: ``tls``, an
+        `agentlightning.security.tls.TlsFiles`.
         """
         ...
 

@@ -38,6 +38,7 @@ from agentlightning.http.client.cache import default_folder
 from agentlightning.security.hosts import is_loopback
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.types import LLM, ResourcesUpdate
+from agentlightning.types.endpoints import without_key
 from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ def _check_models(resources: ResourcesUpdate | None) -> Iterator[Finding]:
             yield Finding(
                 "model_unreachable",
                 "warning",
-                f"Nobody answers at {endpoint}, where the resource {name!r} says that its model is "
+                f"Nobody answers at {without_key(endpoint)}, where the resource {name!r} says that its model is "
                 f"({getattr(error, 'strerror', None) or error}).",
                 "Start it, or the LLM proxy; all is well if only the runners' machines can reach it.",
             )

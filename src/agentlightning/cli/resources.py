@@ -191,10 +191,14 @@ def _unknown(resources_id: str) -> NotFound:
 
 
 def _record(update: ResourcesUpdate, show_keys: bool) -> dict[str, Any]:
+    from agentlightning.types.endpoints import without_key
+
     record: dict[str, Any] = plain(update)
-    for resource in record["resources"].values():
-        if resource.get(_SECRET) is not None and not show_keys:
+    for resource in () if show_keys else record["resources"].values():
+        if resource.get(_SECRET) is not None:
             resource[_SECRET] = _HIDDEN
+        if "endpoint" in resource:
+            resource["endpoint"] = without_key(resource["endpoint"])
     return record
 
 

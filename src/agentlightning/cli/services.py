@@ -37,6 +37,18 @@ Level = Annotated[LogLevel, typer.Option(case_sensitive=False, help="The least i
 _Durability = Literal["full", "process", "none"]
 
 
+TlsCertificate = Annotated[
+    Path | None, _access(envvar="AGL_TLS_CERTIFICATE", help="Certificate chain in PEM, for HTTPS.")
+]
+TlsKey = Annotated[Path | None, _access(envvar="AGL_TLS_KEY", help="Its private key in PEM.")]
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> None:
+    """Raise ``typer.BadParameter`` if only one of the two files for HTTPS is given."""
+    if (certificate is None) != (key is None):
+        raise typer.BadParameter("for HTTPS give both --tls-cert and --tls-key, for HTTP neither")
+
+
 @dataclass(frozen=True)
 class ServerOptions(OptionGroup):
     """Where a store is served, and who may come in."""
@@ -46,8 +58,8 @@ class ServerOptions(OptionGroup):
     api_key: Annotated[str | None, _access(envvar="AGL_API_KEY", help="Secret that every request has to show.")] = None
     allowed_host: Annotated[list[str] | None, _access(help="Name under which the server is reached.")] = None
     cors_origin: Annotated[list[str] | None, _access(help="Web page that may use the server; '*': all.")] = None
-    tls_cert: Annotated[Path | None, _access(help="Certificate chain in PEM, for HTTPS.")] = None
-    tls_key: Annotated[Path | None, _access(help="Its private key in PEM.")] = None
+    tls_cert: TlsCertificate = None
+    tls_key: TlsKey = None
 
     def serve(self, store: LightningStore) -> LightningStoreServer:
         """Return a server for the store, which does not serve yet.
@@ -57,8 +69,7 @@ class ServerOptions(OptionGroup):
         """
         from agentlightning.http.server.server import LightningStoreServer
 
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise typer.BadParameter("for HTTPS give both --tls-cert and --tls-key, for HTTP neither")
+        check_tls(self.tls_cert, self.tls_key)
         return LightningStoreServer(
             store,
             self.host,
@@ -155,6 +166,8 @@ def proxy(
     control_key: Annotated[
         str | None, _serving(envvar="AGL_PROXY_CONTROL_KEY", help="Secret that opens /control (pause, resume).")
     ] = None,
+    tls_cert: TlsCertificate = None,
+    tls_key: TlsKey = None,
     log_level: Level = "info",
 ) -> None:
     """Serve models under OpenAI's protocol, and record every call of an attempt.
@@ -170,6 +183,7 @@ def proxy(
     """
     from agentlightning.proxy import LLMProxy
 
+    check_tls(tls_cert, tls_key)
     setup_logging(log_level)
     target = None if no_record else locate(url, api_key)
     served = LLMProxy(
@@ -180,6 +194,8 @@ def proxy(
         api_key=proxy_key,
         control_key=control_key,
         public_url=public_url,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
     )
 
     asyncio.run(_serve(served, target, served.api_key if proxy_key is None else None))

@@ -12,7 +12,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, cast
@@ -25,6 +25,9 @@ from starlette.routing import BaseRoute, Route
 
 from agentlightning.demo.softmax_table import SoftmaxTable, WordChoice
 from agentlightning.errors import AgentLightningError, InvalidValue, NotFound
+from agentlightning.security.hosts import EVERY_ADDRESS, outward_address, require_key, url_of
+from agentlightning.security.keys import ApiKey, new_key
+from agentlightning.security.tls import AnyPath, tls_files
 from agentlightning.serving.server import ThreadedServer, untraced_app
 
 _GRACE_SECONDS = 5
@@ -44,6 +47,11 @@ class PolicyEndpoint:
         port: 0 takes a free one.
         model: name that requests must use.
         seed: of the sampling; requests with their own ``seed`` are repeatable anyway.
+        api_key: what requests must show. Default: a new one. An empty text: nothing, which only loopback may ask for.
+        tls_certificate, tls_key: files in PEM, for HTTPS.
+
+    Raises:
+        InvalidValue: an argument is not valid.
     """
 
     def __init__(
@@ -54,6 +62,9 @@ class PolicyEndpoint:
         *,
         model: str = "policy",
         seed: int | None = None,
+        api_key: str | None = None,
+        tls_certificate: AnyPath | None = None,
+        tls_key: AnyPath | None = None,
     ) -> None:
         self.policy = policy
         self.version = "0"
@@ -62,6 +73,9 @@ class PolicyEndpoint:
         self._wanted_port = port
         self._port = port
         self._model = model
+        self._key_text = new_key() if api_key is None else api_key
+        self._key = ApiKey(self._key_text) if self._key_text else None
+        self._tls = tls_files(tls_certificate, tls_key)
         self._rng = random.Random(seed)
         self._server: ThreadedServer | None = None
 
@@ -71,9 +85,15 @@ class PolicyEndpoint:
         return self._model
 
     @property
+    def api_key(self) -> str | None:
+        """What requests must show; None: nothing."""
+        return self._key_text or None
+
+    @property
     def url(self) -> str:
         """Base URL for OpenAI's clients. Before `start` the port may be 0."""
-        return f"http://{self._host}:{self._port}/v1"
+        host = (outward_address() or "127.0.0.1") if self._host in EVERY_ADDRESS else self._host
+        return f"{url_of(host, self._port, 'http' if self._tls is None else 'https')}/v1"
 
     def is_running(self) -> bool:
         """Whether requests are answered."""
@@ -84,15 +104,18 @@ class PolicyEndpoint:
 
         Raises:
             OSError: the address cannot be listened on.
+            InvalidValue: others could reach it without a key, or the files for TLS cannot be used.
         """
         if self._server is not None:
             return
+        require_key(self._host, self._key is not None, "Leave out api_key=''")
         server = ThreadedServer(
             partial(nullcontext, self._make_app()),
             self._host,
             self._wanted_port,
             name="agentlightning-policy",
             drain_seconds=_GRACE_SECONDS,
+            tls=self._tls,
         )
         await asyncio.to_thread(server.start)
         self._port, self._server = server.port, server
@@ -106,11 +129,21 @@ class PolicyEndpoint:
     def _make_app(self) -> FastAPI:
         # Plain routes, because FastAPI's own parse requests and serialise replies at a higher cost than the answer.
         routes: list[BaseRoute] = [
-            Route("/v1/models", self._models, methods=["GET"]),
-            Route("/v1/chat/completions", partial(self._answer, _ChatRequest), methods=["POST"]),
-            Route("/v1/completions", partial(self._answer, _CompletionRequest), methods=["POST"]),
+            Route("/v1/models", partial(self._let_in, self._models), methods=["GET"]),
+            *(
+                Route(path, partial(self._let_in, partial(self._answer, kind)), methods=["POST"])
+                for path, kind in (("/v1/chat/completions", _ChatRequest), ("/v1/completions", _CompletionRequest))
+            ),
         ]
         return untraced_app(title="Agent Lightning policy", openapi_url=None, routes=routes)
+
+    async def _let_in(self, answer: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+        """Answer a request that shows the key."""
+        shown = request.headers.get("authorization")
+        if self._key is None or (shown is not None and self._key.opens(shown.encode("latin-1"))):
+            return await answer(request)
+        why = "The policy's API key is missing or wrong; use the api_key of the LLM resource."
+        return _refusal(why, "invalid_api_key", 401)
 
     async def _models(self, _: Request) -> Response:
         entry = {"id": self._model, "object": "model", "created": 0, "owned_by": "agentlightning"}
@@ -120,16 +153,21 @@ class PolicyEndpoint:
         try:
             asked = _read(kind, await request.body(), self._model)
             reply, chunks = _reply(asked, self.policy, self.version, self._rng)
-        except AgentLightningError as error:  # in the form that OpenAI's clients understand
+        except AgentLightningError as error:
             unknown = isinstance(error, NotFound)
             code = "model_not_found" if unknown else error.code
-            told = {"message": error.message, "type": "invalid_request_error", "param": None, "code": code}
-            return JSONResponse({"error": told}, status_code=404 if unknown else 400)
+            return _refusal(error.message, code, 404 if unknown else 400)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         if asked.stream:
             return StreamingResponse(_events(chunks), media_type="text/event-stream")
         return JSONResponse(reply)
+
+
+def _refusal(message: str, code: str, status: int) -> Response:
+    """A refusal in the form that OpenAI's clients understand."""
+    told = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": told}, status_code=status)
 
 
 def _events(chunks: Sequence[dict[str, Any]]) -> Iterator[str]:

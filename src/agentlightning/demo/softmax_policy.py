@@ -23,6 +23,7 @@ from agentlightning.demo.softmax_table import (
     logits_gradient,
 )
 from agentlightning.errors import InvalidValue
+from agentlightning.security.tls import TlsFiles
 from agentlightning.types import Triplet
 
 _FORMAT = "agentlightning.softmax_policy.v1"
@@ -39,9 +40,12 @@ class SoftmaxPolicy(SoftmaxTable):
     _reference: SoftmaxPolicy | None = None
     """The policy at the start of the run, which ``kl_weight`` holds this one to."""
 
-    def make_endpoint(self, *, model: str, host: str, port: int, seed: int) -> PolicyEndpoint:
-        """Return a server that answers from this table."""
-        return PolicyEndpoint(self, host, port, model=model, seed=seed)
+    def make_endpoint(
+        self, *, model: str, host: str, port: int, seed: int, tls: TlsFiles | None = None
+    ) -> PolicyEndpoint:
+        """Return a server that answers from this table, to those who show the key that it makes."""
+        certificate, key = (None, None) if tls is None else tls
+        return PolicyEndpoint(self, host, port, model=model, seed=seed, tls_certificate=certificate, tls_key=key)
 
     def read_call(self, triplet: Triplet) -> SampledCall:
         """Return the tokens of a recorded call. Text is enough: words and token ids determine each other.

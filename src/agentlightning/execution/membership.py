@@ -71,7 +71,7 @@ async def join_server(
     trust = credentials().trust.context() or True
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session:
         while True:
-            answer = await _probe(session, url, run_id, credentials())
+            answer = await _probe(session, url, run_id, credentials)
             if isinstance(answer, JoinedServer):
                 problem = None if reason_to_wait is None else await reason_to_wait(answer)
                 if problem is None:
@@ -93,13 +93,16 @@ async def join_server(
 
 
 async def _probe(
-    session: aiohttp.ClientSession, root: str, run_id: str | None, credentials: Credentials
+    session: aiohttp.ClientSession, root: str, run_id: str | None, credentials: Callable[[], Credentials]
 ) -> JoinedServer | str:
     """The server if it is ready; else why it is not. Raises ``WrongServer`` if waiting would not help."""
+    shown = credentials()
     try:
-        async with session.get(f"{root}{CANONICAL.prefix}/health/detail", headers=credentials.headers) as reply:
+        async with session.get(f"{root}{CANONICAL.prefix}/health/detail", headers=shown.headers) as reply:
+            if reply.status == 401 and credentials() != shown:
+                return "it has begun just now"  # after the question for its key, and before this request
             if reply.status in (401, 403):
-                given = "the API key that was given" if credentials.api_key else "a client without an API key"
+                given = "the API key that was given" if shown.api_key else "a client without an API key"
                 raise WrongServer(f"the server at {root} refuses {given}; set AGL_API_KEY to the key of the server")
             if reply.status == 404:
                 raise WrongServer(f"what answers at {root} is not an Agent Lightning server")

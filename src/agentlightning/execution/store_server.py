@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from agentlightning.errors import NotAllowed
 from agentlightning.execution.run import RunSettings, ServerAccess
 from agentlightning.security.access import Permission, Principal
-from agentlightning.security.hosts import is_this_machine
+from agentlightning.security.hosts import is_loopback, is_this_machine
 from agentlightning.security.keys import new_key
 from agentlightning.security.local_servers import LocalServer, announce
 from agentlightning.store.base import LightningStore
@@ -45,6 +45,8 @@ def served_store(
     # Imported late, because a machine that only has runners does not need the server's framework.
     from agentlightning.http.server.server import LightningStoreServer
 
+    if is_loopback(settings.server_host):
+        why_no_guests = None  # no other machine reaches it
     key, tls = new_key() if settings.api_key is None else settings.api_key, settings.tls
     server = LightningStoreServer(
         store,

@@ -26,12 +26,16 @@ from agentlightning.security.access import ANONYMOUS, AccessPolicy, AllowAll, Pe
 from agentlightning.security.hosts import AllowedHosts
 from agentlightning.security.keys import ApiKey
 from agentlightning.store.validation import check_id
+from agentlightning.types.endpoints import KEY_PATH
 
 _PREFIX = re.compile(r"(?:/rollout/(?P<rollout_id>[^/]*)/attempt/(?P<attempt_id>[^/]*))?(?:/v1(?:beta)?)*(?P<rest>/.*)")
 """Clients have ``/v1`` in their base URL, or not, and some add it once more; Google's say ``/v1beta``."""
 
 _GROUP = re.compile(r"\(\?P<(\w+)>[^)]*\)")
 """A parameter of a path."""
+
+_KEY = re.compile(rf"{KEY_PATH}(?P<key>[^/]+)(?P<rest>/.*)")
+"""A proxy that made its key has it in the endpoint, for agents that send a key of their own."""
 
 _FIELD = re.compile(r"`\$\.(\w+)")
 """Where msgspec's error messages say which field is wrong."""
@@ -41,6 +45,9 @@ _AGENT, _OPERATOR = Principal("agent"), Principal("control")
 
 _KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
 """Where Anthropic's, Google's and Azure's clients show their key."""
+
+_SHOWN = "agl.key"
+"""Where the key of the endpoint is in a request's scope. It is no part of the path any more, which may be recorded."""
 
 _MISTAKES = frozenset({401, 404, 405})
 """Statuses of requests with a wrong key, path or method. What a policy forbids (403) leaves no trace in the store."""
@@ -113,9 +120,10 @@ def _encoded(value: str | None) -> bytes | None:
 
 def _shown_keys(request: Request) -> list[bytes]:
     """Return the keys that a request shows, each as the value of ``Authorization``: clients of each vendor have a
-    place of their own, and Google's may have the key in the URL."""
+    place of their own, and Google's may have the key in the URL; so may the endpoint."""
     headers = request.headers
     keys = [headers.get(name) for name in _KEY_HEADERS] + [request.query_params.get("key")]
+    keys.append(request.scope.get(_SHOWN))
     shown = [b"Bearer " + key.encode("latin-1", "replace") for key in keys if key]
     return [headers["authorization"].encode("latin-1"), *shown] if "authorization" in headers else shown
 
@@ -201,6 +209,10 @@ class ProxyApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        found = _KEY.fullmatch(scope["path"])
+        if found is not None:
+            scope[_SHOWN], scope["path"] = found.groups()
+            scope.pop("raw_path", None)
         request = Request(scope, receive)
         dialect = self._wire_of(request.headers)
         try:

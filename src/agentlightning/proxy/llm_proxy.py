@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
-import socket
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -14,6 +12,7 @@ import aiohttp
 from typing_extensions import override
 
 from agentlightning.errors import InvalidValue, NotFound
+from agentlightning.proxy.address import ProxyAddress
 from agentlightning.proxy.admission import HOLD_SECONDS, RETRY_AFTER_SECONDS
 from agentlightning.proxy.app import ProxyAccess, ProxyApp
 from agentlightning.proxy.dialects import DEFAULT_DIALECT
@@ -24,14 +23,15 @@ from agentlightning.proxy.sampling import check_sampling
 from agentlightning.proxy.session import ProxySession, ProxySettings
 from agentlightning.proxy.upstream import Routing, Upstream
 from agentlightning.security.access import AccessPolicy
-from agentlightning.security.hosts import is_loopback
-from agentlightning.security.keys import ApiKey
+from agentlightning.security.hosts import require_key
+from agentlightning.security.keys import ApiKey, new_key
+from agentlightning.security.tls import AnyPath, Serving, tls_files
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds
 from agentlightning.serving.server import ThreadedServer
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, ProxyLLM
+from agentlightning.types.endpoints import KEY_PATH
 
-_LOOPBACK = "127.0.0.1"
 _NO_KEY = "not-needed"
 """The key that agents of a proxy without one get, because OpenAI's clients refuse to start without any."""
 _DRAIN_SECONDS = 2.0
@@ -88,22 +88,26 @@ class LLMProxy:
         port: where to listen; None or 0: any free port, known after ``start``.
         model_list: the backends. See ``ModelConfig``.
         store: takes the spans.
-        host: the address to listen on. Default: only this machine.
+        host: the address to listen on. Default: where the ``Trainer`` that has the proxy serves its store; without
+            one, only this machine.
         litellm_config, num_workers, launch_mode, launcher_args, middlewares: arguments of 0.3 that have no effect;
             a value that is not the default warns, and one that would change results is refused.
         num_retries: how often a call is tried again, on the next backend or after a pause, before its first byte.
         callbacks: of 0.3; the names in it say what ``ask_for`` says.
         ask_for: what backends are asked for beyond what agents ask, for the record only: ``token_ids``,
             ``logprobs``, ``usage`` (of streams). Default: all. A backend that refuses one is not asked for it again.
-        api_key: what agents must show. Default: none if only this machine can connect, otherwise a random one.
-            In both cases it is in the resources that ``as_resource`` returns.
+        api_key: what agents must show; it is in the resources that ``as_resource`` returns. Default: a random one. An
+            empty text: nothing, which only a proxy on loopback may ask for.
         control_key: opens ``POST /control/pause``, ``/control/resume``, ``/control/model_version`` and
             ``/control/sampling``, for algorithms in other processes. Default: there are no such routes.
         access_policy: decides what a caller with the right key may do. Default: everything.
-        public_url: how agents reach the proxy, if not by its host and port: ``http://name:port``.
+        public_url: how agents on other machines reach the proxy, if not by its host and port: ``http://name:port``.
+            Without ``port`` it also says where to listen.
         max_calls: how many calls may be in flight; more get 503.
         record_wait_seconds: how long the end of a reply waits for the store to accept the span, at most.
         grace_seconds: how long a stop waits for calls in flight, and then for spans that wait for the store.
+        tls_certificate, tls_key: files in PEM, for HTTPS. Default: those of the store that it follows, except on
+            loopback.
 
     Raises:
         InvalidValue: an argument is not valid. The message never shows a backend's key.
@@ -131,11 +135,11 @@ class LLMProxy:
         max_calls: int = 4_096,
         record_wait_seconds: float = 5.0,
         grace_seconds: float = 5.0,
+        tls_certificate: AnyPath | None = None,
+        tls_key: AnyPath | None = None,
     ) -> None:
         warn_of_unused(litellm_config, num_workers, launch_mode, launcher_args, middlewares)
-        self._host = host or _LOOPBACK
-        self._wanted_port = port or 0
-        self._public_url = None if public_url is None else public_url.rstrip("/").removesuffix("/v1")
+        self._address = ProxyAddress(host, port, public_url, tls_files(tls_certificate, tls_key))
         self._settings = ProxySettings(
             num_retries=num_retries,
             capture=capture_fields(ask_for, callbacks),
@@ -143,7 +147,8 @@ class LLMProxy:
             record_wait_seconds=record_wait_seconds,
             grace_seconds=grace_seconds,
         )
-        self._key_text = api_key or (None if is_loopback(self._host) else secrets.token_urlsafe(24))
+        self._makes_key = api_key is None
+        self._key_text = new_key() if api_key is None else api_key or None
         self._api_key = None if self._key_text is None else ApiKey(self._key_text)
         self._control_key = None if control_key is None else ApiKey(control_key)
         self._access_policy = access_policy
@@ -152,7 +157,6 @@ class LLMProxy:
         self._model_list = cast("list[ModelConfig]", list(model_list or ()))
         self._versions: dict[str, str] = {}
         self._imposed: dict[str, dict[str, float | None]] = {}
-        self._port: int | None = None
         self._owner_pid: int | None = None
         self._server: ThreadedServer | None = None
         self._session: ProxySession | None = None
@@ -171,20 +175,24 @@ class LLMProxy:
         """Begin to take calls. Does nothing if the proxy runs already.
 
         Raises:
-            InvalidValue: the port is taken, or the host is not an address of this machine.
+            InvalidValue: the port is taken, the host is not an address of this machine, or others could reach the proxy
+                without a key.
         """
         if self.is_running():
             return
+        address = self._address
+        require_key(address.host, self._api_key is not None, "Leave out api_key=''")
         max_connections = 2 * self._settings.max_calls + _SPARE_CONNECTIONS
         server = ThreadedServer(
             self._open_app,
-            self._host,
-            self._wanted_port,
+            address.host,
+            address.port,
             name="agl-llm-proxy",
             bounds=ConnectionBounds(connections=max_connections, connections_per_address=max_connections),
             connection=_ProxyConnection,
             drain_seconds=_DRAIN_SECONDS,
             stop_seconds=30.0 + 2 * self._settings.grace_seconds + self._settings.record_wait_seconds,
+            tls=address.tls,
             date_header=False,  # OpenAI's clients do not read it
         )
         self._server, self._owner_pid = server, os.getpid()
@@ -195,7 +203,7 @@ class LLMProxy:
             if isinstance(error, OSError):
                 raise InvalidValue(str(error)) from error
             raise
-        self._port = server.port
+        address.note_port(server.port)
         self.initialize()
 
     async def stop(self) -> None:
@@ -210,9 +218,8 @@ class LLMProxy:
 
     async def restart(self) -> None:
         """Stop, and start again on the same port."""
-        port = self._port
+        self._address.keep_port()
         await self.stop()
-        self._wanted_port = self._wanted_port or port or 0
         await self.start()
 
     def is_running(self) -> bool:
@@ -346,13 +353,18 @@ class LLMProxy:
         Raises:
             InvalidValue: its port is not known before it has been started.
         """
-        if self._public_url is not None:
-            return self._public_url
-        port = self._port or self._wanted_port
-        if not port:
-            raise InvalidValue("the proxy takes any free port, so its URL is known after start(); or give it a port")
-        host = _outward_address() if self._host in ("0.0.0.0", "::") else self._host
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self._address.url
+
+    def follow(self, serving: Serving | None) -> None:
+        """Listen where a store is served, by the same certificate, as far as the arguments leave that open.
+
+        A ``Trainer`` calls it before a run. It holds from the next start on.
+        """
+        self._address.follow(serving)
+
+    def why_no_guests(self) -> str | None:
+        """Why agents on other machines cannot reach the proxy, and what to do about it; None: they can."""
+        return self._address.why_no_guests()
 
     def as_resource(
         self,
@@ -380,19 +392,12 @@ class LLMProxy:
         elif model not in names:
             raise InvalidValue(f"the proxy does not serve the model {model!r}; it serves {names}")
         key, sampling = self._key_text or _NO_KEY, dict(sampling_parameters or {})
-        resource = ProxyLLM(endpoint=f"{self.url}/v1", model=model, api_key=key, sampling_parameters=sampling)
+        # Programs that were written for 0.3 send a key of their own; what they all use is the endpoint. It has the key
+        # only if it stays on this machine, and never one that the user has given.
+        in_url = f"{KEY_PATH}{key}" if self._makes_key and self._address.is_private else ""
+        endpoint = f"{self.url}{in_url}/v1"
+        resource = ProxyLLM(endpoint=endpoint, model=model, api_key=key, sampling_parameters=sampling)
         if rollout_id is None and attempt_id is None:
             return resource
         url = resource.get_base_url(rollout_id, attempt_id)
         return LLM(endpoint=url, model=model, api_key=key, sampling_parameters=sampling)
-
-
-def _outward_address() -> str:
-    """Return the address that a packet to another network leaves from, by which others reach this machine."""
-    # Connecting a datagram socket sends nothing. The target is of a network reserved for documentation (RFC 5737).
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:  # there is no route
-            return _LOOPBACK
-        return str(probe.getsockname()[0])

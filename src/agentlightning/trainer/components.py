@@ -13,11 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from urllib.parse import urlsplit
 
 from agentlightning.errors import InvalidValue
 from agentlightning.execution.base import ExecutionStrategy
 from agentlightning.execution.client_server import ClientServerExecutionStrategy
 from agentlightning.litagent.litagent import Hook
+from agentlightning.security.hosts import is_loopback, outward_address
+from agentlightning.security.tls import Serving
 from agentlightning.store.base import LightningStore
 
 if TYPE_CHECKING:
@@ -252,6 +255,21 @@ def proxy_of(spec: ComponentSpec[LLMProxy], store: LightningStore) -> LLMProxy |
         optional_defaults={"store": lambda: store},
         dict_default_cls=LLMProxy,
     )
+
+
+def serving_of(strategy: ExecutionStrategy, store: LightningStore) -> Serving | None:
+    """Where a run serves its store to other machines, and so its models; None: on this machine only.
+
+    A store that is served elsewhere has runners on other machines. They reach this machine by the address from which
+    it reaches the store.
+    """
+    serving = strategy.serving()
+    if serving is not None:
+        return None if is_loopback(serving.host) else serving
+    root: str | None = getattr(store, "server_address_root", None)
+    host = None if root is None else urlsplit(root).hostname
+    address = None if host is None or is_loopback(host) else outward_address(host)
+    return None if address is None else Serving(address)
 
 
 def warn_of_ignored(component: str, made: object, given: object, **arguments: object) -> None:

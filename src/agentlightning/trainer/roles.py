@@ -95,6 +95,12 @@ class AlgorithmRole:
             self.run.bind(self.identity, origin_of_this_process())
             await prepare_to_resume(store, process_space(), behind_proxy=self.llm_proxy is not None)
 
+    def why_no_guests(self) -> str | None:
+        """Why agents on other machines cannot reach the models of this run, and what to do about it."""
+        if self.llm_proxy is not None:
+            return self.llm_proxy.why_no_guests()
+        return None if self.algorithm is None else self.algorithm.why_no_guests()
+
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
         """Run until the algorithm ends, or until the event is set and runners have finished what they hold."""
         progress = Progress(store, make_view(self.progress))

@@ -31,6 +31,7 @@ from agentlightning.trainer.components import (
     number_of,
     one_of,
     proxy_of,
+    serving_of,
     store_file,
     strategy_of,
     warn_of_ignored,
@@ -251,9 +252,7 @@ class Trainer:
         check_rows("val_dataset", val_dataset)
         if self.run_folder is not None:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-        agent.set_trainer(self)
-        if algorithm is not None:
-            algorithm.set_trainer(self)
+        self._introduce(agent, algorithm)
         algorithm_role = AlgorithmRole(
             algorithm=algorithm,
             adapter=self.adapter,
@@ -281,6 +280,16 @@ class Trainer:
             run_beside_loop(execute, algorithm_role.interrupt)
         else:
             execute()
+
+    def _introduce(self, agent: LitAgent[Any], algorithm: Algorithm | None) -> None:
+        """Tell the parts of a run of each other."""
+        serving = serving_of(self.strategy, self.store)
+        agent.set_trainer(self)
+        if algorithm is not None:
+            algorithm.set_trainer(self)
+            algorithm.set_serving(serving)
+        if self.llm_proxy is not None:
+            self.llm_proxy.follow(serving)
 
     def _release_store(self) -> None:
         """Close the file that this object opened, so that another trainer can open it, such as in a notebook.

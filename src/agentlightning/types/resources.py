@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
 
 from pydantic import BaseModel, Field
 
 from agentlightning.errors import InvalidValue
+from agentlightning.types.endpoints import without_key
 from agentlightning.types.rollouts import AttemptedRollout
 from agentlightning.types.templates import DEFAULT_BOUNDS, TemplateBounds, format_braces, names_in_braces
 
@@ -34,6 +35,11 @@ class LLM(Resource):
     """The key for the endpoint. `None`: it needs none, or the agent has its own. Never part of the repr."""
     sampling_parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
     """What the agent is to send with each call: temperature, max_tokens, and so on."""
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """The fields in the repr. No key is part of it."""
+        for name, value in super().__repr_args__():
+            yield name, without_key(value) if name == "endpoint" else value
 
     def get_base_url(self, *args: Any, **kwargs: Any) -> str:
         """Return the base URL for a client. Arguments are for subclasses; here they change nothing."""

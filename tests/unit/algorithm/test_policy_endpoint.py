@@ -6,8 +6,10 @@ import asyncio
 import json
 import math
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,6 +18,8 @@ import pytest
 
 from agentlightning.demo.policy_endpoint import PolicyEndpoint
 from agentlightning.demo.softmax_policy import SoftmaxPolicy
+from agentlightning.errors import InvalidValue
+from certificates import self_signed
 
 CHAT = {"model": "policy", "messages": [{"role": "user", "content": "red or blue?"}]}
 
@@ -29,7 +33,7 @@ async def client(**arguments: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     endpoint = PolicyEndpoint(policy(), **arguments)
     await endpoint.start()
     try:
-        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="none", max_retries=0) as made:
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.api_key or "none", max_retries=0) as made:
             yield made
     finally:
         await endpoint.stop()
@@ -40,7 +44,7 @@ async def session() -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     endpoint = PolicyEndpoint(policy())
     await endpoint.start()
     try:
-        async with aiohttp.ClientSession() as made:
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {endpoint.api_key}"}) as made:
             yield made, endpoint.url
     finally:
         await endpoint.stop()
@@ -133,7 +137,7 @@ async def test_what_the_policy_learns_is_said_with_the_next_call() -> None:
     endpoint = PolicyEndpoint(policy())
     await endpoint.start()
     try:
-        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="none") as ai:
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key=endpoint.api_key) as ai:
             endpoint.policy.set_logits((0, 2), [9, 0, 0])
             endpoint.version = "1"
             reply = await ai.chat.completions.create(**CHAT, temperature=0)
@@ -200,3 +204,39 @@ async def test_start_and_stop_may_be_repeated_and_the_port_is_free_after() -> No
         assert not taken.is_running()
     await endpoint.start()
     await asyncio.gather(endpoint.stop(), endpoint.stop())
+
+
+async def test_others_do_not_ask_the_policy() -> None:
+    endpoint = PolicyEndpoint(policy())
+    await endpoint.start()
+    try:
+        assert len(endpoint.api_key or "") >= 32
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="any", max_retries=0) as stranger:
+            for asks in (stranger.chat.completions.create(**CHAT), stranger.models.list()._get_page()):
+                with pytest.raises(openai.AuthenticationError, match="use the api_key of the LLM resource"):
+                    await asks
+        async with aiohttp.ClientSession() as made:
+            assert (await post(f"{endpoint.url}/completions", made, {}))[0] == 401
+    finally:
+        await endpoint.stop()
+    async with client(api_key="") as anybody:  # the negative control, on purpose
+        assert (await anybody.with_options(api_key="any").chat.completions.create(**CHAT)).choices
+
+
+async def test_a_policy_without_a_key_is_not_reached_from_elsewhere() -> None:
+    with pytest.raises(InvalidValue, match=r"other machines can reach '0\.0\.0\.0'.*api_key=''"):
+        await PolicyEndpoint(policy(), "0.0.0.0", api_key="").start()
+
+
+async def test_a_policy_with_a_certificate(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    endpoint = PolicyEndpoint(policy(), tls_certificate=certificate, tls_key=key)
+    await endpoint.start()
+    try:
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+        async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(ssl=trusted)) as made:
+            assert endpoint.url.startswith("https://127.0.0.1:")
+            assert (await post(f"{endpoint.url}/chat/completions", made, CHAT))[0] == 200
+    finally:
+        await endpoint.stop()

@@ -16,10 +16,13 @@ import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore, SqliteLightningStore
-from agentlightning.errors import NotAuthenticated
+from agentlightning.errors import NotAuthenticated, WrongServer
+from agentlightning.execution.membership import join_server
 from agentlightning.http.client.client import LightningStoreClient
-from agentlightning.security.credentials import credentials_for
+from agentlightning.http.server.server import LightningStoreServer
+from agentlightning.security.credentials import Credentials, credentials_for
 from agentlightning.security.local_servers import LocalServer, announce, find_local, find_serving
+from agentlightning.security.tls import TlsTrust
 from command_line import agl
 
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}
@@ -217,10 +220,18 @@ def test_a_user_without_a_home_still_has_a_run(
     assert "give it a key of yours (AGL_API_KEY)" in caplog.text
 
 
+async def test_a_runner_that_asks_while_the_server_begins_is_let_in() -> None:
+    """It has looked for the key just before that was there, and finds the server just after."""
+    right, none = Credentials("the-key-of-the-run", TlsTrust()), Credentials(None, TlsTrust())
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, api_key=right.api_key) as server:
+        found = iter([none, none])  # for the certificates, and for the first request
+        await join_server(server.endpoint, lambda: next(found, right), run_id=None, limit_seconds=10)
+        with pytest.raises(WrongServer, match="refuses a client without an API key"):  # the negative control
+            await join_server(server.endpoint, lambda: none, run_id=None, limit_seconds=10)
+
+
 async def test_a_client_goes_on_with_a_run_that_was_begun_anew(tmp_path: Path) -> None:
     """As the runners of another terminal do when the algorithm is started again at its port: it has another key."""
-    from agentlightning.http.server.server import LightningStoreServer
-
     async with InMemoryLightningStore() as store:
         port = 0
         client = None

@@ -56,4 +56,4 @@ async def test_a_policy_that_forbids_control() -> None:
         status, body = await resume(scene.proxy.url)
         assert status == 403
         assert "control may not operate" in body
-    assert policy.asked == [("anonymous", "run"), ("control", "operate")], "a proxy on this machine has no key"
+    assert policy.asked == [("agent", "run"), ("control", "operate")]

@@ -23,7 +23,7 @@ class RunningProxy(agl.LLMProxy):
 
 def proxy() -> agl.LLMProxy:
     parameters = {"model": "openai/m", "api_base": "http://127.0.0.1:2/v1", "api_key": "x"}
-    return RunningProxy(port=9, model_list=[{"model_name": "m", "litellm_params": parameters}])
+    return RunningProxy(port=9, model_list=[{"model_name": "m", "litellm_params": parameters}], api_key="")
 
 
 def behind(endpoint: str, model: str = "m") -> agl.NamedResources:

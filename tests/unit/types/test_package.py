@@ -9,8 +9,18 @@ import pytest
 
 import agentlightning.types
 
-MODULES = ["attributes", "contract", "jinja_templates", "resources", "rewards", "rollouts", "spans", "templates"]
-INTERNAL = {"attributes", "jinja_templates", "rewards", "templates"}
+MODULES = [
+    "attributes",
+    "contract",
+    "endpoints",
+    "jinja_templates",
+    "resources",
+    "rewards",
+    "rollouts",
+    "spans",
+    "templates",
+]
+INTERNAL = {"attributes", "endpoints", "jinja_templates", "rewards", "templates"}
 NOT_EXPORTED = {"ParallelWorkerBase"}
 
 

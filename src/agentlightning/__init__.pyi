@@ -266,6 +266,7 @@ from agentlightning.types import (
     convert_timestamp as convert_timestamp,
     extract_extra_fields as extract_extra_fields,
 )
+from agentlightning.types.attempt_spans import used_default_resources as used_default_resources
 from agentlightning.types.rewards import (
     find_final_reward as find_final_reward,
     find_reward_spans as find_reward_spans,

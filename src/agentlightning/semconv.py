@@ -44,6 +44,8 @@ class LightningSpanAttributes(Enum):
     OPERATION_NAME = "agentlightning.operation.name"
     OPERATION_INPUT = "agentlightning.operation.input"
     OPERATION_OUTPUT = "agentlightning.operation.output"
+    DEFAULT_RESOURCES = "agentlightning.default_resources"
+    """Why the attempt ran with the runner's default resources, and not with those of its rollout."""
     MENDED = "agentlightning.mended"
     """What the tracer had to change, because no store would have taken it: ``name``, ``attributes.KEY`` and so on."""
     CUT = "agentlightning.cut"

@@ -202,6 +202,7 @@ async def _done_and_drained(server: LightningStoreServer, certificate: Path) -> 
         (["mine:missing"], ExitCode.USAGE, "nothing called 'missing'"),
         (["mine:number"], ExitCode.USAGE, "is a int"),
         (["mine:agent", "--label", "x"], ExitCode.USAGE, "NAME=VALUE"),
+        (["mine:agent", "--default-resources", "no.json"], ExitCode.USAGE, "--default-resources no.json: [Errno 2]"),
         (["--exec", " "], ExitCode.USAGE, "empty"),
         (["--exec", "true", "--url", "store.db"], ExitCode.USAGE, "agl store"),
         (["--exec", "true", "--url", "ftp://h:1"], ExitCode.USAGE, "https://"),

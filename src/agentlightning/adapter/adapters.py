@@ -15,7 +15,7 @@ from agentlightning.adapter.shapes import Message
 from agentlightning.adapter.tree import RewardMatchPolicy, TraceTree
 from agentlightning.errors import InvalidValue
 from agentlightning.types import Span, Triplet
-from agentlightning.types.attempt_spans import by_attempt, newest_attempts, order_of
+from agentlightning.types.attempt_spans import by_attempt, newest_attempts, order_of, used_default_resources
 from agentlightning.types.attributes import filter_and_unflatten_attributes
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ Attempts: TypeAlias = Literal["newest", "all"]
 _NO_TOKEN_IDS = "token ids of prompt or response were not recorded; does the backend know return_token_ids?"
 
 _EARLIER = "an earlier attempt of the rollout made the call; attempts='all' uses these too"
+_DEFAULTS = "the attempt ran with default resources, and not with those of its rollout"
 _REPEATED = "another record of a call that is used"
 _FILTERED = "call_filter leaves the call out"
 _ON_THE_SIDE = (
@@ -275,11 +276,12 @@ class _CallFinder:
         groups = by_attempt(spans)
         used = groups.keys() if self.attempts == "all" else set(newest_attempts(list(groups)).values())
         for key, group in groups.items():
-            if key in used:
+            problem = _EARLIER if key not in used else _DEFAULTS if used_default_resources(group) is not None else None
+            if problem is None:
                 yield group
             else:
                 records = self._records(TraceTree.from_spans(group))
-                adapted.unusable.extend(_unusable(each.call.span, _EARLIER) for each in records)
+                adapted.unusable.extend(_unusable(each.call.span, problem) for each in records)
 
     def calls_of(self, tree: TraceTree, adapted: Adapted[Any]) -> list[RecordedCall]:
         """Return one record of each call of an attempt, in the order of the store."""

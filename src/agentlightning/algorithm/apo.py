@@ -214,6 +214,7 @@ class APO(Algorithm):
         """Return a rewritten prompt; None if a model does not answer, or its answer is not usable."""
         tasks = _sample(dataset, self._gradient_batch_size, f"{self._seed} {round_number} {place}")
         trials = await self._try(round_number, f"branch{place}-", prompt, tasks, "train")
+        trials = [each for each in trials if not each.on_defaults]  # they had another prompt
         adapter = self._adapter if isinstance(self._adapter, TraceToMessages) else TraceToMessages()
         question = ask_for_critique(prompt, trials, adapter)
         try:
@@ -244,6 +245,7 @@ class APO(Algorithm):
             "total_steps": float(self._beam_rounds),
             "prompts_tried": float(len(fresh)),
             "failures": float(sum(each.failures for each in measured)),
+            "on_defaults": float(sum(each.on_defaults for each in measured)),
             "llm_calls": float(self._calls),
         }
         if beam[0].score is not None:
@@ -282,7 +284,8 @@ class APO(Algorithm):
         async def measure(place: int, prompt: PromptTemplate) -> ScoredPrompt:
             trials = await self._try(round_number, f"{kind}{place}-", prompt, tasks, "val")
             late = [None] * (len(tasks) - len(trials))
-            return ScoredPrompt(prompt=prompt, rewards=[*(trial.reward for trial in trials), *late])
+            own = [trial.reward for trial in trials if not trial.on_defaults]
+            return ScoredPrompt(prompt=prompt, rewards=[*own, *late], on_defaults=len(trials) - len(own))
 
         measured = await asyncio.gather(*(measure(place, prompt) for place, prompt in enumerate(prompts)))
         self._lowest = min([self._lowest, *(each.lowest for each in measured)])

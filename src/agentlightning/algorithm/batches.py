@@ -12,6 +12,7 @@ from agentlightning.algorithm.base import Algorithm
 from agentlightning.errors import IdReused, IllegalMove, InvalidValue
 from agentlightning.store.base import LightningStore, is_finished
 from agentlightning.types import Dataset, EnqueueRolloutRequest, Rollout, RolloutMode, Span
+from agentlightning.types.attempt_spans import used_default_resources
 from agentlightning.types.rewards import find_final_reward
 
 T = TypeVar("T")
@@ -110,9 +111,16 @@ class EndedRollout:
     spans: Sequence[Span]
 
     @property
+    def on_defaults(self) -> bool:
+        """Whether it ran with the default resources of its runner, so that it says nothing about those it was for."""
+        return used_default_resources(self.spans) is not None
+
+    @property
     def reward(self) -> float | None:
-        """Its reward. A failed attempt may have emitted one before it failed; that is not the reward of the rollout."""
-        return find_final_reward(self.spans) if self.rollout.status == "succeeded" else None
+        """Its reward; none if it ran with default resources. A failed attempt may have emitted one before it failed;
+        that is not the reward of the rollout."""
+        counts = self.rollout.status == "succeeded" and not self.on_defaults
+        return find_final_reward(self.spans) if counts else None
 
 
 async def wait_for_ends(

@@ -15,6 +15,8 @@ class ScoredPrompt(BaseModel):
     prompt: PromptTemplate
     rewards: list[float | None] = []
     """Of its validation rollouts; None for one without a reward. Empty: it was not measured."""
+    on_defaults: int = 0
+    """How many more ran with the default resources of their runner, and so not with this prompt."""
     score: float | None = None
     """Mean over all of them; None if it was not measured, or none had a reward."""
 

@@ -163,6 +163,7 @@ class Baseline(FastAlgorithm):
                 task.cancel()
         rewards = [each.reward for each in ended if each.reward is not None]
         numbers = {"rollouts": float(len(ended)), "rewarded": float(len(rewards))}
+        numbers["on_defaults"] = float(sum(each.on_defaults for each in ended))
         for status in ("succeeded", "failed", "cancelled"):
             numbers[status] = float(sum(each.rollout.status == status for each in ended))
         if rewards:

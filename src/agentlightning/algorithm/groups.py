@@ -35,6 +35,7 @@ _DROPPED_WORDS = {
     "failed": "failed rollouts",
     "unrewarded": "rollouts without a reward",
     "unusable": "rollouts without a model call that can be learned from",
+    "on_defaults": "rollouts that ran with the default resources of their runner",
 }
 
 _SAME_REWARD = 1e-9
@@ -74,7 +75,7 @@ class StepGroups:
     """Of all rollouts that have one, also of those whose group was dropped."""
     dropped_groups: int = 0
     dropped_rollouts: Counter[str] = field(default_factory=Counter[str])
-    """Rollouts that cannot be learned from, by cause: ``failed``, ``unrewarded`` or ``unusable``."""
+    """Rollouts that cannot be learned from, by cause: a key of ``_DROPPED_WORDS``."""
     equal_groups: int = 0
     """Groups of which all rewards are equal: they teach nothing."""
     repeated_groups: int = 0
@@ -99,6 +100,7 @@ class StepGroups:
             "rollouts_failed": float(self.failures.total()),
             "rollouts_unrewarded": float(self.dropped_rollouts["unrewarded"]),
             "rollouts_unusable": float(self.dropped_rollouts["unusable"]),
+            "rollouts_on_defaults": float(self.dropped_rollouts["on_defaults"]),
             "attempts_retried": float(self.retried_attempts),
             "calls_unusable": float(self.unusable_calls.total()),
             "calls_set_aside": float(self.calls_set_aside),
@@ -206,6 +208,9 @@ class GroupReader:
             step.retried_attempts += rollout.attempt.sequence_id - 1
         has_failed = rollout is None or rollout.status != "succeeded"
         step.failures.update([_failure_of(rollout)] if has_failed else [])
+        if ended is not None and ended.on_defaults:
+            step.dropped_rollouts["on_defaults"] += 1
+            return None
         reward = reward_of(ended, self.on_failure)
         if ended is None or rollout is None or reward is None:
             step.dropped_rollouts["failed" if has_failed else "unrewarded"] += 1

@@ -303,9 +303,14 @@ class GRPO(Algorithm, Generic[PolicyT]):
     async def _validate(self, step: int, dataset: Dataset[Any], resources_id: str) -> dict[str, float]:
         inputs = [dataset[index] for index in range(len(dataset))]
         rollouts = await self._run_all("val", "val", step, inputs, resources_id)
-        found = [reward_of(each, self._on_failure) for each in rollouts]
+        own = [each for each in rollouts if each is None or not each.on_defaults]
+        found = [reward_of(each, self._on_failure) for each in own]
         rewards = [reward for reward in found if reward is not None]
-        numbers = {"val_rollouts": float(len(inputs)), "val_unrewarded": float(len(inputs) - len(rewards))}
+        numbers = {
+            "val_rollouts": float(len(inputs)),
+            "val_unrewarded": float(len(own) - len(rewards)),
+            "val_on_defaults": float(len(rollouts) - len(own)),
+        }
         return numbers | ({"val_reward_mean": math.fsum(rewards) / len(rewards)} if rewards else {})
 
     # --- Serving the policy ----------------------------------------------------------------------

@@ -35,6 +35,7 @@ from agentlightning.cli.terminal import (
 from agentlightning.errors import InvalidValue, NotFound
 from agentlightning.store.base import LightningStore
 from agentlightning.types import LLM, Attempt, AttemptedRollout, PaginatedResult, Rollout, RolloutStatus
+from agentlightning.types.attempt_spans import used_default_resources
 from agentlightning.types.rewards import find_final_reward
 
 _SHOWN_ATTEMPTS = 20
@@ -154,6 +155,8 @@ class _Told(NamedTuple):
     spans: int
     names: Counter[str]
     reward: float | None
+    default_resources: str | None
+    """Why it ran with the default resources of its runner; None: it had those of the rollout."""
     no_model_calls: bool
     """Whether it has ended without a recorded model call, although it was given a model to call."""
 
@@ -165,7 +168,8 @@ async def _told_of(store: LightningStore, attempt: Attempt, *, has_model: bool) 
     spans = list(reversed(page.items))
     is_known = has_model and attempt.end_time is not None and page.total == len(spans)
     no_calls = is_known and not TracerTraceToTriplet().examine(spans).has_calls
-    return _Told(attempt, page.total, Counter(span.name for span in spans), find_final_reward(spans), no_calls)
+    names, defaults = Counter(span.name for span in spans), used_default_resources(spans)
+    return _Told(attempt, page.total, names, find_final_reward(spans), defaults, no_calls)
 
 
 async def _has_model(store: LightningStore, rollout: Rollout) -> bool:
@@ -196,7 +200,7 @@ def show(target: Target, rollout: Id, output: Output = "table") -> None:
     if output == "json":
         attempts = [
             {**plain(each.attempt), "spans": each.spans, "span_names": each.names, "reward": each.reward}
-            | {"no_model_calls": each.no_model_calls}
+            | {"no_model_calls": each.no_model_calls, "default_resources": each.default_resources}
             for each in told
         ]
         print_json({"rollout": found, "attempts": attempts})
@@ -249,6 +253,10 @@ def _print_attempts(rollout: Rollout, told: Sequence[_Told], total: int, now: fl
         typer.echo(f"the last {len(told)} of {total} attempts", err=True)
     if any(each.no_model_calls for each in told):
         typer.echo("no_model_calls: an attempt that was given a model ended without a recorded call of it", err=True)
+    for each in told:
+        if each.default_resources is not None:
+            why = f"attempt {each.attempt.sequence_id} ran with default resources: {each.default_resources}"
+            typer.echo(one_line(why, 500), err=True)
     if told and told[-1].names:
         names = [f"{name} ×{number}" for name, number in told[-1].names.most_common(_SHOWN_NAMES)]
         typer.echo()

@@ -239,6 +239,10 @@ class RunnerOptions(OptionGroup):
     label: Annotated[
         list[str] | None, _how(metavar="NAME=VALUE", help="What operators shall see of these workers.")
     ] = None
+    default_resources: Annotated[
+        Path | None,
+        _how(metavar="FILE", help="JSON object of resources, used (and marked) while the server cannot give them."),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """Arguments of ``LitAgentRunner``. Raises ``typer.BadParameter`` for what is no label."""
@@ -248,7 +252,24 @@ class RunnerOptions(OptionGroup):
                 raise typer.BadParameter(f"{name!r} is no label; write NAME=VALUE", param_hint="--label")
         labels = {name: value for name, _, value in pairs}
         told = {"concurrency": self.concurrency, "max_rollouts": self.max_rollouts, "labels": labels}
-        return {**told, "heartbeat_interval": self.heartbeat}
+        defaults = None if self.default_resources is None else _read_resources(self.default_resources)
+        return {**told, "heartbeat_interval": self.heartbeat, "default_resources": defaults}
+
+
+def _read_resources(file: Path) -> dict[str, Any]:
+    """Resources by name, from a file like ``{"llm": {"resource_type": "llm", "endpoint": …, "model": …}}``.
+
+    Raises:
+        InvalidValue: it cannot be read, or has something else.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from agentlightning.types import NamedResources
+
+    try:
+        return TypeAdapter[NamedResources](NamedResources).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise InvalidValue(f"--default-resources {file}: {error}") from error
 
 
 def runner(

@@ -24,6 +24,7 @@ from agentlightning.cli.transcript import TranscriptEntry, transcript_of
 from agentlightning.cli.waterfall import draw, lines
 from agentlightning.errors import NotFound
 from agentlightning.types import AttemptedRollout
+from agentlightning.types.attempt_spans import used_default_resources
 from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def trace(
         print_json(found.page)
     elif output == "json":
         told = {"rollout": found.rollout, "attempt": found.attempt, "reward": find_final_reward(found.page.items)}
+        told |= {"default_resources": used_default_resources(found.page.items)}
         print_json({**told, "entries": [asdict(each) for each in transcript_of(found.page.items)]})
     elif spans:
         _print_spans(found, attributes)
@@ -129,6 +131,9 @@ def _print_head(screen: Console, found: _Found, what: str) -> None:
             "  no reward" if reward is None else f"  reward {reward:.4g}",
         )
     )
+    why_defaults = used_default_resources(found.page.items)
+    if why_defaults is not None:
+        screen.print(clean(f"It ran with the default resources of its runner: {why_defaults}"), style="yellow")
     if not found.page.items:
         never = "Was the agent run by a runner with a tracer, and its models called through the proxy?"
         told = "No spans: it has not begun." if attempt.status == "preparing" else f"No spans were recorded. {never}"

@@ -9,11 +9,12 @@ from typing import Any, Literal, TypeVar
 
 from agentlightning.errors import InvalidValue
 from agentlightning.litagent.litagent import Hook, LitAgent
-from agentlightning.runner.attempt import AttemptParts, AttemptRun, RolloutResources
+from agentlightning.runner.attempt import AttemptParts, AttemptRun
 from agentlightning.runner.base import Runner, StopEvent, stop_watch
 from agentlightning.runner.calling import AgentThreads
 from agentlightning.runner.heartbeat import Heartbeat, registration, system_statistics, worker_name
 from agentlightning.runner.main_thread import MAIN_THREAD
+from agentlightning.runner.resources import RolloutResources, checked_defaults
 from agentlightning.runner.vital_signs import VITAL_SIGNS
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
 from agentlightning.store.base import LightningStore
@@ -45,6 +46,8 @@ class LitAgentRunner(Runner[T]):
             three intervals, at least 15.
         unreachable_seconds: fail when the store was unreachable for so long; None: never.
         labels: shown to operators with this worker.
+        default_resources: used for a rollout whose resources cannot be had within 30 s, because the server is out of
+            reach. The attempt is marked (``used_default_resources``). None: it fails, ``missing_resources``.
 
     Raises:
         InvalidValue: an argument is out of range; the message names it.
@@ -64,6 +67,7 @@ class LitAgentRunner(Runner[T]):
         lease_seconds: float | None = None,
         unreachable_seconds: float | None = 600.0,
         labels: Mapping[str, str] | None = None,
+        default_resources: Mapping[str, ResourceUnion] | None = None,
     ) -> None:
         super().__init__()
         if concurrency < 1 or (max_rollouts is not None and max_rollouts < 0):
@@ -88,6 +92,8 @@ class LitAgentRunner(Runner[T]):
             statistics=system_statistics,
         )
         self._labels = dict(labels or {})
+        self.default_resources = checked_defaults(default_resources)
+        """Used where those of a rollout cannot be had; None: there are none."""
         self._agent: LitAgent[T] | None = None
         self._hooks: Sequence[Hook] = ()
         self._parts: AttemptParts | None = None
@@ -124,7 +130,8 @@ class LitAgentRunner(Runner[T]):
         for each in (MAIN_THREAD, VITAL_SIGNS):  # they are of this runner, and not of one that its agent may make
             each.set(None)
         threads = AgentThreads(f"agent-{worker_id}", main if self.wants_main_thread(agent) else None)
-        self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, RolloutResources(store))
+        resources = RolloutResources(store, self.default_resources)
+        self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, resources)
         self._heartbeat = self._make_heartbeat(
             store, worker_name(worker_id), registration=registration(self._labels), signs=signs
         )

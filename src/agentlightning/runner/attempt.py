@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
 from typing import Any, Literal, NamedTuple
 
-from agentlightning.emitter.annotation import emit_reward
+from agentlightning.emitter.annotation import emit_annotation, emit_reward
 from agentlightning.emitter.emit import emit_exception
 from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import AttemptFailed, Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, passes, without_runner_frames
 from agentlightning.runner.main_thread import AgentInterrupted
+from agentlightning.runner.resources import RolloutResources
+from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.store.base import LightningStore
 from agentlightning.telemetry.logs import CURRENT, WorkContext
 from agentlightning.tracer.base import Tracer
 from agentlightning.tracer.conversion import fits, sanitize_text
 from agentlightning.tracer.sender import DeferredTrace
-from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, ResourcesUpdate, Span, Task
+from agentlightning.types import AttemptedRollout, AttemptEnd, NamedResources, Span, Task
 from agentlightning.types.attributes import full_qualified_name
 from agentlightning.types.rewards import number_of
 
@@ -39,10 +40,7 @@ REPORT_RETRY_SECONDS = 5.0
 REPORT_TRIES = 24
 """How often the end of an attempt is reported to an unreachable store; the store's client has retried before that."""
 _MESSAGE_CHARACTERS = 2000
-_CACHED_VERSIONS = 16
-"""Resources versions kept in memory. Rollouts that run at the same time mostly share one."""
-_LATEST_SECONDS = 1.0
-"""How long the latest resources are reused for rollouts that were enqueued without any."""
+_DEFAULT_RESOURCES = LightningSpanAttributes.DEFAULT_RESOURCES.value
 
 _logger = logging.getLogger(__name__)
 
@@ -183,7 +181,7 @@ class AttemptRun:
     async def _prepare_and_trace(self) -> AttemptOutcome:
         parts, rollout = self._parts, self.rollout
         try:
-            resources = await parts.resources.find(rollout)
+            resources, why_defaults = await parts.resources.find_or_default(rollout)
         except AgentLightningError as error:
             return failed("missing_resources", error)
         if resources is None:
@@ -193,12 +191,16 @@ class AttemptRun:
         await self._call_hooks("on_rollout_start")
         self._call_agent_hook("on_rollout_start")
         try:
-            return await self._call_in_trace(resources)
+            return await self._call_in_trace(resources, why_defaults)
         except AgentLightningError as error:  # raised at the end of the trace: the store did not accept its spans
             return failed("trace_not_stored", error)
 
-    async def _call_in_trace(self, resources: NamedResources) -> AttemptOutcome:
+    async def _call_in_trace(self, resources: NamedResources, why_defaults: str | None) -> AttemptOutcome:
         """Call the agent in a trace of its own.
+
+        Args:
+            resources: what it gets.
+            why_defaults: why these are the runner's default ones; None: they are those of the rollout.
 
         Raises:
             AgentLightningError: the trace has ended, and its spans are not in the store.
@@ -213,6 +215,9 @@ class AttemptRun:
             trace.defer()
             self._trace = trace
         async with trace:
+            if why_defaults is not None:
+                mark = emit_annotation({_DEFAULT_RESOURCES: why_defaults}, propagate=parts.tracer.records)
+                self._own_spans = [] if parts.tracer.records else as_spans([mark], self.rollout)
             await self._call_hooks("on_trace_start", tracer=parts.tracer)
             outcome, result = await self._call_agent(resources)
             if isinstance(trace, DeferredTrace):
@@ -258,11 +263,11 @@ class AttemptRun:
             if number_of(result) is not None:
                 span = emit_reward(result, propagate=tracer.records)
                 if not tracer.records:
-                    self._own_spans = as_spans([span], self.rollout)
+                    self._own_spans += as_spans([span], self.rollout)
             elif result is not None:
                 # An agent may return what its tracer has recorded already.
                 known = {span.span_id for span in tracer.get_last_trace()}
-                self._own_spans = [span for span in as_spans(result, self.rollout) if span.span_id not in known]
+                self._own_spans += [span for span in as_spans(result, self.rollout) if span.span_id not in known]
         except Exception as error:  # noqa: BLE001 - the returned object is of a class that we do not know
             _logger.warning("rollout %s, attempt %s: %s", self.rollout.rollout_id, self.attempt_id, error)
             return failed("bad_result", error)
@@ -320,52 +325,6 @@ class AttemptRun:
         """Whether the agent has this hook of its own; the base class's does nothing."""
         own: Any = getattr(self._parts.agent, name)
         return getattr(own, "__func__", own) is not getattr(LitAgent, name)
-
-
-class RolloutResources:
-    """Looks up the resources of rollouts in a store, and keeps the last versions, which never change."""
-
-    def __init__(self, store: LightningStore) -> None:
-        self._store = store
-        self._latest: NamedResources = {}
-        self._latest_until = 0.0
-        self._known: OrderedDict[tuple[str, int], asyncio.Task[ResourcesUpdate | None]] = OrderedDict()
-        """Look-ups. One serves all rollouts that begin meanwhile, which after a training step want the same version."""
-
-    async def find(self, rollout: AttemptedRollout) -> NamedResources | None:
-        """The resources that the rollout was enqueued with; None if they are not in the store.
-
-        A rollout that was enqueued when there were none gets the latest of now (up to a second old), or an empty
-        dict. Each call returns a dict of its own.
-        """
-        resources_id, version = rollout.resources_id, rollout.resources_version
-        if resources_id is None:
-            clock = asyncio.get_running_loop().time
-            if clock() >= self._latest_until:
-                latest = await self._store.get_latest_resources()
-                self._latest = {} if latest is None else latest.resources
-                self._latest_until = clock() + _LATEST_SECONDS
-            return dict(self._latest)
-        if version is None:  # a store that does not keep versions: take the newest
-            found = await self._store.get_resources_by_id(resources_id)
-        else:
-            found = await self._find_version(resources_id, version)
-        return None if found is None else dict(found.resources)
-
-    async def _find_version(self, resources_id: str, version: int) -> ResourcesUpdate | None:
-        key, found = (resources_id, version), None
-        looking = self._known.get(key)
-        if looking is None:
-            looking = asyncio.create_task(self._store.get_resources_by_id(resources_id, version=version))
-            self._known[key] = looking
-            if len(self._known) > _CACHED_VERSIONS:
-                self._known.popitem(last=False)
-        try:
-            found = await asyncio.shield(looking)
-        finally:
-            if found is None and self._known.get(key) is looking:  # the next rollout asks again
-                del self._known[key]
-        return found
 
 
 def failed(code: ReasonCode, error: BaseException, message: str | None = None) -> AttemptOutcome:

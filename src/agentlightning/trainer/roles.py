@@ -40,6 +40,7 @@ from agentlightning.types import (
     RolloutMode,
     Span,
 )
+from agentlightning.types.attempt_spans import used_default_resources
 from agentlightning.types.rewards import find_final_reward
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ class _AlgorithmStore:
         await self._note_question("query_spans", rollout_id, attempt_id, filters)
         spans = await self._store.query_spans(rollout_id, attempt_id, **filters)
         reward = None if self._observe is None else find_final_reward(spans)
-        if self._observe is not None and reward is not None:
+        if self._observe is not None and reward is not None and used_default_resources(spans) is None:
             self._observe(rollout_id, reward)
         return spans
 
@@ -380,6 +381,7 @@ class RunnerFactory:
     runner_spec: ComponentSpec[Runner[Any]]
     tracer_spec: ComponentSpec[Tracer]
     max_rollouts: int | None
+    default_resources: Mapping[str, ResourceUnion] | None = None
 
     def __call__(self, worker_id: int) -> Runner[Any]:
         """Return the runner of a worker, counted from 0.
@@ -391,8 +393,14 @@ class RunnerFactory:
             self.runner_spec,
             cast("type[Runner[Any]]", Runner),
             "runner",
-            default_factory=lambda: LitAgentRunner[Any](self.tracer(worker_id), max_rollouts=self.max_rollouts),
-            optional_defaults={"tracer": lambda: self.tracer(worker_id), "max_rollouts": lambda: self.max_rollouts},
+            default_factory=lambda: LitAgentRunner[Any](
+                self.tracer(worker_id), max_rollouts=self.max_rollouts, default_resources=self.default_resources
+            ),
+            optional_defaults={
+                "tracer": lambda: self.tracer(worker_id),
+                "max_rollouts": lambda: self.max_rollouts,
+                "default_resources": lambda: self.default_resources,
+            },
             dict_default_cls=LitAgentRunner,
         )
         return copy.deepcopy(made) if made is self.runner_spec and worker_id else made

@@ -113,6 +113,9 @@ class Trainer:
         rollout_config: for rollouts that the algorithm enqueues without one. By default lost workers and timeouts are
             retried, up to 3 attempts, and errors of the agent are not. ``RolloutConfig()`` retries nothing.
         initial_resources: what the agent uses to begin with.
+        default_resources: what runners give to the agent when the server is so long out of reach that they cannot get
+            those of a rollout. Such attempts are marked (``agl.used_default_resources``), and adapters and algorithms
+            leave them out and count them. Default: a rollout without its resources fails.
         llm_proxy: records model calls; the algorithm gets it, and it is stopped when the run ends.
         runner, tracer, adapter, hooks: the runner's side, and how spans become training data.
         progress: ``auto`` (a table on a terminal, else log lines), ``table``, ``log``, ``off``, or a view.
@@ -147,6 +150,7 @@ class Trainer:
         runs_folder: str | Path = "agl-runs",
         rollout_config: RolloutConfig | None = None,
         progress: ProgressSpec = "auto",
+        default_resources: Mapping[str, ResourceUnion] | None = None,
     ) -> None:
         _warn_of_obsolete(dev, daemon)
         n_runners = number_of("n_runners", one_of("n_runners", n_runners, "n_workers", n_workers), 1)
@@ -157,11 +161,10 @@ class Trainer:
         self.n_runners, self.max_rollouts, self.port = n_runners or 1, max_rollouts, port
         self.run_folder = None if run is None else Path(runs_folder) / run
         self.run = None if run is None else Run(run, Path(runs_folder) / run)
-        self.initial_resources = initial_resources
-        self.rollout_config = _config_of(rollout_config)
+        self.initial_resources, self.rollout_config = initial_resources, _config_of(rollout_config)
         self.hooks: Sequence[Hook] = hooks_of(hooks)
         self.progress: ProgressSpec = progress
-        self._make_runner = make_runner = RunnerFactory(runner, tracer, max_rollouts)
+        self._make_runner = make_runner = RunnerFactory(runner, tracer, max_rollouts, default_resources)
         self.tracer, self.runner = make_runner.tracer(0), make_runner(0)
         self.adapter = build_required(adapter, TraceAdapter, "adapter", default_factory=TracerTraceToTriplet)
         self.algorithm = _algorithm_of(algorithm)
@@ -170,7 +173,8 @@ class Trainer:
         self.store = self._default_store() if self._owns_store else _store_of(store)
         self.strategy = strategy_of(strategy, n_runners, port)
         self.llm_proxy = proxy_of(llm_proxy, self.store)
-        warn_of_ignored("runner", self.runner, runner, tracer=tracer, max_rollouts=max_rollouts)
+        own: dict[str, Any] = {"max_rollouts": max_rollouts, "default_resources": default_resources}
+        warn_of_ignored("runner", self.runner, runner, tracer=tracer, **own)
         warn_of_ignored("strategy", self.strategy, strategy, n_runners=n_runners, server_port=port)
 
     @property

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+from agentlightning.semconv import LightningSpanAttributes
 from agentlightning.types.spans import SpanLike
 
 _S = TypeVar("_S", bound=SpanLike)
@@ -13,6 +14,7 @@ _S = TypeVar("_S", bound=SpanLike)
 AttemptKey: TypeAlias = tuple[str, str]
 """The ids of a rollout and of its attempt; both empty for spans that say neither."""
 
+_DEFAULT_RESOURCES = LightningSpanAttributes.DEFAULT_RESOURCES.value
 _TIME_ORDERED = re.compile(r"at-([0-9a-f]{12})7[0-9a-f]{3}[89ab][0-9a-f]{15}")
 """The ids that our stores mint: UUIDv7, which begin with a time in milliseconds."""
 
@@ -58,6 +60,18 @@ def order_of(spans: Iterable[SpanLike]) -> Callable[[SpanLike], tuple[float, flo
     if all(_sequence_id(span) > 0 for span in spans):
         return lambda span: (_sequence_id(span), span.start_time or 0)
     return lambda span: (span.start_time or 0, _sequence_id(span))
+
+
+def used_default_resources(spans: Iterable[SpanLike]) -> str | None:
+    """Why an attempt ran with the default resources of its runner, although its rollout has others; None: it did not.
+
+    Its reward and its calls say nothing about the resources that the rollout was enqueued with.
+
+    Args:
+        spans: of one attempt.
+    """
+    reasons = (each.attributes.get(_DEFAULT_RESOURCES) for each in spans if each.attributes)
+    return next((str(each) for each in reasons if each is not None), None)
 
 
 def _sequence_id(span: SpanLike) -> int:

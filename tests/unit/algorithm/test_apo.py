@@ -80,6 +80,7 @@ async def agent(
     store: LightningStore,
     fails: Callable[[AttemptedRollout], bool] = lambda _: False,
     reward_of: Callable[[str], float | None] = lambda said: float(said.count("please")),
+    on_defaults: Callable[[str], bool] = lambda _: False,
 ) -> AsyncIterator[list[str]]:
     """Runs rollouts: the more often the prompt says "please", the higher the reward. Yields the ids that it ran.
 
@@ -87,6 +88,7 @@ async def agent(
         store: where they are.
         fails: which fail at once.
         reward_of: the reward for a prompt that was filled in; None: the rollout fails.
+        on_defaults: which prompts its runner cannot get; it runs, with another one, and says so.
     """
     ran: list[str] = []
 
@@ -115,6 +117,9 @@ async def agent(
                 "gen_ai.completion.0.content": "ok",
             }
             await store.add_span(span_of(attempted, name="openai.chat", attributes=call))
+            if on_defaults(said):
+                mark = {"agentlightning.default_resources": "the server was away"}
+                await store.add_span(span_of(attempted, name="agentlightning.annotation", attributes=mark))
             value = reward_of(said)
             if value is not None:
                 reward = {"agentlightning.reward.0.value": value}
@@ -207,6 +212,24 @@ async def test_a_prompt_that_takes_too_much_counts_as_failed(width: int, wins: b
         await algorithm.run(TASKS, TASKS)
     assert (algorithm.get_best_prompt().template == wide) is wins
     assert told[0]["failures"] == (0 if wins else 2)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+async def test_rewards_of_default_resources_are_not_the_prompts(marked: bool) -> None:
+    """Neither its gain nor its loss, and its critic does not see them."""
+
+    def without_it(said: str) -> bool:
+        return marked and ("please" in said or "c" in said)
+
+    async with Author() as author, InMemoryLightningStore() as store, agent(store, on_defaults=without_it):
+        algorithm = apo(author, store, beam_rounds=1, val_batch_size=3, gradient_batch_size=3)
+        told: list[dict[str, float]] = []
+        algorithm.set_reporter(lambda _, numbers: told.append(numbers))
+        await algorithm.run(TASKS, TASKS)
+    assert algorithm.get_best_prompt().template == ("Answer {question}" if marked else "Answer {question} please")
+    assert (told[0]["on_defaults"], told[0]["failures"]) == (3 if marked else 0, 0)
+    critique = next(body for body in author.asked if body["model"] == "critic")["messages"][0]["content"]
+    assert ("Answer c" in critique) is not marked
 
 
 async def test_a_prompt_that_a_model_wrote_is_read_and_not_run() -> None:

@@ -76,6 +76,7 @@ async def test_every_input_is_run_in_every_epoch_and_a_failure_is_no_reward_of_z
     assert told[0][1] == {
         "rollouts": 4,
         "rewarded": 3,
+        "on_defaults": 0,
         "succeeded": 3,
         "failed": 1,
         "cancelled": 0,

@@ -74,6 +74,20 @@ def test_a_second_record_of_a_call_is_counted() -> None:
     assert step.attempts == 2
 
 
+@pytest.mark.parametrize("on_failure", ["drop_member", -1.0])
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
+def test_an_attempt_with_default_resources_is_left_out_and_counted(on_failure: OnFailure, status: Any) -> None:
+    """Its reward is one of other resources; also its failure is."""
+    usual = ended(1.0, status=status)
+    mark = Span.from_attributes(attributes={"agentlightning.default_resources": "the server was away"})
+    step = read(EndedRollout(usual.rollout, [mark, *usual.spans]), ended(1.0), ended(0.0), on_failure=on_failure)
+    assert advantages(step) == [[0.5, -0.5]]
+    assert (step.numbers()["rollouts_on_defaults"], step.numbers()["reward_mean"]) == (1, 0.5)
+    assert "rollouts that ran with the default resources of their runner: 1" in step.describe_dropped()
+    if status == "succeeded":
+        assert len(advantages(read(usual, ended(1.0), ended(0.0)))[0]) == 3, "without the mark it counts"
+
+
 def test_a_group_can_count_as_a_whole_or_not_at_all() -> None:
     assert advantages(read(ended(1.0), failed(), ended(0.0), on_failure="drop_group")) == []
 

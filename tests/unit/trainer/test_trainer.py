@@ -13,6 +13,7 @@ import pytest
 import agentlightning as agl
 from agentlightning.errors import InvalidValue
 from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, RunnerFactory, RunnerRole
+from scenes import llm
 
 
 def test_what_a_trainer_is_made_of_by_default() -> None:
@@ -148,10 +149,29 @@ def test_what_a_ready_made_component_does_not_take_any_more_is_told() -> None:
     strategy = agl.ClientServerExecutionStrategy(n_runners=2, server_port=4848)
     runner = agl.LitAgentRunner(agl.OtelTracer())
     with pytest.warns(UserWarning, match="has no effect") as told:
-        agl.Trainer(strategy=strategy, n_runners=3, port=1, runner=runner, tracer="dummy", max_rollouts=5)
-    assert [str(each.message).split()[0] for each in told] == ["tracer", "max_rollouts", "n_runners", "server_port"]
+        agl.Trainer(
+            strategy=strategy,
+            n_runners=3,
+            port=1,
+            runner=runner,
+            tracer="dummy",
+            max_rollouts=5,
+            default_resources={"llm": llm()},
+        )
+    ignored = ["tracer", "max_rollouts", "default_resources", "n_runners", "server_port"]
+    assert [str(each.message).split()[0] for each in told] == ignored
     assert {each.filename for each in told} == {__file__}
     agl.Trainer(strategy=strategy, n_runners=2, port=4848, runner=runner, tracer=runner.tracer)
+
+
+@pytest.mark.parametrize("spec", [None, agl.LitAgentRunner, {"poll_interval": 1.0}])
+def test_runners_get_the_default_resources(spec: Any) -> None:
+    defaults = {"llm": llm()}
+    runner: Any = agl.Trainer(runner=spec, default_resources=defaults).runner
+    assert runner.default_resources == defaults
+    assert agl.Trainer(runner=spec).runner.default_resources is None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InvalidValue, match=r"default_resources has \{'llm': 'gpt'\}; give resources by name"):
+        agl.Trainer(runner=spec, default_resources={"llm": "gpt"})  # pyright: ignore[reportArgumentType]
 
 
 def test_every_worker_gets_a_runner_and_a_tracer_of_its_own() -> None:

@@ -20,7 +20,7 @@ REQUEST: dict[str, Any] = {
     "input": {"b": 1, "a": [1.0]},
     "mode": "train",
     "resources_id": "rs-1",
-    "config": RolloutConfig(max_attempts=2),
+    "config": RolloutConfig(max_attempts=2, retry_condition=["failed"]),
     "metadata": {"m": 1},
     "priority": 2,
     "rollout_id": "ro-mine",
@@ -29,7 +29,7 @@ OTHER_CONTENT: dict[str, Any] = {
     "input": {"b": 1, "a": [1.5]},
     "mode": "val",
     "resources_id": "rs-2",
-    "config": RolloutConfig(max_attempts=3),
+    "config": RolloutConfig(max_attempts=3, retry_condition=["failed"]),
     "metadata": {"m": 2},
     "priority": 1,
 }

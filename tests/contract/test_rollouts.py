@@ -100,7 +100,7 @@ NEW_FIELDS: Mapping[str, Any] = {
     "input": {"other": [1, 2]},
     "mode": "test",
     "resources_id": "rs-new",
-    "config": RolloutConfig(max_attempts=7, timeout_seconds=3),
+    "config": RolloutConfig(max_attempts=7, retry_condition=["failed"], timeout_seconds=3),
     "metadata": {"a": 1},
 }
 

@@ -6,6 +6,7 @@ not said here but in `agentlightning.lifecycle`.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, Field, model_validator
@@ -58,6 +59,19 @@ class RolloutConfig(BaseModel):
 
     Only `failed`, `timeout` and `unresponsive` have an effect; the others are taken and ignored.
     """
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        if self.max_attempts > 1 and "retry_condition" not in fields:
+            warnings.warn(
+                f"RolloutConfig(max_attempts={self.max_attempts}) retries nothing by itself, because retry_condition "
+                'is empty. Add retry_condition=["failed", "timeout", "unresponsive"], or those of them that shall be '
+                "tried again; give [] if only AttemptFailed(retry=True) is to be tried again",
+                stacklevel=2,
+            )
+
+    # Pydantic then calls this method only where somebody constructs one, not for what is read from JSON.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @model_validator(mode="before")
     @classmethod

@@ -39,7 +39,7 @@ class TestRolloutConfig:
 
     @pytest.mark.parametrize("attempts", [1, 2, 1000])
     def test_max_attempts_in_range(self, attempts: int) -> None:
-        assert RolloutConfig(max_attempts=attempts).max_attempts == attempts
+        assert RolloutConfig(max_attempts=attempts, retry_condition=[]).max_attempts == attempts
 
     @pytest.mark.parametrize("attempts", [0, -1, 1001, 1.5, "many"])
     def test_max_attempts_out_of_range(self, attempts: Any) -> None:

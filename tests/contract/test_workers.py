@@ -351,6 +351,50 @@ async def test_a_claim_renews_the_lease_of_its_worker(stores: Stores) -> None:
         assert (await rollout_now(store, second.rollout_id)).reason_code == "worker_lost"
 
 
+async def test_what_a_process_held_is_lost_when_another_registers_under_its_name(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        await store.update_worker("worker", lease_seconds=10, registration={"pid": 1})
+        old, kept = await started(store, "worker"), await started(store, "worker")
+        for each in (old, kept):
+            await finish(store, each, "running")
+        clock.advance(9)
+        await store.update_worker(
+            "worker", lease_seconds=10, attempt_ids=[kept.attempt.attempt_id], registration={"pid": 2}
+        )
+        assert await statuses(store, old.rollout_id) == ("requeuing", ["unresponsive"])
+        [lost] = await store.query_attempts(old.rollout_id)
+        assert lost.reason_code == "worker_lost"
+        assert await statuses(store, kept.rollout_id) == ("running", ["running"])
+        assert (await claimed(store, "worker")).rollout_id == old.rollout_id
+
+
+async def test_a_registration_that_was_long_on_its_way_ends_nothing(stores: Stores) -> None:
+    async with stores.open() as (store, _):
+        first = {"process_space": "machine", "start_time": 1.0}
+        second = first | {"start_time": 2.0}
+        await store.update_worker("worker", registration=second)
+        await store.direct_workers("drain")
+        held = await started(store, "worker")
+        late = await store.update_worker("worker", registration=first)
+        assert (late.registration, late.directive) == (second, "drain")
+        assert await statuses(store, held.rollout_id) == ("preparing", ["preparing"])
+        # That of another machine cannot be compared: its clock may be wrong.
+        await store.update_worker("worker", registration=first | {"process_space": "another"})
+        assert await statuses(store, held.rollout_id) == ("requeuing", ["unresponsive"])
+
+
+async def test_a_lost_worker_whose_attempt_speaks_again_has_a_lease_again(stores: Stores) -> None:
+    async with stores.open() as (store, clock):
+        await store.update_worker("worker", lease_seconds=10)
+        claim = await started(store, "worker")
+        await finish(store, claim, "running")
+        await store.report_worker_lost("worker", message="its process has ended")
+        await store.add_span(span_of(claim))  # it was on its way when the process ended
+        assert await statuses(store, claim.rollout_id) == ("running", ["running"])
+        clock.advance(10)
+        assert await statuses(store, claim.rollout_id) == ("requeuing", ["unresponsive"])
+
+
 async def test_an_attempt_that_names_no_worker_is_kept_alive_by_the_one_that_lists_it(stores: Stores) -> None:
     async with stores.open() as (store, _):
         started = await store.start_rollout("input")

@@ -475,6 +475,8 @@ class ReferenceStore(ReferenceRecords):
         worker["lease_seconds"] = lease_seconds or worker["lease_seconds"]
         worker["_leased"] = worker["lease_seconds"] is not None
         if registration not in (None, worker["registration"]):
+            if worker["registration"] is not None:  # of another process, which has died
+                self._lose_held(worker_id, attempt_ids or ())
             worker.update(registration=registration, directive=None)
         if worker["status"] == "unknown":
             if worker["current_attempt_id"] is None:
@@ -500,7 +502,23 @@ class ReferenceStore(ReferenceRecords):
         check_code(reason_code)
         if worker_id not in self.workers:
             raise Refused("not_found")
-        held = self._held_by(worker_id)
+        held = self._lose_held(worker_id, (), reason_code, begun, died=died)
+        worker = self._worker(worker_id)
+        if worker["status"] != "unknown" or worker["reason_code"] is None:
+            worker["reason_code"] = reason_code or "worker_lost"
+        worker.update(status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False)
+        return [shown(attempt) for attempt in held]
+
+    def _lose_held(
+        self,
+        worker_id: str,
+        but: Sequence[str],
+        reason_code: str | None = None,
+        begun: Sequence[str] | None = None,
+        *,
+        died: bool = True,
+    ) -> list[Facts]:
+        held = [each for each in self._held_by(worker_id) if each["attempt_id"] not in but]
         for attempt in held:
             if begun is not None and attempt["attempt_id"] not in begun:
                 self._give_back(attempt)
@@ -509,11 +527,7 @@ class ReferenceStore(ReferenceRecords):
             else:
                 self._end_attempt(attempt, "unresponsive", reason_code or "worker_lost")
                 self._settle_rollout(attempt)
-        worker = self._worker(worker_id)
-        if worker["status"] != "unknown" or worker["reason_code"] is None:
-            worker["reason_code"] = reason_code or "worker_lost"
-        worker.update(status="unknown", current_rollout_id=None, current_attempt_id=None, _leased=False)
-        return [shown(attempt) for attempt in held]
+        return held
 
     def delete_workers(self, worker_ids: Sequence[str]) -> list[str]:
         """Those that are gone, or of whom nobody could tell, are forgotten."""
@@ -558,6 +572,8 @@ class ReferenceStore(ReferenceRecords):
             worker = self._worker(worker_id)
             worker.update(status="busy", last_busy_time=self.clock.wall(), reason_code=None)
             worker.update({f"current_{name}": attempt[name] for name in ("rollout_id", "attempt_id")})
+            if worker["lease_seconds"] is not None and not worker["_leased"]:
+                worker.update(_heard=self.clock.monotonic(), _leased=True)
 
     def _let_go(self, worker_id: str | None, attempt: Facts, status: str) -> None:
         """A worker does not hold an attempt any more, which has this status now."""

@@ -23,7 +23,9 @@ def took(worker: WorkerRow, attempt: AttemptRow, now: Moment, *, waited: bool) -
 
 
 def holds(worker: WorkerRow, attempt: AttemptRow, now: Moment) -> WorkerRow:
-    """It works on this attempt."""
+    """It works on this attempt. If it counted as lost, it has its lease again: nobody else would notice its death."""
+    if worker.deadline is None:
+        worker = _renewed(worker, now)
     return replace(
         worker,
         status="busy",

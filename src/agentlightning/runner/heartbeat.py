@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeAlias
 
 import psutil
 
-from agentlightning.errors import Conflict, NotFound
+from agentlightning.errors import Conflict, NotFound, StoreUnavailable
 from agentlightning.runner.vital_signs import Times, VitalSigns
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore
@@ -43,6 +43,10 @@ CONFIRM_SECONDS = 0.25
 _SHORTEST_INTERVAL_SECONDS = 0.2
 _BEATS_PER_TERM = 3
 """How often an attempt with ``unresponsive_seconds`` is heard of in that time, at least."""
+_TRIES_PER_TERM = 5
+"""A beat that is not answered within this part of the lease (or of an attempt's term) is lost: there is time for more,
+and the store's client would wait longer than the lease for a lost reply."""
+_SHORTEST_PATIENCE_SECONDS = 0.5
 _REPORT_SECONDS = 2.0
 """How long a report may take before its claim is confirmed by a call of its own; an overloaded store gets fewer."""
 _LONGEST_RETRY_SECONDS = 1.0
@@ -87,7 +91,7 @@ class Heartbeat:
         self.on_directive: Callable[[Directive], None] | None = None
         """Called, in the heartbeat's thread, when the worker is asked to drain or to stop."""
         self.first_beat: Future[None] = Future()
-        """Done when the store knows the worker."""
+        """Done when the store knows the worker, or has refused to."""
         self._store = store
         self.worker_id = worker_id
         self._interval, self._jitter = interval_seconds, jitter_seconds
@@ -100,6 +104,7 @@ class Heartbeat:
         self._begun: dict[str, _BegunAttempt] = {}
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[None] | None = None
+        self._confirming: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._beat_requested = False
@@ -199,6 +204,8 @@ class Heartbeat:
                 await self._beat_until_stopped(self._wake)
         finally:
             self._loop = self._wake = None
+            if self._confirming is not None:
+                self._confirming.cancel()
 
     async def _beat_until_stopped(self, wake: asyncio.Event) -> None:
         self._show_life(asyncio.get_running_loop())
@@ -212,7 +219,8 @@ class Heartbeat:
                 if answered:  # the jitter keeps the workers of a fleet that started together from beating in step
                     spread = min(self._jitter, self._interval / 2)
                     pause = self._interval + random.uniform(-spread, spread)
-            await self._confirm()
+            if self._unconfirmed() and (self._confirming is None or self._confirming.done()):
+                self._confirming = asyncio.create_task(self._confirm())  # no lost reply shall hold up the beats
             due = beaten + min(pause, self._longest_pause())
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(CONFIRM_SECONDS, due - self._monotonic()))):
@@ -235,23 +243,26 @@ class Heartbeat:
         # nvidia-smi takes a while
         stats = await asyncio.to_thread(self._statistics, True) if self._include_gpu else self._statistics(False)
         about: dict[str, Any] | Unset = self._registration if first else UNSET
+        patience = min(self._lease_seconds, self._longest_pause() * _BEATS_PER_TERM) / _TRIES_PER_TERM
         try:
-            worker = await self._store.update_worker(
-                self.worker_id,
-                stats,
-                attempt_ids=list(self._begun),
-                lease_seconds=self._lease_seconds,
-                registration=about,
-            )
+            async with asyncio.timeout(max(patience, _SHORTEST_PATIENCE_SECONDS)):
+                worker = await self._store.update_worker(
+                    self.worker_id,
+                    stats,
+                    attempt_ids=list(self._begun),
+                    lease_seconds=self._lease_seconds,
+                    registration=about,
+                )
         except Exception as error:  # noqa: BLE001 - a store may fail in any way, and the next beat may succeed
+            if not isinstance(error, (StoreUnavailable, OSError, TimeoutError)):
+                self._end_first_beat()  # whoever asks the store for work gets the same error
             self._failures += 1
             if self._failures in (1, 10) or self._failures % 100 == 0:
                 _logger.warning("%d consecutive heartbeats failed: %s: %s", self._failures, type(error).__name__, error)
             return False
         self._failures = 0
         self._last_beat = self._monotonic()
-        if not self.first_beat.done():
-            self.first_beat.set_result(None)
+        self._end_first_beat()
         for attempt_id in worker.stale_attempt_ids or ():
             self._report_stale(attempt_id)
         for each in awaiting:
@@ -262,11 +273,21 @@ class Heartbeat:
             self.on_directive(worker.directive)
         return True
 
-    async def _confirm(self) -> None:
-        """Confirm the claims of attempts that have run for ``CONFIRM_SECONDS``."""
+    def _end_first_beat(self) -> None:
+        if not self.first_beat.done():
+            self.first_beat.set_result(None)
+
+    def _unconfirmed(self) -> list[str]:
+        """The attempts that have run for ``CONFIRM_SECONDS`` and are not confirmed."""
         since = self._monotonic() - CONFIRM_SECONDS
-        for attempt_id, begun in list(self._begun.items()):
-            if begun.confirmed or begun.since > since:
+        begun = list(self._begun.items())
+        return [attempt_id for attempt_id, each in begun if not each.confirmed and each.since <= since]
+
+    async def _confirm(self) -> None:
+        """Confirm the claims of the unconfirmed attempts."""
+        for attempt_id in self._unconfirmed():
+            begun = self._begun.get(attempt_id)
+            if begun is None:
                 continue
             begun.confirmed = True
             try:

@@ -45,8 +45,8 @@ GRACE_SECONDS = 5.0
 """How long agents that were told to stop may take to do so."""
 DEREGISTER_SECONDS = 2.0
 """How long the end of a worker may take to give back what it holds."""
-FIRST_BEAT_SECONDS = 5.0
-"""How long the first claim waits for the first heartbeat, whose registration takes back an old drain or stop."""
+BEAT_SECONDS = 5.0
+"""How long a claim waits for a heartbeat, after a time in which the store was not heard of."""
 
 SHORT_SECONDS = 0.1
 """An agent that took at most so long counts as short."""
@@ -156,7 +156,7 @@ class WorkerLoop:
         self._ended.add_done_callback(lambda _: self._stop_beginning())
         most = self._settings.max_rollouts
         try:
-            await self._first(asyncio.wrap_future(self._heartbeat.first_beat), FIRST_BEAT_SECONDS)
+            await self._register()
             while not self._ending.is_set() and (most is None or self._begun < most):
                 if self._room() > 0:
                     await self._claim_and_begin(self._room(self._prefetch.extra))
@@ -179,6 +179,17 @@ class WorkerLoop:
             self._ended.cancel()
             await self._deregister()
 
+    async def _register(self) -> None:
+        """Wait for the first heartbeat: the store would never notice the death of a worker that it does not know.
+
+        Raises:
+            StoreUnreachable: there was no answer for ``unreachable_seconds``.
+        """
+        patience = self._settings.unreachable_seconds
+        known = await self._first(asyncio.wrap_future(self._heartbeat.first_beat), patience)
+        if not known and not self._ending.is_set():
+            raise StoreUnreachable(f"the store was unreachable for {patience:g} s: it answered no heartbeat")
+
     def _room(self, extra: int = 0) -> int:
         """How many rollouts may be claimed: for slots without one, neither begun nor held nor expected, and extra."""
         most = self._settings.max_rollouts
@@ -199,7 +210,7 @@ class WorkerLoop:
 
     async def _claim_and_begin(self, limit: int) -> None:
         if self._heartbeat.silent_too_long:  # the store may have to hear first what this worker still holds
-            await self._first(asyncio.wrap_future(self._heartbeat.next_beat()), FIRST_BEAT_SECONDS)
+            await self._first(asyncio.wrap_future(self._heartbeat.next_beat()), BEAT_SECONDS)
         clock = asyncio.get_running_loop().time
         asked = clock()
         self._expected += limit

@@ -219,7 +219,7 @@ class Core:
         alarm: makes the alarm.
     """
 
-    def __init__(self, backend: Backend, alarm: type[Alarm] = Alarm) -> None:
+    def __init__(self, backend: Backend, alarm: Callable[..., Alarm] = Alarm) -> None:
         self.backend = backend
         self.finishes = FinishWaiters()
         self.claims = ClaimWaiters()

@@ -7,7 +7,7 @@ and ``reading`` has the methods that only read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Literal, Self, get_args
 
@@ -86,7 +86,7 @@ class EngineStore(ReadingStore):
         backend: where rows live; opened by the first call, or by ``async with``.
         ids: makes the ids that callers do not give.
         confirm_seconds: how long a claim with a ``request_id`` may stay unconfirmed.
-        alarm: rings when something may have expired.
+        alarm: makes what rings when something may have expired.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EngineStore(ReadingStore):
         ids: IdSource,
         *,
         confirm_seconds: float = _CONFIRM_SECONDS,
-        alarm: type[Alarm] = Alarm,
+        alarm: Callable[..., Alarm] = Alarm,
     ) -> None:
         super().__init__(Core(backend, alarm))
         self._ids = ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -252,11 +252,13 @@ async def holder_of(tx: Transaction, worker_id: str | None) -> Holder:
     return Holder(workers.last_heard(worker, filter(None, held)))
 
 
-async def lose_attempts(tx: Transaction, worker_id: str, reason: Reason, holder: Holder) -> list[AttemptRow]:
-    """End all live attempts of a worker that is gone."""
+async def lose_attempts(
+    tx: Transaction, worker_id: str, reason: Reason, holder: Holder, *, but: Collection[str] = ()
+) -> list[AttemptRow]:
+    """End all live attempts of a worker that is gone, but those with these ids."""
     lost: list[AttemptRow] = []
     for attempt_id in await tx.live_attempts_of(worker_id):
-        attempt = await tx.get(AttemptRow, attempt_id)
+        attempt = None if attempt_id in but else await tx.get(AttemptRow, attempt_id)
         rollout = attempt and await tx.get(RolloutRow, attempt.rollout_id)
         if attempt is not None and rollout is not None:
             before = Pair(rollout, attempt)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from agentlightning.errors import NotFound
 from agentlightning.lifecycle import attempts, reasons, workers
 from agentlightning.lifecycle.attempts import standing
@@ -27,13 +29,42 @@ class Beat(NamedTuple):
 
 
 async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, list[str]]:
-    """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost)."""
+    """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost).
+
+    A worker that registers as another process than before has lost what that one held and it does not list: the lease
+    that it renews is not that of the dead process.
+    """
     stale = [each for each in said.attempt_ids if not await _beat_attempt(tx, worker_id, each)]
     worker = await worker_of(tx, worker_id)
+    known, told = worker.registration, said.registration
+    if told is not None and known is not None and _is_outdated(known, told):
+        told = None
+    if told is not None and known not in (None, told):
+        why = Reason(reasons.WORKER_LOST, f"another process has registered as worker {worker_id!r}")
+        await lose_attempts(tx, worker_id, why, Holder(died=True), but=said.attempt_ids)
+        worker = await worker_of(tx, worker_id)
     heard = workers.beat(worker, said.lease_seconds, said.stats, tx.now())
-    if said.registration is not None:
-        heard = workers.register(heard, said.registration)
+    if told is not None:
+        heard = workers.register(heard, told)
     return await save_worker(tx, worker, heard), stale
+
+
+class _Process(msgspec.Struct):
+    """What interests here of a registration."""
+
+    process_space: str | None = None
+    start_time: float | None = None
+
+
+def _is_outdated(known: bytes, told: bytes) -> bool:
+    """Whether a registration comes from a process that began before the known one: its beat was long on the way."""
+    try:
+        now, then = (msgspec.json.decode(each, type=_Process) for each in (known, told))
+    except msgspec.ValidationError:  # a worker may say anything
+        return False
+    if now.process_space is None or now.process_space != then.process_space:
+        return False  # of different machines, whose clocks may differ
+    return now.start_time is not None and then.start_time is not None and then.start_time < now.start_time
 
 
 async def lose(tx: Transaction, worker_id: str, reason: Reason, at_work: Collection[str] | None) -> list[AttemptRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import subprocess
 import sys
 import urllib.error
@@ -16,13 +17,15 @@ import pytest
 
 import execution_programs as programs
 from agentlightning import ClientServerExecutionStrategy, InMemoryLightningStore, SqliteLightningStore
-from agentlightning.errors import NotAuthenticated, WrongServer
+from agentlightning.errors import InvalidValue, NotAuthenticated, WrongServer
 from agentlightning.execution.membership import join_server
+from agentlightning.execution.run import remote_server
 from agentlightning.http.client.client import LightningStoreClient
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.security.credentials import Credentials, credentials_for
 from agentlightning.security.local_servers import LocalServer, announce, find_local, find_serving
 from agentlightning.security.tls import TlsTrust
+from certificates import self_signed
 from command_line import agl
 
 QUICK: dict[str, Any] = {"graceful_timeout": 5.0, "terminate_timeout": 2.0}
@@ -247,3 +250,54 @@ async def test_a_client_goes_on_with_a_run_that_was_begun_anew(tmp_path: Path) -
             with pytest.raises(NotAuthenticated):
                 await client.statistics()
         await client.close()
+
+
+# --- Certificates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", ["algorithm", "runner"])
+def test_a_run_with_a_certificate_is_reached_by_its_processes_and_its_user(
+    main: Any, folder: Path, tmp_path: Path
+) -> None:
+    """Whatever names are in the certificate: they are for others. It is not trusted by anybody else here."""
+    certificate, key = self_signed(tmp_path, "gpu-1.example")
+    database = tmp_path / "store.db"
+    store = SqliteLightningStore(database)
+    strategy = ClientServerExecutionStrategy(main_process=main, tls_certificate=certificate, tls_key=key, **QUICK)
+
+    def look(url: str) -> None:
+        assert url.startswith("https://")
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            status_of(url, "/statistics")
+        for target in (url, database):
+            assert agl("status", "--url", target, "-o", "json").ok().json["rollouts"]["succeeded"] == 4
+        agl("workers", "drain", "--all", "--url", database).ok()
+        copy = pickle.loads(pickle.dumps(served[0]))  # as a process of the run may get it
+        assert asyncio.run(copy.statistics())["rollouts_by_status"]["succeeded"] == 4
+
+    served: list[Any] = []
+
+    async def algorithm(store: Any, event: Any) -> None:
+        served.append(store)
+        await Algorithm(look)(store, event)
+
+    strategy.execute(algorithm if main == "algorithm" else programs.enqueue_and_wait, programs.works, store)
+    assert asyncio.run(store.statistics())["rollouts_by_status"]["succeeded"] == (4 if main == "algorithm" else 20)
+    asyncio.run(store.close())
+
+
+def test_variables_are_for_servers_that_others_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = self_signed(tmp_path)
+    for name, value in (("CERTIFICATE", certificate), ("KEY", key), ("CA_FILE", certificate)):
+        monkeypatch.setenv(f"AGL_TLS_{name}", str(value))
+    here, there = (
+        ClientServerExecutionStrategy(server_host=host, api_key="long-enough") for host in ("localhost", "::")
+    )
+    assert (here.tls, there.tls) == (None, (certificate, key))
+    runner = ClientServerExecutionStrategy(role="runner", server_host="gpu-1")
+    assert remote_server(runner).url == "https://gpu-1:4747"
+    assert remote_server(ClientServerExecutionStrategy(role="runner")).url == "http://localhost:4747"
+    assert LightningStoreClient("https://gpu-1:4747").server_address_root == "https://gpu-1:4747"
+    monkeypatch.setenv("AGL_TLS_CA_FILE", str(key))
+    with pytest.raises(InvalidValue, match="has no certificates that can be used"):
+        LightningStoreClient("https://gpu-1:4747")

@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from agentlightning.errors import InvalidValue, StoreUnavailable
+from agentlightning.security.hosts import is_loopback, require_key
+from agentlightning.security.keys import ApiKey
 from agentlightning.serving.server import ThreadedServer, untraced_app
+from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.types import (
     GenericResponse,
     ResourcesUpdate,
@@ -45,14 +48,27 @@ class AgentLightningServer:
     """Hands out tasks to v0.1 clients and collects what they report.
 
     Args:
-        host: address to listen on. The server asks for no key, so keep it on loopback or behind a proxy that does.
+        host: address to listen on. One that other machines can reach needs a key.
         port: 0 for any free one; ``endpoint`` says which after ``start``.
         task_timeout_seconds: a task that is claimed and not reported for longer is handed out again.
+        api_key: what every request has to show, as a bearer token. Default: ``AGL_API_KEY``, except on loopback.
+
+    Raises:
+        InvalidValue: the key is not usable.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 8000, task_timeout_seconds: float = 300.0) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        task_timeout_seconds: float = 300.0,
+        *,
+        api_key: str | None = None,
+    ) -> None:
         self.host = host
         self.port = port
+        key = api_key if is_loopback(host) else resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key)
+        self._key = ApiKey(key) if key else None
         self._task_timeout_seconds = task_timeout_seconds
         self._server: ThreadedServer | None = None
         self._was_started = False
@@ -75,9 +91,11 @@ class AgentLightningServer:
 
         Raises:
             StoreUnavailable: the address cannot be bound.
+            InvalidValue: others could reach the server, and there is no key.
         """
         if self._server is not None:
             return
+        require_key(self.host, self._key is not None, "Set AGL_API_KEY, or api_key=, on both sides")
         self._was_started = True
         # Assigned before it runs, so that `stop` also ends a server whose start was cancelled.
         server = self._server = ThreadedServer(
@@ -177,9 +195,16 @@ class AgentLightningServer:
 
     def _make_app(self) -> FastAPI:
         """The application: plain functions run in worker threads of FastAPI, so these are coroutines to stay cheap."""
-        from fastapi import HTTPException
+        from fastapi import Depends, HTTPException, Request
 
-        app = untraced_app(title="Agent Lightning, v0.1 interface")
+        async def let_in(request: Request) -> None:
+            shown = request.headers.get("authorization")
+            if self._key is not None and not self._key.opens(None if shown is None else shown.encode("latin-1")):
+                raise HTTPException(401, "this server wants an API key; set AGL_API_KEY")
+
+        # FastAPI looks up annotations among the names of the module, where this one is not.
+        let_in.__annotations__["request"] = Request
+        app = untraced_app(title="Agent Lightning, v0.1 interface", dependencies=[Depends(let_in)])
 
         @app.get("/task")
         async def next_task() -> TaskIfAny:  # pyright: ignore[reportUnusedFunction]
@@ -220,12 +245,17 @@ class AgentLightningClient:
         endpoint: the server's URL, ``http://host:port``.
         poll_interval: seconds between two requests for a task while there is none.
         timeout: seconds for one request.
+        api_key: what the server asks for. Default: ``AGL_API_KEY``.
     """
 
-    def __init__(self, endpoint: str, poll_interval: float = 5.0, timeout: float = 10.0) -> None:
+    def __init__(
+        self, endpoint: str, poll_interval: float = 5.0, timeout: float = 10.0, *, api_key: str | None = None
+    ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.poll_interval = poll_interval
         self.timeout = timeout
+        key = resolve_str_env_var(LightningEnvVar.AGL_API_KEY, api_key)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def poll_next_task(self) -> Task | None:
         """Wait for a task without a limit, also while the server is unreachable."""
@@ -292,7 +322,7 @@ class AgentLightningClient:
         request = urllib.request.Request(
             self.endpoint + path,
             data=body,
-            headers={"Content-Type": "application/json", "X-AgentLightning-Client": "true"},
+            headers={"Content-Type": "application/json", "X-AgentLightning-Client": "true", **self._headers},
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:

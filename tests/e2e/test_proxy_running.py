@@ -257,7 +257,7 @@ async def test_an_agent_that_goes_when_it_has_all_that_the_model_wrote_has_recei
 @pytest.mark.parametrize(
     ("method", "path", "key", "status"),
     [
-        ("POST", "/v1/responses", "the-right-key", 404),
+        ("POST", "/v1/embeddings", "the-right-key", 404),
         ("GET", "/v1/chat/completions", "the-right-key", 405),
         ("POST", "/v1/chat/completions", "wrong", 401),
     ],
@@ -463,7 +463,7 @@ def port_of(proxy: LLMProxy) -> int:
 
 async def test_urls_that_are_not_served_say_what_is() -> None:
     async with proxied(OpenAIBackend(), api_key="") as scene, aiohttp.ClientSession() as session:
-        for method, path, status in (("POST", "/v1/responses", 404), ("GET", "/v1/chat/completions", 405)):
+        for method, path, status in (("POST", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)):
             async with session.request(method, scene.proxy.url + path) as response:
                 assert response.status == status
                 assert "the proxy serves POST /v1/chat/completions" in (await response.json())["error"]["message"]

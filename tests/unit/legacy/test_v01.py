@@ -120,3 +120,31 @@ async def test_the_loader_goes_round_its_tasks() -> None:
 def test_the_loader_refuses_no_tasks_and_both_kinds(tasks: list[object]) -> None:
     with pytest.raises(InvalidValue):
         agl.DevTaskLoader(tasks, PROMPT)
+
+
+async def test_others_are_let_in_with_a_key_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AGL_API_KEY", raising=False)
+    with pytest.raises(InvalidValue, match=r"other machines can reach '0\.0\.0\.0'.*AGL_API_KEY"):
+        await agl.AgentLightningServer("0.0.0.0", 0).start()
+    monkeypatch.setenv("AGL_API_KEY", "the-key-of-both")
+    server = agl.AgentLightningServer("0.0.0.0", 0)
+    await server.start()
+    try:
+        await server.update_resources(PROMPT)
+        url = server.endpoint.replace("0.0.0.0", "127.0.0.1")
+        assert await agl.AgentLightningClient(url).get_latest_resources_async() is not None
+        with pytest.raises(StoreUnavailable, match="answered 401"):
+            await agl.AgentLightningClient(url, api_key="a-wrong-key").get_latest_resources_async()
+    finally:
+        await server.stop()
+
+
+async def test_on_this_machine_clients_of_v01_go_on_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_API_KEY", "a-key-for-something-else")
+    server = agl.AgentLightningServer(port=0)
+    await server.start()
+    try:
+        monkeypatch.delenv("AGL_API_KEY")
+        assert await agl.AgentLightningClient(server.endpoint).get_latest_resources_async() is None
+    finally:
+        await server.stop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -36,6 +38,7 @@ from agentlightning.trainer.components import (
     strategy_of,
     warn_of_ignored,
 )
+from agentlightning.trainer.dev_report import dev_report, dev_store_file
 from agentlightning.trainer.identity import identity_of
 from agentlightning.trainer.progress import ProgressSpec, make_view
 from agentlightning.trainer.roles import DEFAULT_ROLLOUT_CONFIG, AlgorithmRole, RunnerFactory, RunnerRole, settle
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.2
 
@@ -159,7 +164,7 @@ class Trainer:
         make_view(progress)  # so that a wrong word fails here, and not when the run has begun
 
         self.n_runners, self.max_rollouts, self.port = n_runners or 1, max_rollouts, port
-        self.run_folder = None if run is None else Path(runs_folder) / run
+        self._runs_folder, self.run_folder = Path(runs_folder), None if run is None else Path(runs_folder) / run
         self.run = None if run is None else Run(run, Path(runs_folder) / run)
         self.initial_resources, self.rollout_config = initial_resources, _config_of(rollout_config)
         self.hooks: Sequence[Hook] = hooks_of(hooks)
@@ -224,6 +229,9 @@ class Trainer:
     ) -> None:
         """Try an agent out: like ``fit``, with an algorithm that is quick and does not learn (``Baseline``).
 
+        At the end it prints input, output and reward of each rollout. A trainer without a store of its own keeps the
+        traces in a new database file in ``runs_folder``; what is printed says how to look into it.
+
         Raises:
             TypeError: the trainer's algorithm is not a ``FastAlgorithm``.
             InvalidValue, NothingToLearn: as by ``fit``.
@@ -234,7 +242,29 @@ class Trainer:
                 f"dev() takes a FastAlgorithm, and the trainer has a {type(algorithm).__name__}; call fit(), or make a "
                 "Trainer without algorithm="
             )
-        self._execute(agent, algorithm, train_dataset, val_dataset)
+        began = time.time()
+        if self._owns_store and self._store_path is None:
+            self._store_path = dev_store_file(self._runs_folder, began)
+            self.store = self._default_store()
+        try:
+            self._execute(agent, algorithm, train_dataset, val_dataset)
+        finally:
+            self._report_dev(began)
+
+    def _report_dev(self, began: float) -> None:
+        """Print what became of the rollouts since then."""
+        place = str(self._store_path) if self._store_path is not None else getattr(self.store, "endpoint", None)
+        outcome = Future[str]()
+        threading.Thread(  # a loop may be running in this one
+            target=settle, args=(outcome, lambda: asyncio.run(dev_report(self.store, began, place))), daemon=True
+        ).start()
+        try:
+            if text := outcome.result():
+                print(text)  # noqa: T201 - that is what the user has asked for
+        except Exception as error:  # noqa: BLE001 - the store may be the user's; the run itself is over
+            _logger.warning("the rollouts cannot be shown: %s: %s", type(error).__name__, error)
+        finally:
+            self._release_store()
 
     def _execute(
         self,

@@ -13,8 +13,11 @@ import pytest
 from agentlightning import LightningStoreClient
 from agentlightning.errors import StoreUnreachable
 from agentlightning.http.client import transport
+from agentlightning.http.client.calls import Caller, plan_of
 from agentlightning.http.client.retry import Resilience, Retrying
 from agentlightning.http.client.transport import Transport, WireRequest
+from agentlightning.http.routes import CLIENT_ROUTES
+from agentlightning.store.sources import TimeOrderedIds
 from scripted_transport import ScriptedTransport, silent
 from virtual_time import in_virtual_time
 
@@ -45,6 +48,29 @@ def test_a_reply_too_late_is_given_up_at_that_moment(allowed: float) -> None:
             await _one_try(inner, clock).send(WireRequest("GET", "/x", timeout_seconds=allowed, patience_seconds=1e6))
         assert clock() == pytest.approx(allowed)
         assert inner.cancelled == 1
+
+    in_virtual_time(scene)
+
+
+@pytest.mark.parametrize("method", sorted(CLIENT_ROUTES))
+def test_a_lost_reply_to_any_call_leaves_time_for_another_try(method: str) -> None:
+    """Also where the server has long to work. A page is noticed by its silence, which needs a real connection."""
+
+    async def scene(clock: Callable[[], float]) -> None:
+        inner = ScriptedTransport([silent(1e9)], clock)
+        made = Retrying(
+            inner,
+            server="http://s",
+            probe=WireRequest("GET", "/health"),
+            numbers=Resilience(probe_interval_seconds=1e9),
+        )
+        caller = Caller(made, "/agl/v1", TimeOrderedIds(), timeout_seconds=30.0, patience_seconds=120.0)
+        arguments = dict.fromkeys(plan_of(method).route.in_path, "x")
+        request = WireRequest(*caller.request(plan_of(method), arguments))
+        if request.silence_seconds is not None:
+            request = request._replace(timeout_seconds=request.silence_seconds)
+        assert (await made.send(request)).status == 200
+        assert len(inner.tries) == 2
 
     in_virtual_time(scene)
 

@@ -111,7 +111,8 @@ class Caller:
         target, body = plan.encode(arguments, self._ids)
         timeout, patience, silence = self.timeout_seconds, self.patience_seconds, None
         if plan.route.work_seconds is not None:
-            timeout = patience = plan.route.work_seconds
+            timeout = plan.route.work_seconds
+            patience = max(patience, 2 * timeout)  # a lost reply must leave time for another try
         elif plan.route.is_query:  # a long page may take as long as the caller is ready to wait, while it comes
             timeout, silence = patience, timeout
         target, priority = self._prefix + target, plan.route.priority

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvicorn
 from uvicorn.server import ServerState
 
+from agentlightning.errors import InvalidValue
 from agentlightning.security.tls import TlsFiles
 from agentlightning.serving.connections import BoundedConnection, ConnectionBounds, ConnectionCounter
 from agentlightning.serving.keepalive import probe_when_idle
@@ -96,6 +97,9 @@ class ThreadedServer:
         self._changing = threading.Lock()
         self._listening: socket.socket | None = None
         self._ssl: ssl.SSLContext | None = None
+        """Of the port, for as long as it is open."""
+        self._newest_ssl: ssl.SSLContext | None = None
+        """What handshakes go on with: the same, until ``reload_tls``."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_asked = asyncio.Event()
         self._ready: Future[None] = Future()
@@ -122,10 +126,29 @@ class ThreadedServer:
         """
         if self._listening is None:
             if self._tls is not None:
-                self._ssl = self._tls.server_context()
+                self._ssl = self._newest_ssl = self._tls.server_context()
+                self._ssl.sni_callback = self._take_newest  # called in each handshake, also where it names no host
             self._listening = _bind(self.host, self.port)
             self.port = self._listening.getsockname()[1]
         return self.port
+
+    def reload_tls(self) -> bool:
+        """Read the files for TLS again: new connections get what is in them, open ones go on. From any thread.
+
+        Returns:
+            Whether there is anything to read: False for plain HTTP.
+
+        Raises:
+            InvalidValue: they cannot be used; what was read before stays in use.
+        """
+        if self._tls is None:
+            return False
+        self._newest_ssl = self._tls.server_context()
+        return True
+
+    def _take_newest(self, handshake: ssl.SSLObject | ssl.SSLSocket, *_: object) -> None:
+        if self._newest_ssl is not None:
+            handshake.context = self._newest_ssl
 
     def start(self) -> None:
         """Listen; returns when requests are answered. Blocks, so coroutines call it by ``asyncio.to_thread``.
@@ -321,6 +344,21 @@ def ended_by_signal() -> asyncio.Event:
     for number in numbers:
         loop.add_signal_handler(number, end, number)
     return ended
+
+
+def reload_on_hangup(server: Callable[[], bool]) -> None:
+    """Let SIGHUP read a server's files for TLS again (its ``reload_tls``) instead of ending the process. For the main
+    thread."""
+
+    def reload() -> None:
+        try:
+            read = server()
+        except InvalidValue as error:
+            _log.error("SIGHUP: %s; the certificate that was read before stays in use", error)
+        else:
+            _log.info("SIGHUP: %s", "the certificate was read again" if read else "no certificate to read: no TLS")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def allow_many_files() -> None:

@@ -27,7 +27,7 @@ from agentlightning.security.access import AccessPolicy
 from agentlightning.security.hosts import EVERY_ADDRESS, AllowedHosts, AllowedOrigins, require_key, url_of
 from agentlightning.security.keys import ApiKey
 from agentlightning.security.tls import AnyPath, tls_files
-from agentlightning.serving.server import ThreadedServer, ended_by_signal
+from agentlightning.serving.server import ThreadedServer, ended_by_signal, reload_on_hangup
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
@@ -204,6 +204,17 @@ class LightningStoreServer(ForwardingStore):
         finally:
             await self.stop()
 
+    def reload_tls(self) -> bool:
+        """Read the files for TLS again; new connections get what is in them. From any thread.
+
+        Returns:
+            Whether that was done: not for plain HTTP, or when nothing is served here.
+
+        Raises:
+            InvalidValue: they cannot be used; what was read before stays in use.
+        """
+        return self._bound is not None and self._bound[0].reload_tls()
+
     def _bind(self) -> tuple[ThreadedServer, StoreApp]:
         if self._bound is not None:
             return self._bound
@@ -272,6 +283,7 @@ _YOUNG_OBJECTS = 20_000
 def run_service(server: LightningStoreServer, store: EngineStore, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; then finish what was begun and close the store. For the main thread.
 
+    SIGHUP reads the certificate and key again.
     A second signal ends the process at once, which loses nothing that was acknowledged.
 
     Args:
@@ -293,6 +305,7 @@ async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callab
     async with store:
         await server.start()
         ended = ended_by_signal()
+        reload_on_hangup(server.reload_tls)
         # What lives for ever is not looked at by the garbage collector, and it runs less often: requests leave hardly
         # any reference cycles, and looking for them took 5 % of the processor.
         gc.collect()

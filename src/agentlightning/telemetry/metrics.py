@@ -83,6 +83,11 @@ class Gauge(NamedTuple):
     """Whether it never decreases."""
 
 
+def load_metrics() -> None:
+    """Import what ``render_metrics`` needs. Later the process may have no file descriptor left to read it from."""
+    render_metrics(RequestMeter(), ())
+
+
 def render_metrics(meter: RequestMeter, gauges: Iterable[Gauge]) -> bytes:
     """All metrics in the text format of Prometheus (``METRICS_TYPE``)."""
     from prometheus_client import CollectorRegistry, generate_latest

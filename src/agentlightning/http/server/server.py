@@ -31,6 +31,7 @@ from agentlightning.serving.server import ThreadedServer, ended_by_signal, reloa
 from agentlightning.settings import LightningEnvVar, resolve_str_env_var
 from agentlightning.store.base import LightningStore, LightningStoreCapabilities
 from agentlightning.store.engine import EngineStore
+from agentlightning.telemetry.metrics import load_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -306,6 +307,8 @@ async def _serve(server: LightningStoreServer, store: EngineStore, ready: Callab
         await server.start()
         ended = ended_by_signal()
         reload_on_hangup(server.reload_tls)
+        load_metrics()
+        await store.statistics()  # opens what its reads need, for the same reason
         # What lives for ever is not looked at by the garbage collector, and it runs less often: requests leave hardly
         # any reference cycles, and looking for them took 5 % of the processor.
         gc.collect()

@@ -17,7 +17,14 @@ from itertools import count
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from agentlightning.errors import AgentLightningError, BadRequest, NoSuchRoute, Overloaded, StoreUnavailable
+from agentlightning.errors import (
+    AgentLightningError,
+    BadRequest,
+    NoSuchRoute,
+    NotAuthenticated,
+    Overloaded,
+    StoreUnavailable,
+)
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.http.routes import CANONICAL, Dialect
 from agentlightning.http.server.decoder import Decoder
@@ -31,6 +38,8 @@ from agentlightning.telemetry.metrics import RequestMeter
 
 _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 1.0
+_GUESS_SECONDS = 1.0
+"""How long an address that guesses keys waits for each answer; the next guess needs another connection."""
 _WAIT_BEGINS_SECONDS = 0.05
 _well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
 """Whether the id that a client gives its request can stand in a log and in a reply."""
@@ -141,6 +150,9 @@ class StoreApp:
         except ClientGone:
             return
         except AgentLightningError as error:
+            if isinstance(error, NotAuthenticated) and self.access.is_guessing(exchange):
+                exchange.close_after()
+                await asyncio.sleep(_GUESS_SECONDS)
             status = await exchange.send(self._refusal(exchange, error, dialect))
         except Exception:  # noqa: BLE001 - the boundary of a request: nothing gets past it but an id
             _log.exception("%s %s failed", exchange.method, _shown(exchange.path) if label is _OTHER else label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 
 from agentlightning.errors import InvalidValue, NotAllowed, NotAuthenticated, Overloaded, StoreUnavailable, TooLarge
@@ -10,6 +11,7 @@ from agentlightning.http.server.exchange import Exchange, Reply
 from agentlightning.security.access import ANONYMOUS, KEY_HOLDER, AccessPolicy, Permission, Principal
 from agentlightning.security.hosts import AllowedHosts, AllowedOrigins
 from agentlightning.security.keys import ApiKey
+from agentlightning.security.wrong_keys import WrongKeys
 from agentlightning.serving.connections import ConnectionBounds
 
 _MIB = 1024 * 1024
@@ -150,6 +152,7 @@ class AccessControl:
         self._hosts = hosts
         self._origins = origins
         self._policy = policy
+        self._wrong_keys = WrongKeys()
         self._admitted: dict[tuple[bytes | None, bytes | None], Principal] = {}
         """Host and credentials of callers that were let in before, since comparing keys costs more than looking up."""
 
@@ -187,6 +190,12 @@ class AccessControl:
         if self._policy is not None:
             self._policy.authorize(_at(principal, exchange), permission)
         return None
+
+    def is_guessing(self, exchange: Exchange) -> bool:
+        """Note a caller who was refused because of its key; returns whether its address has sent many wrong ones."""
+        if exchange.headers.get(b"authorization") is None:
+            return False
+        return self._wrong_keys.note(str(exchange.client[0]) if exchange.client else "unknown", time.monotonic())
 
     def refusal(self, exchange: Exchange, permission: Permission) -> str | None:
         """Why the policy refuses a permission to a caller who was let in; None: it does not."""

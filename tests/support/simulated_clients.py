@@ -23,6 +23,7 @@ from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.litagent.litagent import AttemptFailed, LitAgent
 from agentlightning.runner.attempt import AttemptParts, RolloutResources
 from agentlightning.runner.calling import AgentThreads
+from agentlightning.runner.failures import FailureLog
 from agentlightning.runner.heartbeat import Heartbeat
 from agentlightning.runner.worker_loop import WorkerLoop, WorkerSettings
 from agentlightning.store.base import LightningStore
@@ -271,7 +272,7 @@ class SimulatedRunner:
         tracer = SimulatedTracer(sender, lambda: world.now)
         agent = SimulatedAgent(self._around, client, loop.name)
         threads = AgentThreads(self.name)
-        parts = AttemptParts(agent, None, client, tracer, (), threads, RolloutResources(client))
+        parts = AttemptParts(agent, None, client, tracer, (), threads, RolloutResources(client), FailureLog())
         heartbeat = Heartbeat(
             client,
             self.name,

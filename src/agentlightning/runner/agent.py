@@ -12,6 +12,7 @@ from agentlightning.litagent.litagent import Hook, LitAgent
 from agentlightning.runner.attempt import AttemptParts, AttemptRun
 from agentlightning.runner.base import Runner, StopEvent, stop_watch
 from agentlightning.runner.calling import AgentThreads
+from agentlightning.runner.failures import FailureLog
 from agentlightning.runner.heartbeat import Heartbeat, registration, system_statistics, worker_name
 from agentlightning.runner.main_thread import MAIN_THREAD
 from agentlightning.runner.resources import RolloutResources, checked_defaults
@@ -131,7 +132,7 @@ class LitAgentRunner(Runner[T]):
             each.set(None)
         threads = AgentThreads(f"agent-{worker_id}", main if self.wants_main_thread(agent) else None)
         resources = RolloutResources(store, self.default_resources)
-        self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, resources)
+        self._parts = AttemptParts(agent, self, store, self._tracer, self._hooks, threads, resources, FailureLog())
         self._heartbeat = self._make_heartbeat(
             store, worker_name(worker_id), registration=registration(self._labels), signs=signs
         )

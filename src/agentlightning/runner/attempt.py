@@ -13,6 +13,7 @@ from agentlightning.emitter.emit import emit_exception
 from agentlightning.errors import AgentLightningError, Conflict, IdReused, InvalidValue, NotFound, StoreClosed
 from agentlightning.litagent.litagent import AttemptFailed, Hook, LitAgent
 from agentlightning.runner.calling import AgentThreads, as_spans, call_agent, passes, without_runner_frames
+from agentlightning.runner.failures import FailureLog
 from agentlightning.runner.main_thread import AgentInterrupted
 from agentlightning.runner.resources import RolloutResources
 from agentlightning.semconv import LightningSpanAttributes
@@ -65,6 +66,7 @@ class AttemptParts(NamedTuple):
     hooks: Sequence[Hook]
     threads: AgentThreads
     resources: RolloutResources
+    failures: FailureLog
 
 
 class AttemptRun:
@@ -251,10 +253,10 @@ class AttemptRun:
                 raise
             if isinstance(error, ValueError) and "only works in main thread" in str(error):
                 error.add_note("plain functions run there with concurrency=1, in the processes of the strategy 'cs'")
-            ids = self.rollout.rollout_id, self.attempt_id
-            shown = without_runner_frames(error)
-            _logger.warning("rollout %s, attempt %s: the agent failed", *ids, exc_info=shown)
-            return failed("resource_exhausted" if isinstance(error, MemoryError) else "agent_error", error), None
+            told = failed("resource_exhausted" if isinstance(error, MemoryError) else "agent_error", error)
+            shown, why = without_runner_frames(error), told.reason_message or ""
+            parts.failures.add(self.rollout.rollout_id, self.attempt_id, shown, why)
+            return told, None
 
     def _accept_result(self, result: Any) -> AttemptOutcome:
         """Turn what the agent returned into spans."""

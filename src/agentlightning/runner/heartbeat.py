@@ -240,8 +240,7 @@ class Heartbeat:
     async def _beat(self, first: bool) -> bool:
         """Send one beat and pass the reply on; returns whether the store answered."""
         awaiting = list(self._awaiting_beat)
-        # nvidia-smi takes a while
-        stats = await asyncio.to_thread(self._statistics, True) if self._include_gpu else self._statistics(False)
+        stats = await self._stats()
         about: dict[str, Any] | Unset = self._registration if first else UNSET
         patience = min(self._lease_seconds, self._longest_pause() * _BEATS_PER_TERM) / _TRIES_PER_TERM
         try:
@@ -272,6 +271,15 @@ class Heartbeat:
         if worker.directive is not None and self.on_directive is not None:
             self.on_directive(worker.directive)
         return True
+
+    async def _stats(self) -> dict[str, Any] | Unset:
+        """What the machine tells of itself; nothing, if it tells nothing: the worker lives all the same."""
+        try:
+            # nvidia-smi takes a while
+            return await asyncio.to_thread(self._statistics, True) if self._include_gpu else self._statistics(False)
+        except Exception as error:  # noqa: BLE001 - whatever is the matter (no free file descriptor, no /proc)
+            _logger.debug("a heartbeat goes without statistics: %s: %s", type(error).__name__, error)
+            return UNSET
 
     def _end_first_beat(self) -> None:
         if not self.first_beat.done():
@@ -351,7 +359,7 @@ def process_space() -> str | None:
 
 
 def system_statistics(include_gpu: bool = False) -> dict[str, Any]:
-    """CPU (percent since the last call), memory and disk (bytes) of the machine and of this process, as JSON.
+    """CPU (percent since the last call), memory, disk and network (bytes) of the machine, and what this process uses.
 
     Args:
         include_gpu: also ask ``nvidia-smi``; the list is empty where the program is missing.
@@ -368,12 +376,28 @@ def system_statistics(include_gpu: bool = False) -> dict[str, Any]:
         "cpu_percent": psutil.cpu_percent(None),
         "load_average": list(psutil.getloadavg()),
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available, "percent": memory.percent},
-        "disk": {"total_bytes": disk.total, "free_bytes": disk.free, "percent": disk.percent},
+        "disk": {"total_bytes": disk.total, "free_bytes": disk.free, "percent": disk.percent, **_disk_traffic()},
+        "network": _network_traffic(),
         "process": own,
     }
     if include_gpu:
         statistics["gpus"] = _gpus()
     return statistics
+
+
+def _disk_traffic() -> dict[str, int]:
+    """Bytes read from and written to all disks since the machine started; empty where that is not known."""
+    counts = psutil.disk_io_counters()
+    return {} if counts is None else {"read_bytes": counts.read_bytes, "written_bytes": counts.write_bytes}
+
+
+def _network_traffic() -> dict[str, int]:
+    """Bytes that went through all network interfaces but loopback since the machine started."""
+    counts = [each for name, each in psutil.net_io_counters(pernic=True).items() if not name.startswith("lo")]
+    return {
+        "received_bytes": sum(each.bytes_recv for each in counts),
+        "sent_bytes": sum(each.bytes_sent for each in counts),
+    }
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from agentlightning.errors import AgentLightningError
 from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, RolloutRow, WorkerRow
-from agentlightning.store.contract import Measure as Measure
+from agentlightning.telemetry.metrics import Measure as Measure
+from agentlightning.types import AttemptStatus, RolloutStatus
 
 T = TypeVar("T")
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
@@ -77,6 +78,14 @@ class Finished(NamedTuple):
     """A rollout has reached its terminal state."""
 
     rollout_id: str
+    status: RolloutStatus
+
+
+class Ended(NamedTuple):
+    """An attempt has ended, so long after it began."""
+
+    status: AttemptStatus
+    seconds: float
 
 
 class Waiting(NamedTuple):
@@ -122,8 +131,8 @@ class Stopped(NamedTuple):
     error: AgentLightningError
 
 
-# Events carry ids and times only, never rows: a backend of several processes can then deliver them to all.
-Event = Finished | Waiting | Claimed | Deadline | Swept | Renewed | Directed | Stopped
+# Events carry ids, states and times only, never rows: a backend of several processes can then deliver them to all.
+Event = Finished | Ended | Waiting | Claimed | Deadline | Swept | Renewed | Directed | Stopped
 
 
 class Unreadable(NamedTuple):

@@ -31,7 +31,6 @@ from agentlightning.store.contract import (
     JsonObject,
     LightningStoreCapabilities,
     LightningStoreStatistics,
-    Measure as Measure,
     ResourceMethods,
     SpanMethods,
     StoreHost as StoreHost,
@@ -43,6 +42,7 @@ from agentlightning.store.contract import (
     not_offered,
     sequence_ids_of as sequence_ids_of,
 )
+from agentlightning.telemetry.metrics import Measure as Measure
 from agentlightning.types import (
     UNSET,
     Attempt,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -74,16 +74,6 @@ class LightningStoreStatistics(TypedDict, total=False):
     rollouts_by_status: dict[str, int]
     total_span_bytes: int
     host: StoreHost
-
-
-class Measure(NamedTuple):
-    """A number that says how a store is doing, for metrics."""
-
-    name: str
-    help: str
-    value: float
-    grows: bool = False
-    """Whether it only ever grows."""
 
 
 def is_queuing(rollout: Rollout) -> bool:

@@ -27,6 +27,7 @@ from agentlightning.store.backend import (
     Claimed,
     Deadline,
     Directed,
+    Ended,
     Event,
     Finished,
     ReadTransaction,
@@ -38,6 +39,7 @@ from agentlightning.store.backend import (
 )
 from agentlightning.store.operations.attempts import holder_of, lose_attempts
 from agentlightning.store.operations.rows import save, save_worker
+from agentlightning.store.tally import Tally
 from agentlightning.store.waits import ClaimWaiters, FinishWaiters
 
 T = TypeVar("T")
@@ -221,6 +223,7 @@ class Core:
 
     def __init__(self, backend: Backend, alarm: Callable[..., Alarm] = Alarm) -> None:
         self.backend = backend
+        self.tally = Tally()
         self.finishes = FinishWaiters()
         self.claims = ClaimWaiters()
         self._alarm = alarm(backend.lease_now, backend.boot_now, self._ring)
@@ -326,8 +329,11 @@ class Core:
         waiting = 0
         for event in events:
             match event:
-                case Finished(rollout_id):
+                case Finished(rollout_id, status):
                     self.finishes.finished(rollout_id)
+                    self.tally.rollout_ended(status)
+                case Ended(status, seconds):
+                    self.tally.attempt_ended(status, seconds)
                 case Waiting(rollouts):
                     waiting += rollouts
                 case Claimed(request_id, rollouts):

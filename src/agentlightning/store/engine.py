@@ -125,7 +125,7 @@ class EngineStore(ReadingStore):
         return self._core.backend.stopped
 
     def measures(self) -> Sequence[Measure]:
-        return self._core.backend.measures()
+        return [*self._core.tally.measures(), *self._core.backend.measures()]
 
     # --- Rollouts and attempts -------------------------------------------------------------------
 

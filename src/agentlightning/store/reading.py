@@ -149,7 +149,12 @@ class ReadingStore(LightningStore):
         return await self._core.read(one)
 
     async def verify(self) -> VerificationReport:
-        return await self._core.read(verify, rows=_WHOLE_STORE)
+        async def check(tx: ReadTransaction) -> tuple[VerificationReport, float]:
+            return await verify(tx), tx.now().wall
+
+        report, now = await self._core.read(check, rows=_WHOLE_STORE)
+        self._core.tally.verified(now, report)
+        return report
 
     # --- Pages: the arguments of these methods, and what they mean, are those of the contract ---
 

@@ -18,8 +18,10 @@ from agentlightning.execution.base import MultiprocessingEvent, ThreadingEvent
 from agentlightning.runner.attempt import failed
 from agentlightning.runner.base import stop_watch
 from agentlightning.runner.calling import AgentExit, AgentThreads
-from agentlightning.runner.heartbeat import registration, system_statistics, worker_name
+from agentlightning.runner.heartbeat import Heartbeat, registration, system_statistics, worker_name
+from agentlightning.store.sqlite.store import InMemoryLightningStore
 from agentlightning.store.validation import check_id, encode_json
+from limited import without_descriptors
 
 # --- Names -----------------------------------------------------------------------------------------
 
@@ -48,6 +50,31 @@ def test_any_host_makes_a_valid_name(host: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_told_is_json() -> None:
     encode_json(registration({"a": "b"}), "registration")
     encode_json(system_statistics(), "stats")
+
+
+async def test_a_heartbeat_goes_on_where_the_machine_tells_nothing_of_itself() -> None:
+    async with InMemoryLightningStore() as store:
+        heartbeat = Heartbeat(
+            store,
+            "worker",
+            interval_seconds=10.0,
+            jitter_seconds=0.0,
+            lease_seconds=30.0,
+            include_gpu=False,
+            in_thread=False,
+            registration={},
+            statistics=system_statistics,
+        )
+        await store.statistics()
+        with without_descriptors():
+            with pytest.raises(OSError, match="Too many open files"):
+                system_statistics()
+            heartbeat.start_in_loop()
+            await asyncio.wrap_future(heartbeat.first_beat)
+        heartbeat.stop()
+        worker = await store.get_worker_by_id("worker")
+        assert worker is not None
+        assert (worker.status, worker.heartbeat_stats) == ("idle", None)
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from agentlightning.telemetry.rotation import RotatingLog, Rotation, older_parts
 from execution_programs import until
+from limited import limited, without_descriptors
 
 
 @contextmanager
@@ -103,17 +104,6 @@ async def test_what_an_earlier_process_left_is_compressed(tmp_path: Path) -> Non
         await until(lambda: set(tmp_path.iterdir()) == {part, tmp_path / "log"})
 
 
-@contextmanager
-def limited(which: int, most: int) -> Iterator[None]:
-    """This process may have no more of something."""
-    before = resource.getrlimit(which)
-    resource.setrlimit(which, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(which, before)
-
-
 async def test_a_part_that_cannot_be_compressed_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, said = tmp_path / "log", list[str]()
     with logging_to(path, Rotation(max_bytes=20)) as log, limited(resource.RLIMIT_FSIZE, 20):  # no gzip file is smaller
@@ -137,7 +127,7 @@ def test_lines_go_on_where_no_file_can_be_opened(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with logging_to(path, Rotation(max_bytes=20)) as log:
         log("line 1")
-        with limited(resource.RLIMIT_NOFILE, 3):
+        with without_descriptors():
             log("line 2, longer")
             log("line 3, longer")
         log("line 4")

@@ -21,9 +21,11 @@ from agentlightning.http.codec import Problem, encode_json_value
 from agentlightning.http.routes import DIALECTS, OTLP_TRACES_PATH, ROUTES, Dialect, Route
 from agentlightning.http.server.app import Operation, StoreApp
 from agentlightning.http.server.exchange import Exchange, Reply
+from agentlightning.http.server.hosts import host_measures
 from agentlightning.http.server.otlp import answer_traces
 from agentlightning.store.base import LightningStore
-from agentlightning.telemetry.metrics import METRICS_TYPE, Gauge, render_metrics
+from agentlightning.telemetry.metrics import METRICS_TYPE, Measure, render_metrics
+from agentlightning.telemetry.process import ProcessMeter
 from agentlightning.types import WorkerStatus
 
 _READY_TIMEOUT_SECONDS = 5.0
@@ -47,6 +49,7 @@ class Operations:
         self._run_id = run_id
         self._instance = secrets.token_hex(8)
         self._since = time.monotonic()
+        self._process = ProcessMeter()
 
     def by_path(self) -> Mapping[str, Operation]:
         """All of them."""
@@ -96,20 +99,23 @@ class Operations:
     async def metrics(self, _: Exchange) -> Reply:
         """All numbers of the server and its store. For a store that does not answer, ``agl_store_up`` is 0."""
         store, load = self._store, self._app.load
-        gauges = [
-            Gauge("agl_http_in_progress", "Requests being worked on.", load.requests),
-            Gauge("agl_http_in_progress_bytes", "Bytes of their bodies.", load.bytes),
-            Gauge("agl_http_connections", "Open connections.", self._app.open_connections()),
-            Gauge("agl_draining", "1 while the server is stopping.", float(load.draining)),
+        found = [
+            Measure("agl_http_in_progress", "Requests being worked on.", load.requests),
+            Measure("agl_http_in_progress_bytes", "Bytes of their bodies.", load.bytes),
+            Measure("agl_http_connections", "Open connections.", self._app.open_connections()),
+            Measure("agl_draining", "1 while the server is stopping.", float(load.draining)),
+            Measure("agl_uptime_seconds", "Seconds since the server was made.", time.monotonic() - self._since),
+            *self._process.measures(),
         ]
+        up = 1.0
         try:
-            gauges += [*await _counts(store), Gauge("agl_store_up", "1 while the store answers.", 1.0)]
+            found += await _counts(store)
         except AgentLightningError:
-            gauges.append(Gauge("agl_store_up", "1 while the store answers.", 0.0))
-        gauges.append(Gauge("agl_store_stopped", "1 when a fault has ended all writing.", float(store.stopped)))
-        for each in store.measures():
-            gauges.append(Gauge(f"agl_store_{each.name}", each.help, each.value, counter=each.grows))
-        return Reply(200, render_metrics(self._app.meter, gauges), content_type=METRICS_TYPE.encode())
+            up = 0.0
+        found.append(Measure("agl_store_up", "1 while the store answers.", up))
+        found.append(Measure("agl_store_stopped", "1 when a fault has ended all writing.", float(store.stopped)))
+        found += store.measures()
+        return Reply(200, render_metrics(self._app.meter, found), content_type=METRICS_TYPE.encode())
 
     async def traces(self, exchange: Exchange) -> Reply:
         """Store spans sent by an OpenTelemetry exporter."""
@@ -129,20 +135,23 @@ class Operations:
         return "ready", None
 
 
-async def _counts(store: LightningStore) -> Sequence[Gauge]:
+async def _counts(store: LightningStore) -> Sequence[Measure]:
     statistics = await store.statistics()
     by_status = statistics.get("rollouts_by_status", {})
     workers = {
         state: float((await store.query_workers(status_in=[state], limit=1)).total) for state in get_args(WorkerStatus)
     }
     waiting = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
+    free = statistics.get("host", {}).get("disk_free_bytes")
     return [
-        Gauge("agl_queue_depth", "Rollouts that wait to be claimed.", waiting),
-        Gauge("agl_rollouts", "Rollouts by status.", {key: float(value) for key, value in by_status.items()}, "status"),
-        Gauge("agl_attempts", "Attempts stored.", statistics.get("total_attempts", 0)),
-        Gauge("agl_spans", "Spans stored.", statistics.get("total_spans", 0)),
-        Gauge("agl_span_bytes", "Bytes of all spans.", statistics.get("total_span_bytes", 0)),
-        Gauge("agl_workers", "Workers by status.", workers, "status"),
+        Measure("agl_queue_depth", "Rollouts that wait to be claimed.", waiting),
+        Measure("agl_rollouts", "Rollouts by status.", {key: float(n) for key, n in by_status.items()}, label="status"),
+        Measure("agl_attempts", "Attempts stored.", statistics.get("total_attempts", 0)),
+        Measure("agl_spans", "Spans stored.", statistics.get("total_spans", 0)),
+        Measure("agl_span_bytes", "Bytes of all spans.", statistics.get("total_span_bytes", 0)),
+        *([] if free is None else [Measure("agl_store_disk_free_bytes", "Free bytes on the disk of the store.", free)]),
+        Measure("agl_workers", "Workers by status.", workers, label="status"),
+        *await host_measures(store),
     ]
 
 

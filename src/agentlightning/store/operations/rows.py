@@ -11,7 +11,7 @@ from agentlightning.lifecycle.deadlines import attempt_throttle, worker_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutPolicy, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
 from agentlightning.lifecycle.states import CLAIMABLE, FINAL
-from agentlightning.store.backend import Deadline, Finished, ReadTransaction, Transaction, Waiting
+from agentlightning.store.backend import Deadline, Ended, Finished, ReadTransaction, Transaction, Waiting
 
 
 async def load_rollout(tx: ReadTransaction, rollout_id: str) -> RolloutRow:
@@ -139,6 +139,8 @@ async def _save_attempt(tx: Transaction, before: AttemptRow, after: AttemptRow, 
     moved = before.worker_id != after.worker_id
     if before.live and (moved or not after.live):
         await _release(tx, before.worker_id, saved)
+    if before.live and not after.live:
+        tx.publish(Ended(after.status, max(0.0, (after.end_time or after.start_time) - after.start_time)))
     if after.live and (moved or not before.live):
         await hold(tx, saved)
     return saved
@@ -149,7 +151,7 @@ async def _save_rollout(tx: Transaction, before: RolloutRow, after: RolloutRow) 
     if saved.status != before.status:
         tx.count({f"rollouts.{before.status}": -1, f"rollouts.{saved.status}": 1})
         if saved.status in FINAL:
-            tx.publish(Finished(saved.rollout_id))
+            tx.publish(Finished(saved.rollout_id, saved.status))
         elif saved.status in CLAIMABLE and before.status not in CLAIMABLE:
             tx.publish(Waiting(1))
     return saved

@@ -201,10 +201,10 @@ class SqliteBackend(Backend):
         if writer is None:
             return ()
         return (
-            Measure("commits", "Transactions committed.", writer.commits, grows=True),
-            Measure("committed_operations", "Operations that shared them.", writer.operations, grows=True),
-            Measure("last_commit_operations", "Operations in the last transaction.", writer.last_batch),
-            Measure("log_bytes", "Size of the write-ahead log in use.", writer.log_bytes),
+            Measure("agl_store_commits", "Transactions committed.", writer.commits, grows=True),
+            Measure("agl_store_committed_operations", "Operations that shared them.", writer.operations, grows=True),
+            Measure("agl_store_last_commit_operations", "Operations in the last transaction.", writer.last_batch),
+            Measure("agl_store_log_bytes", "Size of the write-ahead log in use.", writer.log_bytes),
         )
 
     @property

@@ -24,6 +24,7 @@ class Done(NamedTuple):
     status: str
     reason: str
     spans: Sequence[Span]
+    code: str | None = None
 
     @property
     def reward(self) -> float | None:
@@ -51,7 +52,8 @@ async def ran(
             await runner.iter()
         ended = await store.get_rollout_by_id(rollout.rollout_id)
         assert ended is not None
-        return Done(ended.status, ended.reason_message or "", await store.query_spans(rollout.rollout_id))
+        spans = await store.query_spans(rollout.rollout_id)
+        return Done(ended.status, ended.reason_message or "", spans, ended.reason_code)
 
 
 PYTHON_POST = """python3 -c '
@@ -118,21 +120,21 @@ async def test_tasks_as_text_and_as_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "said", "code"),
     [
-        ("echo lost >&2; exit 3", "exit code 3; its standard error ends with: lost"),
-        ("kill -KILL $$", "ended by SIGKILL"),
-        ("echo much > $AGL_REWARD_FILE", "'much\\n' into AGL_REWARD_FILE"),
-        ("echo NaN > $AGL_REWARD_FILE", "finite"),
-        ("echo nan", "finite"),
-        ("echo working; echo -Inf", "finite"),
-        (["/no/such/program"], "FileNotFoundError"),
+        ("echo lost >&2; exit 3", "exit code 3; its standard error ends with: lost", "agent_error"),
+        ("kill -KILL $$", "ended by SIGKILL", "agent_error"),
+        ("echo much > $AGL_REWARD_FILE", "'much\\n' into AGL_REWARD_FILE", "bad_result"),
+        ("echo NaN > $AGL_REWARD_FILE", "finite", "bad_result"),  # as of a function that returns it
+        ("echo nan", "finite", "bad_result"),
+        ("echo working; echo -Inf", "finite", "bad_result"),
+        (["/no/such/program"], "FileNotFoundError", "agent_error"),
     ],
     ids=["code", "signal", "words", "nan", "printed nan", "printed infinity", "missing"],
 )
-async def test_ways_to_fail(command: Any, said: str) -> None:
+async def test_ways_to_fail(command: Any, said: str, code: str) -> None:
     done = await ran(command)
-    assert done.status == "failed"
+    assert (done.status, done.code) == ("failed", code)
     assert said in done.reason
     assert done.spans[-1].name == agl.AGL_EXCEPTION
 

@@ -44,7 +44,7 @@ from aiohttp import web
 from agentlightning.emitter.annotation import emit_reward, operation
 from agentlightning.emitter.emit import emit_message
 from agentlightning.errors import AgentLightningError, InvalidValue
-from agentlightning.litagent.litagent import LitAgent, rollout as rollout_agent
+from agentlightning.litagent.litagent import AttemptFailed, LitAgent, rollout as rollout_agent
 from agentlightning.runner.agent import LitAgentRunner
 from agentlightning.runner.base import StopEvent
 from agentlightning.runner.process_group import ProgramOutput, run_group
@@ -120,7 +120,7 @@ class ProgramAgent(LitAgent[Any]):
 
         Raises:
             ProgramFailed: its exit code is not 0, or a signal ended it; the message has the end of its stderr.
-            InvalidValue: it wrote something else than a reward into the reward file.
+            AttemptFailed: ``bad_result``: its reward is not finite, or the file has something else than one.
             OSError: it cannot be started.
         """
         context = contextvars.copy_context()  # the reward server's requests have no context that names the rollout
@@ -149,9 +149,12 @@ class ProgramAgent(LitAgent[Any]):
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 end = stderr.text().strip()[-_STDERR_SHOWN:] or "nothing"
                 raise ProgramFailed(f"{self._shown!r} {how}; its standard error ends with: {end}")
-            reward = None if rewards else _written_reward(Path(folder) / "reward", stdout)
-            if reward is not None:
-                emit_reward(**reward)
+            try:
+                reward = None if rewards else _written_reward(Path(folder) / "reward", stdout)
+                if reward is not None:
+                    emit_reward(**reward)
+            except InvalidValue as error:  # as of a function that returns it
+                raise AttemptFailed("bad_result", error.message) from error
 
     def _inherited(self) -> dict[str, str]:
         """What it sees of the environment of this process."""

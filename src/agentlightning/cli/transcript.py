@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -105,6 +106,8 @@ class _Dialogue:
             if message.get("role") == "tool"
         }
         """The results of tools that messages tell."""
+        self._answered = Counter(name for name, _ in {pair for call in calls for pair in _answers(call)})
+        """How many calls of each tool have an answer among the messages, whatever their spans say of it."""
         self._errors: set[str] = set()
 
     def of_call(self, record: RecordedCall, side: str | None) -> Iterator[TranscriptEntry]:
@@ -157,9 +160,10 @@ class _Dialogue:
         name = _first(span.attributes, _TOOL_NAMES)
         if name is not None:
             result = _text(_told(span.attributes, _RESULTS))
-            if result not in self._results:
+            if result not in self._results and not self._answered[str(name)]:
                 asked = _call("", name, _told(span.attributes, _ARGUMENTS))
                 yield entry("tool", str(name), result, tool_calls=[asked])
+            self._answered[str(name)] -= self._answered[str(name)] > 0
         failure = _failure(span)
         if failure and failure not in self._errors:  # it passes through spans around this one, which say it again
             self._errors.add(failure)
@@ -178,6 +182,18 @@ def _message(span: Span, message: Message, side: str | None) -> TranscriptEntry:
         tool_call_id=None if call_id is None else str(call_id),
         side=side,
     )
+
+
+def _answers(call: ModelCall) -> Iterator[tuple[str, str]]:
+    """Name and id of each call of a tool that a later message has the result of."""
+    names: dict[str, str] = {}
+    for message in call.conversation.messages:
+        for each in objects(message.get("tool_calls")):
+            asked = _tool_call(each)
+            names[asked["id"]] = asked["name"]
+        call_id = str(message.get("tool_call_id"))
+        if message.get("role") == "tool" and call_id in names:
+            yield names[call_id], call_id
 
 
 def _tool_call(given: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from agentlightning.adapter.adapters import TraceToMessages
-from agentlightning.adapter.calls import ModelCall, read_model_call
+from agentlightning.adapter.calls import ModelCall
 from agentlightning.adapter.filters import side_calls
 from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.adapter.shapes import Message, as_text, object_of, objects
@@ -20,7 +20,7 @@ from agentlightning.semconv import AGL_EXCEPTION, AGL_MESSAGE, AGL_OBJECT, GenAI
 from agentlightning.types import Span
 from agentlightning.types.attempt_spans import order_of
 from agentlightning.types.attributes import filter_and_unflatten_attributes
-from agentlightning.types.recorded_calls import each_choice, whole_calls
+from agentlightning.types.recorded_calls import whole_calls
 from agentlightning.types.rewards import get_rewards_from_span
 
 Kind: TypeAlias = Literal["message", "reply", "tool", "emitted", "reward", "error"]
@@ -117,8 +117,7 @@ class _Dialogue:
             if key not in self._said:
                 self._said.add(key)
                 yield _message(call.span, message, side)
-        choices = [call] if len(found := each_choice(call.span)) == 1 else [read_model_call(each) for each in found]
-        for number, choice in enumerate(choices):
+        for number, choice in enumerate(call.each_choice()):
             self._said.add(choice.whole_key or "")
             yield self._reply(choice, side, f"choice {number + 1}" if number else "")
 

@@ -8,7 +8,7 @@ import pytest
 
 from agentlightning.cli.transcript import TranscriptEntry, transcript_of
 from agentlightning.types import Event, Span, TraceStatus
-from recorded_spans import AGAIN, ANSWER, QUESTION, RESULT, SYSTEM, names, recorded
+from recorded_spans import AGAIN, ANSWER, CHOICES, QUESTION, RESULT, SYSTEM, names, recorded
 
 
 def span(number: int, name: str, attributes: dict[str, Any] | None = None, **more: Any) -> Span:
@@ -202,6 +202,12 @@ def test_each_choice_of_a_reply_is_shown() -> None:
     reply = str({"choices": choices}).replace("'", '"')
     given = {"agentlightning.llm.request": body, "agentlightning.llm.response": reply}
     assert shown(span(1, "chat policy", given)) == [("user", "a"), ("assistant", "x"), ("assistant choice 2", "y")]
+
+
+def test_each_choice_that_a_library_wrote_is_shown() -> None:
+    entries = transcript_of(recorded("traceloop", "choices").spans[:1])
+    told = [(each.role, each.text, each.finish_reason) for each in entries[-2:]]
+    assert told == [(f"assistant{which}", *choice) for which, choice in zip(("", " choice 2"), CHOICES, strict=True)]
 
 
 def test_nothing_is_no_transcript() -> None:

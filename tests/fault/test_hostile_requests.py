@@ -213,6 +213,7 @@ _BODIES: Mapping[str, Any] = {
     "update_worker": {"heartbeat_stats": {"load": 1}, "attempt_ids": ["at-1"], "lease_seconds": 5.0},
     "report_worker_lost": {"message": "gone"},
     "direct_workers": {"directive": None, "worker_ids": ["w-1"]},
+    "delete_workers": {"worker_ids": ["w-1"]},
 }
 _PIECES: tuple[bytes, ...] = (
     b"",

@@ -133,7 +133,9 @@ class SimulatedExchange(Exchange):
     async def send(self, reply: Reply) -> int:
         """Hand the reply to the network."""
         headers = CIMultiDict((name.decode(), value.decode("latin-1")) for name, value in reply.headers)
-        body = reply.body if reply.parts is None else b"".join(reply.parts) + reply.body
+        body = reply.body
+        if reply.parts is not None:
+            body = b"".join([part async for part in reply.parts]) + body
         self._network.answer(self, WireReply(reply.status, headers, body))
         return reply.status
 

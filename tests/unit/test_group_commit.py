@@ -14,7 +14,8 @@ from agentlightning.store.backend import Transaction
 from agentlightning.store.engine import EngineStore
 from agentlightning.store.operations.attempts import ClaimRequest
 from agentlightning.store.sqlite.backend import SqliteBackend
-from agentlightning.store.sqlite.transaction import GuardedTransaction, SqliteTransaction
+from agentlightning.store.sqlite.guarded import GuardedTransaction
+from agentlightning.store.sqlite.transaction import SqliteTransaction
 from agentlightning.store.waits import ClaimWaiters
 from agentlightning.types import Span
 

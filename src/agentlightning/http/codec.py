@@ -9,7 +9,7 @@ from __future__ import annotations
 import http
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -51,21 +51,44 @@ def encode_result(route: Route, result: Any) -> bytes:
     if route.reply_field is not None:
         return encode_json_value({route.reply_field: result})
     if isinstance(result, PaginatedResult):
-        return b"".join(encode_page_parts(cast("PaginatedResult[BaseModel]", result)))
+        return b"".join(page_parts(cast("PaginatedResult[BaseModel]", result)))
     if isinstance(result, Sequence):
-        items = cast("Sequence[Any]", result)
-        are_json = not items or isinstance(items[0], bytes)  # all of them, or none
-        return b"[%b]" % b",".join(items if are_json else map(_record, items))
+        return b"".join(list_parts(cast("Sequence[Any]", result)))
     return _record(result)
 
 
-def encode_page_parts(page: PaginatedResult[Any], items_per_part: int = 256) -> Iterable[bytes]:
-    """The body of a reply with one page, in parts, so that a large one is never in memory as a whole."""
-    yield b'{"items":['
-    for start in range(0, len(page.items), items_per_part):
-        part = b",".join([_record(each) for each in page.items[start : start + items_per_part]])
-        yield b"," + part if start else part
-    yield f'],"limit":{page.limit},"offset":{page.offset},"total":{page.total}}}'.encode()
+_PART_BYTES = 64 * 1024
+
+
+def list_parts(items: Iterable[Any]) -> Iterator[bytes]:
+    """The body of a reply with a list, in parts of moderate size, so that a long one is never there in the whole."""
+    return _in_parts(items, b"[", b"]")
+
+
+def page_parts(page: PaginatedResult[Any]) -> Iterator[bytes]:
+    """The body of a reply with one page, in parts as ``list_parts``."""
+    return _in_parts(page.items, PAGE_BEGIN, page_end(page.limit, page.offset, page.total))
+
+
+PAGE_BEGIN = b'{"items":['
+
+
+def page_end(limit: int, offset: int, total: int) -> bytes:
+    """What comes after the records of a page."""
+    return f'],"limit":{limit},"offset":{offset},"total":{total}}}'.encode()
+
+
+def _in_parts(items: Iterable[Any], begin: bytes, end: bytes) -> Iterator[bytes]:
+    part, size, comma = [begin], 0, b""
+    for item in items:
+        encoded = _record(item)
+        part += comma, encoded
+        size, comma = size + len(encoded), b","
+        if size >= _PART_BYTES:
+            yield b"".join(part)
+            part, size = [], 0
+    part.append(end)
+    yield b"".join(part)
 
 
 def decode_reply(route: Route, content: bytes) -> Any:

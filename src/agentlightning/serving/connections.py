@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, ClassVar, cast
 
 from typing_extensions import override
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,25 @@ class ConnectionCounter:
             del self._by_address[address]
 
 
+class PairedFlow(FlowControl):
+    """Nothing is read from a client that does not read: it would be answered, and the answers would be in memory."""
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.pause_reading()
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.resume_reading()
+
+    @override
+    def resume_reading(self) -> None:
+        if not self.write_paused:
+            super().resume_reading()
+
+
 class BoundedConnection(HttpToolsProtocol):
     """One connection of uvicorn, held to ``ConnectionBounds``.
 
@@ -114,6 +134,7 @@ class BoundedConnection(HttpToolsProtocol):
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = PairedFlow(transport)
         self._address = self.client[0] if self.client else ""
         self._began = monotonic()
         why = self._counter.opened(self._address)

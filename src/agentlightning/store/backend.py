@@ -157,6 +157,10 @@ class ReadTransaction(Protocol):
         """The version of resources that is selected."""
         ...
 
+    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
+        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
+        ...
+
     async def page(self, query: PageQuery) -> Page:
         """The rows of one page, and the number of rows on all pages."""
         ...
@@ -194,6 +198,10 @@ class Transaction(ReadTransaction, Protocol):
         """The ids of the live attempts that name this worker, the oldest first."""
         ...
 
+    async def newest_live_attempt_of(self, worker_id: str) -> str | None:
+        """The last of ``live_attempts_of``."""
+        ...
+
     async def put(self, old: R, new: R) -> R:
         """Replace ``old``, provided that it is still stored as it was read; returns ``new`` with its version."""
         ...
@@ -215,12 +223,9 @@ class Transaction(ReadTransaction, Protocol):
         """Store spans; for each whether it was new. Known is (attempt, ``span_id``)."""
         ...
 
-    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
-        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
-        ...
-
     async def next_claimable(self, limit: int) -> list[RolloutRow]:
-        """Rollouts that wait, higher priority first, then by ``seq``. The caller must claim all of them."""
+        """Rollouts that wait, higher priority first, then by ``seq``; of large ones fewer, though at least one. The
+        caller must claim all of them."""
         ...
 
     async def due(self, lease: float, limit: int) -> list[AttemptRow | WorkerRow]:

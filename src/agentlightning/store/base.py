@@ -16,6 +16,9 @@ These rules hold for all methods:
   other content raises ``IdReused``. Without ids from the caller, a repeat is a new call.
 - A read of an unknown id returns ``None`` or an empty page. A write to an unknown id raises ``NotFound``.
 - No read shows an attempt as running after its deadline.
+- A call about very many rows may be stored in slices, so that it does not hold up others. It is checked in the whole
+  before the first slice, and returns after the last one is durable. If it is interrupted (the process ends, or another
+  call takes one of its ids at that moment), slices may be stored; a repeat skips them and adds the rest.
 - Returned records are copies: changing them changes nothing in the store.
 - Every method may be called from any thread and any event loop.
 """
@@ -182,7 +185,7 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
         """Claim up to ``limit`` rollouts; each is ``preparing`` after, with a new attempt.
 
         Args:
-            limit: 1 to 1000.
+            limit: 1 to 1000. Of large rollouts a claim may get fewer although more wait: some megabytes at a time.
             worker_id: who claims; its worker record becomes ``busy``, or ``idle`` if there was nothing.
                 A worker that has been asked to drain or stop gets nothing, and does not wait.
             request_id: makes the claim repeatable: a repeat gets those of its attempts that are still live, and no
@@ -303,7 +306,8 @@ class LightningStore(SpanMethods, ResourceMethods, WorkerMethods):
             reason_code: why it ended, for programs.
             reason_message: why it ended, for people.
             retry: of one that failed; see ``update_attempt``.
-            claim_limit: 0 to 1000: how many rollouts to claim; 0 claims none. The call never waits for some.
+            claim_limit: 0 to 1000: how many rollouts to claim, of which it gets 128 at most; 0 claims none. The call
+                never waits for some.
             worker_id: who claims. One that has been asked to drain or stop gets nothing.
             request_id: makes the claim repeatable and short-lived, as in ``dequeue_many_rollouts``, which gets the
                 same attempts for the same ``request_id``, worker and limit.

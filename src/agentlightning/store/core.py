@@ -44,7 +44,7 @@ from agentlightning.store.waits import ClaimWaiters, FinishWaiters
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_SLICE = 200
+_SLICE = 100
 """Rows per transaction of a sweep, so that it does not block other writes for long."""
 _RETRY_SWEEP_SECONDS = 1.0
 _PULSE_SECONDS = 0.5
@@ -83,7 +83,9 @@ async def _look_at_worker(tx: Transaction, worker_id: str) -> None:
     after, lost = workers.expire(worker, tx.now())
     if lost:
         holder = await holder_of(tx, worker_id)
-        await lose_attempts(tx, worker_id, workers.silence(worker), holder)
+        _, more = await lose_attempts(tx, worker_id, workers.silence(worker), holder)
+        if more:
+            return  # it stays due
         worker = await tx.get(WorkerRow, worker_id) or worker
         after, _ = workers.expire(worker, tx.now())
     await save_worker(tx, worker, after)

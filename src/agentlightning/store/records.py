@@ -6,7 +6,7 @@ Rows were validated when they were written, so records are built without validat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import msgspec
 from msgspec.structs import replace
@@ -41,6 +41,34 @@ _set = object.__setattr__
 _encode = msgspec.json.Encoder().encode
 
 
+class Views(Sequence[Any]):
+    """Rows as what a store returns, each made when it is asked for, so that a long list is never there in the whole.
+
+    Args:
+        rows: rows, or tuples of the arguments of ``view``.
+        view: a method of ``Shown``.
+    """
+
+    def __init__(self, rows: Sequence[Any], view: Callable[..., Any]) -> None:
+        self._rows = rows
+        self._view = view
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Views(self._rows[index], self._view)
+        row = self._rows[index]
+        return self._view(*row) if isinstance(row, tuple) else self._view(row)
+
+
 class Shown(NamedTuple):
     """A form in which a store returns rows: ``RECORDS`` or ``JSON``."""
 
@@ -57,6 +85,11 @@ class Shown(NamedTuple):
     def rollout_view(self, rollout: RolloutRow, attempt: AttemptRow | None) -> Any:
         """A rollout; with an attempt, if there is one, it is an ``AttemptedRollout``."""
         return _rollout(self, self.whole, rollout, attempt)
+
+    def views(self, rows: Sequence[Any], view: Callable[..., Any]) -> Sequence[Any]:
+        """Many of them at once, in one of these forms; as JSON each is made only when it is asked for."""
+        found = Views(rows, view)
+        return found if self.whole is _as_json else list(found)
 
     def attempt_view(self, row: AttemptRow) -> Any:
         """An attempt."""

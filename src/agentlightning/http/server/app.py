@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 1.0
 _GUESS_SECONDS = 1.0
 """How long an address that guesses keys waits for each answer; the next guess needs another connection."""
+_LARGE_REPLY_BYTES = 64 * 1024
 _WAIT_BEGINS_SECONDS = 0.05
 _well_formed_id = re.compile(rb"[A-Za-z0-9._~:@\-]{1,128}").fullmatch
 """Whether the id that a client gives its request can stand in a log and in a reply."""
@@ -77,6 +78,7 @@ class StoreApp:
         """Decides who may send requests."""
         self.decoder = decoder
         """Reads large bodies."""
+        self._read_seconds = limits.body_seconds
         self._retry_after = str(limits.retry_after_seconds).encode()
         self._numbers = count(1)
         self._run = secrets.token_hex(4)
@@ -84,8 +86,8 @@ class StoreApp:
         """What answers other paths, after the same checks."""
         self.load = Load(limits)
         """What is being worked on."""
-        self._waits: dict[Callable[[], None], None] = {}
-        """End the calls that are waiting now, in the order in which they came."""
+        self._waits: set[Callable[[], None]] = set()
+        """End the calls that are waiting now."""
         self.meter = RequestMeter()
         self.open_connections: Callable[[], int] = lambda: 0
 
@@ -146,6 +148,9 @@ class StoreApp:
                 if reply is None:
                     label, dialect, exchange.ids = endpoint.label, endpoint.dialect, found.ids
                     reply = await self._answer(exchange, endpoint, found.ids)
+            if len(reply.body) > _LARGE_REPLY_BYTES:
+                self.load.reply(exchange, len(reply.body))
+            exchange.read_seconds = self._read_seconds
             status = await exchange.send(reply)
         except ClientGone:
             return
@@ -153,12 +158,13 @@ class StoreApp:
             if isinstance(error, NotAuthenticated) and self.access.is_guessing(exchange):
                 exchange.close_after()
                 await asyncio.sleep(_GUESS_SECONDS)
-            status = await exchange.send(self._refusal(exchange, error, dialect))
+            status = await self._fail(exchange, error, dialect)
         except Exception:  # noqa: BLE001 - the boundary of a request: nothing gets past it but an id
             _log.exception("%s %s failed", exchange.method, _shown(exchange.path) if label is _OTHER else label)
             hidden = AgentLightningError("the server failed; its log says why, under this request_id")
-            status = await exchange.send(self._refusal(exchange, hidden, dialect))
+            status = await self._fail(exchange, hidden, dialect)
         finally:
+            self.load.give_back(exchange)
             seconds = perf_counter() - began
             self.meter.note(label, status, seconds)
             if exchange.task is not None and exchange.tasks is not None:
@@ -167,6 +173,14 @@ class StoreApp:
             if status >= 500 or seconds > _SLOW_SECONDS or _log.isEnabledFor(logging.DEBUG):
                 self._note(exchange, status, seconds)
 
+    async def _fail(self, exchange: Exchange, error: AgentLightningError, dialect: Dialect) -> int:
+        """Refuse the request, or end the connection if a part of another reply was sent; returns the status."""
+        if not exchange.reply_has_begun:
+            return await exchange.send(self._refusal(exchange, error, dialect))
+        _log.warning("a reply ends in the middle: %s", error.message)
+        await exchange.cut_off()
+        return error.status
+
     async def _answer(self, exchange: Exchange, endpoint: Endpoint, ids: Mapping[str, str]) -> Reply:
         """Answer a request to a route of the table."""
         load = self.load
@@ -174,26 +188,21 @@ class StoreApp:
         body, exchange.body = exchange.body, None  # whatever is begun here may keep its context, and so the exchange
         parts = [] if body is None else [body]
         del body
-        try:
-            if not endpoint.intake.has_body:
-                parts = [b""]
-            elif (
-                exchange.headers.get(b"content-type") != b"application/json" or b"content-encoding" in exchange.headers
-            ):
-                exchange.check_json()
-            parts = parts or await load.body_of(exchange)
-            if self.decoder is None or endpoint.intake.is_light(parts):
-                arguments = endpoint.intake.arguments(ids, exchange.query, b"".join(parts))
-                parts.clear()  # a call that waits for minutes does not hold its body
-            else:
-                reading = partial(take_in, endpoint.intake.source(ids, exchange.query))
-                arguments = put_together(await self.decoder.read(reading, parts))
-            if not endpoint.may_wait or not endpoint.waits(arguments):
-                return endpoint.reply(await endpoint.call(**arguments), arguments)
-            load.give_back(exchange)  # a long poll may wait for minutes and uses nothing meanwhile
-            return await self._wait(exchange, endpoint, arguments)
-        finally:
-            load.give_back(exchange)
+        if not endpoint.intake.has_body:
+            parts = [b""]
+        elif exchange.headers.get(b"content-type") != b"application/json" or b"content-encoding" in exchange.headers:
+            exchange.check_json()
+        parts = parts or await load.body_of(exchange)
+        if self.decoder is None or endpoint.intake.is_light(parts):
+            arguments = endpoint.intake.arguments(ids, exchange.query, b"".join(parts))
+            parts.clear()  # a call that waits for minutes does not hold its body
+        else:
+            reading = partial(take_in, endpoint.intake.source(ids, exchange.query))
+            arguments = put_together(await self.decoder.read(reading, parts))
+        if not endpoint.may_wait or not endpoint.waits(arguments):
+            return endpoint.reply(await endpoint.call(**arguments), arguments)
+        load.wait(exchange, endpoint.kept_bytes(arguments))
+        return await self._wait(exchange, endpoint, arguments)
 
     async def _wait(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> Reply:
         """Answer a call that may wait, unless its client disconnects or the server stops before."""
@@ -208,7 +217,7 @@ class StoreApp:
                 task.cancel()
 
         def begin() -> None:
-            self._waits[end] = None
+            self._waits.add(end)
             forget.append(exchange.when_gone(end))
             if self.load.draining:
                 end()
@@ -224,7 +233,7 @@ class StoreApp:
             raise StoreUnavailable(STOPPING) if self.load.draining else ClientGone from None
         finally:
             start.cancel()
-            self._waits.pop(end, None)
+            self._waits.discard(end)
             for each in forget:
                 each()
 

@@ -17,13 +17,15 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from agentlightning.http.server.app import StoreApp
 from agentlightning.http.server.endpoints import Match
-from agentlightning.http.server.exchange import Exchange, Reply
+from agentlightning.http.server.exchange import TRANSPORT, ClientGone, Exchange, Reply
 from agentlightning.serving.connections import BoundedConnection, ConnectionCounter
 
 _DIRECT_BYTES = 64 * 1024
 """The largest body that is read before the limits on load are checked."""
 
 
+_UNREAD_BYTES = 16 * 1024
+"""The most bytes of replies that a connection may have without being counted."""
 _KNOWN_BLOCKS = 256
 _KNOWN_BLOCK_BYTES = 2048
 _find_length = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,5})\r\n").search
@@ -73,6 +75,12 @@ class DirectConnection(BoundedConnection):
         self._block: bytes | None = None
         """The headers that are being parsed, if they and their body arrived in one piece."""
         self._collecting: DirectExchange | None = None
+        self._unanswered: list[RequestResponseCycle] = []
+        """Requests that uvicorn answers, one after another."""
+        self._arriving = 0
+        """Bytes of a request that is not whole yet, as ``Load`` counts them."""
+        self._unread = 0
+        """Bytes of replies that the client has not read, as ``Load`` counts them."""
         self._last_reply = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
 
@@ -102,6 +110,16 @@ class DirectConnection(BoundedConnection):
             super().data_received(data)
         finally:
             self._block = None
+        collected = 0 if self._collecting is None else len(self._collecting.body or b"")
+        self._count_arriving(self._received if self._in_headers else collected)
+
+    def _count_arriving(self, size: int) -> None:
+        """Count what has arrived of a request that is not whole: so may many requests be that never will."""
+        load = self._app.load
+        load.bytes += size - self._arriving
+        self._arriving = size
+        if size and load.is_full and not self.transport.is_closing():
+            self._refuse(self.OVERLOADED, f"the server holds {load.bytes:,} bytes of requests and replies; retry later")
 
     def _is_free(self) -> bool:
         """Whether there is no request that is not answered yet."""
@@ -158,9 +176,11 @@ class DirectConnection(BoundedConnection):
                 return
         raw, expects = self.headers, self.expect_100_continue
         HttpToolsProtocol.on_message_begin(self)  # put off until now: see begin_message
+        self.scope["extensions"] = {TRANSPORT: self.transport}  # type: ignore[typeddict-item]
         self.url, self.headers, self.scope["headers"] = url, raw, raw
         self.expect_100_continue = expects
         super().on_headers_complete()
+        self._unanswered = [each for each in (*self._unanswered, self.cycle) if each and not each.response_complete]
 
     @override
     def on_body(self, body: bytes) -> None:
@@ -183,6 +203,27 @@ class DirectConnection(BoundedConnection):
         exchange.tasks = self.tasks
         exchange.task = self.loop.create_task(self._app.serve(exchange, exchange.found))
         self.tasks.add(exchange.task)
+
+    # --- Replies that are not read: they are in memory, so there are no more of them until they are -----
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._count_unread(self.transport.get_write_buffer_size())
+
+    @override
+    def resume_writing(self) -> None:
+        self._count_unread(0)
+        super().resume_writing()
+
+    def _count_unread(self, size: int) -> None:
+        self._app.load.bytes += size - self._unread
+        self._unread = size
 
     # --- The time between requests: one timer for the connection, where uvicorn sets one after every reply ---
 
@@ -208,6 +249,11 @@ class DirectConnection(BoundedConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        self._count_arriving(0)
+        self._count_unread(0)
+        for each in self._unanswered:  # uvicorn tells only the last of several requests
+            each.disconnected = True
+            each.message_event.set()
         super().connection_lost(exc)
 
 
@@ -260,10 +306,11 @@ class DirectExchange(Exchange):
 
     @override
     async def send(self, reply: Reply) -> int:
-        """Write the whole reply at once, and let the connection go on to its next request."""
-        self.response_started = self.response_complete = True
+        """Write the reply, and let the connection go on to its next request."""
+        self.response_started = True
         protocol, transport = self.protocol, self.protocol.transport
         if self.disconnected or transport.is_closing():
+            self.response_complete = True
             return reply.status
         head = STATUS_LINE[reply.status]
         for name, value in (*protocol.server_state.default_headers, *reply.headers, *self.extra_headers):
@@ -273,11 +320,28 @@ class DirectExchange(Exchange):
                 head += b"%b: %b\r\n" % (name, value)
         if not self.keep_alive:
             head += b"connection: close\r\n"
-        transport.write(
-            b"%bcontent-type: %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
-            % (head, reply.content_type, self.request_id.encode(), len(reply.body), reply.body)
-        )
+        head += b"content-type: %b\r\nx-request-id: %b\r\n" % (reply.content_type, self.request_id.encode())
+        if reply.parts is None:
+            self.response_complete = True
+            transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(reply.body), reply.body))
+        else:
+            transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
+            await self._send_parts(reply.parts, self._send_part, lambda: self.disconnected)
+            self.response_complete = True
+            transport.write(b"0\r\n\r\n")
         if not self.keep_alive:
             transport.close()
         protocol.on_response_complete()
         return reply.status
+
+    @override
+    async def _send_part(self, part: bytes) -> None:
+        if self.protocol.transport.is_closing():
+            raise ClientGone
+        self.protocol.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        await self.protocol.flow.drain()
+
+    @override
+    async def cut_off(self) -> None:
+        self.response_complete = True
+        self.protocol.transport.abort()

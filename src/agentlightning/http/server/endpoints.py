@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from agentlightning.errors import NotFound
-from agentlightning.http.codec import encode_page_parts, encode_result
+from agentlightning.http.codec import encode_result, list_parts, page_parts
 from agentlightning.http.routes import DIALECTS, ROUTES, Dialect, Route
 from agentlightning.http.server.exchange import Reply
 from agentlightning.http.server.intake import Intake
 from agentlightning.store.base import LightningStore, sequence_ids_of
+from agentlightning.store.records import Views
 from agentlightning.store.span_json import span_json
 from agentlightning.types import PaginatedResult
 
 DIRECTIVE_HEADER = b"agl-directive"
 """In the reply to a claim of a worker that has been asked to drain or to stop: which of the two."""
-_STREAMED_ITEMS = 512
+_FEW_ITEMS = 16
+_KEPT_BYTES = 512
+"""What a call that waits keeps, and what it keeps of each rollout that it waits for."""
 
 
 class Endpoint:
@@ -52,6 +56,10 @@ class Endpoint:
         """Whether a call with these arguments may wait for something to happen in the store."""
         return arguments.get(self.route.wait_argument or "", 0) > 0
 
+    def kept_bytes(self, arguments: dict[str, Any]) -> int:
+        """About how many bytes a call with these arguments keeps while it waits."""
+        return _KEPT_BYTES * (1 + len(arguments.get("rollout_ids", ())))
+
     def reply(self, result: Any, arguments: dict[str, Any]) -> Reply:
         """The reply to a call. Raises ``NotFound`` if the store does not know the id."""
         route = self.route
@@ -69,8 +77,10 @@ class Endpoint:
                 return Reply(route.status, stored)
         elif route.sends_sequence_ids:
             result = sequence_ids_of(arguments["spans"], cast("Sequence[Any]", result))
-        if isinstance(result, PaginatedResult) and len(cast("PaginatedResult[Any]", result).items) > _STREAMED_ITEMS:
-            return Reply(route.status, parts=encode_page_parts(cast("PaginatedResult[Any]", result)))
+        if isinstance(result, PaginatedResult) and len(cast("PaginatedResult[Any]", result).items) > _FEW_ITEMS:
+            return _in_parts(route.status, page_parts(cast("PaginatedResult[Any]", result)))
+        if isinstance(result, Views) and len(result) > _FEW_ITEMS:
+            return _in_parts(route.status, list_parts(result))
         return Reply(route.status, encode_result(route, result))
 
     async def _claim(self, **arguments: Any) -> Any:
@@ -91,6 +101,19 @@ class Endpoint:
         if worker is None or worker.directive is None:
             return claimed
         return Reply(self.route.status, b"[]", ((DIRECTIVE_HEADER, worker.directive.encode()),))
+
+
+def _in_parts(status: int, parts: Iterator[bytes]) -> Reply:
+    """A reply with these parts; a plain one, if there is only one."""
+    first, second = next(parts), next(parts, None)
+    if second is None:
+        return Reply(status, first)
+
+    async def each() -> AsyncGenerator[bytes]:
+        for part in chain((first, second), parts):
+            yield part
+
+    return Reply(status, parts=each())
 
 
 class _Directed(msgspec.Struct):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import aclosing
+from time import monotonic
 from typing import Any, NamedTuple
 
 from agentlightning.errors import AgentLightningError, BadRequest, TooLarge, UnsupportedMedia
 from agentlightning.http.codec import PROBLEM_TYPE, encode_problem
 from agentlightning.http.routes import Priority
+from agentlightning.serving.connections import BYTES_PER_SECOND
 from agentlightning.telemetry.logs import WorkContext
 
 Message = MutableMapping[str, Any]
@@ -16,6 +20,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
+TRANSPORT = "agentlightning.transport"
+"""The extension of ASGI under which a connection offers its transport."""
+_log = logging.getLogger(__name__)
 _ONCE = (b"host", b"content-length", b"content-type", b"content-encoding", b"authorization", b"origin")
 
 
@@ -25,8 +32,8 @@ class Reply(NamedTuple):
     status: int
     body: bytes = b""
     headers: Sequence[Header] = ()
-    parts: Iterable[bytes] | None = None
-    """The body in parts, where it is large."""
+    parts: AsyncGenerator[bytes] | None = None
+    """The body in parts, where it is large. Each is made when the client has read those before."""
     content_type: bytes = b"application/json"
 
 
@@ -49,10 +56,16 @@ class Exchange(WorkContext):
     may_wait = False
     """Whether this is a long poll, whose duration is not the server's and is not logged as slow."""
     priority: Priority = "read"
-    held: int | None = None
-    """The bytes that ``Load`` counts for it; None: it does not count it."""
+    held = 0
+    """The bytes that ``Load`` counts for it."""
+    is_counted = False
+    """Whether ``Load`` counts it as a request that is being worked on."""
     extra_headers: Sequence[Header] = ()
     """Headers of the reply, whatever it is."""
+    reply_has_begun = False
+    """Whether a part of the reply was sent, so that no other can be."""
+    read_seconds = 30.0
+    """How long its client may take to read a reply, in addition to a second for every 64 KiB of it."""
     task: asyncio.Task[None] | None = None
     tasks: set[asyncio.Task[None]] | None = None
     """What answers it, and where that is to be taken out at the end."""
@@ -60,6 +73,7 @@ class Exchange(WorkContext):
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
+        self._transport: asyncio.Transport | None = scope.get("extensions", {}).get(TRANSPORT)
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.query = scope["query_string"]
@@ -147,8 +161,50 @@ class Exchange(WorkContext):
         headers += [(b"x-request-id", self.request_id.encode()), *self.extra_headers]
         if reply.parts is None:
             headers.append((b"content-length", b"%d" % len(reply.body)))
-        await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        for part in reply.parts or ():
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
-        await self._send({"type": "http.response.body", "body": reply.body})
+        await self._tell({"type": "http.response.start", "status": reply.status, "headers": headers})
+        if reply.parts is not None:
+            gone: list[bool] = []
+            forget = self.when_gone(lambda: gone.append(True))
+            try:
+                await self._send_parts(reply.parts, self._send_part, lambda: bool(gone))
+            finally:
+                forget()
+        await self._tell({"type": "http.response.body", "body": reply.body})
         return reply.status
+
+    async def _tell(self, message: Message) -> None:
+        """Send a message of ASGI. A transport that has failed is closed some time before the connection knows that, and
+        takes no more. Raises ``ClientGone`` then."""
+        if self._transport is not None and self._transport.is_closing():
+            raise ClientGone
+        await self._send(message)
+
+    async def _send_part(self, part: bytes) -> None:
+        await self._tell({"type": "http.response.body", "body": part, "more_body": True})
+        # uvicorn waits before it writes until what it has written before is read.
+        await self._tell({"type": "http.response.body", "body": b"", "more_body": True})
+
+    async def _send_parts(
+        self, parts: AsyncGenerator[bytes], send: Callable[[bytes], Awaitable[None]], is_gone: Callable[[], bool]
+    ) -> None:
+        """Send a reply in parts. Raises ``ClientGone`` if its client is gone, or reads too slowly."""
+        self.reply_has_begun = True
+        waited, sent = 0.0, 0
+        async with aclosing(parts):
+            async for part in parts:
+                began = monotonic()
+                await send(part)
+                waited, sent = waited + monotonic() - began, sent + len(part)
+                if waited > self.read_seconds + sent / BYTES_PER_SECOND:
+                    _log.info("a client took %.0f s to read %d bytes of its reply and is disconnected", waited, sent)
+                    await self.cut_off()
+                    raise ClientGone
+                if is_gone():
+                    raise ClientGone
+
+    async def cut_off(self) -> None:
+        """End the connection within the reply, so that nobody takes what was sent for all of it."""
+        if self._transport is not None:
+            self._transport.abort()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass

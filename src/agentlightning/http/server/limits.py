@@ -34,7 +34,7 @@ class ServerLimits(ConnectionBounds):
     requests: int = 4096
     """Requests being worked on, those that wait for work or for the end of rollouts not counted."""
     in_flight_bytes: int = 256 * _MIB
-    """The bodies of all requests being worked on."""
+    """The bodies of all requests being worked on, and of all replies that are not read yet."""
     drain_seconds: float = 10.0
     """How long requests may go on when the server stops. Those that wait are answered at once."""
     retry_after_seconds: int = 1
@@ -61,10 +61,16 @@ class Load:
         for place, priority in enumerate(SHED_ORDER):
             share = 0.5 + 0.5 * place / (len(SHED_ORDER) - 1)
             self._most[priority] = limits.requests * share, limits.in_flight_bytes * share
+        self._most_bytes = limits.in_flight_bytes
         self.requests = 0
         self.bytes = 0
         self.draining = False
         """Whether the server is about to stop, and takes no new requests."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many bytes are held as may be."""
+        return self.bytes >= self._most_bytes
 
     def admit(self, exchange: Exchange, priority: Priority) -> None:
         """Begin to work on a request, until ``give_back``.
@@ -83,7 +89,7 @@ class Load:
                 f"the server works on {self.requests:,} requests of {self.bytes:,} bytes and accepts no more of "
                 f"priority {priority!r} now; nothing was done, retry later"
             )
-        exchange.priority, exchange.held = priority, size
+        exchange.priority, exchange.held, exchange.is_counted = priority, size, True
         self.requests += 1
         self.bytes += size
 
@@ -102,7 +108,7 @@ class Load:
 
     def grow(self, exchange: Exchange, size: int) -> None:
         """Count a request that was admitted with ``size`` bytes, if that is more than it had. Raises as ``admit``."""
-        more = size - (exchange.held or 0)
+        more = size - exchange.held
         if more <= 0:
             return
         if self.bytes + more > self._most[exchange.priority][1]:
@@ -110,12 +116,34 @@ class Load:
         self.bytes += more
         exchange.held = size
 
+    def wait(self, exchange: Exchange, size: int) -> None:
+        """Count a request that waits for something to happen only by the bytes that it keeps. Raises as ``grow``."""
+        self.grow(exchange, size)
+        self.give_back(exchange)
+        self.bytes += size
+        exchange.held = size
+
+    def reply(self, exchange: Exchange, size: int) -> None:
+        """Count a reply, which has so many bytes, until ``give_back``.
+
+        Raises:
+            StoreUnavailable: too many bytes of replies wait to be read.
+        """
+        if self.bytes + size > self._most_bytes:
+            raise StoreUnavailable(
+                f"{self.bytes:,} bytes of requests and replies are held, and there is no room for this reply of "
+                f"{size:,}; what was asked for is done: send the same request again to have the reply"
+            )
+        self.bytes += size
+        exchange.held += size
+
     def give_back(self, exchange: Exchange) -> None:
         """Count a request as done. Idempotent."""
-        if exchange.held is not None:
+        if exchange.is_counted:
             self.requests -= 1
-            self.bytes -= exchange.held
-            exchange.held = None
+            exchange.is_counted = False
+        self.bytes -= exchange.held
+        exchange.held = 0
 
 
 # --- Who may send requests: by host name, by web page, by key --------------------------------------

@@ -26,6 +26,7 @@ from agentlightning.store.operations.rows import (
     worker_of,
 )
 from agentlightning.store.operations.spans import SpanDraft, insert_spans
+from agentlightning.store.slices import ATTEMPTS
 from agentlightning.types import AttemptStatus
 
 
@@ -75,37 +76,44 @@ async def claim(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) 
     Raises:
         IdReused: ``request_id`` was used for another claim.
     """
-    held = await _claimed_before(tx, wanted)
-    return await _claim_new(tx, wanted, mint) if held is None else held or None
+    held = await claimed_before(tx, wanted)
+    return await claim_new(tx, wanted, mint) if held is None else held or None
 
 
 async def claim_for_waiter(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> None:
     """``claim`` in the name of a caller that waits, who repeats the claim when it is told of what it got."""
     assert wanted.request_id is not None
     if not await tx.attempts_of_request(wanted.request_id):  # else it is told by whoever claimed, or need not be
-        taken = await _claim_new(tx, wanted._replace(waited=True), mint)
+        taken = await claim_new(tx, wanted._replace(waited=True), mint)
         if taken:
             tx.publish(Claimed(wanted.request_id, len(taken)))
 
 
-async def _claim_new(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
-    limit, worker_id, request_id, digest, confirm_seconds, waited = wanted
-    now = tx.now()
+async def claim_new(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair] | None:
+    """``claim``, of a request that is known to be none that is repeated."""
+    worker_id, waited, now = wanted.worker_id, wanted.waited, tx.now()
     worker = None if worker_id is None else await worker_of(tx, worker_id)
     if worker is not None and worker.directive is not None:
         await save_worker(tx, worker, workers.came_empty(worker, now, waited=waited))
         return None
-    lease = None if request_id is None else confirm_seconds
-    taken: list[Pair] = []
-    for rollout in await tx.next_claimable(limit):
-        started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease, digest), now)
-        taken.append(_pair(await save_started(tx, Change(rollout, None), started)))
+    taken = await claim_more(tx, wanted, mint)
     if worker is not None:
         if taken:
             after = workers.took(worker, taken[-1].attempt, now, waited=waited)
         else:
             after = workers.came_empty(worker, now, waited=waited)
         await save_worker(tx, worker, after)
+    return taken
+
+
+async def claim_more(tx: Transaction, wanted: ClaimRequest, mint: Callable[[], str]) -> list[Pair]:
+    """Start attempts of the next rollouts for a claim, without a look at its worker."""
+    limit, worker_id, request_id, digest, confirm_seconds, _ = wanted
+    lease = None if request_id is None else confirm_seconds
+    taken: list[Pair] = []
+    for rollout in await tx.next_claimable(limit):
+        started = attempts.start(rollout, None, Claim(mint(), worker_id, request_id, lease, digest), tx.now())
+        taken.append(_pair(await save_started(tx, Change(rollout, None), started)))
     return taken
 
 
@@ -194,7 +202,7 @@ async def finish(
         # A repeat gets the attempts of the first call only. If it found the queue empty, a duplicate that is delivered
         # late must not claim a rollout that nobody will receive.
         repeated = not before.attempt.live and before.attempt.status == said.status
-        claimed = await (_claimed_before(tx, wanted) if repeated else claim(tx, wanted, mint))
+        claimed = await (claimed_before(tx, wanted) if repeated else claim(tx, wanted, mint))
     return Finish(attempt, sequence_ids, claimed or [], refused)
 
 
@@ -254,17 +262,18 @@ async def holder_of(tx: Transaction, worker_id: str | None) -> Holder:
 
 async def lose_attempts(
     tx: Transaction, worker_id: str, reason: Reason, holder: Holder, *, but: Collection[str] = ()
-) -> list[AttemptRow]:
-    """End all live attempts of a worker that is gone, but those with these ids."""
+) -> tuple[list[AttemptRow], bool]:
+    """End live attempts of a worker that is gone, but those with these ids: (a slice, whether there are more)."""
     lost: list[AttemptRow] = []
-    for attempt_id in await tx.live_attempts_of(worker_id):
-        attempt = None if attempt_id in but else await tx.get(AttemptRow, attempt_id)
+    held = [each for each in await tx.live_attempts_of(worker_id) if each not in but]
+    for attempt_id in held[:ATTEMPTS]:
+        attempt = await tx.get(AttemptRow, attempt_id)
         rollout = attempt and await tx.get(RolloutRow, attempt.rollout_id)
         if attempt is not None and rollout is not None:
             before = Pair(rollout, attempt)
             after = attempts.lose(before, reason, holder, tx.now())
             lost.append(_pair(await save(tx, Change(*before), Change(*after))).attempt)
-    return lost
+    return lost, len(held) > ATTEMPTS
 
 
 async def _made_before(tx: Transaction, wanted: Claim) -> AttemptRow | None:
@@ -286,7 +295,7 @@ async def _first_attempt(tx: Transaction, rollout: RolloutRow) -> AttemptRow:
     return page.rows[0]
 
 
-async def _claimed_before(tx: Transaction, wanted: ClaimRequest) -> list[Pair] | None:
+async def claimed_before(tx: Transaction, wanted: ClaimRequest) -> list[Pair] | None:
     """What an earlier claim under the same id still has; None if there was none."""
     if wanted.request_id is None:
         return None

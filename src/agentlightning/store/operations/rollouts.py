@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
@@ -11,7 +11,7 @@ from agentlightning.errors import IdReused, NotFound
 from agentlightning.lifecycle import rollouts
 from agentlightning.lifecycle.records import AttemptRow, Reason, RolloutPolicy, RolloutRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Filter, PageQuery, ResourcesBy, Transaction
+from agentlightning.store.backend import Filter, PageQuery, ReadTransaction, ResourcesBy, Transaction
 from agentlightning.store.operations.rows import insert_rollout, load_change, save
 from agentlightning.types import RolloutStatus
 
@@ -40,10 +40,19 @@ class Edit(NamedTuple):
     reason: Reason | None
 
 
-async def enqueue(tx: Transaction, drafts: Sequence[Draft]) -> list[Change]:
-    """Put rollouts into the queue; one that is there already, by the same request, stays as it is."""
+Newest = dict[str | None, tuple[str | None, int | None]]
+"""Which resources rollouts get, as id and version, by the ``resources_id`` that they name, or None for the latest."""
+
+
+async def enqueue(tx: Transaction, drafts: Sequence[Draft], newest: Newest | None = None) -> list[Change]:
+    """Put rollouts into the queue; one that is there already, by the same request, stays as it is.
+
+    Args:
+        drafts: the rollouts.
+        newest: the resources they get; None: those that are the newest now.
+    """
     now = tx.now()
-    resources: dict[str | None, tuple[str | None, int | None]] = {}
+    resources = {} if newest is None else newest
     done: list[Change] = []
     for draft in drafts:
         known = await existing(tx, draft)
@@ -59,7 +68,24 @@ async def enqueue(tx: Transaction, drafts: Sequence[Draft]) -> list[Change]:
     return done
 
 
-async def existing(tx: Transaction, draft: Draft) -> Change | None:
+async def check(tx: ReadTransaction, drafts: Sequence[Draft], newest: Newest) -> None:
+    """Raise as ``enqueue``; adds the resources that rollouts name, as they are now, to ``newest``."""
+    for draft in drafts:
+        await existing(tx, draft)
+        named = draft.row.resources_id
+        if named not in newest:
+            newest[named] = await _newest_resources(tx, named)
+
+
+def check_equal(drafts: Iterable[Draft]) -> None:
+    """Raise ``IdReused`` if two of them have one id and differ otherwise."""
+    digests: dict[str, bytes] = {}
+    for draft in drafts:
+        if draft.repeatable and digests.setdefault(draft.row.rollout_id, draft.row.digest) != draft.row.digest:
+            raise _reused(draft.row.rollout_id)
+
+
+async def existing(tx: ReadTransaction, draft: Draft) -> Change | None:
     """The rollout that an earlier, equal request made, with its latest attempt.
 
     Raises:
@@ -71,10 +97,7 @@ async def existing(tx: Transaction, draft: Draft) -> Change | None:
     if row is None:
         return None
     if row.digest != draft.row.digest:
-        raise IdReused(
-            f"rollout {row.rollout_id!r} exists already with other content; a repeat must be equal, "
-            "a new rollout needs a new id"
-        )
+        raise _reused(row.rollout_id)
     latest = None if row.latest_attempt_id is None else await tx.get(AttemptRow, row.latest_attempt_id)
     return Change(row, latest)
 
@@ -136,7 +159,14 @@ async def delete_slice(tx: Transaction, ended_before: float) -> tuple[list[Chang
     return deleted, len(deleted) == _ROLLOUTS_PER_SLICE
 
 
-async def _newest_resources(tx: Transaction, resources_id: str | None) -> tuple[str | None, int | None]:
+def _reused(rollout_id: str) -> IdReused:
+    return IdReused(
+        f"rollout {rollout_id!r} exists already with other content; a repeat must be equal, "
+        "a new rollout needs a new id"
+    )
+
+
+async def _newest_resources(tx: ReadTransaction, resources_id: str | None) -> tuple[str | None, int | None]:
     row = await tx.get_resources(ResourcesBy(resources_id))
     if row is not None:
         return row.resources_id, row.version

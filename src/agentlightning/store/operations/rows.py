@@ -125,8 +125,8 @@ async def _release(tx: Transaction, worker_id: str | None, attempt: AttemptRow) 
     """Note that a worker does not work on an attempt any more."""
     worker = None if worker_id is None else await tx.get(WorkerRow, worker_id)
     if worker is not None:
-        held = await tx.live_attempts_of(worker.worker_id)
-        other = await tx.get(AttemptRow, held[-1]) if held else None
+        newest = await tx.newest_live_attempt_of(worker.worker_id)
+        other = None if newest is None else await tx.get(AttemptRow, newest)
         await save_worker(tx, worker, workers.released(worker, attempt, other, tx.now()))
 
 

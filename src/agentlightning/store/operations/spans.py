@@ -12,7 +12,7 @@ from agentlightning.lifecycle import attempts
 from agentlightning.lifecycle.deadlines import attempt_throttle
 from agentlightning.lifecycle.records import AttemptRow, Pair
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import SpanValues, Transaction
+from agentlightning.store.backend import ReadTransaction, SpanValues, Transaction
 from agentlightning.store.operations.rows import attempt_of, load_rollout, save
 from agentlightning.store.refusals import refusal_of
 from agentlightning.store.span_json import same_body
@@ -121,6 +121,41 @@ async def _check_repeats(
     ]
     if refused:
         raise refusal_of(refused)
+
+
+async def find_refused(
+    tx: ReadTransaction, drafts: Sequence[SpanDraft], first_place: int, seen: dict[tuple[str, str, str], SpanDraft]
+) -> list[RefusedSpan]:
+    """The spans that ``add_spans`` would refuse.
+
+    Args:
+        tx: reads.
+        drafts: some of the spans of a call.
+        first_place: of the first of them.
+        seen: those of the same call that were looked at before, by their ids. These are added.
+
+    Raises:
+        NotFound: all of them are of one attempt, which is unknown.
+    """
+    by_attempt: dict[tuple[str, str], list[int]] = {}
+    for position, draft in enumerate(drafts):
+        by_attempt.setdefault(draft[:2], []).append(position)
+    refused: list[RefusedSpan] = []
+    for (rollout_id, attempt_id), positions in by_attempt.items():
+        try:
+            attempt = await attempt_of(tx, rollout_id, attempt_id)
+        except NotFound as error:
+            if len(by_attempt) == 1:
+                raise
+            refused += [RefusedSpan(first_place + each, drafts[each].span_id, error) for each in positions]
+            continue
+        stored = await tx.span_bodies(attempt, [drafts[each].span_id for each in positions])
+        for each in positions:
+            draft = drafts[each]
+            body = stored.get(draft.span_id) or seen.setdefault((*draft[:2], draft.span_id), draft).body
+            if not same_body(body, draft.body):
+                refused.append(RefusedSpan(first_place + each, draft.span_id, _id_reused(attempt, draft.span_id)))
+    return refused
 
 
 def _id_reused(attempt: AttemptRow, span_id: str) -> IdReused:

@@ -12,7 +12,7 @@ from agentlightning.lifecycle import attempts, reasons, workers
 from agentlightning.lifecycle.attempts import standing
 from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Directed, PageQuery, Transaction
+from agentlightning.store.backend import Directed, ReadTransaction, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
 from agentlightning.store.operations.rows import save, save_worker, worker_of
 from agentlightning.types import WorkerDirective
@@ -23,13 +23,16 @@ class Beat(NamedTuple):
 
     stats: bytes | None = None
     attempt_ids: Sequence[str] = ()
+    held_ids: Collection[str] = ()
+    """All that it lists, of which ``attempt_ids`` may be some."""
     lease_seconds: float | None = None
     registration: bytes | None = None
     """As canonical JSON."""
 
 
-async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, list[str]]:
-    """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost).
+async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, list[str], bool]:
+    """A heartbeat of a worker and of the attempts that it lists: (worker, attempts that it has lost, whether it is to
+    be repeated, because there is more to do than fits into a slice).
 
     A worker that registers as another process than before has lost what that one held and it does not list: the lease
     that it renews is not that of the dead process.
@@ -41,12 +44,14 @@ async def beat(tx: Transaction, worker_id: str, said: Beat) -> tuple[WorkerRow, 
         told = None
     if told is not None and known not in (None, told):
         why = Reason(reasons.WORKER_LOST, f"another process has registered as worker {worker_id!r}")
-        await lose_attempts(tx, worker_id, why, Holder(died=True), but=said.attempt_ids)
+        _, more = await lose_attempts(tx, worker_id, why, Holder(died=True), but=said.held_ids)
         worker = await worker_of(tx, worker_id)
+        if more:
+            return worker, [], True
     heard = workers.beat(worker, said.lease_seconds, said.stats, tx.now())
     if told is not None:
         heard = workers.register(heard, told)
-    return await save_worker(tx, worker, heard), stale
+    return await save_worker(tx, worker, heard), stale, False
 
 
 class _Process(msgspec.Struct):
@@ -67,18 +72,22 @@ def _is_outdated(known: bytes, told: bytes) -> bool:
     return now.start_time is not None and then.start_time is not None and then.start_time < now.start_time
 
 
-async def lose(tx: Transaction, worker_id: str, reason: Reason, at_work: Collection[str] | None) -> list[AttemptRow]:
-    """End the live attempts of a worker that is known to be dead; for ``at_work`` see ``Holder``.
+async def lose(
+    tx: Transaction, worker_id: str, reason: Reason, at_work: Collection[str] | None
+) -> tuple[list[AttemptRow], bool]:
+    """End the live attempts of a worker that is known to be dead: (a slice of them, whether there are more). For
+    ``at_work`` see ``Holder``.
 
     Raises:
         NotFound: the worker is unknown.
     """
     await _known(tx, worker_id)
     of_attempts = Reason(reasons.WORKER_LOST, reason.message) if reason.code == reasons.WORKER_LEFT else reason
-    lost = await lose_attempts(tx, worker_id, of_attempts, Holder(died=True, at_work=at_work))
-    worker = await worker_of(tx, worker_id)
-    await save_worker(tx, worker, workers.lose(worker, reason))
-    return lost
+    lost, more = await lose_attempts(tx, worker_id, of_attempts, Holder(died=True, at_work=at_work))
+    if not more:
+        worker = await worker_of(tx, worker_id)
+        await save_worker(tx, worker, workers.lose(worker, reason))
+    return lost, more
 
 
 async def delete(tx: Transaction, worker_ids: Sequence[str]) -> list[str]:
@@ -93,18 +102,30 @@ async def delete(tx: Transaction, worker_ids: Sequence[str]) -> list[str]:
     return deleted
 
 
-async def direct(
-    tx: Transaction, directive: WorkerDirective | None, worker_ids: Sequence[str] | None
-) -> list[WorkerRow]:
-    """Ask workers to drain or to stop, or take that back; all that are known, where none are named.
+async def check(tx: ReadTransaction, worker_ids: Sequence[str]) -> None:
+    """Raise as ``direct``."""
+    for each in worker_ids:
+        await _known(tx, each)
+
+
+async def direct(tx: Transaction, directive: WorkerDirective | None, worker_ids: Sequence[str]) -> list[WorkerRow]:
+    """Ask workers to drain or to stop, or take that back.
 
     Raises:
         NotFound: one of them is unknown.
     """
-    if worker_ids is None:
-        rows: list[WorkerRow] = (await tx.page(PageQuery("workers", with_total=False))).rows
-    else:
-        rows = [await _known(tx, each) for each in dict.fromkeys(worker_ids)]
+    return await _direct(tx, directive, [await _known(tx, each) for each in worker_ids])
+
+
+async def direct_known(
+    tx: Transaction, directive: WorkerDirective | None, worker_ids: Sequence[str]
+) -> list[WorkerRow]:
+    """``direct`` those that were known a moment ago: one that was deleted since is left out."""
+    found = [await tx.get(WorkerRow, each) for each in worker_ids]
+    return await _direct(tx, directive, [each for each in found if each is not None])
+
+
+async def _direct(tx: Transaction, directive: WorkerDirective | None, rows: Sequence[WorkerRow]) -> list[WorkerRow]:
     directed: list[WorkerRow] = []
     for row in rows:
         after = workers.direct(row, directive)
@@ -114,7 +135,7 @@ async def direct(
     return directed
 
 
-async def _known(tx: Transaction, worker_id: str) -> WorkerRow:
+async def _known(tx: ReadTransaction, worker_id: str) -> WorkerRow:
     worker = await tx.get(WorkerRow, worker_id)
     if worker is None:
         raise NotFound(f"there is no worker {worker_id!r} in this store")

@@ -30,8 +30,9 @@ from agentlightning.lifecycle.records import Moment
 from agentlightning.store.backend import Event, Stopped, Transaction
 from agentlightning.store.sqlite.connections import BUSY_MILLISECONDS
 from agentlightning.store.sqlite.faults import FAULTS, stops_store, translate
+from agentlightning.store.sqlite.guarded import GuardedTransaction
 from agentlightning.store.sqlite.row_cache import RowCache
-from agentlightning.store.sqlite.transaction import CannotUndo, GuardedTransaction, SqliteTransaction
+from agentlightning.store.sqlite.transaction import CannotUndo, SqliteTransaction
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ _running_loop = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage]
 _PATIENCE_MILLISECONDS = 250
 """How long writers wait for readers to leave a log that has become long."""
 _BATCH_LIMIT = 512
-"""The most operations under one commit, so that none waits long for the statements of others."""
+_BATCH_WORK = 768
+"""The most operations, and about the most rows, under one commit, so that none waits long for the statements of others,
+nor the event loop."""
 
 
 def run_to_end(operation: Awaitable[T]) -> T:
@@ -300,12 +303,12 @@ class GroupCommit:
             if self._fault is not None:
                 raise self._fault
             try:
-                self._run_all(jobs, transaction)
+                self._run_some(jobs, transaction)
             except CannotUndo:
                 self._connection.execute("ROLLBACK")
                 transaction.rolled_back()
                 transaction = GuardedTransaction(self._connection, transaction.now(), self.cache)
-                self._run_all(jobs, transaction)
+                self._run_some(jobs, transaction)
         except Exception as error:  # noqa: BLE001 - the boundary of a batch: every caller gets the error
             self._abandon(jobs, transaction, error)
         except BaseException:
@@ -314,9 +317,15 @@ class GroupCommit:
             raise
         return jobs, transaction
 
-    def _run_all(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
+    def _run_some(self, jobs: list[_Job[Any]], transaction: SqliteTransaction) -> None:
+        """Run jobs in their order. Those after much work go back to the queue, and out of the list."""
         self._connection.execute("BEGIN IMMEDIATE")
-        for job in jobs:
+        for place, job in enumerate(jobs):
+            if transaction.work >= _BATCH_WORK:
+                with self._lock:
+                    self._jobs.extendleft(reversed(jobs[place:]))
+                del jobs[place:]
+                break
             job.error = None
             try:
                 coroutine: Coroutine[Any, Any, Any] = job.operation(transaction)  # pyright: ignore[reportAssignmentType]

@@ -104,6 +104,16 @@ class SqliteReads:
         rows = self._rows(f"{RESOURCES.select} {where}", values)
         return RESOURCES.decode(rows[0]) if rows else None
 
+    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
+        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
+        return {
+            span_id: body
+            for each in span_ids
+            for span_id, body in self._rows(
+                "SELECT span_id, body FROM spans WHERE attempt_seq = ? AND span_id = ?", (attempt.seq, each)
+            )
+        }
+
     async def page(self, query: PageQuery) -> Page:
         """The rows of one page, and the number of rows on all pages."""
         raw = self._rows(*page_statement(query))

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from agentlightning.lifecycle.records import AttemptRow, ResourcesRow, RolloutRow, WorkerRow
 from agentlightning.store.sqlite.rows import ATTEMPTS, ROLLOUTS, WORKERS, Codec
 
-_LARGEST = 4096
+LARGEST = 4096
 """Bytes of content in one row: a larger row is not kept, so that the cache stays within some tens of megabytes."""
 
 _LIVE_ATTEMPTS = (
@@ -43,12 +43,12 @@ class Shelf:
         """The state in the database, of the rows whose newest state differs. If the versions are equal, too, only
         a sign of life is missing in the database, which may stay so; if not, the row is written with its batch."""
 
-    def is_large(self, row: Any) -> bool:
-        """Whether a row has too many bytes to be kept."""
-        return sum(map(len, filter(None, cast("tuple[bytes | str | None, ...]", self.contents(row))))) > _LARGEST
+    def size(self, row: Any) -> int:
+        """How many bytes a row has of what callers can make large."""
+        return sum(map(len, filter(None, cast("tuple[bytes | str | None, ...]", self.contents(row)))))
 
 
-Undo = tuple[dict[str, Any], str, Any]
+Undo = tuple[dict[Any, Any], Any, Any]
 """What a dictionary held under a key before a change: (dictionary, key, value or None). A plain tuple, because several
 are made for each operation and a named one takes three times as long to make."""
 
@@ -61,12 +61,12 @@ class RowCache:
     """
 
     def __init__(self, connection: apsw.Connection) -> None:
-        self.live: dict[str, tuple[tuple[int, str], ...]] = {}
-        """By ``worker_id`` the (seq, attempt_id) of all live attempts, in a sorted tuple. It is complete, so no search
-        of the database is needed to tell what else a worker holds when an attempt of it ends."""
+        self.live: dict[str, dict[int, str]] = {}
+        """By ``worker_id`` all live attempts: their ids by ``seq``. It is complete, so no search of the database is
+        needed to tell what else a worker holds when an attempt of it ends."""
         for worker, seq, attempt in cast("Iterable[tuple[bytes, int, bytes]]", connection.execute(_LIVE_ATTEMPTS)):
             worker_id, attempt_id = worker.decode(errors="replace"), attempt.decode(errors="replace")
-            self.live[worker_id] = (*self.live.get(worker_id, ()), (seq, attempt_id))
+            self.live.setdefault(worker_id, {})[seq] = attempt_id
         self.shelves: dict[type[Any], Shelf] = {
             RolloutRow: Shelf(ROLLOUTS, "rollout_id", ("input", "metadata", "reason_message")),
             AttemptRow: Shelf(ATTEMPTS, "attempt_id", ("metadata", "reason_message")),
@@ -83,16 +83,18 @@ class RowCache:
         holds = after.worker_id if after.live else None
         if held_by == holds:
             return
-        live, entry = self.live, (after.seq, after.attempt_id)
+        live, seq = self.live, after.seq
         if held_by is not None:
-            entries = live.pop(held_by, ())
-            log.append((live, held_by, entries or None))
-            if left := tuple([each for each in entries if each != entry]):
-                live[held_by] = left
+            held = live[held_by]
+            log.append((held, seq, held.pop(seq)))
+            if not held:
+                log.append((live, held_by, live.pop(held_by)))
         if holds is not None:
-            entries = live.get(holds, ())
-            log.append((live, holds, entries or None))
-            live[holds] = tuple(sorted((*entries, entry)))
+            if holds not in live:
+                log.append((live, holds, None))
+                live[holds] = {}
+            log.append((live[holds], seq, None))
+            live[holds][seq] = after.attempt_id
 
     def attempt_now(self, row: AttemptRow) -> AttemptRow:
         """An attempt as read from the database, with the newest sign of life.

@@ -25,7 +25,7 @@ from agentlightning.lifecycle.records import AttemptRow, Moment, ResourcesRow, R
 from agentlightning.store.backend import Event, Page, PageQuery, ResourcesBy, Row, SpanValues
 from agentlightning.store.sqlite.connections import rebase_leases
 from agentlightning.store.sqlite.reads import SqliteReads
-from agentlightning.store.sqlite.row_cache import RowCache, Shelf, Undo
+from agentlightning.store.sqlite.row_cache import LARGEST, RowCache, Shelf, Undo
 from agentlightning.store.sqlite.rows import ATTEMPTS, CODECS, ROLLOUTS, WORKERS
 
 R = TypeVar("R", RolloutRow, AttemptRow, WorkerRow)
@@ -34,9 +34,12 @@ H = TypeVar("H", AttemptRow, WorkerRow)
 _ROWS_OF_A_KIND = 2048
 _LARGEST_RESOURCES = 4096
 """Bytes of the JSON of resources that are kept."""
+_CLAIM_BYTES = 4 * 1024 * 1024
+"""About so many bytes of rollouts are handed out at a time."""
 _READ_AHEAD_LIMIT = 16
 """The most rollouts that a batch reads from the queue at a time for claims that may follow in it."""
 _ATTEMPTS_OF_REQUEST = f"{ATTEMPTS.select} WHERE request_id = ? ORDER BY seq"
+_QUEUE = f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?"
 _INSERT_SPAN = (
     "INSERT INTO spans (attempt_seq, sequence_id, issued, span_id, body) VALUES (?, ?, ?, ?, ?) "
     "ON CONFLICT (attempt_seq, span_id) DO NOTHING"
@@ -64,6 +67,8 @@ class SqliteTransaction(SqliteReads):
         """What the operations that succeeded have published."""
         self.wrote = False
         """Whether something has changed that must be durable. Known after ``finish``."""
+        self.work = 0
+        """How much it has done: about so many rows of 4 KB."""
         self._counts: list[tuple[str, int]] = []
         self._changed: list[tuple[Shelf, str]] = []
         """Rows that may have to be written before the commit."""
@@ -124,7 +129,9 @@ class SqliteTransaction(SqliteReads):
 
     def _keep(self, shelf: Shelf, key: str, row: Any) -> None:
         """Take a row that is as stored into the cache."""
-        if shelf.is_large(row):
+        size = shelf.size(row)
+        if size > LARGEST:
+            self.work += size // LARGEST
             return
         rows = shelf.rows
         self._log.append((rows, key, None))
@@ -179,6 +186,7 @@ class SqliteTransaction(SqliteReads):
     def _write(self) -> None:
         """A statement that writes follows."""
         self._wrote_statement = True
+        self.work += 1
 
     # --- Primitives ------------------------------------------------------------------------------
 
@@ -227,6 +235,7 @@ class SqliteTransaction(SqliteReads):
         shelf = self._shelves[type(new)]
         key = shelf.key(new)
         row = replace(new, version=old.version + 1)
+        self.work += 1
         if isinstance(row, RolloutRow):
             if self._ahead:
                 self._note_queue(row, known=True)
@@ -244,7 +253,7 @@ class SqliteTransaction(SqliteReads):
         if stored is None:
             shelf.stored[key] = cached
         shelf.rows[key] = row
-        if shelf.contents(row) != shelf.contents(cached) and shelf.is_large(row):
+        if shelf.contents(row) != shelf.contents(cached) and shelf.size(row) > LARGEST:
             self._write_now(shelf, key)
             self._drop(shelf, key)
         else:
@@ -276,6 +285,7 @@ class SqliteTransaction(SqliteReads):
     async def insert_spans(self, spans: Sequence[SpanValues]) -> list[bool]:
         """Store spans; for each whether it was new."""
         self._write()
+        self.work += len(spans) + sum([len(span[4]) for span in spans]) // LARGEST
         connection = self._connection
         before = connection.total_changes()
         self._executemany(_INSERT_SPAN, spans)
@@ -288,16 +298,6 @@ class SqliteTransaction(SqliteReads):
         fresh = {span_id for (span_id,) in found}
         return [_take_out(fresh, span[3]) for span in spans]
 
-    async def span_bodies(self, attempt: AttemptRow, span_ids: Sequence[str]) -> dict[str, bytes]:
-        """The stored bodies of these spans of an attempt, by ``span_id``; unknown ones are left out."""
-        return {
-            span_id: body
-            for each in span_ids
-            for span_id, body in self._rows(
-                "SELECT span_id, body FROM spans WHERE attempt_seq = ? AND span_id = ?", (attempt.seq, each)
-            )
-        }
-
     async def attempts_of_request(self, request_id: str) -> list[AttemptRow]:
         """The attempts that a claim with this ``request_id`` made, the oldest first."""
         # No flush is needed, because no update changes a request_id.
@@ -306,7 +306,13 @@ class SqliteTransaction(SqliteReads):
 
     async def live_attempts_of(self, worker_id: str) -> Sequence[str]:
         """The ids of the live attempts that name this worker, the oldest first."""
-        return [attempt_id for _, attempt_id in self._cache.live.get(worker_id, ())]
+        held = self._cache.live.get(worker_id, {})
+        return [held[seq] for seq in sorted(held)]
+
+    async def newest_live_attempt_of(self, worker_id: str) -> str | None:
+        """The last of ``live_attempts_of``."""
+        held = self._cache.live.get(worker_id)
+        return held[max(held)] if held else None
 
     async def page(self, query: PageQuery) -> Page:
         if self._changed:
@@ -322,12 +328,24 @@ class SqliteTransaction(SqliteReads):
             # The first claim of a batch reads no more than it wants; further ones show that more are coming.
             wanted = max(limit, self._read_ahead)
             self._read_ahead = min(4 * wanted, _READ_AHEAD_LIMIT)
-            rows = self._rows(f"{ROLLOUTS.select} WHERE claimable ORDER BY priority DESC, seq LIMIT ?", (wanted,))
-            ahead = self._ahead = {row[0]: ROLLOUTS.decode(row) for row in rows}
+            self._ahead = ahead = self._read_queue(wanted)
         taken = [self._found(row) for row in islice(ahead.values(), limit)]
         for row in taken:
             del ahead[row.seq]
         return taken
+
+    def _read_queue(self, wanted: int) -> dict[int, RolloutRow]:
+        """So many rollouts at its head, by ``seq``; fewer if they are large."""
+        head: dict[int, RolloutRow] = {}
+        size = 0
+        cursor = self._connection.cursor()
+        for values in cursor.execute(_QUEUE, (wanted,)):
+            row = head[values[0]] = ROLLOUTS.decode(values)
+            size += len(row.input) + len(row.metadata or b"")
+            if size >= _CLAIM_BYTES:
+                break
+        cursor.close()
+        return head
 
     def _note_queue(self, row: RolloutRow, *, known: bool) -> None:
         """A rollout is inserted or changed: what was read ahead of the queue may not be its head any more."""
@@ -405,28 +423,6 @@ class SqliteTransaction(SqliteReads):
     def publish(self, event: Event) -> None:
         """Tell the engine when the batch is durable."""
         self.events.append(event)
-
-
-class GuardedTransaction(SqliteTransaction):
-    """A transaction in which each operation can be undone alone: it has a savepoint of its own."""
-
-    def keep(self) -> None:
-        """The operation succeeded: its effects stay. The next one begins."""
-        self._flush()  # inside the savepoint, so that the next operation cannot undo it
-        if self._wrote_statement:
-            self._execute("RELEASE operation")
-        super().keep()
-
-    def undo(self) -> None:
-        """The operation failed: as if it had never been. The next one begins."""
-        if self._wrote_statement:
-            self._execute("ROLLBACK TO operation; RELEASE operation")
-        self._forget_operation()
-
-    def _write(self) -> None:
-        if not self._wrote_statement:
-            self._execute("SAVEPOINT operation")
-        super()._write()
 
 
 def _take_out(ids: set[str], span_id: str) -> bool:

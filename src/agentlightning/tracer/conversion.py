@@ -86,9 +86,8 @@ class SpanConverter:
             parent,
             self._resource_of(src.resource),
         )
-        dropped = dropped_parts(src.dropped_attributes, src.dropped_events)
-        if dropped:
-            attributes[_CUT] = dropped
+        if src.dropped_attributes or src.dropped_events:
+            attributes[_CUT] = dropped_parts(src.dropped_attributes, src.dropped_events)
         if (
             odd
             or span.events

@@ -177,12 +177,14 @@ class RecentTries:
         self._tries: deque[tuple[float, float, float | None]] = deque(maxlen=_SCORED_TRIES)
         """When each ended, what it counts, and how long it took."""
 
-    def add(self, now: float, seconds: float | None, *, ok: bool) -> None:
-        """A try ended at ``now``, monotonic seconds. ``seconds``: how long it took; None: that says nothing."""
+    def add(self, now: float, seconds: float | None, *, ok: bool) -> bool:
+        """A try ended at ``now``, monotonic seconds. ``seconds``: how long it took; None: that says nothing. Returns
+        whether it was good."""
         counts = float(ok)
         if seconds is not None and seconds > self.fast_seconds:
             counts *= 0.5 if seconds <= _TOLERATED * self.fast_seconds else 0.0
         self._tries.append((now, counts, seconds if ok else None))
+        return counts == 1.0
 
     def summary(self, now: float) -> tuple[float | None, float | None]:
         """(score, median response time) of those that ended in the last minute."""
@@ -336,7 +338,7 @@ class Health:
             self._calls += 1
             self._in_a_row = 0
             self.well_answered += 1
-            self._recent.add(now, seconds, ok=True)
+            is_good = self._recent.add(now, seconds, ok=True)
             since, self._failing_since = self._failing_since, None
             if since is not None:
                 _logger.info("%s answers again, after %.1f s", self._server, now - since)
@@ -344,7 +346,8 @@ class Health:
                 self._window.add(now, ok=True)
                 if self.breaker is not BreakerState.CLOSED:
                     self._recover(now)
-            self._tell_of_slowness(now)
+            if self._is_slow or not is_good:  # a good answer makes nobody slow
+                self._tell_of_slowness(now)
 
     def _tell_of_slowness(self, now: float) -> None:
         """Log when answers begin to be slow, and when they are fast again."""

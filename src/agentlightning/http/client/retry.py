@@ -214,17 +214,13 @@ class Retrying:
                 health.abandoned(request.priority)
             raise
         else:
-            health.answered(reply.status, self._judged(request, self._monotonic() - began), guarded=guarded)
+            took: float | None = None
+            if not request.long_poll and request.silence_seconds is None:  # else it waits on purpose, or sends much
+                took = self._monotonic() - began - len(request.body or b"") / _BYTES_PER_SECOND
+            health.answered(reply.status, took, guarded=guarded)
             return reply
         health.unanswered(lost.message, guarded=guarded)
         return lost
-
-    @staticmethod
-    def _judged(request: WireRequest, seconds: float) -> float | None:
-        """How long an answer took, as far as that says how well the server is; None: not at all."""
-        if request.long_poll or request.silence_seconds is not None:  # it waits on purpose, or sends as much as it has
-            return None
-        return max(0.0, seconds - len(request.body or b"") / _BYTES_PER_SECOND)
 
     async def _try_again(
         self, request: WireRequest, started: float, outcome: WireReply | StoreUnreachable | float

@@ -126,19 +126,6 @@ class HttpTransport:
             StoreUnreachable: no connection, or no whole reply.
         """
         shown = self._credentials
-        reply = await self._send(request)
-        return await self._send(request) if reply.status == 401 and self._renew(shown) else reply
-
-    def _renew(self, refused: Credentials) -> bool:
-        """Whether there is another key by now than the one that the server has refused."""
-        with self._lock:
-            if self._credentials == refused:
-                self._credentials = self._find_credentials()
-                for each in self._sessions.values():
-                    each.session.headers.update(self._credentials.headers)
-        return self._credentials.api_key != refused.api_key
-
-    async def _send(self, request: WireRequest) -> WireReply:
         opened = self._sessions.get(asyncio.get_running_loop()) or await self._open()
         body: bytes | io.BytesIO | None = request.body
         if body is not None and len(body) > _PIECE_BYTES:
@@ -159,7 +146,7 @@ class HttpTransport:
                     ),
                 ) as response,
             ):
-                return WireReply(response.status, response.headers, await response.read())
+                reply = WireReply(response.status, response.headers, await response.read())
         except aiohttp.SocketTimeoutError as error:
             raise StoreUnreachable(
                 f"{self._root} sent nothing for {request.silence_seconds:g} s after {request.method} {request.target}"
@@ -170,6 +157,16 @@ class HttpTransport:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise StoreUnreachable(f"{type(error).__name__}: {error or 'the connection was closed'}") from error
+        return await self.send(request) if reply.status == 401 and self._renew(shown) else reply
+
+    def _renew(self, refused: Credentials) -> bool:
+        """Whether there is another key by now than the one that the server has refused."""
+        with self._lock:
+            if self._credentials == refused:
+                self._credentials = self._find_credentials()
+                for each in self._sessions.values():
+                    each.session.headers.update(self._credentials.headers)
+        return self._credentials.api_key != refused.api_key
 
     async def close(self) -> None:
         """Close all sessions, also those of other event loops. Later requests open new ones; idempotent."""

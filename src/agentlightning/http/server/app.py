@@ -30,7 +30,7 @@ from agentlightning.http.routes import CANONICAL, Dialect
 from agentlightning.http.server.decoder import Decoder
 from agentlightning.http.server.endpoints import Endpoint, Endpoints, Match
 from agentlightning.http.server.exchange import ClientGone, Exchange, Header, Message, Receive, Reply, Send
-from agentlightning.http.server.intake import put_together, take_in
+from agentlightning.http.server.intake import SURELY_LIGHT_BYTES, put_together, take_in
 from agentlightning.http.server.limits import STOPPING, AccessControl, Load, ServerLimits
 from agentlightning.security.access import Permission
 from agentlightning.telemetry.logs import CURRENT
@@ -193,7 +193,8 @@ class StoreApp:
         elif exchange.headers.get(b"content-type") != b"application/json" or b"content-encoding" in exchange.headers:
             exchange.check_json()
         parts = parts or await load.body_of(exchange)
-        if self.decoder is None or endpoint.intake.is_light(parts):
+        is_small = len(parts) == 1 and len(parts[0]) <= SURELY_LIGHT_BYTES  # as nearly always
+        if is_small or self.decoder is None or endpoint.intake.is_light(parts):
             arguments = endpoint.intake.arguments(ids, exchange.query, b"".join(parts))
             parts.clear()  # a call that waits for minutes does not hold its body
         else:

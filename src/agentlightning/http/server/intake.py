@@ -30,7 +30,8 @@ _MESSAGE_BYTES = 300
 _PLACES_SHOWN = 10
 _INTEGER = re.compile(r"-?[0-9]{1,40}")
 _LIGHT_BYTES = 64 * 1024
-_SURELY_LIGHT_BYTES = 4 * 1024
+SURELY_LIGHT_BYTES = 4 * 1024
+"""A body of so many bytes is read on the event loop, whatever is in it."""
 _LIGHT_MARKS = 4_000
 """Commas and brackets: the work grows with the number of values, not of bytes."""
 _LIGHT_ROLLOUT_MARKS = 500
@@ -79,7 +80,7 @@ class Intake:
     def is_light(self, parts: Sequence[bytes]) -> bool:
         """Whether the body that arrived in these parts takes so little time that the event loop may read it."""
         size = sum(map(len, parts))
-        if size <= _SURELY_LIGHT_BYTES:
+        if size <= SURELY_LIGHT_BYTES:
             return True
         return (
             size <= _LIGHT_BYTES and sum([each.count(mark) for each in parts for mark in b",[{"]) <= self._light_marks

@@ -119,17 +119,20 @@ async def test_spans_that_the_tracer_has_seen_are_kept_once() -> None:
     assert [span.name for span in (await one(Recorded())).spans] == [agl.AGL_MESSAGE]
 
 
-async def test_a_reward_whose_span_id_was_taken_arrives() -> None:
+async def test_a_span_whose_id_was_taken_arrives() -> None:
+    """It is one that waits for the next batch; a reward is sent at once, so nobody could take its id before."""
+
     class Clashing(agl.LitAgent[Any]):
-        async def rollout_async(self, task: Any, resources: Any, rollout: Any) -> None:
-            agl.emit_reward(0.75)
+        async def rollout_async(self, task: Any, resources: Any, rollout: Any) -> float:
+            agl.emit_message("kept")
             (span,) = self.tracer.get_last_trace()
             other = span.model_copy(update={"name": "other", "attributes": dict[str, Any]()})
             await self.runner.get_store().add_span(other)
+            return 0.75
 
     done = await one(Clashing(), tracer=agl.OtelTracer(interval_seconds=600))
     assert (done.rollout.status, done.reward) == ("succeeded", 0.75)
-    assert len(done.spans) == 2
+    assert sorted(span.name for span in done.spans) == [agl.AGL_ANNOTATION, agl.AGL_MESSAGE, "other"]
 
 
 async def test_an_empty_list_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -393,9 +393,11 @@ class ReferenceStore(ReferenceRecords):
             spans: each with its ids and ``sequence_id``, 0 where the store is to issue one.
             numbers: those that the store has given, by attempt and span; see ``_issue``.
         """
-        for ids in dict.fromkeys((span["rollout_id"], span["attempt_id"]) for span in spans):
-            self._known_attempt(*ids)
-            self._same_as_known([each for each in spans if (each["rollout_id"], each["attempt_id"]) == ids])
+        known: list[Facts] = []
+        for span in spans:  # the first that is refused decides
+            self._known_attempt(span["rollout_id"], span["attempt_id"])
+            known.append(span)
+            self._same_as_known(known)
         new: dict[tuple[str, str], Facts] = {}
         for attempt_id in dict.fromkeys(span["attempt_id"] for span in spans):
             attempt = self.attempts[attempt_id]

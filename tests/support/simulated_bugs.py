@@ -14,9 +14,8 @@ from msgspec.structs import replace
 from agentlightning.http.client.retry import Retrying
 from agentlightning.http.client.span_delivery import SpanDelivery
 from agentlightning.http.client.spool import Batch, Spool
-from agentlightning.lifecycle import attempts, deadlines, records
-from agentlightning.lifecycle.deadlines import Due
-from agentlightning.lifecycle.records import AttemptRow, Pair, RolloutPolicy
+from agentlightning.lifecycle import attempts, records
+from agentlightning.lifecycle.records import AttemptRow, Pair
 from agentlightning.runner import attempt as runner_attempt
 from agentlightning.store.core import Alarm
 from agentlightning.store.operations import (
@@ -101,20 +100,6 @@ def _requeued_is_forgotten() -> Iterator[Seam]:
     yield SqliteTransaction, "next_claimable", next_claimable
 
 
-def _claims_need_no_confirmation() -> Iterator[Seam]:
-    """A claim whose reply was lost for good is waited for without end."""
-
-    def due(policy: RolloutPolicy, attempt: AttemptRow) -> Due | None:
-        return deadlines.attempt_due(policy, replace(attempt, confirm_seconds=None))
-
-    def deadline(policy: RolloutPolicy, attempt: AttemptRow) -> float | None:
-        found = due(policy, attempt)
-        return None if found is None else found.at
-
-    yield attempts, "attempt_due", due
-    yield attempts, "attempt_deadline", deadline
-
-
 def _answers_before_commit() -> Iterator[Seam]:
     """Callers get their results before these are durable."""
     plain = GroupCommit._execute_waiting  # pyright: ignore[reportPrivateUsage]
@@ -184,7 +169,6 @@ BUGS: Mapping[str, Callable[[], Iterator[Seam]]] = {
         _restart_expires,
         _leases_follow_wall_clock,
         _requeued_is_forgotten,
-        _claims_need_no_confirmation,
         _answers_before_commit,
         _repeats_store_spans_again,
         _spool_forgets_early,

@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("first", type=int, help="the first seed")
     parser.add_argument("count", type=int, nargs="?", default=1, help="how many seeds")
     parser.add_argument("--bug", choices=sorted(BUGS), help="a fault to put into the product")
+    parser.add_argument("--until-found", action="store_true", help="end with the first seed that fails")
     given = parser.parse_args()
     longest = 0.0
     began, failed = time.process_time(), 0
@@ -222,6 +223,8 @@ def main() -> int:
         if outcome.violations:
             failed += 1
             print(f"again: {command(seed, given.bug)}", flush=True)
+            if given.until_found:
+                break
     if given.count > 1:
         seconds = time.process_time() - began
         each = f"{seconds / given.count * 1000:.2f} ms each, the longest {longest:.0f} s of virtual time"

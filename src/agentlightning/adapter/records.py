@@ -8,7 +8,8 @@ Nothing here looks at a clock. Two records tell of the same call
    the same reply (or the library says nothing but the id). A record of the proxy stands for at most one record of each
    library, so that a call that was made twice stays two calls;
 3. if libraries wrote both, with the same id, and the same request and reply;
-4. if one library wrote both, with the same request, and one has no reply (Logfire makes two spans of a streamed call).
+4. if one library wrote both, with the same request, and one has no reply (Logfire makes two spans of a streamed call);
+5. if the library wrote several choices as one text, and the proxy a call with the same request and several choices.
 
 The same id alone says nothing: servers with constant ids, and caches, give one id to different replies. Two records of
 the proxy are always two calls, because it writes one record for each.
@@ -118,6 +119,8 @@ def without_nested(records: Sequence[RecordedCall]) -> list[RecordedCall]:
 
 def _is_same_inside(inner: RecordedCall, outer: RecordedCall) -> bool:
     mine, theirs = inner.call, outer.call
+    if mine.is_merged or theirs.is_merged:
+        return mine.request_key is not None and mine.request_key == theirs.request_key
     if _differ(mine.reply_key, theirs.reply_key):
         return False
     if inner.is_guessed or inner.source == outer.source:
@@ -163,6 +166,18 @@ def _failure(record: RecordedCall) -> Hashable | None:
     return record.call.request_key if record.call.failed and record.call.reply_key is None else None
 
 
+def _request(record: RecordedCall) -> Hashable | None:
+    return record.call.request_key
+
+
+def _has_several(call: ModelCall) -> bool:
+    return bool(call.further_choices)
+
+
+def _is_merged(call: ModelCall) -> bool:
+    return call.is_merged
+
+
 def _anyone(call: ModelCall) -> bool:
     return True
 
@@ -188,6 +203,7 @@ _PAIRINGS: tuple[tuple[Some, Some, Key, Key], ...] = (
     (_is_nameless, _anyone, _content, _content),
     (_anyone, _anyone, _id, _id_alone),
     (_anyone, _anyone, _failure, _failure),
+    (_has_several, _is_merged, _request, _request),
 )
 """Which records of the proxy stand for which of libraries, and what the two have in common; surest first."""
 

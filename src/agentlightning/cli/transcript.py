@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from agentlightning.adapter.adapters import TraceToMessages
-from agentlightning.adapter.calls import ModelCall, read_model_call
+from agentlightning.adapter.calls import ModelCall
 from agentlightning.adapter.filters import side_calls
 from agentlightning.adapter.records import RecordedCall, without_nested, without_repeated
 from agentlightning.adapter.shapes import Message, as_text, object_of, objects
@@ -19,7 +20,7 @@ from agentlightning.semconv import AGL_EXCEPTION, AGL_MESSAGE, AGL_OBJECT, GenAI
 from agentlightning.types import Span
 from agentlightning.types.attempt_spans import order_of
 from agentlightning.types.attributes import filter_and_unflatten_attributes
-from agentlightning.types.recorded_calls import each_choice, whole_calls
+from agentlightning.types.recorded_calls import whole_calls
 from agentlightning.types.rewards import get_rewards_from_span
 
 Kind: TypeAlias = Literal["message", "reply", "tool", "emitted", "reward", "error"]
@@ -105,6 +106,8 @@ class _Dialogue:
             if message.get("role") == "tool"
         }
         """The results of tools that messages tell."""
+        self._answered = Counter(name for name, _ in {pair for call in calls for pair in _answers(call)})
+        """How many calls of each tool have an answer among the messages, whatever their spans say of it."""
         self._errors: set[str] = set()
 
     def of_call(self, record: RecordedCall, side: str | None) -> Iterator[TranscriptEntry]:
@@ -114,8 +117,7 @@ class _Dialogue:
             if key not in self._said:
                 self._said.add(key)
                 yield _message(call.span, message, side)
-        choices = [call] if len(found := each_choice(call.span)) == 1 else [read_model_call(each) for each in found]
-        for number, choice in enumerate(choices):
+        for number, choice in enumerate(call.each_choice()):
             self._said.add(choice.whole_key or "")
             yield self._reply(choice, side, f"choice {number + 1}" if number else "")
 
@@ -157,9 +159,10 @@ class _Dialogue:
         name = _first(span.attributes, _TOOL_NAMES)
         if name is not None:
             result = _text(_told(span.attributes, _RESULTS))
-            if result not in self._results:
+            if result not in self._results and not self._answered[str(name)]:
                 asked = _call("", name, _told(span.attributes, _ARGUMENTS))
                 yield entry("tool", str(name), result, tool_calls=[asked])
+            self._answered[str(name)] -= self._answered[str(name)] > 0
         failure = _failure(span)
         if failure and failure not in self._errors:  # it passes through spans around this one, which say it again
             self._errors.add(failure)
@@ -178,6 +181,18 @@ def _message(span: Span, message: Message, side: str | None) -> TranscriptEntry:
         tool_call_id=None if call_id is None else str(call_id),
         side=side,
     )
+
+
+def _answers(call: ModelCall) -> Iterator[tuple[str, str]]:
+    """Name and id of each call of a tool that a later message has the result of."""
+    names: dict[str, str] = {}
+    for message in call.conversation.messages:
+        for each in objects(message.get("tool_calls")):
+            asked = _tool_call(each)
+            names[asked["id"]] = asked["name"]
+        call_id = str(message.get("tool_call_id"))
+        if message.get("role") == "tool" and call_id in names:
+            yield names[call_id], call_id
 
 
 def _tool_call(given: Mapping[str, Any]) -> dict[str, str]:

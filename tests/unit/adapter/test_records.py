@@ -46,6 +46,32 @@ def test_proxy_and_library_together_make_one_sample(
         assert len(TraceToMessages().examine(order).made) == 1
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_choices_that_proxy_and_library_recorded_are_samples_once(
+    is_merged: bool, is_nested: bool, span: Make, proxied: Make
+) -> None:
+    """Also where the library wrote them as one text, as some do with streams."""
+    reply = {"choices": [{"message": {"role": "assistant", "content": text}} for text in ("a0", "a1")]}
+    ids = {"agentlightning.llm.choices.1.response_token_ids": [4]}
+    more = {"agentlightning.llm.response": json.dumps(reply), **ids}
+    said = ["a0a1"] if is_merged else ["a0", "a1"]
+    by_library = written("hi", None) | {"gen_ai.request.choice.count": 2}
+    by_library["gen_ai.output.messages"] = json.dumps([{"role": "assistant", "content": text} for text in said])
+    outer = span("chat policy", by_library, at=(1.0, 2.0))
+    call = proxied("hi", "a0", ([1], [3]), more=more, at=(1.1, 1.9))
+    if is_nested:
+        call.parent_id = outer.span_id
+    adapted = TracerTraceToTriplet().examine([call, outer])
+    assert [(each.response["message"]["content"], each.response["token_ids"]) for each in adapted.made] == [
+        ("a0", [3]),
+        ("a1", [4]),
+    ]
+    assert (adapted.unusable, [each.span_id for each in adapted.set_aside]) == ([], [outer.span_id])
+    alone = TracerTraceToTriplet().examine([outer])
+    assert (len(alone.made), len(alone.unusable)) == ((0, 1) if is_merged else (2, 0))
+
+
 def test_a_call_that_was_made_twice_stays_two_calls(span: Make, proxied: Make) -> None:
     """A record of the proxy stands for one record of a library, so a third one is a call past the proxy."""
     twice = [proxied("hi", "42", ([1], [n])) for n in (7, 8)]

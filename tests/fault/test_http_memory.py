@@ -17,7 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from agentlightning.errors import StoreUnavailable
 from agentlightning.http.server import endpoints
 from agentlightning.http.server.app import StoreApp
-from agentlightning.http.server.limits import ServerLimits
+from agentlightning.http.server.limits import Load, ServerLimits
 from agentlightning.http.server.server import LightningStoreServer
 from agentlightning.serving.connections import PairedFlow
 from agentlightning.store.sqlite.store import InMemoryLightningStore
@@ -163,6 +163,27 @@ async def test_replies_that_nobody_reads_are_within_the_bounds() -> None:
             assert _statuses(beat) == [b"200"]
         await _until(lambda: load.bytes == 0)
         assert _statuses(await asyncio.to_thread(_exchange, server.port, asked)) == [b"200"]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+async def test_pages_that_nobody_reads_are_within_the_bounds(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has 4 MB; not counted, all twelve would be in memory."""
+    limits = ServerLimits(in_flight_bytes=10 * _MIB)
+    asked = b"GET /agl/v1/rollouts?limit=-1 HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    if not counted:
+        monkeypatch.setattr(Load, "reply", lambda *_: None)
+    async with InMemoryLightningStore() as store, LightningStoreServer(store, port=0, limits=limits) as server:
+        await store.enqueue_many_rollouts([EnqueueRolloutRequest(input="x" * 20_000) for _ in range(200)])
+        assert server.app is not None
+        load = server.app.load
+        with ExitStack() as deaf:
+            for _ in range(12):
+                deaf.enter_context(_deaf(server.port, asked))
+            await _until(lambda: load.requests == (2 if counted else 12))
+            refused = _statuses(await asyncio.to_thread(_exchange, server.port, asked))
+            assert (refused[0] in (b"429", b"503")) == counted
+            assert load.bytes <= limits.in_flight_bytes
+        await _until(lambda: load.bytes == load.requests == 0)
 
 
 @pytest.mark.parametrize("part", [_post("/workers/w-1", b" " * 60_000)[:-1], b"GET / HTTP/1.1\r\nx: " + b"x" * 60_000])

@@ -148,8 +148,9 @@ class StoreApp:
                 if reply is None:
                     label, dialect, exchange.ids = endpoint.label, endpoint.dialect, found.ids
                     reply = await self._answer(exchange, endpoint, found.ids)
-            if len(reply.body) > _LARGE_REPLY_BYTES:
-                self.load.reply(exchange, len(reply.body))
+            size = len(reply.body) + reply.held_bytes
+            if size > _LARGE_REPLY_BYTES:
+                self.load.reply(exchange, size)
             exchange.read_seconds = self._read_seconds
             status = await exchange.send(reply)
         except ClientGone:

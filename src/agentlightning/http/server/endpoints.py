@@ -78,7 +78,9 @@ class Endpoint:
         elif route.sends_sequence_ids:
             result = sequence_ids_of(arguments["spans"], cast("Sequence[Any]", result))
         if isinstance(result, PaginatedResult) and len(cast("PaginatedResult[Any]", result).items) > _FEW_ITEMS:
-            return _in_parts(route.status, page_parts(cast("PaginatedResult[Any]", result)))
+            page = cast("PaginatedResult[Any]", result)
+            held = sum([len(each) for each in page.items if isinstance(each, bytes)])
+            return _in_parts(route.status, page_parts(page))._replace(held_bytes=held)
         if isinstance(result, Views) and len(result) > _FEW_ITEMS:
             return _in_parts(route.status, list_parts(result))
         return Reply(route.status, encode_result(route, result))

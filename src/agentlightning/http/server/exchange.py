@@ -35,6 +35,8 @@ class Reply(NamedTuple):
     parts: AsyncGenerator[bytes] | None = None
     """The body in parts, where it is large. Each is made when the client has read those before."""
     content_type: bytes = b"application/json"
+    held_bytes: int = 0
+    """Bytes of the records that ``parts`` are made of, which are in memory until the last part is sent."""
 
 
 class ClientGone(Exception):

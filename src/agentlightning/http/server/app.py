@@ -86,8 +86,8 @@ class StoreApp:
         """What answers other paths, after the same checks."""
         self.load = Load(limits)
         """What is being worked on."""
-        self._waits: set[Callable[[], None]] = set()
-        """End the calls that are waiting now."""
+        self._waits: dict[Callable[[], None], None] = {}
+        """End the calls that are waiting now, in the order in which they came."""
         self.meter = RequestMeter()
         self.open_connections: Callable[[], int] = lambda: 0
 
@@ -219,7 +219,7 @@ class StoreApp:
                 task.cancel()
 
         def begin() -> None:
-            self._waits.add(end)
+            self._waits[end] = None
             forget.append(exchange.when_gone(end))
             if self.load.draining:
                 end()
@@ -235,7 +235,7 @@ class StoreApp:
             raise StoreUnavailable(STOPPING) if self.load.draining else ClientGone from None
         finally:
             start.cancel()
-            self._waits.discard(end)
+            self._waits.pop(end, None)
             for each in forget:
                 each()
 

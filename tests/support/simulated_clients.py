@@ -268,7 +268,7 @@ class SimulatedRunner:
     def _parts_of(self, loop: ProcessLoop) -> tuple[AttemptParts, Heartbeat, SpanSender]:
         client, world = self._client, self._around.world
         assert client is not None
-        sender = SpanSender(monotonic=loop.time)
+        sender = SpanSender(monotonic=loop.time, chance=world.chance.random)
         tracer = SimulatedTracer(sender, lambda: world.now)
         agent = SimulatedAgent(self._around, client, loop.name)
         threads = AgentThreads(self.name)
@@ -284,6 +284,7 @@ class SimulatedRunner:
             registration={"process_space": self.machine, "start_time": world.now},
             statistics=lambda _: {},
             monotonic=loop.time,
+            chance=world.chance.random,
         )
         return parts, heartbeat, sender
 

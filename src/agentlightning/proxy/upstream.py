@@ -37,6 +37,8 @@ from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
 _logger = logging.getLogger(__name__)
+_chance = random.SystemRandom().random
+"""For jitter; not from the generator that a program in this process may have seeded."""
 
 _COOLDOWN_SECONDS = 5.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -356,7 +358,7 @@ def _pause_seconds(number: int, backends: int) -> float:
     if (number + 1) % backends:
         return 0.0
     longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (rounds - 1))
-    return random.uniform(longest / 2, longest)
+    return longest * (0.5 + _chance() / 2)
 
 
 def _retry_after_seconds(response: aiohttp.ClientResponse) -> float | None:

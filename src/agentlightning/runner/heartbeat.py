@@ -59,6 +59,9 @@ _HOST_CHARACTERS = 64
 
 _logger = logging.getLogger(__name__)
 
+_CHANCE = random.SystemRandom().random
+"""From 0 up to 1, for jitter; not from the generator that an agent's program may have seeded, and draws from."""
+
 
 @dataclass
 class _BegunAttempt:
@@ -85,7 +88,9 @@ class Heartbeat:
         statistics: Callable[[bool], dict[str, Any]],
         signs: VitalSigns | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = _CHANCE,
     ) -> None:
+        self._chance = chance
         self.on_stale: Callable[[str], None] | None = None
         """Called, in the heartbeat's thread, with the id of each attempt that has lost its rollout."""
         self.on_directive: Callable[[Directive], None] | None = None
@@ -218,7 +223,7 @@ class Heartbeat:
                 beaten, pause = self._monotonic(), min(_LONGEST_RETRY_SECONDS, self._interval)
                 if answered:  # the jitter keeps the workers of a fleet that started together from beating in step
                     spread = min(self._jitter, self._interval / 2)
-                    pause = self._interval + random.uniform(-spread, spread)
+                    pause = self._interval + spread * (2 * self._chance() - 1)
             if self._unconfirmed() and (self._confirming is None or self._confirming.done()):
                 self._confirming = asyncio.create_task(self._confirm())  # no lost reply shall hold up the beats
             due = beaten + min(pause, self._longest_pause())

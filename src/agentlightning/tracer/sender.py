@@ -51,6 +51,9 @@ _REPEATED_ID = "agentlightning.repeated_span_id"
 
 _logger = logging.getLogger(__name__)
 
+_CHANCE = random.SystemRandom().random
+"""From 0 up to 1, for jitter; not from the generator that an agent's program may have seeded, and draws from."""
+
 
 class _Waiter(NamedTuple):
     """A caller who waits until the first ``target`` spans of a trace are in the store."""
@@ -68,6 +71,7 @@ class SpanSender:
         interval_seconds: how often to send the spans of traces that nobody waits for yet.
         patience_seconds: how long ``flush`` waits for an unreachable store; infinite: whatever the error is.
         monotonic: seconds since some moment.
+        chance: a number from 0 up to 1, for jitter; not from the generator that an agent's program draws from.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class SpanSender:
         interval_seconds: float = 0.5,
         patience_seconds: float = 120.0,
         monotonic: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = _CHANCE,
     ) -> None:
+        self._chance = chance
         self.refused = 0
         """How many spans are lost because the store refused them; the log has each of them."""
         self._interval = interval_seconds
@@ -180,7 +186,7 @@ class SpanSender:
                     pass
                 if self._failures:  # no wake-up cuts the pause between retries
                     pause = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2.0 ** min(self._failures - 1, 60))
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                    await asyncio.sleep(pause * (0.5 + self._chance() / 2))
                 wake.clear()
                 await self._send_all()
                 if self._failures:

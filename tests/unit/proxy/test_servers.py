@@ -226,3 +226,28 @@ def test_an_error_under_a_status_that_says_success_is_one(reply: dict[str, Any])
     stream.feed(event_of(json.dumps(reply).encode()))
     assert stream.error is not None
     assert stream.error.message == "no"
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ({"code": 500, "message": "boom", "data": None}, "boom"),
+        ({"detail": "logprobs unsupported"}, "logprobs unsupported"),
+        ({"type": "error", "message": "boom"}, "boom"),
+        ({"choices": []}, "HTTP status 200"),
+        ({"choices": [{"message": {"content": "a"}, "finish_reason": "stop", "error": {"message": "cut"}}]}, "cut"),
+    ],
+)
+def test_an_error_of_any_shape_under_a_status_of_success_is_an_error(reply: dict[str, Any], said: str) -> None:
+    record = CHAT.read_reply(json.dumps(reply).encode(), CAPTURE_FIELDS, ASKED)
+    assert record is not None
+    assert record.error is not None
+    assert said in record.error.message
+
+
+@pytest.mark.parametrize("reason", ["ERROR", "failed", "cancelled", "timeout", "insufficient_system_resource"])
+def test_a_finish_reason_of_failure_makes_no_example(reason: str) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": reason}
+    record = CHAT.read_reply(json.dumps({"choices": [choice]}).encode(), CAPTURE_FIELDS, ASKED)
+    assert record is not None
+    assert record.unusable == UnusableReason.FINISHED_WITH_ERROR

@@ -56,7 +56,7 @@ class Surroundings(NamedTuple):
     """Makes the ids of requests and records; None: ``TimeOrderedIds``."""
     monotonic: Callable[[], float] = time.monotonic
     """Seconds since some moment, the same as those of the callers' event loops."""
-    chance: Callable[[], float] = random.random
+    chance: Callable[[], float] = random.SystemRandom().random
     """A number from 0 up to 1, for jitter."""
     delivery: Callable[[Caller, SpoolFolder | None, float], SpanDelivery] = SpanDelivery
     """Takes spans from the disk to the server."""

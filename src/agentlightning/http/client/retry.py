@@ -23,6 +23,8 @@ Backoff = Callable[[int], float | None]
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 _LONGEST_RETRY_AFTER = 3600.0
+_CHANCE = random.SystemRandom().random
+"""From 0 up to 1, for jitter; not from the generator that an agent's program may have seeded, and draws from."""
 _INTERNAL_ERROR_TRIES = 4
 """How often a request is sent that the server answers with 500. That is a bug on the other side: it may be a
 passing one, but nothing is gained by insisting."""
@@ -123,7 +125,7 @@ class Retrying:
         retry_delays: Sequence[float] | None = None,
         health_retry_delays: Sequence[float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = _CHANCE,
     ) -> None:
         self.health = Health(server, numbers.breaker, monotonic, chance, numbers.fast_seconds)
         """Says what passes, and hears what happens."""

@@ -24,7 +24,7 @@ from agentlightning.proxy.dialects.base import (
     event_of,
 )
 from agentlightning.proxy.dialects.lenient import read_object, read_request_json, write_json
-from agentlightning.proxy.dialects.replies import is_error, read_error_in, read_whole_reply, remove_hidden
+from agentlightning.proxy.dialects.replies import is_no_reply, read_error_in, read_whole_reply, remove_hidden
 from agentlightning.proxy.dialects.streams import OpenAIStream
 
 _CAPTURE_NAMES: Mapping[CaptureField, tuple[bytes, ...]] = {
@@ -99,7 +99,7 @@ class OpenAIDialect(WireDialect):
             return None
         record = read_whole_reply(reply)
         record.body = body
-        if is_error(reply):
+        if is_no_reply(reply):
             record.error = read_error_in(reply, 200)
         elif hidden:
             remove_hidden(reply, hidden)

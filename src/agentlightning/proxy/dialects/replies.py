@@ -25,8 +25,11 @@ from agentlightning.semconv import UnusableReason
 RESPONSE_IDS = ("token_ids", "response_token_ids")
 """The fields of a choice that hold the ids of its tokens."""
 _CHOICE_IDS = (*RESPONSE_IDS, "prompt_token_ids")
-_BROKEN_OFF = frozenset({"error", "abort"})
-"""Finish reasons of replies that the backend did not finish: of gateways, and of vLLM and SGLang."""
+_BROKEN_OFF = frozenset({
+    "error", "abort", "aborted", "failed", "failure", "cancelled", "canceled", "timeout", "network_error",
+    "insufficient_system_resource",
+})  # fmt: skip
+"""Finish reasons, in lower case, of replies that the backend did not finish: of vLLM, of SGLang, and of gateways."""
 
 
 def read_whole_reply(reply: dict[str, Any]) -> RecordedReply:
@@ -78,7 +81,7 @@ def complete(record: RecordedReply) -> None:
 
 def _why_unusable(record: RecordedReply) -> UnusableReason | None:
     choices = record.choices
-    if any(choice.finish_reason in _BROKEN_OFF for choice in choices):
+    if any((choice.finish_reason or "").lower() in _BROKEN_OFF for choice in choices):
         return UnusableReason.FINISHED_WITH_ERROR
     lengths = [len(choice.token_ids) for choice in choices if choice.token_ids is not None]
     if not lengths:
@@ -98,10 +101,10 @@ def _why_unusable(record: RecordedReply) -> UnusableReason | None:
 
 def read_error_in(reply: dict[str, Any], status: int) -> BackendError:
     """Read the error in a backend's reply, or in a chunk of one."""
-    error = reply.get("error")
+    error = reply.get("error") or next((each["error"] for each in choices_of(reply) if each.get("error")), None)
     known = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
-    code = known.get("code") or known.get("type")
-    message = known.get("message") or reply.get("message")
+    code = known.get("code") or known.get("type") or reply.get("code")
+    message = known.get("message") or reply.get("message") or reply.get("detail")
     return BackendError(
         code if isinstance(code, str) else str(code if type(code) is int else status),
         message if isinstance(message, str) else f"the backend answered with HTTP status {status}",
@@ -110,7 +113,14 @@ def read_error_in(reply: dict[str, Any], status: int) -> BackendError:
 
 def is_error(reply: dict[str, Any]) -> bool:
     """Whether a reply, or a chunk of one, is an error, whatever its HTTP status says."""
-    return bool(reply.get("error")) or (reply.get("object") == "error" and "choices" not in reply)
+    if reply.get("error") or any(choice.get("error") for choice in choices_of(reply)):
+        return True
+    return "choices" not in reply and (reply.get("object") == "error" or reply.get("type") == "error")
+
+
+def is_no_reply(reply: dict[str, Any]) -> bool:
+    """Whether what came in one piece has nothing that a model wrote, so that it is an error, whatever its shape."""
+    return is_error(reply) or not choices_of(reply)
 
 
 def remove_hidden(reply: dict[str, Any], hidden: frozenset[CaptureField]) -> bool:

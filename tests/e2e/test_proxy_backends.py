@@ -402,6 +402,17 @@ async def test_an_error_under_a_status_of_success_that_the_proxys_wishes_cause(s
         assert all(span.status.status_code == "OK" for span in await scene.spans())
 
 
+async def test_an_error_after_a_beginning_without_content_is_not_the_agents_either() -> None:
+    """Some servers send the first chunk before they know that they cannot do what the proxy asks for."""
+    backend = OpenAIBackend()
+    begin = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    async with proxied(backend) as scene:
+        backend.plan(Say([begin, {"error": {"message": "logprobs is not supported"}}]))
+        await ask(scene, stream=True)
+        assert len(backend.seen) == 2
+        assert (await scene.only_span()).status.status_code == "OK"
+
+
 async def test_an_error_inside_of_a_stream_is_recorded() -> None:
     backend = OpenAIBackend()
     async with proxied(backend) as scene:

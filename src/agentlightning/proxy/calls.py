@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Send
 from agentlightning.errors import InvalidId
 from agentlightning.proxy.admission import Place, TurnedAway, current_task
 from agentlightning.proxy.dialects.base import (
+    FIRST_OF_EVENTS,
     EventSplitter,
     EventTooLarge,
     ProxyError,
@@ -42,8 +43,6 @@ _MAX_EVENT_BYTES = 16 * 1024 * 1024
 _MEASURED_BYTES = 64 * 1024
 """How many bytes of a stream pass between two looks at how much of it is kept."""
 _SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry", "openai-version")
-_FIRST_OF_EVENTS = (b"data:", b"event:", b"id:", b"retry:", b":")
-"""How a stream of server-sent events begins."""
 _SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
 
 
@@ -220,7 +219,7 @@ class _ModelCall:
                 is_stream = reply.response.content_type == "text/event-stream"
                 if record.request.is_streamed and not is_stream and record.status < 400:
                     reply = await self._with_first_part(reply)
-                    is_stream = reply.first.lstrip().startswith(_FIRST_OF_EVENTS)
+                    is_stream = reply.first.lstrip().startswith(FIRST_OF_EVENTS)
                 if is_stream and record.status < 400:
                     return await self._relay_stream(reply)
                 return await self._relay_whole(reply)

@@ -24,6 +24,7 @@ import aiohttp
 from agentlightning.proxy.capture import CallKind, CaptureMemory
 from agentlightning.proxy.dialects.base import (
     CAPTURE_FIELDS,
+    FIRST_OF_EVENTS,
     CaptureField,
     EventSplitter,
     ModelRequest,
@@ -32,7 +33,7 @@ from agentlightning.proxy.dialects.base import (
     data_of,
 )
 from agentlightning.proxy.dialects.lenient import read_object, write_json
-from agentlightning.proxy.dialects.replies import is_error
+from agentlightning.proxy.dialects.replies import choices_of, is_error, object_of
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
@@ -52,6 +53,7 @@ _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _CONNECT_SECONDS = 10.0
 _MAX_ERROR_BYTES = 1024 * 1024
+_MAX_BEGINNING_BYTES = 64 * 1024
 _LARGE_BYTES = 512 * 1024
 
 
@@ -312,8 +314,7 @@ class Upstream:
                 is_error = status not in _RETRIED and status != 401  # whose key is wrong is told so before all else
                 first = await response.content.read(_MAX_ERROR_BYTES) if is_error and fields else b""
             elif not is_accepted:  # some servers say errors under a status of success; the first reply shows it
-                first = await response.content.readany()
-                is_error = _begins_with_error(first)
+                first, is_error = await _read_beginning(response)
             is_named = is_error and dialect.blamed_capture(first, CAPTURE_FIELDS) != CAPTURE_FIELDS
             if is_error and fields and (is_named or not is_accepted):
                 response.close()
@@ -344,11 +345,40 @@ class Upstream:
         )
 
 
-def _begins_with_error(part: bytes) -> bool:
-    """Whether the first part of a reply is an error: as a whole, or as the first event of a stream."""
-    events = EventSplitter(len(part)).feed(part)
-    data = data_of(events[0]) if events else None
-    return is_error(read_object(part if data is None else data) or {})
+async def _read_beginning(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    """Read a reply until it is seen whether it is an error: (what was read, whether it is). Of a stream, comments and
+    chunks without content are read on: some servers send them before they know that they cannot answer."""
+    read = b""
+    while len(read) < _MAX_BEGINNING_BYTES:
+        part = await response.content.readany()
+        read += part
+        verdict = _is_error_so_far(read)
+        if verdict is not None or not part:
+            return read, bool(verdict)
+    return read, False
+
+
+def _is_error_so_far(read: bytes) -> bool | None:
+    """Whether the beginning of a reply is an error; None: nothing tells yet."""
+    if not read.lstrip().startswith(FIRST_OF_EVENTS):
+        return is_error(read_object(read) or {})
+    for event in EventSplitter(len(read)).feed(read):
+        data = data_of(event)
+        chunk = None if data is None else read_object(data)
+        if data is not None and chunk is None:
+            return False
+        if chunk is not None and is_error(chunk):
+            return True
+        if chunk is not None and any(map(_has_content, choices_of(chunk))):
+            return False
+    return None
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    delta = object_of(choice.get("delta"))
+    return bool(
+        choice.get("finish_reason") or choice.get("text") or any(delta[name] for name in delta if name != "role")
+    )
 
 
 def _pause_seconds(number: int, backends: int) -> float:

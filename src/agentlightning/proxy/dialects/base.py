@@ -351,6 +351,8 @@ class WireDialect(ABC):
 _END = re.compile(rb"\r?\n\r?\n|\r\r\n?")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_END_BYTES = 4
+FIRST_OF_EVENTS = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""How a stream of server-sent events begins."""
 
 
 class EventTooLarge(Exception):

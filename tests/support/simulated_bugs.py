@@ -59,7 +59,7 @@ def _repeats_claim_again() -> Iterator[Seam]:
     async def claimed_before(*_: Any) -> None:
         return None
 
-    yield attempt_ops, "_claimed_before", claimed_before
+    yield attempt_ops, "claimed_before", claimed_before
 
 
 def _fence_is_open() -> Iterator[Seam]:

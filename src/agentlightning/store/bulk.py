@@ -243,6 +243,9 @@ class BulkStore(ReadingStore):
             check_one_of(directive, get_args(WorkerDirective), "directive")
         rows: list[WorkerRow] = []
         if worker_ids is None:
+            of_few = await self._core.write(lambda tx: worker_ops.direct_few(tx, directive))
+            if of_few is not None:
+                return self._shown.views(of_few, self._shown.worker_view)
             for part in await self._all_workers():
                 rows += await self._core.write(lambda tx, part=part: worker_ops.direct_known(tx, directive, part))
             return self._shown.views(rows, self._shown.worker_view)

@@ -15,6 +15,7 @@ from agentlightning.lifecycle.rollouts import Change
 from agentlightning.store.backend import Directed, ReadTransaction, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
 from agentlightning.store.operations.rows import save, save_worker, worker_of
+from agentlightning.store.slices import IDS
 from agentlightning.types import WorkerDirective
 
 
@@ -115,6 +116,12 @@ async def direct(tx: Transaction, directive: WorkerDirective | None, worker_ids:
         NotFound: one of them is unknown.
     """
     return await _direct(tx, directive, [await _known(tx, each) for each in worker_ids])
+
+
+async def direct_few(tx: Transaction, directive: WorkerDirective | None) -> list[WorkerRow] | None:
+    """``direct`` all workers, at one moment; None, and nothing is done, if they are too many for that."""
+    rows = [row for row in await tx.scan("workers", 0, IDS + 1) if isinstance(row, WorkerRow)]
+    return None if len(rows) > IDS else await _direct(tx, directive, rows)
 
 
 async def direct_known(

@@ -12,7 +12,7 @@ from agentlightning.lifecycle import attempts, reasons, workers
 from agentlightning.lifecycle.attempts import standing
 from agentlightning.lifecycle.records import AttemptRow, Holder, Pair, Reason, RolloutRow, WorkerRow
 from agentlightning.lifecycle.rollouts import Change
-from agentlightning.store.backend import Directed, ReadTransaction, Transaction
+from agentlightning.store.backend import Directed, PageQuery, ReadTransaction, Transaction
 from agentlightning.store.operations.attempts import lose_attempts
 from agentlightning.store.operations.rows import save, save_worker, worker_of
 from agentlightning.store.slices import IDS
@@ -120,7 +120,7 @@ async def direct(tx: Transaction, directive: WorkerDirective | None, worker_ids:
 
 async def direct_few(tx: Transaction, directive: WorkerDirective | None) -> list[WorkerRow] | None:
     """``direct`` all workers, at one moment; None, and nothing is done, if they are too many for that."""
-    rows = [row for row in await tx.scan("workers", 0, IDS + 1) if isinstance(row, WorkerRow)]
+    rows: list[WorkerRow] = (await tx.page(PageQuery("workers", limit=IDS + 1, with_total=False))).rows
     return None if len(rows) > IDS else await _direct(tx, directive, rows)
 
 

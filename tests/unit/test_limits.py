@@ -16,9 +16,9 @@ ROOT = Path(agl.__file__).parent
 MAX_LINES = 450
 MAX_FUNCTION_LINES = 50
 MAX_DEPTH = 2
-MAX_FILES = 280
-MAX_TOTAL_LINES = 56_000
-"""What the package has with the features that are being built, rounded up: only a feature may raise it."""
+MAX_FILES = 260
+MAX_TOTAL_LINES = 51_500
+"""What the package has today, rounded up: only a feature may raise it."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

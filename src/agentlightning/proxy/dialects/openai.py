@@ -95,8 +95,10 @@ class OpenAIDialect(WireDialect):
     @override
     def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
         reply = read_object(body)
-        if reply is None:
-            return None
+        return None if reply is None else self.record_of(reply, body, hidden)
+
+    def record_of(self, reply: dict[str, Any], body: bytes, hidden: frozenset[CaptureField]) -> RecordedReply:
+        """Return the record of a whole reply, from which the hidden fields are removed; ``body`` is its JSON."""
         record = read_whole_reply(reply)
         record.body = body
         if is_no_reply(reply):

@@ -80,9 +80,9 @@ class TranslatedDialect(ChatCompletions):
     @override
     def read_reply(self, body: bytes, hidden: frozenset[CaptureField], request: ModelRequest) -> RecordedReply | None:
         reply = read_object(body)
-        record = super().read_reply(body, hidden, request)
-        if reply is None or record is None:
+        if reply is None:
             return None
+        record = self.record_of(reply, body, hidden)
         if record.error is not None:
             record.shown = self.error_body(ProxyError(502, record.error.code, record.error.message))
         else:

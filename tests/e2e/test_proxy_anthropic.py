@@ -198,6 +198,27 @@ async def test_errors_of_the_backend_have_the_shape_of_the_wire(
         assert (body["type"], body["error"]["message"]) == ("error", "no luck")
 
 
+async def test_an_error_under_a_status_of_success_is_an_error_of_the_client() -> None:
+    backend = OpenAIBackend()
+    async with proxied(backend, num_retries=0, ask_for=[]) as scene, client(scene) as agent:
+        backend.plan(Fail(200, {"error": {"message": "out of memory", "type": "oom"}}))
+        with pytest.raises(anthropic.InternalServerError, match="out of memory"):
+            await agent.messages.create(**ASK)
+        span = await scene.only_span()
+        assert (span.status.status_code, attribute(span, GenAI.HTTP_STATUS_CODE)) == ("ERROR", 502)
+
+
+async def test_a_failed_tool_is_told_and_its_mark_noted() -> None:
+    backend = OpenAIBackend()
+    call = {"type": "tool_use", "id": "a", "name": "weather", "input": {}}
+    told = {"type": "tool_result", "tool_use_id": "a", "is_error": True, "content": "no network"}
+    messages: Any = [*ASK["messages"], {"role": "assistant", "content": [call]}, {"role": "user", "content": [told]}]
+    async with proxied(backend) as scene, client(scene) as agent:
+        await agent.messages.create(**{**ASK, "messages": messages})
+        assert backend.seen[0].body["messages"][-1] == {"role": "tool", "tool_call_id": "a", "content": "no network"}
+        assert attribute(await scene.only_span(), Call.NOTES) == ["tool_result.is_error is left out"]
+
+
 async def test_a_request_that_cannot_be_translated_says_where() -> None:
     async with proxied(OpenAIBackend()) as scene, client(scene) as agent:
         bad: Any = [{"role": "user", "content": [{"type": "hologram"}]}]

@@ -248,6 +248,8 @@ class _ModelCall:
         record.reply = answer
         if answer.error is not None:  # under a status that says success
             record.fail(scrubber.text(answer.error.code), scrubber.text(answer.error.message))
+            if answer.shown is not None:  # clients of other wires know errors by their status
+                record.status = status = 502
         return _whole(status, headers, answer.body if answer.shown is None else answer.shown)
 
     def _refused_by_backend(self, reply: UpstreamReply, body: bytes, scrubber: Scrubber) -> bytes:

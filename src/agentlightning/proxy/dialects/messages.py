@@ -207,6 +207,8 @@ def _add_user(blocks: Sequence[dict[str, Any]], where: str, chat: ChatRequest) -
         if block.get("type") == "tool_result":
             found = [_part(each, where) for each in _blocks(block.get("content"), where)]
             texts = [part for part in found if part["type"] == "text"]
+            if block.get("is_error"):
+                chat.notes.append("tool_result.is_error is left out")
             call_id = str(block.get("tool_use_id"))
             chat.messages.append({"role": "tool", "tool_call_id": call_id, "content": content_of(texts)})
             parts += [part for part in found if part["type"] != "text"]  # a tool's chat message is text alone

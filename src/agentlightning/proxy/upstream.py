@@ -33,7 +33,7 @@ from agentlightning.proxy.dialects.base import (
     data_of,
 )
 from agentlightning.proxy.dialects.lenient import read_object, write_json
-from agentlightning.proxy.dialects.replies import choices_of, is_error, object_of
+from agentlightning.proxy.dialects.replies import choices_of, has_content, is_error
 from agentlightning.proxy.models import ModelBackend
 from agentlightning.proxy.recording import CallRecord
 
@@ -369,16 +369,9 @@ def _is_error_so_far(read: bytes) -> bool | None:
             return False
         if chunk is not None and is_error(chunk):
             return True
-        if chunk is not None and any(map(_has_content, choices_of(chunk))):
+        if chunk is not None and any(has_content(each) or each.get("finish_reason") for each in choices_of(chunk)):
             return False
     return None
-
-
-def _has_content(choice: dict[str, Any]) -> bool:
-    delta = object_of(choice.get("delta"))
-    return bool(
-        choice.get("finish_reason") or choice.get("text") or any(delta[name] for name in delta if name != "role")
-    )
 
 
 def _pause_seconds(number: int, backends: int) -> float:

@@ -251,3 +251,18 @@ def test_a_finish_reason_of_failure_makes_no_example(reason: str) -> None:
     record = CHAT.read_reply(json.dumps({"choices": [choice]}).encode(), CAPTURE_FIELDS, ASKED)
     assert record is not None
     assert record.unusable == UnusableReason.FINISHED_WITH_ERROR
+
+
+@pytest.mark.parametrize(("lost", "reason"), [(None, None), (1, UnusableReason.TOKEN_IDS_INCOMPLETE)])
+def test_a_piece_without_ids_is_noticed_also_without_usage(lost: int | None, reason: UnusableReason | None) -> None:
+    stream = CHAT.open_stream(CAPTURE_FIELDS, ASKED)
+    stream.feed(_event({"delta": {"role": "assistant", "content": ""}}))
+    for number, text in enumerate("abc"):
+        ids = {} if number == lost else {"token_ids": [number]}
+        stream.feed(_event({"delta": {"content": text}, **ids}))
+    stream.feed(_event({"delta": {}, "finish_reason": "stop"}))
+    assert stream.recorded().unusable == reason
+
+
+def _event(choice: dict[str, Any]) -> bytes:
+    return event_of(json.dumps({"choices": [{"index": 0, **choice}]}).encode())

@@ -185,6 +185,12 @@ def choices_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
     return [cast("dict[str, Any]", choice) for choice in cast("list[Any]", choices) if isinstance(choice, dict)]
 
 
+def has_content(choice: dict[str, Any]) -> bool:
+    """Whether a chunk of a choice says anything but who speaks."""
+    delta = object_of(choice.get("delta"))
+    return bool(choice.get("text")) or any(delta[name] for name in delta if name != "role")
+
+
 def object_of(value: object) -> dict[str, Any]:
     """Return ``value`` itself if it is an object, else an empty one."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

@@ -25,6 +25,7 @@ from agentlightning.proxy.dialects.replies import (
     complete,
     entry_ids_of,
     extension_of,
+    has_content,
     integers_of,
     is_error,
     logprobs_of,
@@ -147,6 +148,8 @@ class OpenAIStream:
             record.choices.append(choice)
         if not self._is_readable:
             record.unusable = UnusableReason.UNREADABLE_CHUNK
+        elif record.output_tokens is None and any(choice.lacks_ids for choice in self._choices.values()):
+            record.unusable = UnusableReason.TOKEN_IDS_INCOMPLETE  # no usage would tell
         complete(record)
         if self._head or record.choices:
             record.body = self._body(record)
@@ -186,9 +189,13 @@ class _PartialChoice:
         self._prompt_token_ids: Sequence[int] | None = None
         self._ids: dict[str, array[int] | None] = {}
         """By the field that they came in; None: one piece was unusable, so they do not stand for the whole text."""
+        self._has_bare_content = False
+        """Whether a piece had content, and said no ids."""
         self.finish_reason: str | None = None
 
     def add(self, given: dict[str, Any]) -> None:
+        if not any(given.get(name) is not None for name in RESPONSE_IDS) and has_content(given):
+            self._has_bare_content = True
         for name, value in given.items():
             if value is None or name == "index":
                 continue
@@ -244,6 +251,11 @@ class _PartialChoice:
     def entry_ids(self) -> Sequence[int] | None:
         """The ids that came beside the log-probabilities, which are used if there are no others."""
         return self._ids.get("__verbose") or self._ids.get("logprobs")
+
+    @property
+    def lacks_ids(self) -> bool:
+        """Whether some pieces said their ids, and others with content did not."""
+        return self._has_bare_content and self.token_ids is not None
 
     @property
     def token_ids(self) -> Sequence[int] | None:

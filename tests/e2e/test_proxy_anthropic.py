@@ -251,3 +251,18 @@ async def test_tokens_are_counted_by_the_backend_and_no_call_is_recorded() -> No
         assert count.input_tokens == 7
         assert backend.seen[0].body["tools"][0]["function"]["name"] == "weather"
         assert await scene.spans() == []
+
+
+async def test_what_is_counted_is_bounded_and_held_like_a_call() -> None:
+    backend = OpenAIBackend()
+    backend.counts = 7
+    async with proxied(backend) as scene, client(scene) as agent:
+        large: Any = [{"role": "user", "content": "x" * (33 * 1024 * 1024)}]
+        with pytest.raises(anthropic.RequestTooLargeError):
+            await agent.messages.count_tokens(model="policy", messages=large)
+        await scene.proxy.pause(hold_seconds=0)
+        with pytest.raises(anthropic.RateLimitError):
+            await agent.messages.count_tokens(model="policy", messages=ASK["messages"])
+        await scene.proxy.resume()
+        assert (await agent.messages.count_tokens(model="policy", messages=ASK["messages"])).input_tokens == 7
+        assert [seen.path for seen in backend.seen] == ["/tokenize"]

@@ -46,7 +46,7 @@ _SHOWN_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id
 _SHOWN_PREFIXES = ("x-ratelimit-", "openai-processing-")
 
 
-class _AgentGone(Exception):
+class AgentGone(Exception):
     """The agent has closed its connection."""
 
 
@@ -157,7 +157,7 @@ class _ModelCall:
         record = self._record
         try:
             # A held call is read, too: only then is it seen that its agent hangs up.
-            record.raw_request = await _read_body(request, self._place.grow)
+            record.raw_request = await read_body(request, self._place.grow)
             hangup.watch(request.receive)
             async with hangup.cancels():
                 await self._place.admitted()
@@ -165,7 +165,7 @@ class _ModelCall:
             record.request = self._dialect.read_request(record.raw_request, params)
             record.raw_request = record.request.recorded or record.raw_request
             ending = await self._pass_on(hangup)
-        except _AgentGone:
+        except AgentGone:
             self._end_without_agent()
             return
         except TurnedAway:
@@ -351,9 +351,9 @@ class _Hangup:
 
     @asynccontextmanager
     async def cancels(self) -> AsyncGenerator[None]:
-        """End the block when it happens, whatever the block waits for; raises ``_AgentGone`` then."""
+        """End the block when it happens, whatever the block waits for; raises ``AgentGone`` then."""
         if self.has_happened:
-            raise _AgentGone
+            raise AgentGone
         task = self._cancels = current_task()
         try:
             yield
@@ -361,7 +361,7 @@ class _Hangup:
             if not self.has_happened:
                 raise
             task.uncancel()
-            raise _AgentGone from None
+            raise AgentGone from None
         finally:
             self._cancels = None
 
@@ -371,12 +371,12 @@ class _Hangup:
             self._watcher.cancel()
 
 
-async def _read_body(request: Request, grow: Callable[[int], None]) -> bytes:
-    """Read the body of a request.
+async def read_body(request: Request, grow: Callable[[int], None]) -> bytes:
+    """Read the body of a request; ``grow`` is told how much came.
 
     Raises:
         ProxyError: it is too large (413), or the calls in flight take too much together (503).
-        _AgentGone: the agent closed its connection before the end.
+        AgentGone: the agent closed its connection before the end.
     """
     length = request.headers.get("content-length", "0")
     why = f"The request is larger than {_MAX_REQUEST_BYTES:,} bytes, the limit of the proxy."
@@ -388,7 +388,7 @@ async def _read_body(request: Request, grow: Callable[[int], None]) -> bytes:
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise _AgentGone
+            raise AgentGone
         part = message.get("body", b"")
         size += len(part)
         if size > _MAX_REQUEST_BYTES:

@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 from starlette.requests import Request
 
-from agentlightning.proxy.calls import ids_of, read_origin
-from agentlightning.proxy.dialects.base import ModelRequest, WireDialect
+from agentlightning.proxy.calls import AgentGone, ids_of, read_body, read_origin
+from agentlightning.proxy.dialects.base import ModelRequest, ProxyError, WireDialect
 from agentlightning.proxy.dialects.lenient import write_json
 from agentlightning.proxy.dialects.replies import object_of
 from agentlightning.proxy.models import ModelBackend
@@ -25,16 +25,25 @@ async def count_tokens(session: ProxySession, dialect: WireDialect, request: Req
     estimate from its size.
 
     Raises:
-        ProxyError: the request is not valid (400), or there is no such model (404).
+        ProxyError: the request is not valid (400) or too large (413), there is no such model (404), or it is not
+            admitted, as a call would not be (429, 503).
     """
     params = {**request.query_params, **request.path_params, **ids_of(read_origin(request))}
-    asked = dialect.read_request(await request.body(), params)
-    backend = session.upstream.routing.order(asked.model, params.get("rollout_id"))[0]
-    count = await _ask(session.upstream.client, backend, asked)
-    if count is None:
-        prompt: dict[str, Any] = {"messages": asked.body.get("messages"), "tools": asked.body.get("tools") or []}
-        count = math.ceil(len(write_json(prompt)) / _BYTES_PER_TOKEN)
-    return dialect.count_reply(count)
+    async with (
+        session.admission.place() as place
+    ):  # its body takes memory, and its backend may be paused, as for a call
+        try:
+            body = await read_body(request, place.grow)
+        except AgentGone:
+            raise ProxyError(400, "incomplete_body", "The connection was closed before the end of the body.") from None
+        await place.admitted()
+        asked = dialect.read_request(body, params)
+        backend = session.upstream.routing.order(asked.model, params.get("rollout_id"))[0]
+        count = await _ask(session.upstream.client, backend, asked)
+        if count is None:
+            prompt: dict[str, Any] = {"messages": asked.body.get("messages"), "tools": asked.body.get("tools") or []}
+            count = math.ceil(len(write_json(prompt)) / _BYTES_PER_TOKEN)
+        return dialect.count_reply(count)
 
 
 async def _ask(client: aiohttp.ClientSession, backend: ModelBackend, asked: ModelRequest) -> int | None:
